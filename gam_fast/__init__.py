@@ -1,0 +1,38 @@
+"""Gradient norm Aware Minimization and its family, as fast optimizers for PyTorch.
+
+>>> import torch, gam_fast
+>>> model = torch.nn.Linear(2, 1)
+>>> optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model)
+>>> for turn in optimizer.passes():
+...     model(torch.ones(4, 2)).square().mean().backward()
+"""
+
+from ._torch_version import require_torch
+from ._version import __version__
+
+require_torch()
+
+from . import backends, batchnorm, recipes, rng, schedules  # noqa: E402
+from .methods import ASAM, CFlat, FAD, GAM, GSAM, SAM, Base, GradientNormPenalty  # noqa: E402
+from .optimizer import FlatOptimizer, Turn  # noqa: E402
+from .walk import NonFiniteGradientError  # noqa: E402
+
+__all__ = [
+    "ASAM",
+    "Base",
+    "CFlat",
+    "FAD",
+    "FlatOptimizer",
+    "GAM",
+    "GSAM",
+    "GradientNormPenalty",
+    "NonFiniteGradientError",
+    "SAM",
+    "Turn",
+    "__version__",
+    "backends",
+    "batchnorm",
+    "recipes",
+    "rng",
+    "schedules",
+]

@@ -1,0 +1,203 @@
+r"""The primitives a backend implements, and the data they work on.
+
+Every primitive handles a list of any number of tensors, of all parameter groups of one device, in one call.
+Conventions for all of them:
+
+- Lists of tensors are aligned with :attr:`Leaves.params`: same length, shapes and dtypes, same device.
+- Scalars that may differ between parameter groups come as a sequence indexed by group.
+- Tensors are float16, bfloat16, float32 or float64, of any layout. Arithmetic is done in fp32 (fp64 for float64) and
+  rounded once, when a value is stored. Sums are combined in fp64 in a fixed order: a result depends neither on the
+  number of threads nor on the run.
+- Nothing waits for the device: norms and scales are 0-dim tensors on the device of the leaves.
+- Reads and writes are given in units of N, the number of elements of the leaves.
+- Arguments come from the engine, which has checked them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+TensorList: TypeAlias = "list[Tensor]"
+PerGroup: TypeAlias = "Sequence[float]"
+
+ACCUMULATE = torch.float64
+"""Dtype of norms, inner products and scales; fp32 on a device without fp64 (see :func:`accumulate_dtype`)."""
+
+
+def accumulate_dtype(device: torch.device) -> torch.dtype:
+    """Dtype of scalars on ``device``: float64, or float32 where the device has no float64 (MPS).
+
+    >>> accumulate_dtype(torch.device("cpu"))
+    torch.float64
+    """
+    return torch.float32 if device.type == "mps" else ACCUMULATE
+
+
+@dataclass(eq=False)
+class Leaves:
+    """The parameters of one device that take part in a step, and their backup.
+
+    Attributes:
+        params: the parameters.
+        group: for each, the index of its parameter group.
+        backup: θ, one tensor a parameter, allocated by the engine; its content counts only once ``saved`` is true.
+        saved: set by :meth:`Backend.perturb`, after the backup is complete and before a parameter is written.
+        cache: whatever a backend wants to keep for the duration of the step.
+    """
+
+    params: TensorList = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    backup: TensorList = field(default_factory=list)
+    saved: bool = False
+    cache: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FoldInto:
+    """``into ← k · into + l · other``, ``k`` and ``l`` by group; carried out in the same sweep as a perturbation."""
+
+    into: TensorList
+    other: TensorList
+    k: PerGroup
+    l: PerGroup  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Direction:
+    r"""The final direction :math:`d = s \sum_t (p_t + κ q_t) X_t`, never stored by a fused backend.
+
+    Attributes:
+        terms: the lists of tensors :math:`X_t`, at most three.
+        p: for each term, the plain coefficients by group.
+        q: for each term, the coefficients by group that κ multiplies; ``None`` without the projection.
+        kappa: :math:`κ = ⟨m,u⟩/‖u‖²`, a 0-dim tensor, or ``None`` without the projection.
+        scale: :math:`s`, the clipping factor, a 0-dim tensor, or ``None`` for 1.
+    """
+
+    terms: list[TensorList]
+    p: list[PerGroup]
+    q: list[PerGroup] | None = None
+    kappa: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SGDGroup:
+    """Hyper-parameters of :class:`torch.optim.SGD` for one parameter group."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+@dataclass(frozen=True)
+class AdamGroup:
+    """Hyper-parameters of :class:`torch.optim.Adam` and :class:`torch.optim.AdamW` for one parameter group."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    amsgrad: bool
+    maximize: bool
+
+
+class Backend(Protocol):
+    """What the engine asks of a backend. See the module's docstring for the conventions."""
+
+    name: str
+
+    def square_norm(
+        self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
+    ) -> Tensor:
+        r""":math:`\sum ‖T (a - b)‖²` over all leaves, 0-dim.
+
+        ``b=None`` stands for 0. Without ``eta``, T = 1; with it, T = \|θ\| + eta elementwise, where θ is the backup if
+        it is saved, else the parameters. Reads 1 N per list (a, b, θ), writes nothing.
+        """
+        ...
+
+    def perturb(
+        self,
+        leaves: Leaves,
+        a: TensorList,
+        b: TensorList | None,
+        radius: PerGroup,
+        scale: Tensor,
+        *,
+        from_start: bool,
+        eta: PerGroup | None = None,
+        folds: Sequence[FoldInto] = (),
+    ) -> None:
+        r"""``params ← origin + radius · scale · T² (a − b)``, then the folds.
+
+        The origin is θ with ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the
+        leaves are not yet saved, the parameters are first copied to the backup. Reads 1 N for each of origin, a, b and
+        (with ``eta``, unless it is the origin) θ; writes 1 N, and 1 N more for the first backup. A fold reads at most
+        1 N and writes 1 N more than the move it accompanies.
+        """
+        ...
+
+    def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
+        r"""A ``(groups, 3)`` tensor of :math:`‖u‖²`, :math:`⟨m,u⟩`, :math:`‖m‖²` by parameter group.
+
+        ``u`` and ``m`` share their terms. Without ``m`` the last two columns are 0. Reads 1 N a term.
+        """
+        ...
+
+    def restore(self, leaves: Leaves) -> None:
+        """``params ← backup``, bit for bit; nothing when the leaves are not saved. Reads 1 N, writes 1 N."""
+        ...
+
+    def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
+        """``out ← d`` and restore. ``out`` may be one of the terms. Reads 1 N a term and θ, writes 2 N."""
+        ...
+
+    def sgd(
+        self,
+        leaves: Leaves,
+        d: Direction,
+        momentum_buffer: list[Tensor | None],
+        first: list[bool],
+        groups: Sequence[SGDGroup],
+    ) -> None:
+        r"""Restore θ, then one step of :class:`torch.optim.SGD` with ``d`` in place of the gradient.
+
+        .. math:: d ← (−1)^{maximize} d + λ θ, \quad b ← μ b + (1−τ) d, \quad
+                  θ ← θ − lr\,(d + μ b \text{ if nesterov else } b)
+
+        with :math:`b ← d` where ``first`` is true (the buffer's content is then not read) and :math:`b = d` where the
+        buffer is ``None`` (no momentum). Reads 1 N for θ, each term and b, writes 1 N for params and b.
+        """
+        ...
+
+    def adam(
+        self,
+        leaves: Leaves,
+        d: Direction,
+        exp_avg: TensorList,
+        exp_avg_sq: TensorList,
+        max_exp_avg_sq: list[Tensor | None],
+        step: Sequence[float],
+        groups: Sequence[AdamGroup],
+    ) -> None:
+        r"""Restore θ, then one step of :class:`torch.optim.Adam` (or AdamW) with ``d`` in place of the gradient.
+
+        .. math:: m ← m + (1−β_1)(d − m), \quad v ← β_2 v + (1−β_2) d², \quad
+                  θ ← θ − \frac{lr}{1−β_1^t} \frac{m}{\sqrt{v}/\sqrt{1−β_2^t} + ε}
+
+        where weight decay adds λθ to d, or, ``decoupled``, first multiplies θ by 1 − lr λ; with ``amsgrad`` v in the
+        last formula is its running maximum. ``step`` is t of each leaf, already advanced. Reads 1 N for θ, each term, m
+        and v (and the maximum), writes 1 N for params, m and v (and the maximum).
+        """
+        ...

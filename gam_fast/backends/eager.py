@@ -1,0 +1,320 @@
+"""The backend that runs wherever torch runs: chunks of tensors through ``torch._foreach_*``.
+
+It is the readable definition of the primitives. Each chunk is worked on in scratch memory of a fixed size, in fp32
+(fp64 for float64), and rounded when it is stored: the intermediates of low-precision parameters are not rounded, no
+parameter-sized temporary is allocated, and on a CPU the scratch stays in the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, SGDGroup, TensorList, accumulate_dtype
+
+CPU_CHUNK = 1 << 18
+"""Elements of a chunk on CPU: a few fp32 arrays of this length fit in a second-level cache."""
+
+DEVICE_CHUNK = 1 << 24
+"""Elements of a chunk on an accelerator: large, so that launches are few."""
+
+ROW = 1024
+"""Elements summed in one row of a reduction; rows are summed in fp64."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one leaf: what is left of it after cutting ``(dim, start, length)``, one cut after the other."""
+
+    leaf: int
+    cuts: tuple[tuple[int, int, int], ...]
+
+    def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        tensor = tensors[self.leaf]
+        assert tensor is not None
+        for dim, start, length in self.cuts:
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+
+class Chunk:
+    """Pieces of leaves of one dtype and one group, and the scratch memory they are worked on in."""
+
+    def __init__(self, pieces: list[Piece], group: int, params: TensorList) -> None:
+        self.pieces = pieces
+        self.group = group
+        like = params[pieces[0].leaf]
+        self.device = like.device
+        self.dtype = like.dtype
+        self.opmath = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.sizes = [piece.of(params).size() for piece in pieces]
+        self.numel = sum(size.numel() for size in self.sizes)
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> TensorList:
+        """The pieces of ``tensors`` that belong to this chunk, as views."""
+        return [piece.of(tensors) for piece in self.pieces]
+
+    def scratch(self) -> tuple[Tensor, TensorList]:
+        """Uninitialised flat memory of whole rows, its padding zero, and its views, one a piece."""
+        padded = -(-self.numel // ROW) * ROW
+        flat = torch.empty(padded, dtype=self.opmath, device=self.device)
+        flat[self.numel :].zero_()
+        parts = flat[: self.numel].split([size.numel() for size in self.sizes])
+        return flat, [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
+
+    def copy(self, tensors: Sequence[Tensor | None]) -> TensorList:
+        """The chunk of ``tensors`` in scratch memory."""
+        out = self.scratch()[1]
+        torch._foreach_copy_(out, self(tensors))
+        return out
+
+    def open(self, tensors: Sequence[Tensor | None]) -> TensorList:
+        """The chunk of ``tensors`` to be changed in place: views where their dtype is precise enough, else scratch."""
+        return self(tensors) if self.dtype == self.opmath else self.copy(tensors)
+
+    def close(self, tensors: Sequence[Tensor | None], work: TensorList) -> None:
+        """Store what :meth:`open` gave."""
+        if self.dtype != self.opmath:
+            torch._foreach_copy_(self(tensors), work)
+
+
+def _cuts(size: Sequence[int], dims: Sequence[int], limit: int) -> Iterator[tuple[tuple[int, int, int], ...]]:
+    """Cut an array along ``dims``, the slowest in memory first, into parts of at most ``limit`` elements."""
+    numel = math.prod(size)
+    if numel <= limit:
+        yield ()
+        return
+    dim, *rest = dims
+    inner = numel // size[dim]
+    length = max(1, limit // inner)
+    within = [1 if d == dim else n for d, n in enumerate(size)]
+    for start in range(0, size[dim], length):
+        for cuts in _cuts(within, rest, limit) if inner > limit else [()]:
+            yield ((dim, start, min(length, size[dim] - start)), *cuts)
+
+
+def chunks(leaves: Leaves) -> list[Chunk]:
+    """All elements of the leaves, as chunks of one dtype and group each, of a common size where tensors allow it.
+
+    >>> leaves = Leaves([torch.zeros(600, 1000), torch.zeros(3)], group=[0, 0])
+    >>> [chunk.numel for chunk in chunks(leaves)]
+    [262000, 262000, 76003]
+    """
+    cached = leaves.cache.get("chunks")
+    if isinstance(cached, list) and leaves.cache.get("count") == len(leaves.params):
+        return cached
+    limit = CPU_CHUNK if leaves.params[0].device.type == "cpu" else DEVICE_CHUNK
+    buckets: dict[tuple[int, torch.dtype], list[Piece]] = {}
+    for index, (param, group) in enumerate(zip(leaves.params, leaves.group, strict=True)):
+        if param.numel():
+            dims = sorted(range(param.dim()), key=param.stride, reverse=True)
+            pieces = [Piece(index, cuts) for cuts in _cuts(param.size(), dims, limit)]
+            buckets.setdefault((group, param.dtype), []).extend(pieces)
+    result = []
+    for (group, _), pieces in buckets.items():
+        fill: list[Piece] = []
+        room = limit
+        for piece in pieces:
+            numel = piece.of(leaves.params).numel()
+            if fill and numel > room:
+                result.append(Chunk(fill, group, leaves.params))
+                fill, room = [], limit
+            fill.append(piece)
+            room -= numel
+        result.append(Chunk(fill, group, leaves.params))
+    leaves.cache.update(chunks=result, count=len(leaves.params))
+    return result
+
+
+def _combine(chunk: Chunk, d: Direction) -> tuple[Tensor, TensorList]:
+    """``d`` on one chunk, in scratch memory."""
+    flat, out = chunk.scratch()
+    for t, term in enumerate(d.terms):
+        p: float | Tensor = d.p[t][chunk.group]
+        if d.q is not None and d.kappa is not None and d.q[t][chunk.group] != 0.0:
+            p = d.kappa * d.q[t][chunk.group] + p
+        if d.scale is not None:
+            p = d.scale * p
+        target = out if t == 0 else chunk.scratch()[1]
+        torch._foreach_copy_(target, chunk(term))
+        if isinstance(p, Tensor):
+            torch._foreach_mul_(target, p.to(chunk.opmath))
+        elif p != 1.0:
+            torch._foreach_mul_(target, p)
+        if t > 0:
+            torch._foreach_add_(out, target)
+    return flat, out
+
+
+def _multiply_weights(chunk: Chunk, out: TensorList, leaves: Leaves, eta: PerGroup, power: int) -> None:
+    """``out ← T^power out`` with T = |θ| + eta."""
+    weights = chunk.copy(leaves.backup if leaves.saved else leaves.params)
+    torch._foreach_abs_(weights)
+    torch._foreach_add_(weights, eta[chunk.group])
+    for _ in range(power):
+        torch._foreach_mul_(out, weights)
+
+
+def _sum(partial: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of fp64 vectors in a fixed order, whatever the number of threads: tree of rows that one thread sums each."""
+    dtype = accumulate_dtype(device)
+    if not partial:
+        return torch.zeros((), dtype=dtype, device=device)
+    values = torch.cat(partial).to(dtype)
+    while values.numel() > ROW:
+        rows = -(-values.numel() // ROW)
+        values = torch.nn.functional.pad(values, (0, rows * ROW - values.numel())).view(rows, ROW).sum(1)
+    return values.sum()
+
+
+class EagerBackend:
+    """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
+
+    name = "eager"
+
+    def square_norm(
+        self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
+    ) -> Tensor:
+        partial = []
+        for chunk in chunks(leaves):
+            flat, out = chunk.scratch()
+            torch._foreach_copy_(out, chunk(a))
+            if b is not None:
+                torch._foreach_sub_(out, chunk(b))
+            if eta is not None:
+                _multiply_weights(chunk, out, leaves, eta, power=1)
+            rows = torch.linalg.vector_norm(flat.view(-1, ROW), dim=1)
+            partial.append(rows.to(accumulate_dtype(rows.device)).square_())
+        return _sum(partial, leaves.params[0].device)
+
+    def perturb(
+        self,
+        leaves: Leaves,
+        a: TensorList,
+        b: TensorList | None,
+        radius: PerGroup,
+        scale: Tensor,
+        *,
+        from_start: bool,
+        eta: PerGroup | None = None,
+        folds: Sequence[FoldInto] = (),
+    ) -> None:
+        if not leaves.saved:
+            torch._foreach_copy_(leaves.backup, leaves.params)
+            leaves.saved = True
+        for chunk in chunks(leaves):
+            step = chunk.copy(a)
+            if b is not None:
+                torch._foreach_sub_(step, chunk(b))
+            if eta is not None:
+                _multiply_weights(chunk, step, leaves, eta, power=2)
+            torch._foreach_mul_(step, (scale * radius[chunk.group]).to(chunk.opmath))
+            torch._foreach_add_(step, chunk(leaves.backup if from_start else leaves.params))
+            torch._foreach_copy_(chunk(leaves.params), step)
+            for fold in folds:
+                into = chunk.open(fold.into)
+                torch._foreach_mul_(into, fold.k[chunk.group])
+                torch._foreach_add_(into, chunk(fold.other), alpha=fold.l[chunk.group])
+                chunk.close(fold.into, into)
+
+    def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
+        device = leaves.params[0].device
+        partial: list[list[list[Tensor]]] = [[[], [], []] for _ in range(groups)]
+        for chunk in chunks(leaves):
+            uu, um, mm = partial[chunk.group]
+            u_flat = _combine(chunk, u)[0].view(-1, ROW)
+            if m is not None:
+                m_flat = _combine(chunk, m)[0].view(-1, ROW)
+                um.append((m_flat * u_flat).sum(1).to(accumulate_dtype(device)))
+                mm.append(m_flat.square_().sum(1).to(accumulate_dtype(device)))
+            uu.append(u_flat.square_().sum(1).to(accumulate_dtype(device)))
+        sums = [_sum(column, device) for column in itertools.chain.from_iterable(partial)]
+        return torch.stack(sums).view(groups, 3)
+
+    def restore(self, leaves: Leaves) -> None:
+        if leaves.saved:
+            torch._foreach_copy_(leaves.params, leaves.backup)
+
+    def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
+        for chunk in chunks(leaves):
+            torch._foreach_copy_(chunk(out), _combine(chunk, d)[1])
+        self.restore(leaves)
+
+    def sgd(
+        self,
+        leaves: Leaves,
+        d: Direction,
+        momentum_buffer: list[Tensor | None],
+        first: list[bool],
+        groups: Sequence[SGDGroup],
+    ) -> None:
+        self.restore(leaves)
+        for chunk in chunks(leaves):
+            h = groups[chunk.group]
+            step = _combine(chunk, d)[1]
+            params = chunk.open(leaves.params)
+            if h.maximize:
+                torch._foreach_neg_(step)
+            if h.weight_decay != 0.0:
+                torch._foreach_add_(step, params, alpha=h.weight_decay)
+            if h.momentum != 0.0:
+                buffer = chunk.open(momentum_buffer)
+                fresh = [first[piece.leaf] for piece in chunk.pieces]
+                new = [(b, s) for b, s, f in zip(buffer, step, fresh, strict=True) if f]
+                old = [(b, s) for b, s, f in zip(buffer, step, fresh, strict=True) if not f]
+                if new:
+                    torch._foreach_copy_([b for b, _ in new], [s for _, s in new])
+                if old:
+                    torch._foreach_mul_([b for b, _ in old], h.momentum)
+                    torch._foreach_add_([b for b, _ in old], [s for _, s in old], alpha=1.0 - h.dampening)
+                if h.nesterov:
+                    torch._foreach_add_(step, buffer, alpha=h.momentum)
+                else:
+                    step = buffer
+                chunk.close(momentum_buffer, buffer)
+            torch._foreach_add_(params, step, alpha=-h.lr)
+            chunk.close(leaves.params, params)
+
+    def adam(
+        self,
+        leaves: Leaves,
+        d: Direction,
+        exp_avg: TensorList,
+        exp_avg_sq: TensorList,
+        max_exp_avg_sq: list[Tensor | None],
+        step: Sequence[float],
+        groups: Sequence[AdamGroup],
+    ) -> None:
+        self.restore(leaves)
+        for chunk in chunks(leaves):
+            h = groups[chunk.group]
+            grads = _combine(chunk, d)[1]
+            params = chunk.open(leaves.params)
+            average, square = chunk.open(exp_avg), chunk.open(exp_avg_sq)
+            if h.maximize:
+                torch._foreach_neg_(grads)
+            if h.weight_decay != 0.0 and h.decoupled:
+                torch._foreach_mul_(params, 1.0 - h.lr * h.weight_decay)
+            elif h.weight_decay != 0.0:
+                torch._foreach_add_(grads, params, alpha=h.weight_decay)
+            torch._foreach_lerp_(average, grads, 1.0 - h.beta1)
+            torch._foreach_mul_(square, h.beta2)
+            torch._foreach_addcmul_(square, grads, grads, 1.0 - h.beta2)
+            if h.amsgrad:
+                largest = chunk.open(max_exp_avg_sq)
+                torch._foreach_maximum_(largest, square)
+                chunk.close(max_exp_avg_sq, largest)
+                denominator = torch._foreach_sqrt(largest)
+            else:
+                denominator = torch._foreach_sqrt(square)
+            t = [step[piece.leaf] for piece in chunk.pieces]
+            torch._foreach_div_(denominator, [(1.0 - h.beta2**n) ** 0.5 for n in t])
+            torch._foreach_add_(denominator, h.eps)
+            torch._foreach_addcdiv_(params, average, denominator, [-h.lr / (1.0 - h.beta1**n) for n in t])
+            for tensors, work in ((leaves.params, params), (exp_avg, average), (exp_avg_sq, square)):
+                chunk.close(tensors, work)

@@ -1,0 +1,72 @@
+"""Running statistics move in the first pass of a step only, as if it had been the only one."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Names of the buffers that hold running statistics, in torch's modules and in those written after them."""
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers of running statistics in ``model``: of BatchNorm, SyncBatchNorm, InstanceNorm and modules like them.
+
+    >>> [tuple(t.shape) for t in running_statistics(nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm(3)))]
+    [(3,), (3,), ()]
+    """
+    found = []
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        found += [buffers[name] for name in STATISTICS if name in buffers]
+    return found
+
+
+class FreezeRunningStatistics:
+    """Keeps what the first pass made of the running statistics of ``model``, whatever the later passes do.
+
+    As a context manager it spans one step: call :meth:`begin` at the start of each pass. On leaving, the statistics are
+    those of the end of the first pass, bit for bit; when the block raises, those at entry. Modules are not switched:
+    their normalisation by the statistics of the batch, ``training`` and ``momentum`` stay as they are, and a compiled
+    model is not compiled again.
+
+    >>> model = nn.BatchNorm1d(2)
+    >>> with FreezeRunningStatistics(model) as freeze:
+    ...     for scale in (1.0, 100.0):
+    ...         freeze.begin()
+    ...         _ = model(scale * torch.ones(4, 2))
+    >>> model.running_mean, int(model.num_batches_tracked)
+    (tensor([0.1000, 0.1000]), 1)
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self.model = model
+        self._buffers: list[Tensor] = []
+        self._start: list[Tensor] = []
+        self._after_first: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def __enter__(self) -> FreezeRunningStatistics:
+        self._buffers = running_statistics(self.model) if self.model is not None else []
+        self._start = [buffer.clone() for buffer in self._buffers]
+        self._after_first = None
+        self._begun = False
+        return self
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Start a pass: note the statistics the first pass ended with."""
+        if self._begun and self._after_first is None:
+            self._after_first = [buffer.clone() for buffer in self._buffers]
+        self._begun = True
+
+    @torch.no_grad()
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        keep = self._start if kind is not None else self._after_first
+        if keep:
+            torch._foreach_copy_(self._buffers, keep)
+        self._buffers, self._start, self._after_first = [], [], None

@@ -1,0 +1,261 @@
+"""The optimizers users construct: the engine with one recipe each."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+
+from . import recipes
+from .optimizer import FlatOptimizer
+
+Coefficients: TypeAlias = "float | tuple[float, float]"
+"""A number ``a``, which stands for ``(a, 1 - a)``, or the pair itself."""
+
+
+class Base(FlatOptimizer):
+    """The base optimizer alone: one pass, so that a training loop over ``passes()`` serves it too.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = Base([weight], torch.optim.SGD, lr=0.25)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()
+    >>> weight.item()
+    0.5
+    """
+
+    recipe = recipes.BASE
+
+
+class SAM(FlatOptimizer):
+    r"""Sharpness-Aware Minimization: the gradient at :math:`θ + ρ\, g_0/‖g_0‖`. Two passes.
+
+    Source: Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021, arXiv 2010.01412. Options and errors: :class:`FlatOptimizer`.
+
+    Args:
+        rho: ρ, radius of the perturbation.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = SAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.SAM
+
+    def __init__(
+        self, params: Any, base_optimizer: Any = torch.optim.SGD, *, rho: float = 0.05, **options: Any
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **options)
+
+
+class ASAM(FlatOptimizer):
+    r"""Adaptive SAM: the gradient at :math:`θ + ρ\, T^2 g_0/‖T g_0‖` with :math:`T = |θ| + η` elementwise. Two passes.
+
+    Source: Kwon, Kim, Park, Choi, ICML 2021, arXiv 2102.11600. Options and errors: :class:`FlatOptimizer`.
+
+    Args:
+        rho: ρ, radius relative to the size of the weights.
+        eta: η, added to the size of each weight; the authors' code uses 0.01, the definition 0.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
+    >>> optimizer = ASAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # at 2, then at 3
+    >>> weight.item()
+    0.5
+    """
+
+    recipe = recipes.ASAM
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.5,
+        eta: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, eta=eta, **options)
+
+
+class GSAM(FlatOptimizer):
+    r"""Surrogate Gap SAM: :math:`g_1 − α\, g_{0⊥}`, where :math:`g_{0⊥}` is :math:`g_0` less its part along :math:`g_1`.
+
+    Two passes, at the points of SAM. Source: Zhuang et al., ICLR 2022, arXiv 2203.08065. Options and errors:
+    :class:`FlatOptimizer`. The paper lets ρ follow the learning rate: :class:`gam_fast.schedules.ProportionalRadius`.
+
+    Args:
+        rho: ρ, radius of the perturbation.
+        alpha: α, weight of the surrogate gap.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = GSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, alpha=0.4)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # in one dimension nothing is orthogonal: SAM
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.GSAM
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.04,
+        alpha: float = 0.4,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, alpha=alpha, **options)
+
+
+class GradientNormPenalty(FlatOptimizer):
+    r"""Penalty on the gradient norm: :math:`(1−α)\, g_0 + α\, g_1` at the points of SAM. Two passes.
+
+    It descends :math:`L + λ‖∇L‖` with :math:`α = λ/ρ`. Source: Zhao, Zhang, Hu, ICML 2022, arXiv 2202.03599. Options and
+    errors: :class:`FlatOptimizer`.
+
+    Args:
+        rho: r of the paper, radius of the perturbation.
+        alpha: α, or the pair ``(weight of g1, weight of g0)``.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = GradientNormPenalty([weight], torch.optim.SGD, lr=0.25, rho=0.5, alpha=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2, then 3
+    >>> weight.item()
+    0.375
+    """
+
+    recipe = recipes.GRADIENT_NORM_PENALTY
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        alpha: Coefficients = 0.8,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, alpha=alpha, **options)
+
+
+class GAM(FlatOptimizer):
+    r"""Gradient norm Aware Minimization, accelerated (Algorithm 2). Four passes.
+
+    .. math::
+        g_0 &= g(θ), & g_1 &= g(θ + ρ'\, g_0/‖g_0‖), & h_0 &= g_1 − g_0, \\
+        θ_2 &= θ + ρ\, h_0/‖h_0‖, & g_2 &= g(θ_2), & g_3 &= g(θ_2 + ρ'\, g_2/‖g_2‖), \\
+        h_+ &= α g_1 + (1−α) g_3, & h_- &= β g_0 + (1−β) g_2, & d &= h_+ − γ\, h_{-⊥}.
+
+    Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. Options and errors: :class:`FlatOptimizer`.
+
+    Args:
+        rho: ρ, outer radius: how far along the gradient of the gradient norm.
+        rho_prime: ρ', radius of the finite differences that stand for Hessian-vector products.
+        alpha: α, or a pair ``(weight of g1, weight of g3)``.
+        beta: β, or a pair ``(weight of g0, weight of g2)``; ``(1.0, 1 - β)`` reproduces the authors' released code.
+        gamma: γ, weight of the part of h₋ orthogonal to h₊.
+
+    The defaults are the paper's for ResNets on CIFAR-100.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = GAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, rho_prime=0.25, alpha=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # at 1, 1.25, 1.5 and 1.75
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.GAM
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.2,
+        rho_prime: float = 0.02,
+        alpha: Coefficients = 0.6,
+        beta: Coefficients = 0.5,
+        gamma: float = 0.03,
+        **options: Any,
+    ) -> None:
+        own = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
+        super().__init__(params, base_optimizer, **own, **options)
+
+
+class CFlat(FlatOptimizer):
+    r"""C-Flat: :math:`g_1 + λ (g_3 − g_2)` on the walk of GAM with one radius. Four passes.
+
+    Source: Bian et al., NeurIPS 2024, arXiv 2404.00986. Options and errors: :class:`FlatOptimizer`.
+
+    Args:
+        rho: ρ, radius of all three moves.
+        lam: λ, weight of the first-order flatness.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = CFlat([weight], torch.optim.SGD, lr=0.25, rho=0.5, lam=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # at 1, 1.5, 1.5 and 2
+    >>> weight.item()
+    0.125
+    """
+
+    recipe = recipes.CFLAT
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.2,
+        lam: float = 0.2,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, lam=lam, **options)
+
+
+class FAD(FlatOptimizer):
+    r"""Flatness-Aware Minimization for domain generalization, on the walk of GAM. Four passes.
+
+    .. math:: d = (1−λα)\, g_0 + λα\, g_1 − λ(1−α)\, g_2 + λ(1−α)\, g_3
+
+    Source: Zhang, Xu, Yu, Zou, Cui, ICCV 2023, arXiv 2307.11108; the coefficients are second-hand, and the defaults are
+    ours. Options and errors: :class:`FlatOptimizer`.
+
+    Args:
+        rho: ρ, outer radius.
+        rho_prime: ρ', radius of the finite differences.
+        alpha: α, share of zeroth-order flatness against first-order flatness.
+        lam: λ, weight of both.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = FAD([weight], torch.optim.SGD, lr=0.25, rho=0.5, rho_prime=0.5, alpha=0.5, lam=1.0)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # at 1, 1.5, 1.5 and 2
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.FAD
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        rho_prime: float = 0.05,
+        alpha: float = 0.5,
+        lam: float = 0.5,
+        **options: Any,
+    ) -> None:
+        own = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "lam": lam}
+        super().__init__(params, base_optimizer, **own, **options)

@@ -1,0 +1,420 @@
+"""The engine: a torch optimizer that takes every step by a recipe around a base optimizer.
+
+The transient part of a step is in :mod:`gam_fast.walk`; here is what lasts: parameter groups, state, options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .backends import Backend, select
+from .backends.base import Direction
+from .recipes import BASE, Recipe
+from .updates import fused_update
+from .walk import Settings, Shard, SkipStep, Walk
+
+_ON_NONFINITE = ("raise", "skip", "ignore")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One pass of a step, as :meth:`FlatOptimizer.passes` yields it.
+
+    Attributes:
+        index: 0 for the pass at θ, then 1, 2, ….
+        passes: how many there are.
+    """
+
+    index: int
+    passes: int
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last pass of the step."""
+        return self.index == self.passes - 1
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """A torch optimizer that hands its base optimizer the direction of a :class:`~gam_fast.recipes.Recipe`.
+
+    The classes of :mod:`gam_fast.methods` (GAM, SAM, …) are this class with a recipe each.
+
+    A step is either ``optimizer.step(closure)``, the closure being called once a pass, or the loop
+    ``for turn in optimizer.passes(): loss_fn(model(x), y).backward()``. Gradients are the optimizer's during a step: it
+    clears them before each pass, and afterwards ``param.grad`` is the gradient of the last pass. Several backward calls
+    in one pass add up. A step that does not come to its end (an exception, a ``break``, a KeyboardInterrupt, a
+    gradient that is not finite) leaves parameters, running statistics and random state as they were, bit for bit.
+
+    Args:
+        params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
+            hyper-parameter of the recipe or of the base may be set for the group. May be ``None`` with an instance.
+        base_optimizer: a torch optimizer class (or any callable with its signature), or an instance over ``params``.
+        model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
+        backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
+        replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass.
+        freeze_running_statistics: switch for what ``model`` does.
+        clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
+        on_nonfinite: ``"raise"`` :class:`~gam_fast.walk.NonFiniteGradientError`, or ``"skip"`` the step and count it in
+            :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking costs
+            an accelerator one wait for the device at the end of a step; a CPU nothing but the norm of the last gradient.
+        hyper: the recipe's hyper-parameters and, where ``base_optimizer`` is a class, its arguments. Where the base
+            has one of the same name (``alpha`` of RMSprop), the keyword is the recipe's, its key in ``param_groups``
+            gets the recipe's name in front (``gam_alpha``), and the base's own is given through an instance.
+
+    Raises:
+        TypeError: complex parameters; a base that needs a closure (LBFGS) or sparse gradients (SparseAdam); wrong types.
+        ValueError: a hyper-parameter out of range, an instance over other parameters, an unknown option.
+        RuntimeError: a backend that is not available.
+    """
+
+    recipe: ClassVar[Recipe] = BASE
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        *,
+        model: nn.Module | None = None,
+        backend: str = "auto",
+        replay_rng: bool = True,
+        freeze_running_statistics: bool = True,
+        clip_grad_norm: float | None = None,
+        on_nonfinite: str = "raise",
+        **hyper: Any,
+    ) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        if on_nonfinite not in _ON_NONFINITE:
+            raise ValueError(f"on_nonfinite must be one of {', '.join(_ON_NONFINITE)}, got {on_nonfinite!r}")
+        if clip_grad_norm is not None and not (math.isfinite(clip_grad_norm) and clip_grad_norm > 0):
+            raise ValueError(f"clip_grad_norm must be a positive number or None, got {clip_grad_norm!r}")
+        own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
+        for name, value in own.items():
+            self.recipe.check(name, value)
+        self.base = _build_base(params, base_optimizer, hyper)
+        prefix = self.recipe.name.lower()
+        self._keys = {name: f"{prefix}_{name}" if name in self.base.defaults else name for name in own}
+        self._own_defaults = {self._keys[name]: value for name, value in own.items()}
+        for group in self.base.param_groups:
+            self._check_group(group)
+        self._backend_name = backend
+        self._backends: dict[torch.device, Backend] = {}
+        self._model = model
+        self._options = {
+            "replay_rng": bool(replay_rng),
+            "freeze_running_statistics": bool(freeze_running_statistics),
+            "clip_grad_norm": clip_grad_norm,
+            "on_nonfinite": on_nonfinite,
+        }
+        for param in self._parameters():
+            self._select(param.device)
+        self.skipped_steps = 0
+        self._walk: Walk | None = None
+        for group in self.base.param_groups:
+            self._complete_group(group)
+        # torch's constructor would make groups and state of its own. Ours are those of the base optimizer (see the
+        # properties below), so only its hooks and its profiling are set up, as it does itself when it unpickles.
+        super().__setstate__({"defaults": {**self.base.defaults, **self._own_defaults}})
+
+    # What is shared with the base optimizer, for good: also after load_state_dict has replaced it.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups, those of the base optimizer."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state by parameter, that of the base optimizer."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    def key(self, name: str) -> str:
+        """The key in ``param_groups`` of the recipe's hyper-parameter ``name``: itself, unless the base has one so named.
+
+        Raises:
+            ValueError: the recipe has no such hyper-parameter.
+        """
+        if name not in self._keys:
+            raise ValueError(
+                f"{self.recipe.name} has no hyper-parameter {name!r}; it has {', '.join(self._keys) or 'none'}"
+            )
+        return self._keys[name]
+
+    def passes(self) -> Iterator[Turn]:
+        """The passes of one step: run forward and backward once in the body for each.
+
+        The update happens when the loop asks for a pass after the last. Leaving the loop early undoes the step. The
+        hooks of ``register_step_pre_hook`` and ``register_step_post_hook`` run around the update.
+
+        Raises:
+            RuntimeError: a pass ended without a gradient; a parameter was modified during a pass (modified in the first
+                pass, it stays so; later, it is restored); or a step of this optimizer is already under way.
+            TypeError: a sparse gradient.
+            NonFiniteGradientError: a gradient with NaN or infinity, unless ``on_nonfinite`` says otherwise.
+
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = FlatOptimizer([weight], torch.optim.SGD, lr=0.5)
+        >>> for turn in optimizer.passes():
+        ...     (weight**2).sum().backward()
+        >>> weight.tolist()
+        [0.0, 0.0]
+        """
+        self._refuse_nesting("passes()")
+        return self._run(hooked=True)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
+
+        Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
+        returns nothing, which is allowed). Without a closure, a recipe of one pass uses the gradients there are, as any
+        torch optimizer; the others refuse.
+
+        Raises:
+            RuntimeError, TypeError, NonFiniteGradientError: as :meth:`passes`.
+
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = FlatOptimizer([weight], torch.optim.SGD, lr=0.5)
+        >>> def closure():
+        ...     loss = (weight**2).sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure).item()
+        25.0
+        """
+        if self._walk is not None and self._walk.complete and closure is None:
+            self._walk.finish(self._update)
+            return None
+        self._refuse_nesting("step()")
+        if closure is None:
+            self._step_without_closure()
+            return None
+        first = None
+        with contextlib.closing(self._run(hooked=False)) as turns:
+            for turn in turns:
+                with torch.enable_grad():
+                    loss = closure()
+                if turn.index == 0:
+                    first = loss
+        return first
+
+    def _run(self, hooked: bool) -> Iterator[Turn]:
+        self._refuse_nesting("passes()")
+        n = self.recipe.passes
+        with self._open() as walk:
+            for index in range(n):
+                walk.begin()
+                yield Turn(index, n)
+                walk.collect(index)
+                if index < n - 1:
+                    walk.move(index)
+            walk.complete = True
+            if hooked:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
+                self.step()
+            else:
+                walk.finish(self._update)
+
+    def _step_without_closure(self) -> None:
+        if self.recipe.passes > 1:
+            raise RuntimeError(
+                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), the closure being "
+                "called once a pass, or run forward and backward in `for turn in optimizer.passes():`"
+            )
+        with self._open() as walk:
+            walk.collect(0)
+            walk.finish(self._update)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Walk]:
+        settings = Settings(self.recipe, self._select, self._model, **self._options)
+        hyper = [
+            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()}
+            for group in self.param_groups
+        ]
+        walk = self._walk = Walk(settings, self.param_groups, hyper)
+        try:
+            with walk:
+                try:
+                    yield walk
+                except SkipStep:
+                    self.skipped_steps += 1
+                    self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
+                    raise
+        finally:
+            self._walk = None
+
+    def _update(self, directions: list[tuple[Shard, Direction]]) -> None:
+        """Restore θ and let the base optimizer step along the directions, one a device."""
+        update = fused_update(self.base)
+        if update is not None:
+            for shard, direction in directions:
+                update(self.base, shard.backend, shard.leaves, direction)
+            self.base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
+            return
+        grads = [(param, param.grad) for group in self.param_groups for param in group["params"]]
+        try:
+            for shard, direction in directions:
+                for param, grad in zip(shard.leaves.params, _materialise(shard, direction), strict=True):
+                    param.grad = grad
+            with torch.enable_grad():
+                self.base.step()
+        finally:
+            for param, grad in grads:
+                param.grad = grad
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; hyper-parameters it does not set get the constructor's values.
+
+        Raises:
+            RuntimeError: during a step.
+            ValueError, TypeError: as the constructor.
+        """
+        self._refuse_nesting("add_param_group()")
+        self._check_group(param_group)
+        self.base.add_param_group(param_group)
+        self._complete_group(self.param_groups[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the base optimizer, in its own layout; the groups hold the recipe's hyper-parameters besides."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this optimizer, or of its base optimizer alone: then the recipe's values stay as they are.
+
+        Raises:
+            RuntimeError: during a step.
+            ValueError: the groups do not fit, or hold a hyper-parameter out of range; nothing is then changed.
+        """
+        self._refuse_nesting("load_state_dict()")
+        state_dict = copy(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        kept = [{key: group[key] for key in self._own_defaults if key in group} for group in self.param_groups]
+        kept += [{}] * (len(state_dict["param_groups"]) - len(kept))
+        groups = [{**own, **saved} for own, saved in zip(kept, state_dict["param_groups"], strict=False)]
+        for group in groups:
+            self._check_hyper(group)
+        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_nesting("pickling or copying")
+        names = ("base", "defaults", "_keys", "_own_defaults", "_backend_name", "_model", "_options", "skipped_steps")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._backends = {}
+        self._walk = None
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        backends = sorted({self._select(param.device).name for param in self._parameters()})
+        head = f"{type(self).__name__} (base: {type(self.base).__name__}, backend: {', '.join(backends)}"
+        return head + super().__repr__().removeprefix(f"{type(self).__name__} (")
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _select(self, device: torch.device) -> Backend:
+        if device not in self._backends:
+            self._backends[device] = select(self._backend_name, device)
+        return self._backends[device]
+
+    def _refuse_nesting(self, what: str) -> None:
+        if self._walk is not None:
+            raise RuntimeError(
+                f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
+                "end, or close() the iterator to undo the step"
+            )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_hyper(group)
+        params = group.get("params", ()) if isinstance(group, dict) else ()
+        if isinstance(params, list | tuple):
+            for param in (entry[1] if isinstance(entry, tuple) else entry for entry in params):
+                if isinstance(param, Tensor) and param.is_complex():
+                    raise TypeError(
+                        f"a parameter of shape {tuple(param.shape)} is complex ({param.dtype}): optimize a real "
+                        "parameter and use torch.view_as_complex of it in the model"
+                    )
+
+    def _check_hyper(self, group: dict[str, Any]) -> None:
+        for name, key in self._keys.items():
+            if key in group:
+                self.recipe.check(name, group[key])
+
+    def _complete_group(self, group: dict[str, Any]) -> None:
+        for key, value in self._own_defaults.items():
+            group.setdefault(key, value)
+
+
+def _build_base(
+    params: Iterable[Any] | None,
+    base_optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer],
+    arguments: dict[str, Any],
+) -> torch.optim.Optimizer:
+    if isinstance(base_optimizer, torch.optim.Optimizer):
+        base = base_optimizer
+        if arguments:
+            raise TypeError(
+                f"unexpected arguments {', '.join(sorted(arguments))}: base_optimizer is an instance, which has its own"
+            )
+        if params is not None and _ids(params) != _ids(base.param_groups):
+            raise ValueError("base_optimizer is an instance over other parameters than params; pass params=None")
+    elif callable(base_optimizer):
+        if params is None:
+            raise TypeError("params may be None only with an instance of an optimizer as base_optimizer")
+        base = base_optimizer(params, **arguments)
+    else:
+        raise TypeError(f"base_optimizer must be a torch optimizer class or instance, got {base_optimizer!r}")
+    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, FlatOptimizer):
+        raise TypeError(f"base_optimizer must make a torch optimizer that is not one of gam_fast, got {base!r}")
+    if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
+        why = "evaluates its own closure" if isinstance(base, torch.optim.LBFGS) else "needs sparse gradients"
+        raise TypeError(
+            f"{type(base).__name__} cannot be the base optimizer, because it {why}; use SGD, AdamW or another"
+        )
+    return base
+
+
+def _ids(params: Iterable[Any]) -> set[int]:
+    found = set()
+    for entry in params:
+        values = entry["params"] if isinstance(entry, dict) else [entry]
+        values = [values] if isinstance(values, Tensor) else values
+        found |= {id(value[1] if isinstance(value, tuple) else value) for value in values}
+    return found
+
+
+@torch.no_grad()
+def _materialise(shard: Shard, direction: Direction) -> list[Tensor]:
+    """The direction as tensors, and θ restored; in the storage of a gradient the engine holds, if it holds one."""
+    last = direction.terms[-1]
+    plain = len(direction.terms) == 1 and direction.scale is None and all(p == 1.0 for p in direction.p[0])
+    if plain:
+        shard.backend.restore(shard.leaves)
+        return last
+    out = direction.terms[0] if len(direction.terms) > 1 else [torch.empty_like(param) for param in shard.leaves.params]
+    shard.backend.direction(shard.leaves, direction, out)
+    return out

@@ -1,0 +1,52 @@
+"""Taking over gradients: their storage becomes the engine's where nobody else has a hold on it."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def take(param: Tensor) -> Tensor:
+    """Take ``param.grad`` away, for the engine to keep and to overwrite; ``param.grad`` is then ``None``.
+
+    It is copied when somebody else could see it change: another Python or C++ reference to the tensor, a view of its
+    storage (the buckets of DistributedDataParallel with ``gradient_as_bucket_view=True`` are such views).
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.sum().backward()
+    >>> address = weight.grad.data_ptr()
+    >>> take(weight).data_ptr() == address, weight.grad
+    (True, None)
+    """
+    grad = param.grad
+    assert grad is not None
+    param.grad = None
+    return grad if _references(grad) == _sole() else grad.clone(memory_format=torch.preserve_format)
+
+
+def _references(grad: Tensor) -> tuple[int, int, int, bool]:
+    """References to the tensor from Python and from C++, to its storage, and whether it is all of its storage."""
+    storage = grad.untyped_storage()
+    whole = storage.nbytes() == grad.numel() * grad.element_size()
+    return sys.getrefcount(grad), grad._use_count(), torch._C._storage_Use_Count(storage._cdata), whole
+
+
+@cache
+def _sole() -> tuple[int, int, int, bool] | None:
+    """What :func:`_references` says of a gradient that only :func:`take` holds; ``None`` if this torch cannot tell."""
+    if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
+        return None
+    with torch.inference_mode(False), torch.enable_grad():
+        param = torch.ones(1, requires_grad=True)
+        param.sum().backward()
+    return _measure(param)
+
+
+def _measure(param: Tensor) -> tuple[int, int, int, bool]:
+    grad = param.grad
+    assert grad is not None
+    param.grad = None
+    return _references(grad)

@@ -1,0 +1,300 @@
+r"""Every method of the family as data: where its gradients are taken, and how they are combined.
+
+A step evaluates the gradients :math:`g_0, …, g_{N-1}` of one mini-batch loss along a *walk* that starts at the
+parameters :math:`θ`, and hands the base optimizer one direction
+
+.. math:: d = u - γ\,(m - \frac{⟨m,u⟩}{‖u‖²} u), \qquad u = \sum_i c_i g_i, \quad m = \sum_i d_i g_i .
+
+A :class:`Recipe` states the walk, the coefficients ``c`` and ``d`` and the hyper-parameters they are made of. It
+knows nothing of tensors: the engine (:mod:`gam_fast.optimizer`) reads it. Adding a published method of the family is
+adding one table here and one class in :mod:`gam_fast.methods`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, TypeAlias
+
+Hyperparameters: TypeAlias = Mapping[str, Any]
+Coefficient: TypeAlias = "float | Callable[[Hyperparameters], float] | None"
+
+
+@dataclass(frozen=True)
+class Value:
+    """The hyper-parameter itself, as a coefficient.
+
+    >>> Value("alpha")({"alpha": 0.3})
+    0.3
+    """
+
+    name: str
+
+    def __call__(self, hyper: Hyperparameters) -> float:
+        return float(hyper[self.name])
+
+
+@dataclass(frozen=True)
+class Share:
+    """First (``part=0``) or second (``part=1``) half of a hyper-parameter given as ``a`` or as an explicit pair.
+
+    A number ``a`` stands for the pair ``(a, 1 - a)``.
+
+    >>> Share("beta", 1)({"beta": 0.25}), Share("beta", 1)({"beta": (1.0, 0.25)})
+    (0.75, 0.25)
+    """
+
+    name: str
+    part: int
+
+    def __call__(self, hyper: Hyperparameters) -> float:
+        value = hyper[self.name]
+        pair = value if isinstance(value, tuple | list) else (value, 1.0 - value)
+        return float(pair[self.part])
+
+
+@dataclass(frozen=True)
+class Move:
+    r"""From one pass to the next: ``origin + radius · v / (‖v‖ + ξ)`` with ``v = g[along]`` or ``g[along] − g[minus]``.
+
+    ``from_start`` puts the origin at θ, else it is the point of the pass just made. ξ is 1e-12. For an adaptive recipe
+    (ASAM) the norm is ``‖T v‖`` and the step ``radius · T² v / (‖T v‖ + ξ)`` with ``T = |θ| + eta``, elementwise.
+    """
+
+    along: int
+    radius: str
+    minus: int | None = None
+    from_start: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method: its walk, its coefficients and its hyper-parameters.
+
+    Args:
+        name: how it is called in messages.
+        citation: where it was published.
+        defaults: hyper-parameter names and default values; radii are non-negative numbers in units of the parameters.
+        walk: one :class:`Move` between each pass and the next; ``len(walk) + 1`` passes.
+        u: the coefficient ``c_i`` of each gradient; ``None`` where the gradient takes no part.
+        m: the coefficient ``d_i`` of each gradient, or an empty tuple where the method has no second combination.
+        gamma: name of the hyper-parameter γ, needed with ``m``.
+        adaptive: name of the hyper-parameter η of the elementwise radius (see :class:`Move`), or ``None``.
+
+    Raises:
+        ValueError: when the table contradicts itself (a move along a gradient not yet taken, a coefficient missing).
+
+    >>> SAM.passes, GAM.passes
+    (2, 4)
+    """
+
+    name: str
+    citation: str
+    defaults: Hyperparameters = field(hash=False)
+    walk: tuple[Move, ...]
+    u: tuple[Coefficient, ...]
+    m: tuple[Coefficient, ...] = ()
+    gamma: str | None = None
+    adaptive: str | None = None
+
+    def __post_init__(self) -> None:
+        n = self.passes
+        if len(self.u) != n or self.u[-1] is None:
+            raise ValueError(f"recipe {self.name}: u needs {n} coefficients, the last not None, got {self.u!r}")
+        if len(self.m) not in (0, n) or bool(self.m) != (self.gamma is not None):
+            raise ValueError(f"recipe {self.name}: m needs {n} coefficients and a gamma, or neither")
+        for i, move in enumerate(self.walk):
+            if not (0 <= move.along <= i and (move.minus is None or 0 <= move.minus <= i)):
+                raise ValueError(f"recipe {self.name}: move {i} goes along a gradient that is not taken yet: {move}")
+        names = {move.radius for move in self.walk} | {self.gamma, self.adaptive} - {None}
+        if not names <= set(self.defaults):
+            raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes in one step."""
+        return len(self.walk) + 1
+
+    def coefficients(self, hyper: Hyperparameters) -> tuple[list[float], list[float], float]:
+        """``(c, d, γ)`` for one parameter group; 0.0 where a gradient takes no part, ``d`` empty without ``m``.
+
+        >>> GAM.coefficients({"alpha": 0.25, "beta": 0.5, "gamma": 0.03})
+        ([0.0, 0.25, 0.0, 0.75], [0.5, 0.0, 0.5, 0.0], 0.03)
+        """
+        c = [_evaluate(x, hyper) for x in self.u]
+        d = [_evaluate(x, hyper) for x in self.m]
+        return c, d, float(hyper[self.gamma]) if self.gamma else 0.0
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ``ValueError`` or ``TypeError``, naming the value, unless it can be hyper-parameter ``name``."""
+        pairs = {x.name for x in (*self.u, *self.m) if isinstance(x, Share)}
+        if name in pairs and isinstance(value, tuple | list):
+            if len(value) != 2 or not all(_is_finite(v) for v in value):
+                raise ValueError(
+                    f"{self.name}: {name} must be a number a, meaning (a, 1 - a), or a pair, got {value!r}"
+                )
+            return
+        if not isinstance(value, Real) or isinstance(value, bool):
+            hint = " or a pair of numbers" if name in pairs else ""
+            raise TypeError(f"{self.name}: {name} must be a number{hint}, got {value!r} ({type(value).__name__})")
+        if not _is_finite(value):
+            raise ValueError(f"{self.name}: {name} must be finite, got {value!r}")
+        radii = {move.radius for move in self.walk} | {self.adaptive}
+        if name in radii and value < 0:
+            raise ValueError(f"{self.name}: {name} must not be negative, got {value!r}")
+
+
+def _evaluate(coefficient: Coefficient, hyper: Hyperparameters) -> float:
+    if coefficient is None:
+        return 0.0
+    return float(coefficient(hyper)) if callable(coefficient) else float(coefficient)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _one_minus_product(hyper: Hyperparameters) -> float:
+    return 1.0 - float(hyper["lam"]) * float(hyper["alpha"])
+
+
+def _product(hyper: Hyperparameters) -> float:
+    return float(hyper["lam"]) * float(hyper["alpha"])
+
+
+def _rest_product(hyper: Hyperparameters) -> float:
+    return float(hyper["lam"]) * (1.0 - float(hyper["alpha"]))
+
+
+def _minus_rest_product(hyper: Hyperparameters) -> float:
+    return -_rest_product(hyper)
+
+
+def _minus_lam(hyper: Hyperparameters) -> float:
+    return -float(hyper["lam"])
+
+
+_SAM_WALK = (Move(along=0, radius="rho"),)
+
+
+def _gam_walk(rho: str, rho_prime: str) -> tuple[Move, ...]:
+    """θ; θ + ρ' ĝ0; θ2 = θ + ρ ĥ0 with h0 = g1 − g0; θ2 + ρ' ĝ2."""
+    return (Move(0, rho_prime), Move(1, rho, minus=0, from_start=True), Move(2, rho_prime))
+
+
+BASE = Recipe(name="Base", citation="the base optimizer alone, one pass", defaults={}, walk=(), u=(1.0,))
+
+SAM = Recipe(
+    name="SAM",
+    citation="Foret, Kleiner, Mobahi, Neyshabur, Sharpness-Aware Minimization, ICLR 2021, arXiv 2010.01412",
+    defaults={"rho": 0.05},
+    walk=_SAM_WALK,
+    u=(None, 1.0),
+)
+
+ASAM = Recipe(
+    name="ASAM",
+    citation="Kwon, Kim, Park, Choi, ASAM: Adaptive Sharpness-Aware Minimization, ICML 2021, arXiv 2102.11600",
+    defaults={"rho": 0.5, "eta": 0.0},
+    walk=_SAM_WALK,
+    u=(None, 1.0),
+    adaptive="eta",
+)
+
+GSAM = Recipe(
+    name="GSAM",
+    citation="Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022, arXiv 2203.08065",
+    defaults={"rho": 0.04, "alpha": 0.4},
+    walk=_SAM_WALK,
+    u=(None, 1.0),
+    m=(1.0, None),
+    gamma="alpha",
+)
+
+GRADIENT_NORM_PENALTY = Recipe(
+    name="GradientNormPenalty",
+    citation="Zhao, Zhang, Hu, Penalizing Gradient Norm for Efficiently Improving Generalization, ICML 2022, "
+    "arXiv 2202.03599",
+    defaults={"rho": 0.05, "alpha": 0.8},
+    walk=_SAM_WALK,
+    u=(Share("alpha", 1), Share("alpha", 0)),
+)
+
+GAM = Recipe(
+    name="GAM",
+    citation="Zhang, Xu, Yu, Zou, Cui, Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves "
+    "Generalization, CVPR 2023, arXiv 2303.03108, Algorithm 2",
+    defaults={"rho": 0.2, "rho_prime": 0.02, "alpha": 0.6, "beta": 0.5, "gamma": 0.03},
+    walk=_gam_walk("rho", "rho_prime"),
+    u=(None, Share("alpha", 0), None, Share("alpha", 1)),
+    m=(Share("beta", 0), None, Share("beta", 1), None),
+    gamma="gamma",
+)
+
+CFLAT = Recipe(
+    name="CFlat",
+    citation="Bian et al., Make Continual Learning Stronger via C-Flat, NeurIPS 2024, arXiv 2404.00986",
+    defaults={"rho": 0.2, "lam": 0.2},
+    walk=_gam_walk("rho", "rho"),
+    u=(None, 1.0, _minus_lam, Value("lam")),
+)
+
+FAD = Recipe(
+    name="FAD",
+    citation="Zhang, Xu, Yu, Zou, Cui, Flatness-Aware Minimization for Domain Generalization, ICCV 2023, "
+    "arXiv 2307.11108",
+    defaults={"rho": 0.05, "rho_prime": 0.05, "alpha": 0.5, "lam": 0.5},
+    walk=_gam_walk("rho", "rho_prime"),
+    u=(_one_minus_product, _product, _minus_rest_product, _rest_product),
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (BASE, SAM, ASAM, GSAM, GRADIENT_NORM_PENALTY, GAM, CFLAT, FAD)
+}
+"""All recipes by name."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """After a move: ``g[into] ← k g[into] + l g[other]``, with the coefficients of u or of m; ``other`` is then free."""
+
+    into: int
+    other: int
+    part: str
+
+
+def fold_plan(recipe: Recipe) -> tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]:
+    """What happens to the gradients after each move: the folds, and the gradients that stay live.
+
+    A gradient that no later move goes along is folded into the first live one that belongs to the same combination
+    (u or m), so that never more than two gradients besides the newest are live: with the backup of θ the three
+    buffers of the engine.
+
+    Raises:
+        ValueError: for a recipe that would need more than three buffers.
+
+    >>> folds, live = fold_plan(GAM)[2]     # after the third gradient: g0 becomes m, g1 waits for g3
+    >>> folds, live
+    ((Fold(into=0, other=2, part='m'),), (0, 1))
+    """
+    plan = []
+    parts = {
+        i: ("u" if recipe.u[i] is not None else "") + ("m" if recipe.m and recipe.m[i] is not None else "")
+        for i in range(recipe.passes)
+    }
+    live: list[int] = []
+    for i in range(len(recipe.walk)):
+        live.append(i)
+        later = {k for move in recipe.walk[i + 1 :] for k in (move.along, move.minus)}
+        live = [k for k in live if parts[k] or k in later]
+        folds = []
+        for part in ("u", "m"):
+            same = [k for k in live if k not in later and parts[k] == part]
+            folds += [Fold(same[0], k, part) for k in same[1:]]
+            live = [k for k in live if k not in same[1:]]
+        if len(live) > 2:
+            raise ValueError(f"recipe {recipe.name}: gradients {live} are live after pass {i}; at most two can be kept")
+        plan.append((tuple(folds), tuple(live)))
+    return tuple(plan)

@@ -1,0 +1,100 @@
+"""The same random numbers in every pass, so that dropout and stochastic depth draw the same masks.
+
+Without it the difference of two gradients of a step, from which GAM takes the curvature, is mostly noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _device_module(device: torch.device) -> Any:
+    return torch.get_device_module(device.type)
+
+
+def _get_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    module = _device_module(device)
+    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+
+
+def _set_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    elif device.type == "mps":
+        _device_module(device).set_rng_state(state)
+    else:
+        _device_module(device).set_rng_state(state, device)
+
+
+def _capturing(devices: Iterable[torch.device]) -> bool:
+    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()
+
+
+class ReplayRNG:
+    """Replays torch's default generators: that of the CPU and those of ``devices``.
+
+    As a context manager it spans one step: call :meth:`begin` at the start of each pass. Every pass starts from the
+    state at entry; on leaving, the state is that of the end of the first pass, as if it had been the only one; when the
+    block raises, it is the state at entry. Python's and NumPy's generators are not touched.
+
+    Args:
+        devices: accelerators whose generators are replayed besides the CPU's.
+
+    Raises:
+        RuntimeError: inside a CUDA graph capture, where generators cannot be read or set.
+
+    >>> with ReplayRNG() as replay:
+    ...     draws = []
+    ...     for _ in range(3):
+    ...         replay.begin()
+    ...         draws.append(float(torch.rand(())))
+    >>> len(set(draws))
+    1
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        accelerators = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
+        self.devices = [torch.device("cpu"), *accelerators]
+        self._start: list[Tensor] | None = None
+        self._after_first: list[Tensor] | None = None
+
+    def __enter__(self) -> ReplayRNG:
+        if _capturing(self.devices):
+            raise RuntimeError(
+                "random numbers cannot be replayed inside a CUDA graph capture: construct the optimizer with "
+                "replay_rng=False, which is exact for a model without dropout or other randomness"
+            )
+        self._start = [_get_state(device) for device in self.devices]
+        self._after_first = None
+        self._begun = False
+        return self
+
+    def begin(self) -> None:
+        """Start a pass: note the state the first pass ends with, and go back to the state at entry."""
+        assert self._start is not None, "begin() belongs inside the with block"
+        if not self._begun:
+            self._begun = True
+            return
+        if self._after_first is None:
+            self._after_first = [_get_state(device) for device in self.devices]
+        self._set(self._start)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._set(self._start)
+        elif self._after_first is not None:
+            self._set(self._after_first)
+        self._start = self._after_first = None
+
+    def _set(self, states: list[Tensor] | None) -> None:
+        for device, state in zip(self.devices, states or (), strict=False):
+            _set_state(device, state)

@@ -1,0 +1,186 @@
+"""Schedules for the radii of a recipe (or any other of its numbers), in the manner of torch's learning-rate schedulers.
+
+Construct one after the optimizer and call ``step()`` once an epoch, or once an iteration, as you count ``total_steps``.
+The value of each parameter group at construction is where its schedule starts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .optimizer import FlatOptimizer
+
+
+class RadiusSchedule:
+    """Sets hyper-parameter ``name`` of every group to :meth:`value` of the number of calls of :meth:`step` so far.
+
+    Args:
+        optimizer: the optimizer whose groups are written.
+        name: the recipe's name of the hyper-parameter.
+
+    Attributes:
+        count: calls of :meth:`step` so far.
+        initial: for each group, the value at construction.
+
+    Raises:
+        TypeError: the optimizer is not one of gam_fast.
+        ValueError: its recipe has no such hyper-parameter.
+    """
+
+    def __init__(self, optimizer: FlatOptimizer, name: str = "rho") -> None:
+        if not isinstance(optimizer, FlatOptimizer):
+            raise TypeError(f"optimizer must be one of gam_fast, got {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self.name = name
+        self.count = 0
+        self._key = optimizer.key(name)
+        self.initial = [float(group[self._key]) for group in optimizer.param_groups]
+        self._apply()
+
+    def value(self, initial: float, group: dict[str, Any]) -> float:
+        """The value for a group that started from ``initial``."""
+        raise TypeError(f"{type(self).__name__} is the base of the schedules: use ConstantRadius, LinearRadius, …")
+
+    def step(self) -> None:
+        """Count one more, and set the values."""
+        self.count += 1
+        self._apply()
+
+    def get_last_value(self) -> list[float]:
+        """The values in force, one a group."""
+        return [float(group[self._key]) for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the optimizer, as plain numbers."""
+        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state of :meth:`state_dict` and set the values it implies."""
+        self.__dict__.update({**state_dict, "initial": list(state_dict["initial"])})
+        self._apply()
+
+    def _apply(self) -> None:
+        groups = self.optimizer.param_groups
+        # A group that was added meanwhile starts from its value now.
+        self.initial += [float(group[self._key]) for group in groups[len(self.initial) :]]
+        for initial, group in zip(self.initial, groups, strict=False):
+            group[self._key] = self.value(initial, group)
+
+    def _positive_steps(self, total_steps: int) -> int:
+        if not isinstance(total_steps, int) or total_steps < 1:
+            raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
+        return total_steps
+
+    def _checked(self, what: str, value: float) -> float:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{what} must be finite and not negative, got {value!r}")
+        return float(value)
+
+
+class ConstantRadius(RadiusSchedule):
+    r""":math:`ρ_t = ρ_0`, so that a program may name its schedule in one place.
+
+    >>> schedule = ConstantRadius(_example())
+    >>> schedule.step(); schedule.get_last_value()
+    [0.2]
+    """
+
+    def value(self, initial: float, group: dict[str, Any]) -> float:
+        return initial
+
+
+class LinearRadius(RadiusSchedule):
+    r""":math:`ρ_t = ρ_0 + (ρ_T − ρ_0)\, t/T` up to ``t = total_steps``, then constant.
+
+    Args:
+        end: :math:`ρ_T`; with ``start`` the schedule begins there instead of at the group's value.
+
+    >>> schedule = LinearRadius(_example(), total_steps=4, end=0.0)
+    >>> schedule.step(); schedule.get_last_value()
+    [0.15...]
+    """
+
+    def __init__(
+        self, optimizer: FlatOptimizer, name: str = "rho", *, total_steps: int, end: float, start: float | None = None
+    ) -> None:
+        self.total_steps = self._positive_steps(total_steps)
+        self.end = self._checked("end", end)
+        self.start = None if start is None else self._checked("start", start)
+        super().__init__(optimizer, name)
+
+    def value(self, initial: float, group: dict[str, Any]) -> float:
+        start = initial if self.start is None else self.start
+        return start + (self.end - start) * min(self.count / self.total_steps, 1.0)
+
+
+class CosineRadius(RadiusSchedule):
+    r""":math:`ρ_t = ρ_T + (ρ_0 − ρ_T)\,(1 + \cos(π t/T))/2` up to ``t = total_steps``, then constant.
+
+    Args:
+        end: :math:`ρ_T`.
+
+    >>> schedule = CosineRadius(_example(), total_steps=2, end=0.1)
+    >>> schedule.step(); schedule.get_last_value()
+    [0.15...]
+    """
+
+    def __init__(self, optimizer: FlatOptimizer, name: str = "rho", *, total_steps: int, end: float = 0.0) -> None:
+        self.total_steps = self._positive_steps(total_steps)
+        self.end = self._checked("end", end)
+        super().__init__(optimizer, name)
+
+    def value(self, initial: float, group: dict[str, Any]) -> float:
+        progress = min(self.count / self.total_steps, 1.0)
+        return self.end + (initial - self.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+class ProportionalRadius(RadiusSchedule):
+    r"""The radius follows the learning rate, as in GSAM: call ``step()`` after the learning-rate scheduler's.
+
+    .. math:: ρ_t = ρ_{min} + (ρ_0 − ρ_{min}) \frac{lr_t − lr_{min}}{lr_0 − lr_{min}}
+
+    Args:
+        min_value: :math:`ρ_{min}`.
+        min_lr: :math:`lr_{min}`, where the radius reaches ``min_value``.
+
+    Attributes:
+        initial_lr: for each group, the learning rate at construction, :math:`lr_0`.
+
+    >>> optimizer = _example()
+    >>> schedule = ProportionalRadius(optimizer)
+    >>> optimizer.param_groups[0]["lr"] /= 2; schedule.step(); schedule.get_last_value()
+    [0.1]
+    """
+
+    def __init__(
+        self, optimizer: FlatOptimizer, name: str = "rho", *, min_value: float = 0.0, min_lr: float = 0.0
+    ) -> None:
+        self.min_value = self._checked("min_value", min_value)
+        self.min_lr = self._checked("min_lr", min_lr)
+        self.initial_lr: list[float] = []
+        super().__init__(optimizer, name)
+
+    def _apply(self) -> None:
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.initial_lr) :]:
+            # torch's schedulers note where the learning rate started, before a warm-up lowers it.
+            lr = float(group.get("initial_lr", group["lr"]))
+            if lr <= self.min_lr:
+                raise ValueError(f"min_lr must be below the learning rate {lr}, got {self.min_lr!r}")
+            self.initial_lr.append(lr)
+        super()._apply()
+
+    def value(self, initial: float, group: dict[str, Any]) -> float:
+        index = next(i for i, other in enumerate(self.optimizer.param_groups) if other is group)
+        part = (float(group["lr"]) - self.min_lr) / (self.initial_lr[index] - self.min_lr)
+        return max(0.0, self.min_value + (initial - self.min_value) * part)
+
+
+def _example() -> FlatOptimizer:
+    """A GAM optimizer with ρ = 0.2, for the examples above."""
+    import torch
+
+    from .methods import GAM
+
+    return GAM([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, lr=0.1, rho=0.2)

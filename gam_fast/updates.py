@@ -1,0 +1,122 @@
+"""From the final direction to the new parameters: torch's SGD, Adam and AdamW as one primitive, any other as it is.
+
+The state of the base optimizer is laid out by torch's own conventions (``momentum_buffer``; ``step``, ``exp_avg``,
+``exp_avg_sq``, ``max_exp_avg_sq``), so that checkpoints go both ways between it and the plain optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from .backends.base import AdamGroup, Backend, Direction, Leaves, SGDGroup
+
+FusedUpdate: TypeAlias = Callable[[Optimizer, Backend, Leaves, Direction], None]
+
+_SGD_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+_ADAM_NUMBERS = ("lr", "eps", "weight_decay")
+
+
+def fused_update(base: Optimizer) -> FusedUpdate | None:
+    """The update that restores θ and takes the step of ``base`` in one primitive, or ``None`` where torch must do it.
+
+    torch does it for every other optimizer (subclasses too), for hyper-parameters that are tensors, for
+    ``differentiable=True``, for Adam with ``capturable`` or ``fused`` (their step counters live on the device), and
+    when hooks are registered on ``base`` itself.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> fused_update(torch.optim.SGD([weight], lr=0.1)).__name__
+    'sgd_update'
+    >>> fused_update(torch.optim.RMSprop([weight])) is None
+    True
+    """
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return None
+    groups = base.param_groups
+    if any(group.get("differentiable") for group in groups):
+        return None
+    if type(base) is SGD and _all_numbers(groups, _SGD_NUMBERS):
+        return sgd_update
+    if type(base) in (Adam, AdamW) and _all_numbers(groups, _ADAM_NUMBERS):
+        betas = all(not isinstance(beta, Tensor) for group in groups for beta in group["betas"])
+        on_host = not any(group.get("capturable") or group.get("fused") for group in groups)
+        on_host = on_host and all(
+            state["step"].device.type == "cpu" for state in base.state.values() if "step" in state
+        )
+        return adam_update if betas and on_host else None
+    return None
+
+
+def _all_numbers(groups: Sequence[dict[str, Any]], names: tuple[str, ...]) -> bool:
+    return not any(isinstance(group[name], Tensor) for group in groups for name in names)
+
+
+def sgd_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) -> None:
+    """Restore, and one step of :class:`torch.optim.SGD` along ``d`` (formula: :meth:`Backend.sgd`)."""
+    groups = [
+        SGDGroup(
+            float(group["lr"]),
+            float(group["momentum"]),
+            float(group["dampening"]),
+            float(group["weight_decay"]),
+            bool(group["nesterov"]),
+            bool(group.get("maximize", False)),
+        )
+        for group in base.param_groups
+    ]
+    buffers: list[Tensor | None] = []
+    for param, group in zip(leaves.params, leaves.group, strict=True):
+        has_momentum = groups[group].momentum != 0.0
+        buffers.append(base.state[param].get("momentum_buffer") if has_momentum else None)
+    first = [buffer is None for buffer in buffers]
+    for i, param in enumerate(leaves.params):
+        if first[i] and groups[leaves.group[i]].momentum != 0.0:
+            buffers[i] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    backend.sgd(leaves, d, buffers, first, groups)
+    for param, buffer in zip(leaves.params, buffers, strict=True):
+        if buffer is not None:
+            base.state[param]["momentum_buffer"] = buffer
+
+
+def adam_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) -> None:
+    """Restore, and one step of :class:`torch.optim.Adam` or AdamW along ``d`` (formula: :meth:`Backend.adam`)."""
+    groups = [
+        AdamGroup(
+            float(group["lr"]),
+            float(group["betas"][0]),
+            float(group["betas"][1]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            isinstance(base, AdamW) or bool(group.get("decoupled_weight_decay", False)),
+            bool(group["amsgrad"]),
+            bool(group.get("maximize", False)),
+        )
+        for group in base.param_groups
+    ]
+    states = []
+    for param, group in zip(leaves.params, leaves.group, strict=True):
+        state = dict(base.state.get(param, {}))
+        if not state:
+            step_dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+            state["step"] = torch.zeros((), dtype=step_dtype)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if groups[group].amsgrad and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        states.append(state)
+    backend.adam(
+        leaves,
+        d,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state.get("max_exp_avg_sq") for state in states],
+        [float(state["step"]) + 1.0 for state in states],
+        groups,
+    )
+    for param, state in zip(leaves.params, states, strict=True):
+        base.state[param] = state
+    torch._foreach_add_([state["step"] for state in states], 1.0)

@@ -1,0 +1,322 @@
+"""One step in progress: the passes, the three buffers, and the way back.
+
+Notation: g0 … g3 are the gradients of the passes, θ the parameters at the start, u and m the two combinations of
+:mod:`gam_fast.recipes`. Only the backup of θ and at most two gradients are held besides the newest gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .backends.base import Backend, Direction, FoldInto, Leaves, TensorList, accumulate_dtype
+from .batchnorm import FreezeRunningStatistics
+from .ownership import take
+from .recipes import Recipe, fold_plan
+from .rng import ReplayRNG
+
+XI = 1e-12
+"""ξ of the formulas: added to a norm before dividing by it."""
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm when clipping, as :func:`torch.nn.utils.clip_grad_norm_` does."""
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A pass gave a gradient with NaN or infinity; the step was undone."""
+
+
+class SkipStep(Exception):
+    """Leaves a :class:`Walk` and undoes the step without an error to the user."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine asks of every walk."""
+
+    recipe: Recipe
+    select: Callable[[torch.device], Backend]
+    model: nn.Module | None = None
+    replay_rng: bool = True
+    freeze_running_statistics: bool = True
+    clip_grad_norm: float | None = None
+    on_nonfinite: str = "raise"
+
+
+@dataclass(eq=False)
+class Shard:
+    """The leaves of one device, and the gradients being held for them, by pass."""
+
+    backend: Backend
+    leaves: Leaves = field(default_factory=Leaves)
+    grads: dict[int, TensorList] = field(default_factory=dict)
+
+
+Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
+
+
+class Walk:
+    """Context manager of one step; leaving it by an exception undoes the step.
+
+    Args:
+        settings: what the optimizer was constructed with.
+        groups: the parameter groups.
+        hyper: the recipe's hyper-parameters, by group.
+    """
+
+    def __init__(self, settings: Settings, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
+        self.settings = settings
+        self.recipe = recipe = settings.recipe
+        self.groups = groups
+        self.hyper = hyper
+        self.plan = fold_plan(recipe)
+        coefficients = [recipe.coefficients(h) for h in hyper]
+        self.gamma = [gamma for _, _, gamma in coefficients]
+        self.c = [[c[i] for c, _, _ in coefficients] for i in range(recipe.passes)]
+        self.d = [[d[i] if d else 0.0 for _, d, _ in coefficients] for i in range(recipe.passes)]
+        # A base optimizer with maximize=True ascends L, that is, descends −L, whose gradients point the other way.
+        self.sign = [-1.0 if group.get("maximize", False) else 1.0 for group in groups]
+        self.params = [(param, g) for g, group in enumerate(groups) for param in group["params"]]
+        self.shards: dict[torch.device, Shard] = {}
+        self.active: dict[Tensor, Shard] = {}
+        self.complete = False
+        self.finished = False
+        self._finite_totals: list[Tensor] = []
+        self._versions: list[int] = []
+        self._rng: ReplayRNG | None = None
+        self._statistics = FreezeRunningStatistics(settings.model if settings.freeze_running_statistics else None)
+
+    def __enter__(self) -> Walk:
+        if self.settings.replay_rng and self.recipe.passes > 1:
+            self._rng = ReplayRNG({param.device for param, _ in self.params})
+            self._rng.__enter__()
+        self._statistics.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        # Once the update is done the step stands, whatever a hook raises afterwards.
+        undo = None if self.finished else kind
+        try:
+            if undo is not None:
+                self.restore()
+        finally:
+            self._statistics.__exit__(undo, value, traceback)
+            if self._rng is not None:
+                self._rng.__exit__(undo, value, traceback)
+            self.shards.clear()
+            self.active.clear()
+        return kind is not None and issubclass(kind, SkipStep)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put θ back, bit for bit."""
+        for shard in self.shards.values():
+            shard.backend.restore(shard.leaves)
+
+    def begin(self) -> None:
+        """Before a pass: no gradients, the same random numbers, and the parameters' versions noted."""
+        for param, _ in self.params:
+            param.grad = None
+        if self._rng is not None:
+            self._rng.begin()
+        self._statistics.begin()
+        self._versions = [param._version for param, _ in self.params]
+
+    @torch.no_grad()
+    def collect(self, index: int) -> None:
+        """After pass ``index``: take its gradients in.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or a parameter was written to during the pass.
+            TypeError: a sparse gradient.
+        """
+        versions = self._versions or [param._version for param, _ in self.params]
+        for (param, group), version in zip(self.params, versions, strict=True):
+            if param._version != version:
+                raise RuntimeError(
+                    f"{self._name(param, group)} was modified during pass {index} of {self.recipe.name}; parameters "
+                    "must stay as the optimizer set them until the step is over"
+                )
+            if param.grad is not None:
+                self._check_gradient(param, group)
+                if param not in self.active:
+                    self._activate(param, group)
+        if not any(param.grad is not None for param in self.active):
+            raise RuntimeError(
+                f"pass {index} of {self.recipe.name} ended without a gradient for any parameter: call backward() on "
+                "the loss in every pass (in the closure, or in the body of the loop over passes())"
+            )
+        keep = index < len(self.plan) and index in self.plan[index][1]
+        for shard in self.shards.values():
+            missing = [param.grad is None for param in shard.leaves.params]
+            shard.grads[index] = [
+                torch.zeros_like(param) if absent else (take(param) if keep else _gradient(param)).to(param.dtype)
+                for param, absent in zip(shard.leaves.params, missing, strict=True)
+            ]
+
+    @torch.no_grad()
+    def move(self, index: int) -> None:
+        """From pass ``index`` to the next point of the walk, and fold what is no longer needed."""
+        move = self.recipe.walk[index]
+        folds, live = self.plan[index]
+        eta = [float(h[self.recipe.adaptive]) for h in self.hyper] if self.recipe.adaptive else None
+        minus = move.minus
+        shards = list(self.shards.values())
+        total = _total(
+            [
+                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
+                for s in shards
+            ]
+        )
+        self._check_finite(total, index)
+        scale = 1.0 / (total.sqrt() + XI)
+        radius = [sign * float(h[move.radius]) for sign, h in zip(self.sign, self.hyper, strict=True)]
+        for shard in shards:
+            if not shard.leaves.saved:
+                shard.leaves.backup = [torch.empty_like(param) for param in shard.leaves.params]
+            into = []
+            for fold in folds:
+                part = self.c if fold.part == "u" else self.d
+                into.append(
+                    FoldInto(shard.grads[fold.into], shard.grads[fold.other], part[fold.into], part[fold.other])
+                )
+            shard.backend.perturb(
+                shard.leaves,
+                shard.grads[move.along],
+                None if minus is None else shard.grads[minus],
+                radius,
+                scale.to(shard.leaves.params[0].device),
+                from_start=move.from_start,
+                eta=eta,
+                folds=into,
+            )
+            for k in set(shard.grads) - set(live):
+                del shard.grads[k]
+        for fold in folds:
+            (self.c if fold.part == "u" else self.d)[fold.into] = [1.0] * len(self.groups)
+
+    @torch.no_grad()
+    def finish(self, update: Finish) -> None:
+        """After the last pass: the direction of every shard, to ``update``, which restores θ and takes the step."""
+        last = self.recipe.passes - 1
+        gradients = [*(self.plan[-1][1] if self.plan else ()), last]
+        projected = bool(self.recipe.m)
+        c = [self.c[k] for k in gradients]
+        d = [self.d[k] for k in gradients]
+        q: list[list[float]] | None = None
+        kappa = scale = None
+        if projected or self.settings.clip_grad_norm is not None or self.settings.on_nonfinite != "ignore":
+            products = _total(
+                [
+                    shard.backend.inner_products(
+                        shard.leaves,
+                        Direction([shard.grads[k] for k in gradients], list(c)),
+                        Direction([shard.grads[k] for k in gradients], list(d)) if projected else None,
+                        len(self.groups),
+                    )
+                    for shard in self.shards.values()
+                ]
+            )
+            self._check_finite(products.sum(), last)
+            if projected:
+                uu, um, _ = products.sum(0)
+                kappa = torch.where(uu > 0, um / uu, torch.zeros_like(uu))
+            if self.settings.clip_grad_norm is not None:
+                scale = self._clip(products, kappa, self.settings.clip_grad_norm)
+        if projected:
+            # u − γ (m − κ u) = Σ (c − γ d) X + κ Σ γ c X
+            q = [[gamma * x for gamma, x in zip(self.gamma, row, strict=True)] for row in c]
+            c = [
+                [x - gamma * y for gamma, x, y in zip(self.gamma, cs, ds, strict=True)]
+                for cs, ds in zip(c, d, strict=True)
+            ]
+        directions = []
+        for device, shard in self.shards.items():
+            terms = [shard.grads[k] for k in gradients]
+            direction = Direction(terms, list(c), list(q) if q else None, _on(kappa, device), _on(scale, device))
+            directions.append((shard, direction))
+        update(directions)
+        self.finished = True
+
+    def _clip(self, products: Tensor, kappa: Tensor | None, limit: float) -> Tensor:
+        """``min(1, limit / ‖d‖)`` by ‖d‖² = Σ_groups a² ‖u‖² − 2 a γ ⟨m,u⟩ + γ² ‖m‖² with a = 1 + γ κ."""
+        uu, um, mm = products.unbind(1)
+        if kappa is None:
+            square = uu.sum()
+        else:
+            gamma: float | Tensor = self.gamma[0]
+            if any(g != gamma for g in self.gamma):
+                gamma = torch.tensor(self.gamma, dtype=products.dtype, device=products.device)
+            a = 1.0 + gamma * kappa
+            square = (a * a * uu - 2.0 * a * gamma * um + gamma * gamma * mm).sum().clamp_min(0.0)
+        return (limit / (square.sqrt() + CLIP_EPSILON)).clamp_max(1.0)
+
+    def _check_finite(self, total: Tensor, index: int) -> None:
+        """Undo the step when a gradient is not finite. A CPU looks at once, an accelerator after the last pass only."""
+        if self.settings.on_nonfinite == "ignore":
+            return
+        self._finite_totals.append(total)
+        if total.device.type != "cpu" and index < self.recipe.passes - 1:
+            return
+        if bool(torch.isfinite(torch.stack(self._finite_totals)).all()):
+            return
+        if self.settings.on_nonfinite == "skip":
+            raise SkipStep
+        where = f"pass {index}" if total.device.type == "cpu" else "a pass"
+        raise NonFiniteGradientError(
+            f"{where} of {self.recipe.name} gave a gradient that is not finite; parameters, running statistics and "
+            "random state are as before the step. on_nonfinite='skip' goes on with the next batch instead"
+        )
+
+    def _activate(self, param: Tensor, group: int) -> None:
+        """Let a parameter take part from now on; in the passes before, its gradient counts as zero."""
+        shard = self.shards.get(param.device)
+        if shard is None:
+            shard = self.shards[param.device] = Shard(self.settings.select(param.device))
+        if shard.leaves.saved:
+            shard.leaves.backup.append(param.clone(memory_format=torch.preserve_format))
+        shard.leaves.params.append(param)
+        shard.leaves.group.append(group)
+        for grads in shard.grads.values():
+            grads.append(torch.zeros_like(param))
+        self.active[param] = shard
+
+    def _check_gradient(self, param: Tensor, group: int) -> None:
+        grad = param.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"{self._name(param, group)} has a gradient of layout {grad.layout}; {self.recipe.name} needs dense "
+                "gradients: construct the module with sparse=False"
+            )
+
+    def _name(self, param: Tensor, group: int) -> str:
+        position = next(i for i, other in enumerate(self.groups[group]["params"]) if other is param)
+        names = self.groups[group].get("param_names")
+        called = f" ({names[position]})" if names else ""
+        return f"parameter {position} of group {group}{called}, of shape {tuple(param.shape)},"
+
+
+def _gradient(param: Tensor) -> Tensor:
+    """The gradient, to be read until the next pass."""
+    assert param.grad is not None
+    return param.grad
+
+
+def _total(values: list[Tensor]) -> Tensor:
+    """Sum over devices, on the first of them, in their order."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device, accumulate_dtype(total.device))
+    return total
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)

@@ -1,0 +1,1 @@
+"""Triton kernels of gam_fast, installed as ``gam_fast.kernels``. This version has none yet."""
