@@ -1,0 +1,174 @@
+"""The one table of cases: models with data, methods with their reference, base optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import reference
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gam_fast
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BatchNormCNN(nn.Module):
+    """Smooth, so that trajectories can be compared: tanh for relu. No bias before a normalisation: its gradient is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, bias=False),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Conv2d(4, 5, 3, bias=False),
+            nn.BatchNorm2d(5),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(5 * 2 * 2, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TiedTransformer(nn.Module):
+    """One block of causal attention; the output layer is the embedding's own weight."""
+
+    def __init__(self, vocabulary: int = 7, width: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(5, width) * 0.1)
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.project = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 12), nn.GELU(), nn.Linear(12, width))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position
+        n, t, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-1, -2)) / (width // self.heads) ** 0.5
+        mask = torch.full((t, t), float("-inf"), dtype=x.dtype).triu(1)
+        mixed = (scores + mask).softmax(-1) @ v
+        x = x + self.project(mixed.transpose(1, 2).reshape(n, t, width))
+        x = x + self.mlp(x)
+        return self.head(x)[:, -1]
+
+
+class PartlyUsed(nn.Module):
+    """A frozen layer, a layer nobody calls, and one that takes part in every other call only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.unused = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.frozen(torch.tanh(self.first(x)))))
+
+
+def images(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 1, 8, 8, dtype=torch.float64), torch.randint(3, (batch,))
+
+
+def vectors(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 6, dtype=torch.float64), torch.randint(3, (batch,))
+
+
+def sequences(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randint(7, (batch, 5)), torch.randint(7, (batch,))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, Tensor]]]] = {
+    "mlp": (MLP, vectors),
+    "batchnorm_cnn": (BatchNormCNN, images),
+    "tied_transformer": (TiedTransformer, sequences),
+    "partly_used": (PartlyUsed, vectors),
+}
+
+
+def make(
+    name: str, dtype: torch.dtype = torch.float64, batches: int = 4
+) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """The model and its data, the same at every call."""
+    build, data = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = build().to(dtype)
+        batch = [data(12) for _ in range(batches)]
+    return model, [(x.to(dtype) if x.is_floating_point() else x, y) for x, y in batch]
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    logits = model(x)
+    return F.cross_entropy(logits.double() if logits.dtype == torch.float64 else logits.float(), y)
+
+
+def closure_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        loss = loss_of(model, x, y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@dataclass(frozen=True)
+class Method:
+    """A class of gam_fast, its plain reference, and values for its hyper-parameters."""
+
+    optimizer: type[gam_fast.FlatOptimizer]
+    reference: Callable[..., list[Tensor]]
+    hyper: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> int:
+        return self.optimizer.recipe.passes
+
+
+METHODS: dict[str, Method] = {
+    "base": Method(gam_fast.Base, reference.base),
+    "sam": Method(gam_fast.SAM, reference.sam, {"rho": 0.1}),
+    "asam": Method(gam_fast.ASAM, reference.asam, {"rho": 0.4, "eta": 0.01}),
+    "gsam": Method(gam_fast.GSAM, reference.gsam, {"rho": 0.1, "alpha": 0.4}),
+    "penalty": Method(gam_fast.GradientNormPenalty, reference.gradient_norm_penalty, {"rho": 0.1, "alpha": 0.7}),
+    "gam": Method(
+        gam_fast.GAM, reference.gam, {"rho": 0.2, "rho_prime": 0.1, "alpha": 0.6, "beta": 0.3, "gamma": 0.05}
+    ),
+    "gam_release": Method(
+        gam_fast.GAM, reference.gam, {"rho": 0.2, "rho_prime": 0.1, "alpha": 0.6, "beta": (1.0, 0.7), "gamma": 0.05}
+    ),
+    "cflat": Method(gam_fast.CFlat, reference.cflat, {"rho": 0.15, "lam": 0.3}),
+    "fad": Method(gam_fast.FAD, reference.fad, {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.4, "lam": 0.6}),
+}
+
+BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, lr=0.1),
+    "sgd_nesterov": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
+    "sgd_dampening_maximize": partial(torch.optim.SGD, lr=0.002, momentum=0.8, dampening=0.3, maximize=True),
+    "adam_amsgrad": partial(torch.optim.Adam, lr=1e-2, amsgrad=True, weight_decay=1e-2, eps=1e-4),
+    "adamw": partial(torch.optim.AdamW, lr=1e-2, eps=1e-4),
+    "adamw_maximize": partial(torch.optim.AdamW, lr=2e-3, eps=1e-4, maximize=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=1e-3, alpha=0.9, eps=1e-4, momentum=0.5),
+}
