@@ -92,7 +92,7 @@ class Walk:
         self._statistics = FreezeRunningStatistics(settings.model if settings.freeze_running_statistics else None)
 
     def __enter__(self) -> Walk:
-        if self.settings.replay_rng and self.recipe.passes > 1:
+        if self.settings.replay_rng:
             self._rng = ReplayRNG({param.device for param, _ in self.params})
             self._rng.__enter__()
         self._statistics.__enter__()

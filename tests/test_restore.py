@@ -1,0 +1,235 @@
+"""Rule 1: θ is restored bit for bit, whatever happens."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, METHODS, closure_of, loss_of, make
+
+import gam_fast
+
+PASSES = [(name, k) for name, method in METHODS.items() for k in range(method.passes)]
+
+
+def everything(model, optimizer):
+    """All that a step may touch: parameters and buffers, flags, random state, the state of the optimizer."""
+    state = {
+        f"{id(p)}/{key}": value.clone() if isinstance(value, torch.Tensor) else value
+        for p, entry in optimizer.state.items()
+        for key, value in entry.items()
+    }
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()] + [m.training for m in model.modules()]
+    momenta = [m.momentum for m in model.modules() if hasattr(m, "momentum")]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return tensors, state, flags, momenta, groups, torch.get_rng_state()
+
+
+def assert_same(before, after):
+    for old, new in itertools.chain(zip(before[:2], after[:2], strict=True)):
+        assert old.keys() == new.keys()
+        for key, value in old.items():
+            assert torch.equal(value, new[key]), key
+    assert before[2:5] == after[2:5]
+    assert torch.equal(before[5], after[5])
+
+
+class StochasticCNN(torch.nn.Module):
+    """The BatchNorm CNN with dropout in front."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.2)
+        self.inner = inner
+        self.inner.net[0].weight.requires_grad_(False)
+        self.inner.net[4].eval()
+
+    def forward(self, x):
+        return self.inner(self.dropout(x))
+
+
+def setting(method_name, dtype=torch.float64, base=torch.optim.SGD, **options):
+    method = METHODS[method_name]
+    inner, batches = make("batchnorm_cnn", dtype)
+    model = StochasticCNN(inner)
+    options = {"lr": 0.1, "momentum": 0.9} | options if base is torch.optim.SGD else options
+    optimizer = method.optimizer(model.parameters(), base, model=model, **method.hyper, **options)
+    for x, y in batches[:2]:
+        optimizer.step(closure_of(model, x, y))
+    return model, optimizer, batches[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_two_hundred_steps_with_lr_zero_change_no_bit(method_name, dtype):
+    method = METHODS[method_name]
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in [(37,), (5, 7), ()]]
+    start = [p.detach().clone() for p in params]
+    optimizer = method.optimizer(params, torch.optim.SGD, lr=0.0, momentum=0.9, weight_decay=1e-2, **method.hyper)
+    moved = False
+    for _ in range(200):
+        for turn in optimizer.passes():
+            if turn.index:
+                moved = moved or any(not torch.equal(p, s) for p, s in zip(params, start, strict=True))
+            (sum((p * p).sum() for p in params) * torch.rand((), generator=generator).to(dtype)).backward()
+    assert moved == (method.passes > 1)
+    for p, s in zip(params, start, strict=True):
+        assert torch.equal(p, s)
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["exception", "keyboard", "after_backward", "break", "close", "closure"])
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_a_step_that_is_left_leaves_no_trace_and_the_next_one_works(method_name, at, how):
+    model, optimizer, (x, y) = setting(method_name)
+    before = everything(model, optimizer)
+    if how == "closure":
+        calls = []
+
+        def closure():
+            calls.append(1)
+            loss = loss_of(model, x, y)
+            if len(calls) > at:
+                raise Interruption
+            loss.backward()
+            return loss
+
+        with pytest.raises(Interruption):
+            optimizer.step(closure)
+    elif how in ("break", "close"):
+        turns = optimizer.passes()
+        for turn in turns:
+            loss_of(model, x, y).backward()
+            if turn.index == at:
+                break
+        turns.close() if how == "close" else None
+        del turns
+    else:
+        error = KeyboardInterrupt if how == "keyboard" else Interruption
+        with pytest.raises(error):  # noqa: PT012 - the loop is what is left
+            for turn in optimizer.passes():
+                loss = loss_of(model, x, y)
+                if how == "after_backward":
+                    loss.backward()
+                if turn.index == at:
+                    raise error
+                if how != "after_backward":
+                    loss.backward()
+    assert_same(before, everything(model, optimizer))
+    check_the_next_step(model, optimizer, x, y)
+
+
+def check_the_next_step(model, optimizer, x, y):
+    """It does what it would have done had nothing happened."""
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    rng = torch.get_rng_state()
+    optimizer.step(closure_of(model, x, y))
+    torch.set_rng_state(rng)
+    twin.step(closure_of(twin_model, x, y))
+    changed = False
+    for (name, p), q in zip(model.named_parameters(), twin_model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        changed = changed or p.requires_grad
+    assert changed
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_a_gradient_that_is_not_finite_undoes_the_step(method_name, at, base, value):
+    model, optimizer, (x, y) = setting(method_name, base=base)
+    before = everything(model, optimizer)
+
+    def spoiled():
+        for turn in optimizer.passes():
+            loss_of(model, x, y).backward()
+            if turn.index == at:
+                next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[3] = value
+
+    with pytest.raises(gam_fast.NonFiniteGradientError, match=f"pass {at} of"):
+        spoiled()
+    assert_same(before, everything(model, optimizer))
+    check_the_next_step(model, optimizer, x, y)
+
+
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_skip_counts_the_step_and_goes_on(method_name, at):
+    model, optimizer, (x, y) = setting(method_name, on_nonfinite="skip")
+    before = everything(model, optimizer)
+    for turn in optimizer.passes():
+        loss_of(model, x, y).backward()
+        if turn.index == at:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+    assert_same(before, everything(model, optimizer))
+    assert optimizer.skipped_steps == 1
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.skipped_steps == 1
+
+
+def test_ignore_lets_a_nan_through_as_torch_does():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, on_nonfinite="ignore")
+    for _ in optimizer.passes():
+        (weight * torch.tensor([1.0, float("nan")])).sum().backward()
+    assert weight.isnan().any()
+
+
+def test_an_error_in_the_base_optimizer_restores_the_parameters():
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1.0)
+            raise Interruption
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = gam_fast.SAM([weight], Failing, lr=0.1)
+    with pytest.raises(Interruption):
+        optimizer.step(lambda: (weight**2).sum().backward())
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_an_error_in_a_post_hook_keeps_the_finished_step():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1)
+
+    def fail(*_):
+        raise Interruption
+
+    handle = optimizer.register_step_post_hook(fail)
+    with pytest.raises(Interruption):  # noqa: PT012 - the loop is what raises
+        for _ in optimizer.passes():
+            (weight**2).sum().backward()
+    handle.remove()
+    assert not torch.equal(weight, torch.ones(3))
+    assert "momentum_buffer" in optimizer.state[weight]
+    optimizer.step(lambda: (weight**2).sum().backward())
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_do_not_depend_on_the_number_of_threads(method_name, dtype, threads):
+    method = METHODS[method_name]
+
+    def run(n):
+        torch.set_num_threads(n)
+        generator = torch.Generator().manual_seed(3)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in [(701, 523), (90_001,)]]
+        noise = [torch.randn(p.shape, generator=generator).to(dtype) for p in params]
+        optimizer = method.optimizer(params, torch.optim.AdamW, lr=0.1, **method.hyper, clip_grad_norm=1.0)
+        for _ in range(2):
+            for _ in optimizer.passes():
+                for p, n_ in zip(params, noise, strict=True):
+                    p.grad = (p.detach() * n_).sin_()
+        return params
+
+    one, many = run(1), run(threads)
+    for p, q in zip(one, many, strict=True):
+        assert torch.equal(p, q)
