@@ -1,0 +1,662 @@
+"""The optimizer as torch's users meet it: groups, state, hooks, schedulers, copies, and misuse."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from cases import METHODS, closure_of, loss_of, make
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import gam_fast
+
+MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
+
+
+def parabola(*values, dtype=torch.float64):
+    weight = nn.Parameter(torch.tensor(values or (3.0, 4.0), dtype=dtype))
+
+    def closure():
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    return weight, closure
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_the_closure_is_called_once_a_pass_and_the_loss_is_that_at_theta(method_name):
+    method = METHODS[method_name]
+    weight, closure = parabola()
+    losses = []
+
+    def recording():
+        losses.append(closure())
+        return losses[-1]
+
+    optimizer = method.optimizer([weight], torch.optim.SGD, lr=0.01, **method.hyper)
+    returned = optimizer.step(recording)
+    assert len(losses) == method.passes
+    assert returned is losses[0]
+    assert returned.item() == 25.0
+
+
+def test_turns_know_their_place():
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.01)
+    turns = []
+    for turn in optimizer.passes():
+        turns.append((turn.index, turn.passes, turn.last))
+        closure()
+    assert turns == [(0, 4, False), (1, 4, False), (2, 4, False), (3, 4, True)]
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_several_backward_calls_in_a_pass_add_up(method_name):
+    method = METHODS[method_name]
+    whole, batches = make("mlp")
+    parts = copy.deepcopy(whole)
+    x, y = batches[0]
+    options = {"lr": 0.1, "momentum": 0.9, **method.hyper}
+    one = method.optimizer(whole.parameters(), torch.optim.SGD, **options)
+    many = method.optimizer(parts.parameters(), torch.optim.SGD, **options)
+    for _ in range(5):
+        one.step(closure_of(whole, x, y))
+        for _ in many.passes():
+            for xs, ys in zip(x.chunk(3), y.chunk(3), strict=True):
+                (loss_of(parts, xs, ys) / 3).backward()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+def test_grad_is_that_of_the_last_pass_after_a_step():
+    for base in (torch.optim.SGD, torch.optim.RMSprop):
+        weight, closure = parabola()
+        optimizer = gam_fast.SAM([weight], base, lr=0.01, rho=5.0)
+        optimizer.step(closure)
+        torch.testing.assert_close(weight.grad, torch.tensor([12.0, 16.0], dtype=torch.float64))
+
+
+def test_gradients_from_before_a_step_do_not_count():
+    weight, closure = parabola()
+    closure()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.5, rho=0.0)
+    optimizer.step(closure)
+    assert torch.equal(weight, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_closure_may_clear_the_gradients_itself(set_to_none):
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.01)
+
+    def clearing():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        return closure()
+
+    twin, twin_closure = parabola()
+    other = gam_fast.GAM([twin], torch.optim.SGD, lr=0.01)
+    for _ in range(3):
+        optimizer.step(clearing)
+        other.step(twin_closure)
+    assert torch.equal(weight, twin)
+    optimizer.zero_grad()
+    assert weight.grad is None
+
+
+def test_step_runs_under_no_grad_and_leaves_grad_mode_alone():
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.01)
+    with torch.no_grad():
+        optimizer.step(closure)
+        assert not torch.is_grad_enabled()
+    for _ in optimizer.passes():
+        assert torch.is_grad_enabled()
+        closure()
+    assert weight.requires_grad
+    assert weight.is_leaf
+
+
+# Parameter groups and what is shared with the base
+
+
+def test_groups_and_state_are_the_base_optimizers_for_good():
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.step(closure)
+    assert optimizer.param_groups is optimizer.base.param_groups
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert optimizer.state is optimizer.base.state
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = weight.detach().clone()
+    optimizer.step(closure)
+    assert torch.equal(weight, before)
+
+
+def test_a_group_dict_overrides_and_the_others_get_the_constructors_values():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    optimizer = gam_fast.GAM([{"params": [a], "rho": 0.7, "beta": (1.0, 0.2)}, {"params": [b]}], lr=0.1, alpha=0.25)
+    first, second = optimizer.param_groups
+    assert (first["rho"], first["beta"], first["alpha"]) == (0.7, (1.0, 0.2), 0.25)
+    assert (second["rho"], second["beta"], second["alpha"]) == (0.2, 0.5, 0.25)
+
+
+def test_add_param_group():
+    weight, closure = parabola()
+    extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, rho=0.3)
+    optimizer.step(closure)
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    assert optimizer.param_groups[1]["rho"] == 0.3
+    assert optimizer.param_groups[1]["lr"] == 0.5
+    optimizer.step(lambda: ((weight**2).sum() + (extra**2).sum()).backward())
+    assert not torch.equal(extra, torch.ones(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="rho must not be negative, got -1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_named_parameters_are_kept_and_used_in_messages():
+    model = nn.Linear(2, 1)
+    optimizer = gam_fast.SAM(model.named_parameters(), torch.optim.SGD, lr=0.1)
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+
+    def meddle():
+        for turn in optimizer.passes():
+            model(torch.ones(1, 2)).sum().backward()
+            if turn.index == 1:
+                with torch.no_grad():
+                    model.bias.add_(1.0)
+
+    with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 \(bias\), of shape \(1,\), was modified"):
+        meddle()
+
+
+def test_a_name_the_base_uses_too_gets_the_recipes_name_in_front():
+    weight, closure = parabola()
+    base = torch.optim.RMSprop([weight], lr=0.01, alpha=0.9)
+    optimizer = gam_fast.GAM(None, base, alpha=0.25)
+    group = optimizer.param_groups[0]
+    assert (group["alpha"], group["gam_alpha"]) == (0.9, 0.25)
+    assert optimizer.key("alpha") == "gam_alpha"
+    assert optimizer.key("rho") == "rho"
+    optimizer.step(closure)
+    twin, twin_closure = parabola()
+    other = gam_fast.GAM([twin], torch.optim.RMSprop, lr=0.01, alpha=0.25)
+    assert other.param_groups[0]["alpha"] == 0.99
+    other.step(twin_closure)
+    with pytest.raises(ValueError, match="GAM has no hyper-parameter 'sigma'; it has rho, rho_prime"):
+        optimizer.key("sigma")
+
+
+def test_an_instance_as_base_keeps_its_state():
+    weight, closure = parabola()
+    base = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    closure()
+    base.step()
+    buffer = base.state[weight]["momentum_buffer"].clone()
+    optimizer = gam_fast.SAM([weight], base, rho=0.0)
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], buffer)
+    twin = nn.Parameter(weight.detach().clone())
+    plain = torch.optim.SGD([twin], lr=0.1, momentum=0.9)
+    plain.state[twin]["momentum_buffer"] = buffer.clone()
+    (twin**2).sum().backward()
+    plain.step()
+    optimizer.step(closure)
+    assert torch.equal(weight, twin)
+
+
+# State dicts, copies, hooks, schedulers
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_state_dicts_go_both_ways_between_it_and_the_plain_base(base):
+    weight, closure = parabola()
+    options = {"lr": 0.01, "momentum": 0.9} if base is torch.optim.SGD else {"lr": 0.01}
+    optimizer = gam_fast.GAM([weight], base, gamma=0.25, **options)
+    plain_weight, plain_closure = parabola()
+    plain = base([plain_weight], **options)
+    for _ in range(3):
+        optimizer.step(closure)
+        plain_closure()
+        plain.step()
+        plain.zero_grad()
+
+    plain.load_state_dict(optimizer.state_dict())
+    ours, theirs = optimizer.state[weight], plain.state[plain_weight]
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key])
+    plain_closure()
+    plain.step()
+
+    bare = base([plain_weight], **options)
+    bare_state = bare.state_dict()
+    assert "gamma" not in bare_state["param_groups"][0]
+    optimizer.load_state_dict(bare_state)
+    assert optimizer.param_groups[0]["gamma"] == 0.25
+    assert not optimizer.state
+    optimizer.load_state_dict(plain.state_dict())
+    optimizer.step(closure)
+
+
+def test_a_state_dict_of_the_base_loaded_into_the_base_itself_leaves_the_recipe_working():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, rho=0.3)
+    optimizer.base.load_state_dict(torch.optim.SGD([weight], lr=0.2).state_dict())
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+def test_loading_what_does_not_fit_changes_nothing():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.3)
+    optimizer.step(closure)
+    good = optimizer.state_dict()
+    bad = copy.deepcopy(good)
+    bad["param_groups"][0]["rho"] = float("nan")
+    with pytest.raises(ValueError, match="rho must be finite, got nan"):
+        optimizer.load_state_dict(bad)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({"state": {}, "param_groups": good["param_groups"] * 2})
+    assert optimizer.param_groups[0]["rho"] == 0.3
+    assert "momentum_buffer" in optimizer.state[weight]
+
+
+def test_state_dict_hooks():
+    weight, _ = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda o, state: {**state, "note": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: calls.append("load") or {**state})
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
+    state = optimizer.state_dict()
+    assert state["note"] == 1
+    optimizer.load_state_dict(state)
+    assert calls == ["pre", "load", "loaded"]
+
+
+def test_no_buffer_is_in_the_state_dict_or_left_after_a_step():
+    model, batches = make("mlp", torch.float32)
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.step(closure_of(model, *batches[0]))
+    assert {key for entry in optimizer.state_dict()["state"].values() for key in entry} == {"momentum_buffer"}
+
+    alive = []
+    original = gam_fast.walk.Walk.finish
+
+    def spying(self, update):
+        for shard in self.shards.values():
+            alive.extend(weakref.ref(t) for t in shard.leaves.backup)
+            alive.extend(weakref.ref(t) for k, ts in shard.grads.items() if k != 3 for t in ts)
+        return original(self, update)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gam_fast.walk.Walk, "finish", spying)
+        optimizer.step(closure_of(model, *batches[1]))
+    gc.collect()
+    count = len(list(model.parameters()))
+    assert len(alive) == 3 * count  # θ, u and m
+    assert all(ref() is None for ref in alive)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_copies_go_on_alike(method_name, how):
+    method = METHODS[method_name]
+    model, batches = make("batchnorm_cnn")
+    optimizer = method.optimizer(
+        model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model, clip_grad_norm=5.0, **method.hyper
+    )
+    optimizer.step(closure_of(model, *batches[0]))
+    if how == "deepcopy":
+        twin_model, twin = copy.deepcopy((model, optimizer))
+    else:
+        twin_model, twin = pickle.loads(pickle.dumps((model, optimizer)))
+    assert repr(twin) == repr(optimizer)
+    for x, y in batches[1:]:
+        optimizer.step(closure_of(model, x, y))
+        twin.step(closure_of(twin_model, x, y))
+    for p, q in zip(model.state_dict().values(), twin_model.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_optimizer_round_trips_through_torch_save():
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.AdamW, lr=0.1, beta=(1.0, 0.5))
+    optimizer.step(closure)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    optimizer.load_state_dict(loaded)
+    assert optimizer.param_groups[0]["beta"] == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("form", ["closure", "loop"])
+def test_step_hooks_run_once_a_step(form):
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1)
+    calls = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append("post"))
+    everywhere = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("global post")),
+    ]
+    if form == "closure":
+        optimizer.step(closure)
+    else:
+        for _ in optimizer.passes():
+            closure()
+    for handle in everywhere:
+        handle.remove()
+    assert calls == ["global pre", "pre", "post", "global post"]
+
+
+def test_hooks_of_the_base_instance_run_too():
+    weight, closure = parabola()
+    base = torch.optim.SGD([weight], lr=0.01)
+    seen = []
+    base.register_step_pre_hook(lambda o, args, kwargs: seen.append(weight.grad.clone()))
+    optimizer = gam_fast.GradientNormPenalty(None, base, rho=5.0, alpha=0.5)
+    optimizer.step(closure)
+    torch.testing.assert_close(seen[0], torch.tensor([9.0, 12.0], dtype=torch.float64))  # ½ (6, 8) + ½ (12, 16)
+
+
+@pytest.mark.parametrize("form", ["closure", "loop"])
+@pytest.mark.parametrize("on", ["optimizer", "base"])
+def test_learning_rate_schedulers_drive_it_without_a_warning(on, form):
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=1.0, rho=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer if on == "optimizer" else optimizer.base, 1, gamma=0.5)
+    rates = []
+    for _ in range(3):
+        if form == "closure":
+            optimizer.step(closure)
+        else:
+            for _ in optimizer.passes():
+                closure()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.5, 0.25, 0.125]
+
+
+def test_a_skipped_first_step_does_not_upset_the_scheduler():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=1.0, on_nonfinite="skip")
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for _ in optimizer.passes():
+        closure()
+        weight.grad.fill_(float("nan"))
+    scheduler.step()
+    assert optimizer.skipped_steps == 1
+
+
+def test_repr_names_base_backend_and_hyper_parameters():
+    weight, _ = parabola()
+    text = repr(gam_fast.GAM([weight], torch.optim.AdamW, lr=0.1, rho=0.25))
+    assert text.startswith("GAM (base: AdamW, backend: eager\nParameter Group 0\n")
+    assert "    rho: 0.25\n" in text
+    assert text.endswith(")")
+
+
+# Misuse
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_a_pass_without_backward_is_an_error_and_undone(method_name):
+    method = METHODS[method_name]
+    for at in range(method.passes):
+        weight, closure = parabola()
+        optimizer = method.optimizer([weight], torch.optim.SGD, lr=0.1, **method.hyper)
+
+        def forgetful(optimizer=optimizer, closure=closure, at=at):
+            for turn in optimizer.passes():
+                if turn.index != at:
+                    closure()
+
+        with pytest.raises(RuntimeError, match=f"pass {at} of .* ended without a gradient.*call backward"):
+            forgetful()
+        assert weight.tolist() == [3.0, 4.0]
+
+
+def test_a_closure_that_does_nothing_is_an_error():
+    weight, _ = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1)
+    with pytest.raises(RuntimeError, match="ended without a gradient"):
+        optimizer.step(lambda: None)
+
+
+def test_a_closure_may_return_nothing_if_it_calls_backward():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+
+    def silent():
+        closure()
+
+    assert optimizer.step(silent) is None
+    assert weight.tolist() != [3.0, 4.0]
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_parameters_changed_by_the_user_during_a_pass(method_name):
+    method = METHODS[method_name]
+    for at in range(method.passes):
+        weight, closure = parabola()
+        optimizer = method.optimizer([weight], torch.optim.SGD, lr=0.1, **method.hyper)
+
+        def meddle(optimizer=optimizer, closure=closure, at=at, weight=weight):
+            for turn in optimizer.passes():
+                closure()
+                if turn.index == at:
+                    with torch.no_grad():
+                        weight.mul_(2)
+
+        with pytest.raises(RuntimeError, match=f"parameter 0 of group 0, of shape .2,., was modified during pass {at}"):
+            meddle()
+        # documented: in the first pass there is no backup yet, and the change is the user's
+        assert weight.tolist() == ([6.0, 8.0] if at == 0 else [3.0, 4.0])
+
+
+def test_calls_that_do_not_belong_inside_a_step():
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1)
+    calls = {
+        r"step\(\)": lambda: optimizer.step(),
+        r"step\(\) ": lambda: optimizer.step(closure),
+        r"passes\(\)": lambda: next(optimizer.passes()),
+        r"add_param_group\(\)": lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+        r"load_state_dict\(\)": lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        "pickling or copying": lambda: copy.deepcopy(optimizer),
+    }
+    for message, call in calls.items():
+
+        def nested(call=call):
+            for turn in optimizer.passes():
+                closure()
+                if turn.index == 1:
+                    call()
+
+        with pytest.raises(RuntimeError, match=message.strip() + ".* while a step of this GAM is under way"):
+            nested()
+        assert weight.tolist() == [3.0, 4.0]
+    optimizer.step(closure)
+
+
+def test_an_iterator_that_is_kept_open_blocks_until_it_is_closed():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, rho=1.0)
+    turns = optimizer.passes()
+    next(turns)
+    closure()
+    next(turns)
+    assert weight.tolist() != [3.0, 4.0]
+    with pytest.raises(RuntimeError, match=r"close\(\) the iterator"):
+        optimizer.step(closure)
+    turns.close()
+    assert weight.tolist() == [3.0, 4.0]
+    never_started = optimizer.passes()
+    optimizer.step(closure)
+    never_started.close()
+
+
+@pytest.mark.parametrize("method_name", MULTIPASS)
+def test_step_without_closure_says_what_to_do(method_name):
+    method = METHODS[method_name]
+    weight, closure = parabola()
+    optimizer = method.optimizer([weight], torch.optim.SGD, lr=0.1)
+    closure()
+    with pytest.raises(RuntimeError, match=r"passes a step: call step\(closure\).*optimizer.passes\(\)"):
+        optimizer.step()
+
+
+def test_step_without_closure_is_the_base_step_for_one_pass():
+    weight, closure = parabola()
+    optimizer = gam_fast.Base([weight], torch.optim.SGD, lr=0.5)
+    closure()
+    assert optimizer.step() is None
+    assert weight.tolist() == [0.0, 0.0]
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="ended without a gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_sparse_gradients_are_refused_and_the_step_undone(method_name):
+    method = METHODS[method_name]
+    embedding = nn.Embedding(4, 2, sparse=True)
+    before = embedding.weight.detach().clone()
+    optimizer = method.optimizer(embedding.parameters(), torch.optim.SGD, lr=0.1, **method.hyper)
+    with pytest.raises(TypeError, match="gradient of layout torch.sparse_coo.*sparse=False"):
+        optimizer.step(lambda: embedding(torch.tensor([1, 2])).sum().backward())
+    assert torch.equal(embedding.weight, before)
+
+
+def test_arguments_are_checked():
+    weight, _ = parabola()
+    other = nn.Parameter(torch.ones(1))
+    sgd = torch.optim.SGD
+    cases = [
+        (ValueError, "rho must not be negative, got -0.1", lambda: gam_fast.GAM([weight], sgd, lr=0.1, rho=-0.1)),
+        (ValueError, "rho_prime must be finite, got inf", lambda: gam_fast.GAM([weight], rho_prime=float("inf"))),
+        (TypeError, "gamma must be a number, got '0.1'", lambda: gam_fast.GAM([weight], gamma="0.1")),
+        (TypeError, "rho must be a number, got True", lambda: gam_fast.GAM([weight], rho=True)),
+        (ValueError, r"alpha must be a number a, meaning", lambda: gam_fast.GAM([weight], alpha=(1.0, 2.0, 3.0))),
+        (TypeError, "alpha must be a number or a pair", lambda: gam_fast.GAM([weight], alpha=None)),
+        (TypeError, "must be a number, got", lambda: gam_fast.GSAM([weight], alpha=(0.5, 0.5))),
+        (TypeError, "unexpected keyword argument 'rhoo'", lambda: gam_fast.GAM([weight], sgd, rhoo=0.1)),
+        (TypeError, "model must be a torch.nn.Module", lambda: gam_fast.GAM([weight], model="resnet")),
+        (ValueError, "clip_grad_norm must be a positive number", lambda: gam_fast.GAM([weight], clip_grad_norm=0.0)),
+        (ValueError, "on_nonfinite must be one of raise, skip", lambda: gam_fast.GAM([weight], on_nonfinite="warn")),
+        (ValueError, "unknown backend='fast': choose one of auto", lambda: gam_fast.GAM([weight], backend="fast")),
+        (TypeError, "must be a torch optimizer class", lambda: gam_fast.GAM([weight], "sgd")),
+        (TypeError, "must make a torch optimizer", lambda: gam_fast.GAM([weight], gam_fast.SAM)),
+        (TypeError, "must make a torch optimizer", lambda: gam_fast.GAM([weight], lambda params: 3)),
+        (TypeError, "LBFGS cannot be the base", lambda: gam_fast.GAM([weight], torch.optim.LBFGS)),
+        (TypeError, "SparseAdam cannot be the base", lambda: gam_fast.GAM([weight], torch.optim.SparseAdam)),
+        (TypeError, "params may be None only", lambda: gam_fast.GAM(None, sgd)),
+        (TypeError, "unexpected arguments lr: base_optimizer", lambda: gam_fast.GAM(None, sgd([weight]), lr=0.1)),
+        (ValueError, "over other parameters than params", lambda: gam_fast.GAM([other], sgd([weight]))),
+        (
+            TypeError,
+            "is complex .torch.complex64.: optimize a real",
+            lambda: gam_fast.GAM([nn.Parameter(torch.ones(2, dtype=torch.complex64))]),
+        ),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_rows_of_a_table_that_contradict_themselves_are_refused():
+    recipe = gam_fast.recipes.Recipe
+    move = gam_fast.recipes.Move
+    with pytest.raises(ValueError, match="goes along a gradient that is not taken yet"):
+        recipe("X", "", {"rho": 0.1}, (move(1, "rho"),), (None, 1.0))
+    with pytest.raises(ValueError, match="u needs 2 coefficients, the last not None"):
+        recipe("X", "", {"rho": 0.1}, (move(0, "rho"),), (1.0, None))
+    with pytest.raises(ValueError, match="and a gamma, or neither"):
+        recipe("X", "", {"rho": 0.1}, (move(0, "rho"),), (None, 1.0), m=(1.0, None))
+    with pytest.raises(ValueError, match=r"no default for \['rho'\]"):
+        recipe("X", "", {}, (move(0, "rho"),), (None, 1.0))
+    three = (move(0, "rho"), move(1, "rho"), move(2, "rho"))
+    greedy = recipe("X", "", {"rho": 0.1}, (*three, move(0, "rho", minus=1)), (1.0, 1.0, 1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="at most two can be kept"):
+        gam_fast.recipes.fold_plan(greedy)
+
+
+def test_a_published_method_is_one_table_and_a_subclass():
+    """Look-ahead SAM with a mean of both gradients, made up."""
+
+    class Mean(gam_fast.FlatOptimizer):
+        recipe = gam_fast.recipes.Recipe("Mean", "", {"rho": 0.1}, (gam_fast.recipes.Move(0, "rho"),), (0.5, 0.5))
+
+    weight, closure = parabola()
+    optimizer = Mean([weight], torch.optim.SGD, lr=0.1, rho=5.0)
+    optimizer.step(closure)
+    torch.testing.assert_close(weight.detach(), torch.tensor([3.0 - 0.9, 4.0 - 1.2], dtype=torch.float64))
+
+
+def test_a_missing_or_old_torch_is_named():
+    from gam_fast import _torch_version
+
+    with pytest.raises(ImportError, match="needs PyTorch 2.6 or newer, found 2.1.2.cu118: pip install -U"):
+        _torch_version.check("2.1.2+cu118")
+    _torch_version.check("3.0.0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "torch", None)
+        with pytest.raises(ImportError, match="needs PyTorch 2.6 or newer: pip install"):
+            _torch_version.require_torch()
+
+
+def test_parameters_on_a_gradient_of_another_dtype_are_served():
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        return  # torch before 2.10 forces the dtypes to agree
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    weight.grad_dtype = torch.bfloat16
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1)
+    for _ in optimizer.passes():
+        weight.grad = (2 * weight.detach()).bfloat16()
+    assert weight.dtype == torch.float32
+
+
+def test_late_and_vanishing_gradients_count_as_zero():
+    """b is used in the second pass only, c in the first only: hand-computed SAM over (a, b, c)."""
+    a, b, c = (nn.Parameter(torch.tensor([v], dtype=torch.float64)) for v in (1.0, 2.0, 3.0))
+    optimizer = gam_fast.SAM([a, b, c], torch.optim.SGD, lr=0.1, momentum=0.9, rho=1.0)
+    for turn in optimizer.passes():
+        (a**2 + (c**2 if turn.index == 0 else b**2)).backward()
+    step = 2.0 / (4.0 + 36.0) ** 0.5
+    torch.testing.assert_close(a.detach(), torch.tensor([1 - 0.2 * (1 + step)], dtype=torch.float64))
+    assert b.item() == pytest.approx(2 - 0.1 * 4.0)
+    assert c.item() == 3.0
+    assert torch.equal(optimizer.state[c]["momentum_buffer"], torch.zeros(1, dtype=torch.float64))
+
+
+def test_two_optimizers_over_parts_of_one_model():
+    model, batches = make("mlp")
+    x, y = batches[0]
+    first = gam_fast.SAM(model.net[0].parameters(), torch.optim.SGD, lr=0.1)
+    second = gam_fast.GAM(model.net[2].parameters(), torch.optim.SGD, lr=0.1)
+    for _ in range(3):
+        first.step(closure_of(model, x, y))
+        second.step(closure_of(model, x, y))
+
+
+def test_no_warning_is_given_in_ordinary_use():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, batches = make("batchnorm_cnn", torch.float32)
+        optimizer = gam_fast.GAM(model.parameters(), torch.optim.AdamW, model=model)
+        for x, y in batches:
+            optimizer.step(closure_of(model, x, y))

@@ -1,0 +1,279 @@
+"""The engine's SGD, Adam and AdamW against torch's own fed with the same direction; state dicts both ways; clipping."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from cases import METHODS, closure_of, loss_of, make
+from torch import nn
+
+import gam_fast
+from gam_fast.updates import adam_update, fused_update, sgd_update
+
+SGD_OPTIONS = [
+    dict(zip(("momentum", "dampening", "weight_decay", "nesterov", "maximize"), values, strict=True))
+    for values in itertools.product((0.0, 0.9), (0.0, 0.3), (0.0, 1e-2), (False, True), (False, True))
+]
+SGD_OPTIONS = [o for o in SGD_OPTIONS if not (o["nesterov"] and (o["momentum"] == 0 or o["dampening"] != 0))]
+ADAM_OPTIONS = [
+    dict(zip(("amsgrad", "weight_decay", "maximize"), values, strict=True))
+    for values in itertools.product((False, True), (0.0, 1e-2), (False, True))
+]
+OPTIMIZERS = [
+    *((torch.optim.SGD, {"lr": 0.1, **o}) for o in SGD_OPTIONS),
+    *((torch.optim.Adam, {"lr": 1e-2, **o}) for o in ADAM_OPTIONS),
+    *((torch.optim.AdamW, {"lr": 1e-2, **o}) for o in ADAM_OPTIONS),
+]
+
+
+class TorchsOwn(torch.optim.SGD):
+    """A subclass, whose step the engine must leave to torch."""
+
+
+def ulps(a, b):
+    """Distance in units in the last place, taken at the larger magnitude of the tensor's entry or 2^-10."""
+    eps = torch.finfo(a.dtype).eps
+    unit = torch.maximum(a.abs(), b.abs()).clamp_min(2.0**-10) * eps
+    return float(((a.double() - b.double()).abs() / unit.double()).max()) if a.numel() else 0.0
+
+
+def parameters(dtype, count=3):
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(31, 7), (), (1025,), (0,)][: count + 1]
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("base", "options"), OPTIMIZERS, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+def test_equal_to_torch_within_two_ulp(base, options, dtype):
+    """One step at a time from the same state, so that an ulp of one step is not amplified by the next."""
+    ours = parameters(dtype)
+    theirs = parameters(dtype)
+    optimizer = gam_fast.Base(ours, base, **options)
+    assert fused_update(optimizer.base) is (sgd_update if base is torch.optim.SGD else adam_update)
+    plain = base(theirs, **options)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(5):
+        grads = [torch.randn(p.shape, generator=generator).to(dtype) for p in ours]
+        for p, q, g in zip(ours, theirs, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        optimizer.step()
+        plain.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert ulps(p.detach(), q.detach()) <= 2
+            assert optimizer.state[p].keys() == plain.state[q].keys()
+            for key, value in plain.state[q].items():
+                assert ulps(optimizer.state[p][key], value) <= 2, key
+                assert optimizer.state[p][key].dtype == value.dtype
+        with torch.no_grad():
+            for p, q in zip(ours, theirs, strict=True):
+                p.copy_(q)
+        optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))  # torch shares the tensors it loads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+        (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
+        (torch.optim.Adam, {"lr": 1e-2, "weight_decay": 1e-2}),
+    ],
+)
+def test_low_precision_is_the_fp32_step_rounded_once(base, options, dtype):
+    """Against torch's fp32 optimizer from the same state: each stored value is rounded once, to half an ulp."""
+    ours = parameters(dtype)
+    theirs = [nn.Parameter(p.detach().float()) for p in ours]
+    optimizer = gam_fast.Base(ours, base, **options)
+    plain = base(theirs, **options)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            q.grad = p.grad.float()
+        optimizer.step()
+        plain.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert ulps(p.detach(), q.detach().to(dtype)) <= 1
+            for key, value in plain.state[q].items():
+                mine = optimizer.state[p][key]
+                assert mine.dtype == (dtype if key != "step" else value.dtype)
+                assert ulps(mine, value.to(mine.dtype)) <= 1, key
+        with torch.no_grad():
+            for p, q in zip(ours, theirs, strict=True):
+                q.copy_(p)
+                for key, value in optimizer.state[p].items():
+                    plain.state[q][key].copy_(value)
+
+
+def test_a_gradient_that_comes_late_starts_its_own_state():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    for base, options in (
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+        (torch.optim.AdamW, {"lr": 0.1}),
+    ):
+        ours = [nn.Parameter(p.detach().clone()) for p in (a, b)]
+        theirs = [nn.Parameter(p.detach().clone()) for p in (a, b)]
+        optimizer, plain = gam_fast.Base(ours, base, **options), base(theirs, **options)
+        for step in range(4):
+            for params in (ours, theirs):
+                for p in params if step >= 2 else params[:1]:
+                    p.grad = torch.full_like(p, 0.5 + step)
+            optimizer.step()
+            plain.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert ulps(p.detach(), q.detach()) <= 2
+            for key, value in plain.state[q].items():
+                assert ulps(optimizer.state[p][key], value) <= 2
+
+
+def test_adam_groups_may_differ_in_betas_and_amsgrad():
+    def build(params):
+        return [{"params": params[:1], "betas": (0.8, 0.9)}, {"params": params[1:], "amsgrad": True, "eps": 1e-3}]
+
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    optimizer = gam_fast.Base(build(ours), torch.optim.AdamW, lr=1e-2)
+    plain = torch.optim.AdamW(build(theirs), lr=1e-2)
+    for step in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.cos(p.detach() + step)
+            q.grad = torch.cos(q.detach() + step)
+        optimizer.step()
+        plain.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_what_torch_must_do_itself():
+    weight = [nn.Parameter(torch.ones(2))]
+    hooked = torch.optim.SGD(weight, lr=0.1)
+    hooked.register_step_pre_hook(lambda *_: None)
+    for base in (
+        torch.optim.RMSprop(weight),
+        TorchsOwn(weight, lr=0.1),
+        hooked,
+        torch.optim.SGD(weight, lr=torch.tensor(0.1)),
+        torch.optim.SGD(weight, lr=0.1, differentiable=True),
+        torch.optim.Adam(weight, capturable=True),
+        torch.optim.Adam(weight, fused=True),
+        torch.optim.AdamW(weight, lr=torch.tensor(0.1)),
+    ):
+        assert fused_update(base) is None
+    assert fused_update(torch.optim.SGD(weight, lr=0.1, fused=True)) is sgd_update
+    assert fused_update(torch.optim.SGD(weight, lr=0.1, foreach=True)) is sgd_update
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (torch.optim.SGD, {"lr": torch.tensor(0.1), "momentum": 0.9}),
+        (torch.optim.Adam, {"lr": 1e-2, "fused": True}),
+        (torch.optim.NAdam, {"lr": 1e-2}),
+        (torch.optim.Adagrad, {"lr": 1e-1}),
+        (torch.optim.Adadelta, {}),
+        (torch.optim.Rprop, {"lr": 1e-3}),
+        (torch.optim.ASGD, {"lr": 1e-2}),
+        (torch.optim.Adamax, {"lr": 1e-2}),
+        (torch.optim.RAdam, {"lr": 1e-2}),
+    ],
+)
+@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
+def test_any_torch_optimizer_can_be_the_base(method_name, base, options):
+    """Fed with the direction that a plain SGD of lr 1 reveals."""
+    method = METHODS[method_name]
+    model, batches = make("mlp")
+    probe, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = (
+        method.optimizer(model.parameters(), base, **options, **method.hyper)
+        if method_name != "gam"
+        else (method.optimizer(None, base(model.parameters(), **options), **method.hyper))
+    )
+    plain = base(theirs.parameters(), **options)
+    revealing = method.optimizer(probe.parameters(), torch.optim.SGD, lr=1.0, **method.hyper)
+    for x, y in batches:
+        with torch.no_grad():
+            for p, q in zip(probe.parameters(), model.parameters(), strict=True):
+                p.copy_(q)
+        revealing.step(closure_of(probe, x, y))
+        for p, q, r in zip(model.parameters(), probe.parameters(), theirs.parameters(), strict=True):
+            r.grad = (p - q).detach()
+        optimizer.step(closure_of(model, x, y))
+        plain.step()
+        for p, r in zip(model.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, r, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.5, 1e6])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("base", [torch.optim.SGD, TorchsOwn])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_clipping_scales_the_final_direction(method_name, base, groups, limit):
+    """torch's clip_grad_norm_ on the direction that the same step without clipping took is the oracle."""
+    method = METHODS[method_name]
+    model, batches = make("mlp")
+    x, y = batches[0]
+
+    def build(net, optimizer_class, **options):
+        params = list(net.parameters())
+        halves = (
+            [{"params": params}]
+            if groups == 1
+            else [
+                {"params": params[:2]},
+                {"params": params[2:], **{k: 0.5 * v for k, v in method.hyper.items() if not isinstance(v, tuple)}},
+            ]
+        )
+        return method.optimizer(halves, optimizer_class, **options, **method.hyper)
+
+    probe = copy.deepcopy(model)
+    build(probe, torch.optim.SGD, lr=1.0).step(closure_of(probe, x, y))
+    reference = copy.deepcopy(model)
+    for p, q, r in zip(model.parameters(), probe.parameters(), reference.parameters(), strict=True):
+        r.grad = (p - q).detach()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), limit)
+    build_plain = base(reference.parameters(), lr=0.1)
+    build_plain.step()
+    build(model, base, lr=0.1, clip_grad_norm=limit).step(closure_of(model, x, y))
+    for p, r in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, r, rtol=1e-9, atol=1e-10)
+
+
+def test_amsgrad_switched_on_in_mid_run_starts_its_maximum():
+    model, batches = make("mlp")
+    optimizer = gam_fast.SAM(model.parameters(), torch.optim.Adam, lr=1e-2)
+    optimizer.step(closure_of(model, *batches[0]))
+    optimizer.param_groups[0]["amsgrad"] = True
+    optimizer.step(closure_of(model, *batches[1]))
+    assert all("max_exp_avg_sq" in state for state in optimizer.state.values())
+
+
+def test_step_counters_follow_the_default_dtype_as_torchs_do():
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = gam_fast.Base([weight], torch.optim.Adam)
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        assert optimizer.state[weight]["step"].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def test_a_fused_adam_checkpoint_goes_on_in_torchs_own_step():
+    """Its counters may live on a device: the engine leaves such a state to torch, and the trajectory is the same."""
+    model, batches = make("mlp", torch.float32)
+    twin = copy.deepcopy(model)
+    ours = gam_fast.Base(model.parameters(), torch.optim.Adam, lr=1e-2, fused=True)
+    plain = torch.optim.Adam(twin.parameters(), lr=1e-2, fused=True)
+    for x, y in batches:
+        ours.step(closure_of(model, x, y))
+        plain.zero_grad()
+        loss_of(twin, x, y).backward()
+        plain.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
