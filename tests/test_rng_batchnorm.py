@@ -1,0 +1,249 @@
+"""Rule 2: the same function in all passes, and running statistics and random state as if the first were the only one."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from cases import METHODS
+from torch import nn
+
+import gam_fast
+from gam_fast import rng
+from gam_fast.batchnorm import FreezeRunningStatistics, running_statistics
+from gam_fast.rng import ReplayRNG
+
+MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
+
+
+class OwnNorm(nn.Module):
+    """A normalisation of somebody else's with the customary buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("unrelated", torch.zeros(4))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.running_mean.lerp_(x.mean(0), 0.1)
+        return (x - x.mean(0)) * self.weight
+
+
+NORMS = {
+    "batchnorm1d": (lambda: nn.BatchNorm1d(4), (6, 4)),
+    "batchnorm1d_cumulative": (lambda: nn.BatchNorm1d(4, momentum=None), (6, 4)),
+    "batchnorm2d": (lambda: nn.BatchNorm2d(4), (6, 4, 3, 3)),
+    "batchnorm3d": (lambda: nn.BatchNorm3d(4), (3, 4, 2, 3, 3)),
+    "batchnorm_without_statistics": (lambda: nn.BatchNorm1d(4, track_running_stats=False), (6, 4)),
+    "sync_batchnorm": (lambda: nn.SyncBatchNorm(4), (6, 4)),
+    "instancenorm": (lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True), (6, 4, 5)),
+    "instancenorm_cumulative": (
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True, momentum=None),
+        (6, 4, 3, 3),
+    ),
+    "own": (OwnNorm, (6, 4)),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, norm, shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4).view(1, 4, *[1] * (len(shape) - 2)))
+        self.norm = norm
+
+    def forward(self, x):
+        x = x * self.scale + self.scale**2
+        if isinstance(self.norm, nn.SyncBatchNorm):
+            # Its forward refuses CPU tensors; on one process it is the plain batch norm of its base class.
+            self.norm.num_batches_tracked.add_(1)
+            out = nn.functional.batch_norm(
+                x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias, True, 0.1
+            )
+        else:
+            out = self.norm(x)
+        return out.tanh().square().sum() + (x * self.scale).sum()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_running_statistics_are_those_of_one_plain_pass(method_name, norm):
+    build, shape = NORMS[norm]
+    method = METHODS[method_name]
+    model = Net(build(), shape)
+    optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.01, model=model, **method.hyper)
+    for _ in range(3):
+        x = torch.randn(shape)
+        plain = copy.deepcopy(model)
+        plain(x)
+        for _ in optimizer.passes():
+            model(x).backward()
+        for (name, ours), theirs in zip(model.named_buffers(), plain.buffers(), strict=True):
+            assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("options", [{"freeze_running_statistics": False}, {"without_model": True}])
+def test_statistics_move_in_every_pass_when_switched_off_or_without_model(options):
+    model = Net(nn.BatchNorm1d(4), (6, 4))
+    given = {} if options.pop("without_model", False) else {"model": model}
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.01, **given, **options)
+    optimizer.step(lambda: model(torch.ones(6, 4)).backward())
+    assert int(model.norm.num_batches_tracked) == 4
+
+
+def test_modules_in_eval_mode_stay_as_they_are():
+    model = Net(nn.BatchNorm1d(4), (6, 4)).eval()
+    before = [b.clone() for b in model.buffers()]
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.01, model=model)
+    optimizer.step(lambda: model(torch.randn(6, 4)).backward())
+    assert not model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_a_nan_in_a_later_pass_does_not_reach_the_statistics():
+    model = Net(nn.BatchNorm1d(4), (6, 4))
+    with FreezeRunningStatistics(model) as freeze:
+        freeze.begin()
+        model(torch.ones(6, 4))
+        kept = model.norm.running_mean.clone()
+        freeze.begin()
+        model(torch.full((6, 4), float("nan")))
+        assert model.norm.running_mean.isnan().all()
+    assert torch.equal(model.norm.running_mean, kept)
+
+
+def test_an_error_puts_the_statistics_back_to_the_start():
+    model = Net(nn.BatchNorm1d(4), (6, 4))
+    before = [b.clone() for b in running_statistics(model)]
+    with pytest.raises(KeyboardInterrupt), FreezeRunningStatistics(model) as freeze:
+        freeze.begin()
+        model(torch.ones(6, 4))
+        raise KeyboardInterrupt
+    assert all(torch.equal(a, b) for a, b in zip(before, running_statistics(model), strict=True))
+    with FreezeRunningStatistics(None) as nothing:
+        nothing.begin()
+
+
+def test_only_statistics_are_found():
+    found = running_statistics(nn.Sequential(OwnNorm(), nn.BatchNorm1d(2, track_running_stats=False), nn.Linear(2, 2)))
+    assert [tuple(t.shape) for t in found] == [(4,)]
+
+
+class StochasticDepth(nn.Module):
+    """Drops its branch with probability ½ a sample, and a unit with probability ½."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.seen = []
+
+    def forward(self, x):
+        keep = torch.bernoulli(torch.full((x.shape[0], 1), 0.5))
+        units = nn.functional.dropout(torch.ones_like(x), 0.5, self.training)
+        self.seen.append((keep, units.clone()))
+        return (x + keep * units * self.linear(x)).square().sum()
+
+
+@pytest.mark.parametrize("method_name", MULTIPASS)
+@pytest.mark.parametrize("replay", [True, False])
+def test_dropout_and_stochastic_depth_draw_the_same_in_every_pass(method_name, replay):
+    method = METHODS[method_name]
+    model = StochasticDepth()
+    optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, replay_rng=replay, **method.hyper)
+    for _ in range(2):
+        model.seen.clear()
+        x = torch.randn(32, 5)
+        for _ in optimizer.passes():
+            model(x).backward()
+        same = [torch.equal(a, b) for draw in model.seen[1:] for a, b in zip(draw, model.seen[0], strict=True)]
+        assert all(same) if replay else not any(same)
+
+
+def test_the_random_stream_goes_on_as_after_one_pass():
+    model = StochasticDepth()
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    x = torch.randn(32, 5)
+    start = torch.get_rng_state()
+    for turn in optimizer.passes():
+        model(x).backward()
+        if turn.index == 2:
+            torch.rand(100)  # a pass that draws more than the first does not shift the stream
+    after = torch.rand(3)
+    torch.set_rng_state(start)
+    model(x)
+    assert torch.equal(after, torch.rand(3))
+
+
+class FakeAccelerator(types.SimpleNamespace):
+    """A device module with a generator a device, whose state is a tensor of one number."""
+
+    def get_rng_state(self, device):
+        return self.states[device.index].clone()
+
+    def set_rng_state(self, state, device):
+        self.states[device.index] = state.clone()
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_generators_of_accelerators_are_replayed(monkeypatch, fail):
+    fake = FakeAccelerator(states=[torch.tensor([5]), torch.tensor([7])])
+    monkeypatch.setattr(rng, "_device_module", lambda device: fake)
+    devices = [torch.device("xpu", 0), torch.device("xpu", 1), torch.device("xpu", 1), torch.device("cpu")]
+    seen = []
+
+    def walk():
+        with ReplayRNG(devices) as replay:
+            assert replay.devices == [torch.device("cpu"), torch.device("xpu", 0), torch.device("xpu", 1)]
+            for _ in range(3):
+                replay.begin()
+                seen.append((int(fake.states[0]), int(fake.states[1])))
+                fake.states[0] += 1
+                fake.states[1] += 10
+                if fail and len(seen) == 2:
+                    raise ValueError
+
+    if fail:
+        with pytest.raises(ValueError, match="^$"):
+            walk()
+    else:
+        walk()
+    assert set(seen) == {(5, 7)}
+    assert [int(s) for s in fake.states] == ([5, 7] if fail else [6, 17])
+
+
+def test_the_mps_generator_takes_no_device(monkeypatch):
+    state = torch.tensor([3])
+    monkeypatch.setattr(
+        rng,
+        "_device_module",
+        lambda device: types.SimpleNamespace(get_rng_state=state.clone, set_rng_state=state.copy_),
+    )
+    with ReplayRNG([torch.device("mps")]) as replay:
+        for _ in range(2):
+            replay.begin()
+            state += 1
+    assert int(state) == 4
+
+
+def test_a_cuda_graph_capture_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="replay_rng=False"), ReplayRNG([torch.device("cuda", 0)]):
+        pass
+    with ReplayRNG() as replay:  # a CPU model is not concerned
+        replay.begin()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU")
+def test_the_cuda_generator_is_replayed():
+    device = torch.device("cuda", 0)
+    with ReplayRNG([device]) as replay:
+        draws = []
+        for _ in range(3):
+            replay.begin()
+            draws.append(torch.rand(4, device=device))
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
