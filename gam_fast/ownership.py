@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+References: TypeAlias = "tuple[int, int, int, int, bool]"
 
 
 def take(param: Tensor) -> Tensor:
@@ -27,15 +30,16 @@ def take(param: Tensor) -> Tensor:
     return grad if _references(grad) == _sole() else grad.clone(memory_format=torch.preserve_format)
 
 
-def _references(grad: Tensor) -> tuple[int, int, int, bool]:
-    """References to the tensor from Python and from C++, to its storage, and whether it is all of its storage."""
+def _references(grad: Tensor) -> References:
+    """References to the tensor and to its storage, from Python and from C++, and whether it is all of its storage."""
     storage = grad.untyped_storage()
     whole = storage.nbytes() == grad.numel() * grad.element_size()
-    return sys.getrefcount(grad), grad._use_count(), torch._C._storage_Use_Count(storage._cdata), whole
+    of_storage = sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(grad), grad._use_count(), *of_storage, whole
 
 
 @cache
-def _sole() -> tuple[int, int, int, bool] | None:
+def _sole() -> References | None:
     """What :func:`_references` says of a gradient that only :func:`take` holds; ``None`` if this torch cannot tell."""
     if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
         return None
@@ -45,7 +49,7 @@ def _sole() -> tuple[int, int, int, bool] | None:
     return _measure(param)
 
 
-def _measure(param: Tensor) -> tuple[int, int, int, bool]:
+def _measure(param: Tensor) -> References:
     grad = param.grad
     assert grad is not None
     param.grad = None

@@ -1,0 +1,144 @@
+"""The shape of the code: imports run one way, one source of version, no host synchronisation, nothing of a machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import gam_fast
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gam_fast"
+
+LAYERS = [
+    {"_version", "_torch_version", "recipes"},
+    {"backends.base"},
+    {"backends.eager"},
+    {"backends"},
+    {"rng", "batchnorm", "ownership", "updates"},
+    {"walk"},
+    {"optimizer"},
+    {"methods"},
+    {"schedules"},
+    {""},
+    {"__main__"},
+]
+"""From the bottom to the top: a module may import those below it only. The empty name is the package itself."""
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path, name):
+    """The modules of the package that ``path`` imports, by their names below it."""
+    package = name.split(".") if path.name == "__init__.py" and name else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            target = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            known = {n for _, n in modules()}
+            for alias in node.names:
+                inner = f"{target}.{alias.name}".strip(".")
+                yield inner if inner in known else target
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(str(n).split(".")[0] == "gam_fast" for n in names), f"{name}: import the package relatively"
+
+
+def test_every_module_has_its_layer():
+    assert {name for _, name in modules()} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*LAYERS)))
+def test_no_import_runs_against_the_arrows(name):
+    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    path = next(p for p, n in modules() if n == name)
+    tree = {found for found in imports_of(path, name) if found != name}
+    for found in tree:
+        in_doctest_helper = (name, found) == ("schedules", "methods")
+        assert level[found] < level[name] or in_doctest_helper, f"{name} imports {found}"
+    if name == "recipes":
+        assert "torch" not in {
+            node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)
+        }
+
+
+def test_examples_use_only_what_the_package_exports():
+    for path in (ROOT / "examples").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("gam_fast."), path
+            if isinstance(node, ast.Import):
+                assert all(not alias.name.startswith("gam_fast.") for alias in node.names), path
+
+
+def test_no_host_synchronisation_in_a_backend():
+    """``float(t)``, ``bool(t)`` and ``.item()`` of a tensor wait for the device; the engine looks once, in the walk."""
+    for path in (PACKAGE / "backends").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\.item\(\)|\.tolist\(\)|\bfloat\(|\bbool\(|\.cpu\(\)", text), path
+
+
+def test_files_have_one_subject_and_a_readable_length():
+    for path, _ in modules():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, path
+
+
+def test_one_version_everywhere():
+    assert metadata.version("gam-fast") == gam_fast.__version__
+    assert f"## [{gam_fast.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_mapped_folder_is_a_package():
+    import gam_fast.kernels
+
+    assert Path(gam_fast.kernels.__file__).parent.resolve() == (ROOT / "kernels").resolve()
+
+
+def test_everything_exported_exists_and_is_documented():
+    for name in gam_fast.__all__:
+        assert getattr(gam_fast, name) is not None
+        if name != "__version__":
+            assert getattr(gam_fast, name).__doc__, name
+    for recipe in gam_fast.recipes.RECIPES.values():
+        assert recipe.citation
+        optimizer = getattr(gam_fast, recipe.name)
+        assert optimizer.recipe is recipe
+        for hyper in recipe.defaults:
+            assert re.search(rf"\b{hyper}:", optimizer.__doc__), f"{recipe.name}: {hyper} is not documented"
+
+
+def test_constructor_defaults_are_those_of_the_table():
+    import inspect
+
+    for recipe in gam_fast.recipes.RECIPES.values():
+        parameters = inspect.signature(getattr(gam_fast, recipe.name)).parameters
+        for name, default in recipe.defaults.items():
+            assert parameters[name].default == default
+
+
+def test_it_trains_with_torch_alone():
+    """No compiler, no Triton, no NumPy: their import is made to fail in a fresh process."""
+    program = """
+import sys
+for name in ("triton", "numpy", "scipy", "matplotlib", "rich", "curvlinops", "mlxtend", "gam_fast._C"):
+    sys.modules[name] = None
+import torch, gam_fast
+model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+optimizer = gam_fast.GAM(model.parameters(), torch.optim.AdamW, model=model)
+for _ in range(3):
+    optimizer.step(lambda: model(torch.ones(4, 2)).square().mean().backward())
+print(repr(optimizer)[:30])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("GAM (base: AdamW")
