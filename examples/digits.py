@@ -125,7 +125,7 @@ def load_digits(wrong_labels: float) -> Digits:
 
 
 def build_model(seed: int) -> nn.Module:
-    """Two convolutions with BatchNorm and a linear layer."""
+    """Two convolutions with BatchNorm and two linear layers."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -138,7 +138,9 @@ def build_model(seed: int) -> nn.Module:
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(32 * 9, 10),
+            nn.Linear(32 * 9, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
         )
 
 

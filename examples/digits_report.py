@@ -116,7 +116,9 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(tag: str, values: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html_text.escape(value)}</{tag}>" for value in values) + "</tr>"
 
-    return f"<table><thead>{line('th', headings)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
+    return (
+        f"<table><thead>{line('th', headings)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
+    )
 
 
 def html(figures: dict[str, Any], *, quick: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .backends.base import Backend, Direction, FoldInto, Leaves, TensorList, accumulate_dtype
+from .backends.base import Backend, Direction, FoldInto, Leaves, Scalar, TensorList, accumulate_dtype
 from .batchnorm import FreezeRunningStatistics
 from .ownership import take
 from .recipes import Recipe, fold_plan
@@ -192,7 +192,7 @@ class Walk:
                 shard.grads[move.along],
                 None if minus is None else shard.grads[minus],
                 radius,
-                scale.to(shard.leaves.params[0].device),
+                _on(scale, shard.leaves.params[0].device),
                 from_start=move.from_start,
                 eta=eta,
                 folds=into,
@@ -240,8 +240,8 @@ class Walk:
         directions = []
         for device, shard in self.shards.items():
             terms = [shard.grads[k] for k in gradients]
-            direction = Direction(terms, list(c), list(q) if q else None, _on(kappa, device), _on(scale, device))
-            directions.append((shard, direction))
+            on_device = [None if value is None else _on(value, device) for value in (kappa, scale)]
+            directions.append((shard, Direction(terms, list(c), list(q) if q else None, *on_device)))
         update(directions)
         self.finished = True
 
@@ -318,5 +318,7 @@ def _total(values: list[Tensor]) -> Tensor:
     return total
 
 
-def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)
+def _on(value: Tensor, device: torch.device) -> Scalar:
+    """The scalar for a backend on ``device``: a number on a CPU, where reading it waits for nothing."""
+    value = value.to(device)
+    return float(value) if device.type == "cpu" else value

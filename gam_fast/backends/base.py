@@ -8,7 +8,8 @@ Conventions for all of them:
 - Tensors are float16, bfloat16, float32 or float64, of any layout. Arithmetic is done in fp32 (fp64 for float64) and
   rounded once, when a value is stored. Sums are combined in fp64 in a fixed order: a result depends neither on the
   number of threads nor on the run.
-- Nothing waits for the device: norms and scales are 0-dim tensors on the device of the leaves.
+- Nothing waits for the device: norms, inner products and what is computed from them (:data:`Scalar`) stay 0-dim tensors
+  on an accelerator; on a CPU, where reading a tensor costs nothing, the engine hands them back as numbers.
 - Reads and writes are given in units of N, the number of elements of the leaves.
 - Arguments come from the engine, which has checked them.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 TensorList: TypeAlias = "list[Tensor]"
 PerGroup: TypeAlias = "Sequence[float]"
+Scalar: TypeAlias = "float | Tensor"
 
 ACCUMULATE = torch.float64
 """Dtype of norms, inner products and scales; fp32 on a device without fp64 (see :func:`accumulate_dtype`)."""
@@ -75,15 +77,15 @@ class Direction:
         terms: the lists of tensors :math:`X_t`, at most three.
         p: for each term, the plain coefficients by group.
         q: for each term, the coefficients by group that κ multiplies; ``None`` without the projection.
-        kappa: :math:`κ = ⟨m,u⟩/‖u‖²`, a 0-dim tensor, or ``None`` without the projection.
-        scale: :math:`s`, the clipping factor, a 0-dim tensor, or ``None`` for 1.
+        kappa: :math:`κ = ⟨m,u⟩/‖u‖²`, or ``None`` without the projection.
+        scale: :math:`s`, the clipping factor, or ``None`` for 1.
     """
 
     terms: list[TensorList]
     p: list[PerGroup]
     q: list[PerGroup] | None = None
-    kappa: Tensor | None = None
-    scale: Tensor | None = None
+    kappa: Scalar | None = None
+    scale: Scalar | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Backend(Protocol):
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
-        scale: Tensor,
+        scale: Scalar,
         *,
         from_start: bool,
         eta: PerGroup | None = None,

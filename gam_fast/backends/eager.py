@@ -2,7 +2,7 @@
 
 It is the readable definition of the primitives. Each chunk is worked on in scratch memory of a fixed size, in fp32
 (fp64 for float64), and rounded when it is stored: the intermediates of low-precision parameters are not rounded, no
-parameter-sized temporary is allocated, and on a CPU the scratch stays in the cache.
+parameter-sized temporary is allocated.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, SGDGroup, TensorList, accumulate_dtype
+from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, accumulate_dtype
 
-CPU_CHUNK = 1 << 18
-"""Elements of a chunk on CPU: a few fp32 arrays of this length fit in a second-level cache."""
+CPU_CHUNK = 1 << 20
+"""Elements of a chunk on CPU. Measured: below this, waking the threads for each operation costs more than a cache saves."""
 
 DEVICE_CHUNK = 1 << 24
 """Elements of a chunk on an accelerator: large, so that launches are few."""
@@ -42,11 +42,34 @@ class Piece:
         return tensor
 
 
+class Arena:
+    """Scratch memory that the chunks of a step use one after the other, so that it is allocated and paged in once."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._used = 0
+
+    def reset(self) -> None:
+        """Give all blocks back: the next chunk begins."""
+        self._used = 0
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised block, distinct from all that were taken since :meth:`reset`."""
+        if self._used == len(self._blocks):
+            self._blocks.append(torch.empty(0, dtype=dtype, device=device))
+        block = self._blocks[self._used]
+        if block.numel() < numel or block.dtype != dtype:
+            block = self._blocks[self._used] = torch.empty(numel, dtype=dtype, device=device)
+        self._used += 1
+        return block[:numel]
+
+
 class Chunk:
     """Pieces of leaves of one dtype and one group, and the scratch memory they are worked on in."""
 
-    def __init__(self, pieces: list[Piece], group: int, params: TensorList) -> None:
+    def __init__(self, pieces: list[Piece], group: int, params: TensorList, arena: Arena) -> None:
         self.pieces = pieces
+        self.arena = arena
         self.group = group
         like = params[pieces[0].leaf]
         self.device = like.device
@@ -62,15 +85,28 @@ class Chunk:
     def scratch(self) -> tuple[Tensor, TensorList]:
         """Uninitialised flat memory of whole rows, its padding zero, and its views, one a piece."""
         padded = -(-self.numel // ROW) * ROW
-        flat = torch.empty(padded, dtype=self.opmath, device=self.device)
+        flat = self.arena.take(padded, self.opmath, self.device)
         flat[self.numel :].zero_()
         parts = flat[: self.numel].split([size.numel() for size in self.sizes])
         return flat, [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def copy(self, tensors: Sequence[Tensor | None]) -> TensorList:
         """The chunk of ``tensors`` in scratch memory."""
+        return self.own(self(tensors))
+
+    def own(self, values: TensorList) -> TensorList:
+        """``values`` of this chunk, in scratch memory."""
         out = self.scratch()[1]
-        torch._foreach_copy_(out, self(tensors))
+        torch._foreach_copy_(out, values)
+        return out
+
+    def difference(self, a: TensorList, b: TensorList | None) -> TensorList:
+        """The chunk of ``a − b``, or of ``a``, in the working precision and to be read only."""
+        if b is None and self.dtype == self.opmath:
+            return self(a)
+        out = self.copy(a)
+        if b is not None:
+            torch._foreach_sub_(out, self(b))
         return out
 
     def open(self, tensors: Sequence[Tensor | None]) -> TensorList:
@@ -101,9 +137,9 @@ def _cuts(size: Sequence[int], dims: Sequence[int], limit: int) -> Iterator[tupl
 def chunks(leaves: Leaves) -> list[Chunk]:
     """All elements of the leaves, as chunks of one dtype and group each, of a common size where tensors allow it.
 
-    >>> leaves = Leaves([torch.zeros(600, 1000), torch.zeros(3)], group=[0, 0])
+    >>> leaves = Leaves([torch.zeros(600, 4000), torch.zeros(3)], group=[0, 0])
     >>> [chunk.numel for chunk in chunks(leaves)]
-    [262000, 262000, 76003]
+    [1048000, 1048000, 304003]
     """
     cached = leaves.cache.get("chunks")
     if isinstance(cached, list) and leaves.cache.get("count") == len(leaves.params):
@@ -115,40 +151,64 @@ def chunks(leaves: Leaves) -> list[Chunk]:
             dims = sorted(range(param.dim()), key=param.stride, reverse=True)
             pieces = [Piece(index, cuts) for cuts in _cuts(param.size(), dims, limit)]
             buckets.setdefault((group, param.dtype), []).extend(pieces)
-    result = []
+    result: list[Chunk] = []
+    arena = Arena()
     for (group, _), pieces in buckets.items():
         fill: list[Piece] = []
         room = limit
         for piece in pieces:
             numel = piece.of(leaves.params).numel()
             if fill and numel > room:
-                result.append(Chunk(fill, group, leaves.params))
+                result.append(Chunk(fill, group, leaves.params, arena))
                 fill, room = [], limit
             fill.append(piece)
             room -= numel
-        result.append(Chunk(fill, group, leaves.params))
+        result.append(Chunk(fill, group, leaves.params, arena))
     leaves.cache.update(chunks=result, count=len(leaves.params))
     return result
 
 
-def _combine(chunk: Chunk, d: Direction) -> tuple[Tensor, TensorList]:
-    """``d`` on one chunk, in scratch memory."""
-    flat, out = chunk.scratch()
-    for t, term in enumerate(d.terms):
-        p: float | Tensor = d.p[t][chunk.group]
-        if d.q is not None and d.kappa is not None and d.q[t][chunk.group] != 0.0:
-            p = d.kappa * d.q[t][chunk.group] + p
-        if d.scale is not None:
-            p = d.scale * p
-        target = out if t == 0 else chunk.scratch()[1]
-        torch._foreach_copy_(target, chunk(term))
-        if isinstance(p, Tensor):
-            torch._foreach_mul_(target, p.to(chunk.opmath))
-        elif p != 1.0:
-            torch._foreach_mul_(target, p)
-        if t > 0:
-            torch._foreach_add_(out, target)
-    return flat, out
+def _each(leaves: Leaves) -> Iterator[Chunk]:
+    """The chunks one after the other, each with the scratch memory of the one before."""
+    for chunk in chunks(leaves):
+        chunk.arena.reset()
+        yield chunk
+
+
+def _add(chunk: Chunk, out: TensorList, terms: TensorList, factor: Scalar) -> None:
+    """``out ← out + factor · terms`` in the dtype of ``out``."""
+    if isinstance(factor, Tensor):
+        product = chunk.scratch()[1]
+        torch._foreach_copy_(product, terms)
+        torch._foreach_mul_(product, factor.to(chunk.opmath))
+        torch._foreach_add_(out, product)
+    else:
+        torch._foreach_add_(out, terms, alpha=factor)
+
+
+def _combine(chunk: Chunk, d: Direction, own: bool = True) -> TensorList:
+    """``d`` on one chunk, in scratch memory; without ``own`` to be read only, and a term itself where ``d`` is one."""
+    factors = [(_factor(chunk, d, t), term) for t, term in enumerate(d.terms)]
+    used = [(factor, term) for factor, term in factors if isinstance(factor, Tensor) or factor != 0.0] or factors[:1]
+    (factor, term), *rest = used
+    if not own and not rest and not isinstance(factor, Tensor) and factor == 1.0:
+        return chunk.difference(term, None)
+    out = chunk.copy(term)
+    if isinstance(factor, Tensor):
+        torch._foreach_mul_(out, factor.to(chunk.opmath))
+    elif factor != 1.0:
+        torch._foreach_mul_(out, factor)
+    for factor, term in rest:
+        _add(chunk, out, chunk(term), factor)
+    return out
+
+
+def _factor(chunk: Chunk, d: Direction, t: int) -> Scalar:
+    """``s (p + κ q)`` of term ``t``."""
+    factor: Scalar = d.p[t][chunk.group]
+    if d.q is not None and d.kappa is not None:
+        factor = d.kappa * d.q[t][chunk.group] + factor
+    return factor if d.scale is None else d.scale * factor
 
 
 def _multiply_weights(chunk: Chunk, out: TensorList, leaves: Leaves, eta: PerGroup, power: int) -> None:
@@ -172,6 +232,12 @@ def _sum(partial: list[Tensor], device: torch.device) -> Tensor:
     return values.sum()
 
 
+def _square_norms(norms: list[Tensor]) -> Tensor:
+    """Squares of fp32 or fp64 norms, as an fp64 vector."""
+    stacked = torch.stack(norms)
+    return stacked.to(accumulate_dtype(stacked.device)).square_()
+
+
 class EagerBackend:
     """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
 
@@ -181,15 +247,12 @@ class EagerBackend:
         self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
         partial = []
-        for chunk in chunks(leaves):
-            flat, out = chunk.scratch()
-            torch._foreach_copy_(out, chunk(a))
-            if b is not None:
-                torch._foreach_sub_(out, chunk(b))
+        for chunk in _each(leaves):
+            values = chunk.difference(a, b)
             if eta is not None:
-                _multiply_weights(chunk, out, leaves, eta, power=1)
-            rows = torch.linalg.vector_norm(flat.view(-1, ROW), dim=1)
-            partial.append(rows.to(accumulate_dtype(rows.device)).square_())
+                values = chunk.own(values)
+                _multiply_weights(chunk, values, leaves, eta, power=1)
+            partial.append(_square_norms(list(torch._foreach_norm(values))))
         return _sum(partial, leaves.params[0].device)
 
     def perturb(
@@ -198,7 +261,7 @@ class EagerBackend:
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
-        scale: Tensor,
+        scale: Scalar,
         *,
         from_start: bool,
         eta: PerGroup | None = None,
@@ -207,15 +270,16 @@ class EagerBackend:
         if not leaves.saved:
             torch._foreach_copy_(leaves.backup, leaves.params)
             leaves.saved = True
-        for chunk in chunks(leaves):
-            step = chunk.copy(a)
-            if b is not None:
-                torch._foreach_sub_(step, chunk(b))
+        elif from_start:
+            torch._foreach_copy_(leaves.params, leaves.backup)
+        for chunk in _each(leaves):
+            step = chunk.difference(a, b)
             if eta is not None:
+                step = chunk.own(step)
                 _multiply_weights(chunk, step, leaves, eta, power=2)
-            torch._foreach_mul_(step, (scale * radius[chunk.group]).to(chunk.opmath))
-            torch._foreach_add_(step, chunk(leaves.backup if from_start else leaves.params))
-            torch._foreach_copy_(chunk(leaves.params), step)
+            params = chunk.open(leaves.params)
+            _add(chunk, params, step, scale * radius[chunk.group])
+            chunk.close(leaves.params, params)
             for fold in folds:
                 into = chunk.open(fold.into)
                 torch._foreach_mul_(into, fold.k[chunk.group])
@@ -224,15 +288,19 @@ class EagerBackend:
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
         device = leaves.params[0].device
+        dtype = accumulate_dtype(device)
         partial: list[list[list[Tensor]]] = [[[], [], []] for _ in range(groups)]
-        for chunk in chunks(leaves):
+        for chunk in _each(leaves):
             uu, um, mm = partial[chunk.group]
-            u_flat = _combine(chunk, u)[0].view(-1, ROW)
+            u_values = _combine(chunk, u, own=False)
+            uu.append(_square_norms(list(torch._foreach_norm(u_values))))
             if m is not None:
-                m_flat = _combine(chunk, m)[0].view(-1, ROW)
-                um.append((m_flat * u_flat).sum(1).to(accumulate_dtype(device)))
-                mm.append(m_flat.square_().sum(1).to(accumulate_dtype(device)))
-            uu.append(u_flat.square_().sum(1).to(accumulate_dtype(device)))
+                flat, product = chunk.scratch()
+                m_values = _combine(chunk, m, own=False)
+                mm.append(_square_norms(list(torch._foreach_norm(m_values))))
+                torch._foreach_copy_(product, m_values)
+                torch._foreach_mul_(product, u_values)
+                um.append(flat.view(-1, ROW).sum(1).to(dtype))
         sums = [_sum(column, device) for column in itertools.chain.from_iterable(partial)]
         return torch.stack(sums).view(groups, 3)
 
@@ -241,8 +309,8 @@ class EagerBackend:
             torch._foreach_copy_(leaves.params, leaves.backup)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
-        for chunk in chunks(leaves):
-            torch._foreach_copy_(chunk(out), _combine(chunk, d)[1])
+        for chunk in _each(leaves):
+            torch._foreach_copy_(chunk(out), _combine(chunk, d))
         self.restore(leaves)
 
     def sgd(
@@ -254,9 +322,9 @@ class EagerBackend:
         groups: Sequence[SGDGroup],
     ) -> None:
         self.restore(leaves)
-        for chunk in chunks(leaves):
+        for chunk in _each(leaves):
             h = groups[chunk.group]
-            step = _combine(chunk, d)[1]
+            step = _combine(chunk, d)
             params = chunk.open(leaves.params)
             if h.maximize:
                 torch._foreach_neg_(step)
@@ -291,9 +359,9 @@ class EagerBackend:
         groups: Sequence[AdamGroup],
     ) -> None:
         self.restore(leaves)
-        for chunk in chunks(leaves):
+        for chunk in _each(leaves):
             h = groups[chunk.group]
-            grads = _combine(chunk, d)[1]
+            grads = _combine(chunk, d)
             params = chunk.open(leaves.params)
             average, square = chunk.open(exp_avg), chunk.open(exp_avg_sq)
             if h.maximize:
