@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,8 +50,8 @@ class Contender:
         self.device = device
         self.params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
         self.source = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-        options = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
-        self.optimizer: torch.optim.Optimizer
+        options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
+        self.optimizer: Any  # torch's annotation of closures does not allow a tensor
         if name == "SGD":
             self.optimizer = torch.optim.SGD(self.params, **options, fused=device == "cpu" or None)
         else:
@@ -127,9 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     )
     elements = sum(p.numel() for p in contenders[0].params)
-    print(
-        f"{len(shapes)} tensors, {elements / 1e6:.1f} M elements, {arguments.dtype}, {device}, {arguments.threads} threads"
-    )
+    size = f"{len(shapes)} tensors, {elements / 1e6:.1f} M elements"
+    print(f"{size}, {arguments.dtype}, {device}, {arguments.threads} threads")
     print(f"{'method':<8}{'ms':>10}{'÷ SGD':>10}{'floor':>10}")
     for row in rows:
         print(f"{row['method']:<8}{row['ms']:>10.2f}{row['ratio']:>10.2f}{row['floor']:>10.2f}")

@@ -32,6 +32,10 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
     from scipy.sparse.linalg import eigsh
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    import gam_fast
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its dependencies use what torch has deprecated
@@ -41,11 +45,6 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     sys.exit(f"{error}\n{INSTALL}")
-
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-import gam_fast
 
 TRAIN_IMAGES = 1000
 SLICE_POINTS = 31
@@ -71,7 +70,7 @@ class Method:
 
     name: str
     optimizer: type[gam_fast.FlatOptimizer]
-    hyper: dict[str, float] = field(default_factory=dict)
+    hyper: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passes(self) -> int:

@@ -13,9 +13,9 @@ import matplotlib as mpl
 
 mpl.use("Agg")  # before pyplot, so that no display is needed
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 HEADINGS = ("method", "passes", "test accuracy, %", "training loss", "λmax", "ms/step", "cost ÷ SGD")
 COLORS = {"SGD": "#8a8f98", "SAM": "#d9822b", "GAM": "#1f77c9"}
@@ -150,15 +150,15 @@ weights and see the same batches: {setting["epochs"]} epochs, batches of {settin
 {setting["lr"]} and momentum {setting["momentum"]}, cosine schedule; seeds {seeds}. The settings were fixed on other
 seeds before these were run.</p>
 {_table(HEADINGS, [cells(row) for row in figures["summary"]])}
-<p>Test accuracy: mean ± standard deviation over the seeds, at the end. Training loss: on the training set with its wrong
-labels, in eval mode. λmax: the largest eigenvalue of the Hessian of that loss, mean over seeds. ms/step: median over
-all steps; the methods took turns, an epoch each.</p>
-<h2>Accuracy</h2>{_image(accuracy, "Test accuracy at the end: one point a seed, a bar at the mean; lines join a seed.")}
+<p>Test accuracy: mean ± standard deviation over the seeds, at the end. Training loss: on the training set with its
+wrong labels, in eval mode. λmax: the largest eigenvalue of the Hessian of that loss, mean over seeds. ms/step: median
+over all steps; the methods took turns, an epoch each.</p>
+<h2>Accuracy</h2>{_image(accuracy, "Test accuracy at the end: a point a seed, a bar at the mean; lines join a seed.")}
 <h2>Training</h2>{_image(curves, "Mean over seeds; the band reaches from the lowest to the highest seed.")}
 <h2>Around the minima</h2>{
         _image(
             slices,
-            f"From seed {setting['seeds'][0]}, along one random direction whose filters have the length of the weights' own.",
+            f"From seed {setting['seeds'][0]}, along one random direction, its filters as long as the weights'.",
         )
     }
 <h2>Settings</h2>{_table(("method", "hyper-parameters"), methods)}

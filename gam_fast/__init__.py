@@ -13,7 +13,7 @@ from ._version import __version__
 require_torch()
 
 from . import backends, batchnorm, recipes, rng, schedules  # noqa: E402
-from .methods import ASAM, CFlat, FAD, GAM, GSAM, SAM, Base, GradientNormPenalty  # noqa: E402
+from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, GradientNormPenalty  # noqa: E402
 from .optimizer import FlatOptimizer, Turn  # noqa: E402
 from .walk import NonFiniteGradientError  # noqa: E402
 

@@ -16,9 +16,9 @@ def report() -> str:
     lines = [f"gam_fast {__version__}, torch {torch.__version__}, Python {python}", "backends, in order of preference:"]
     for name, status in available().items():
         lines.append(f"  {name:<8}{'available' if status.available else 'not available'}: {status.reason}")
-    devices = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
-    for device in devices:
-        lines.append(f"backend='auto' on {device}: {select('auto', torch.device(device)).name}")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    for device in (torch.device("cpu"), *([accelerator] if accelerator else [])):
+        lines.append(f"backend='auto' on {device.type}: {select('auto', device).name}")
     lines.append(f"override for a process: {ENVIRONMENT_VARIABLE}=<name>")
     return "\n".join(lines)
 

@@ -83,7 +83,7 @@ class ASAM(FlatOptimizer):
 
 
 class GSAM(FlatOptimizer):
-    r"""Surrogate Gap SAM: :math:`g_1 − α\, g_{0⊥}`, where :math:`g_{0⊥}` is :math:`g_0` less its part along :math:`g_1`.
+    r"""Surrogate Gap SAM: :math:`g_1 − α\, g_{0⊥}`, with :math:`g_{0⊥}` the part of :math:`g_0` orthogonal to it.
 
     Two passes, at the points of SAM. Source: Zhuang et al., ICLR 2022, arXiv 2203.08065. Options and errors:
     :class:`FlatOptimizer`. The paper lets ρ follow the learning rate: :class:`gam_fast.schedules.ProportionalRadius`.
@@ -117,8 +117,8 @@ class GSAM(FlatOptimizer):
 class GradientNormPenalty(FlatOptimizer):
     r"""Penalty on the gradient norm: :math:`(1−α)\, g_0 + α\, g_1` at the points of SAM. Two passes.
 
-    It descends :math:`L + λ‖∇L‖` with :math:`α = λ/ρ`. Source: Zhao, Zhang, Hu, ICML 2022, arXiv 2202.03599. Options and
-    errors: :class:`FlatOptimizer`.
+    It descends :math:`L + λ‖∇L‖` with :math:`α = λ/ρ`. Source: Zhao, Zhang, Hu, ICML 2022, arXiv 2202.03599.
+    Options and errors: :class:`FlatOptimizer`.
 
     Args:
         rho: r of the paper, radius of the perturbation.
@@ -187,7 +187,7 @@ class GAM(FlatOptimizer):
         gamma: float = 0.03,
         **options: Any,
     ) -> None:
-        own = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
+        own: dict[str, Any] = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
         super().__init__(params, base_optimizer, **own, **options)
 
 
@@ -257,5 +257,5 @@ class FAD(FlatOptimizer):
         lam: float = 0.5,
         **options: Any,
     ) -> None:
-        own = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "lam": lam}
+        own: dict[str, Any] = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "lam": lam}
         super().__init__(params, base_optimizer, **own, **options)

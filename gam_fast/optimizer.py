@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -55,7 +55,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     Args:
         params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
-            hyper-parameter of the recipe or of the base may be set for the group. May be ``None`` with an instance.
+            hyper-parameter of the recipe or of the base may be set for the group. ``None`` with an instance.
         base_optimizer: a torch optimizer class (or any callable with its signature), or an instance over ``params``.
         model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
         backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
@@ -63,14 +63,14 @@ class FlatOptimizer(torch.optim.Optimizer):
         freeze_running_statistics: switch for what ``model`` does.
         clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
         on_nonfinite: ``"raise"`` :class:`~gam_fast.walk.NonFiniteGradientError`, or ``"skip"`` the step and count it in
-            :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking costs
-            an accelerator one wait for the device at the end of a step; a CPU nothing but the norm of the last gradient.
+            :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking
+            costs an accelerator one wait for the device at the end of a step, and a norm of the last gradient.
         hyper: the recipe's hyper-parameters and, where ``base_optimizer`` is a class, its arguments. Where the base
             has one of the same name (``alpha`` of RMSprop), the keyword is the recipe's, its key in ``param_groups``
             gets the recipe's name in front (``gam_alpha``), and the base's own is given through an instance.
 
     Raises:
-        TypeError: complex parameters; a base that needs a closure (LBFGS) or sparse gradients (SparseAdam); wrong types.
+        TypeError: complex parameters; a base that needs a closure (LBFGS) or sparse gradients (SparseAdam).
         ValueError: a hyper-parameter out of range, an instance over other parameters, an unknown option.
         RuntimeError: a backend that is not available.
     """
@@ -108,7 +108,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
         self._model = model
-        self._options = {
+        self._options: dict[str, Any] = {
             "replay_rng": bool(replay_rng),
             "freeze_running_statistics": bool(freeze_running_statistics),
             "clip_grad_norm": clip_grad_norm,
@@ -126,7 +126,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     # What is shared with the base optimizer, for good: also after load_state_dict has replaced it.
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups, those of the base optimizer."""
         return self.base.param_groups
 
@@ -135,7 +135,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The state by parameter, that of the base optimizer."""
         return self.base.state
 
@@ -144,7 +144,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.base.state = state
 
     def key(self, name: str) -> str:
-        """The key in ``param_groups`` of the recipe's hyper-parameter ``name``: itself, unless the base has one so named.
+        """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has a hyper-parameter so named.
 
         Raises:
             ValueError: the recipe has no such hyper-parameter.
@@ -177,7 +177,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self._refuse_nesting("passes()")
         return self._run(hooked=True)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
 
         Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
@@ -212,7 +212,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                     first = loss
         return first
 
-    def _run(self, hooked: bool) -> Iterator[Turn]:
+    def _run(self, hooked: bool) -> Generator[Turn, None, None]:
         self._refuse_nesting("passes()")
         n = self.recipe.passes
         with self._open() as walk:
@@ -231,7 +231,7 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _step_without_closure(self) -> None:
         if self.recipe.passes > 1:
             raise RuntimeError(
-                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), the closure being "
+                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
                 "called once a pass, or run forward and backward in `for turn in optimizer.passes():`"
             )
         with self._open() as walk:

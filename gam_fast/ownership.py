@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import TypeAlias
 
@@ -34,8 +35,9 @@ def _references(grad: Tensor) -> References:
     """References to the tensor and to its storage, from Python and from C++, and whether it is all of its storage."""
     storage = grad.untyped_storage()
     whole = storage.nbytes() == grad.numel() * grad.element_size()
+    use_count: Callable[[], int] = grad._use_count  # type: ignore[attr-defined]  # not in torch's stubs
     of_storage = sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
-    return sys.getrefcount(grad), grad._use_count(), *of_storage, whole
+    return sys.getrefcount(grad), use_count(), *of_storage, whole
 
 
 @cache

@@ -108,7 +108,7 @@ class Recipe:
         for i, move in enumerate(self.walk):
             if not (0 <= move.along <= i and (move.minus is None or 0 <= move.minus <= i)):
                 raise ValueError(f"recipe {self.name}: move {i} goes along a gradient that is not taken yet: {move}")
-        names = {move.radius for move in self.walk} | {self.gamma, self.adaptive} - {None}
+        names = {move.radius for move in self.walk} | {name for name in (self.gamma, self.adaptive) if name}
         if not names <= set(self.defaults):
             raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
 
@@ -136,7 +136,7 @@ class Recipe:
                     f"{self.name}: {name} must be a number a, meaning (a, 1 - a), or a pair, got {value!r}"
                 )
             return
-        if not isinstance(value, Real) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, Real):
             hint = " or a pair of numbers" if name in pairs else ""
             raise TypeError(f"{self.name}: {name} must be a number{hint}, got {value!r} ({type(value).__name__})")
         if not _is_finite(value):
@@ -258,7 +258,7 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class Fold:
-    """After a move: ``g[into] ← k g[into] + l g[other]``, with the coefficients of u or of m; ``other`` is then free."""
+    """After a move: ``g[into] ← k g[into] + l g[other]`` by the coefficients of u or m; ``other`` is then free."""
 
     into: int
     other: int

@@ -21,7 +21,8 @@ def _get_state(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.get_rng_state()
     module = _device_module(device)
-    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    state: Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    return state
 
 
 def _set_state(device: torch.device, state: Tensor) -> None:

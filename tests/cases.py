@@ -27,7 +27,7 @@ class MLP(nn.Module):
 
 
 class BatchNormCNN(nn.Module):
-    """Smooth, so that trajectories can be compared: tanh for relu. No bias before a normalisation: its gradient is 0."""
+    """Smooth, so that trajectories compare: tanh for relu. No bias before a normalisation: its gradient is 0."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def device_scalar(value):
 
 
 def close(actual, expected, dtype, scale=1.0):
-    """Within the rounding of one store and of a few operations in the working precision, at the size of the operands."""
+    """Within the rounding of one store and of a few operations in the working precision, at the operands' size."""
     working = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     eps = torch.finfo(dtype).eps
     for a, e in zip(actual, expected, strict=True):

@@ -52,8 +52,8 @@ def test_fad_with_alpha_one_is_the_penalty():
 def test_with_all_radii_zero_every_method_is_the_base(name):
     method = METHODS[name]
     radii = {move.radius: 0.0 for move in method.optimizer.recipe.walk}
-    # h₋ and h₊ are then multiples of g, so the orthogonal part is 0 up to rounding; the release's pair does not sum to 1
-    # but only in h₋, whose part along h₊ is taken out.
+    # h₋ and h₊ are then multiples of g, so the orthogonal part is 0 up to rounding; the release's pair does not
+    # sum to 1, but only in h₋, whose part along h₊ is taken out.
     result = run(method.optimizer, **{**method.hyper, **radii})
     torch.testing.assert_close(result, run(gam_fast.Base), rtol=1e-11, atol=1e-11)
 

@@ -1,4 +1,4 @@
-"""Rule 2: the same function in all passes, and running statistics and random state as if the first were the only one."""
+"""Rule 2: the same function in all passes; running statistics and random state as if the first were the only one."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_nan_in_a_later_pass_does_not_reach_the_statistics():
 def test_an_error_puts_the_statistics_back_to_the_start():
     model = Net(nn.BatchNorm1d(4), (6, 4))
     before = [b.clone() for b in running_statistics(model)]
-    with pytest.raises(KeyboardInterrupt), FreezeRunningStatistics(model) as freeze:
+    with pytest.raises(KeyboardInterrupt), FreezeRunningStatistics(model) as freeze:  # noqa: PT012 - all of it raises
         freeze.begin()
         model(torch.ones(6, 4))
         raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from torch import Tensor
 from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, accumulate_dtype
 
 CPU_CHUNK = 1 << 20
-"""Elements of a chunk on CPU. Measured: below this, waking the threads for each operation costs more than a cache saves."""
+"""Elements of a chunk on CPU; below this, waking the threads for each operation costs more than a cache saves."""
 
 DEVICE_CHUNK = 1 << 24
 """Elements of a chunk on an accelerator: large, so that launches are few."""

@@ -1,0 +1,167 @@
+"""The main job and the benchmark, small: what they write is complete, and their parts are right."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import digits
+import overhead
+import pytest
+import torch
+from torch import nn
+
+# raised inside a dependency of curvlinops
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+EXAMPLE = Path(digits.__file__)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    paths = {name: folder / name for name in ("report.html", "figures.json", "picture.png")}
+    arguments = ["--seeds", "7,8", "--epochs", "1", "--threads", "1", "--report", str(paths["report.html"])]
+    arguments += ["--json", str(paths["figures.json"]), "--picture", str(paths["picture.png"])]
+    status = digits.main(arguments)
+    assert status == 0
+    return paths
+
+
+class Links(html.parser.HTMLParser):
+    """Collects tags, and whatever would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.fetched = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_report_is_one_self_contained_file(outputs):
+    text = outputs["report.html"].read_text(encoding="utf-8")
+    parser = Links()
+    parser.feed(text)
+    assert parser.tags.count("img") == 3
+    assert all(link.startswith("data:image/png;base64,") for link in parser.fetched)
+    for word in ("SGD", "SAM", "GAM", "λmax", "rho_prime = 0.05", "seeds 7, 8", "ms/step"):
+        assert word in text
+
+
+def test_the_figures_hold_every_run_and_the_summary(outputs):
+    figures = json.loads(outputs["figures.json"].read_text(encoding="utf-8"))
+    assert [(r["method"], r["passes"]) for r in figures["summary"]] == [("SGD", 1), ("SAM", 2), ("GAM", 4)]
+    assert figures["summary"][0]["cost"] == 1.0
+    assert len(figures["runs"]) == 6
+    for run in figures["runs"]:
+        assert len(run["train_loss"]) == len(run["test_accuracy"]) == 1
+        assert len(run["step_ms"]) == 10
+        assert len(run["loss_slice"]) == len(run["gradient_norm_slice"]) == len(run["offsets"]) == 31
+        assert run["lambda_max"] > 0
+        middle = digits.SLICE_POINTS // 2
+        assert run["offsets"][middle] == pytest.approx(0.0, abs=1e-6)
+        assert run["loss_slice"][middle] == pytest.approx(run["train_loss"][-1], rel=1e-4)
+
+
+def test_the_picture_is_a_png(outputs):
+    assert outputs["picture.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_data_are_the_setting_of_the_readme():
+    data = digits.load_digits(0.3)
+    clean = digits.load_digits(0.0)
+    assert data.train_x.shape == (1000, 1, 14, 14)
+    assert data.test_x.shape == (4000, 1, 14, 14)
+    assert torch.equal(data.test_y, clean.test_y)
+    changed = int((data.train_y != clean.train_y).sum())
+    assert 240 <= changed <= 300  # 300 replaced, a tenth of them by what they were
+
+
+def test_methods_start_from_the_same_weights_and_see_the_same_batches():
+    setting = digits.Setting(epochs=1)
+    data = digits.load_digits(0.3)
+    trainers = [digits.Trainer(method, 5, setting, data) for method in digits.METHODS]
+    for trainer in trainers[1:]:
+        for p, q in zip(trainers[0].model.parameters(), trainer.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+    orders = {tuple(torch.randperm(1000, generator=trainer.batches).tolist()) for trainer in trainers}
+    assert len(orders) == 1
+
+
+def test_the_largest_eigenvalue_is_that_of_the_full_hessian():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(20, 3), torch.randint(2, (20,))
+    names = [name for name, _ in model.named_parameters()]
+    sizes = [p.shape for p in model.parameters()]
+
+    def loss(flat):
+        parts = flat.split([size.numel() for size in sizes])
+        values = {name: part.view(size) for name, part, size in zip(names, parts, sizes, strict=True)}
+        return nn.functional.cross_entropy(torch.func.functional_call(model, values, x), y)
+
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    exact = float(torch.linalg.eigvalsh(torch.func.hessian(loss)(start))[-1])
+    assert digits.largest_eigenvalue(model, x, y) == pytest.approx(exact, rel=1e-2)
+
+
+def test_the_direction_is_filter_normalised():
+    model = digits.build_model(0)
+    for p, d in zip(model.parameters(), digits.filter_normalised_direction(model, 0), strict=True):
+        if p.dim() > 1:
+            torch.testing.assert_close(d.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
+        else:
+            assert not d.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1,x"], "must be integers separated by commas, got '1,x'"),
+        (["--seeds", "1,1"], "must be different and not negative"),
+        (["--epochs", "0"], "must be at least 1, got 0"),
+        (["--report", "nowhere/at/all.html"], "the folder of nowhere/at/all.html does not exist"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        digits.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_help_explains_every_option():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--help"], capture_output=True, text=True, check=True, timeout=120
+    )
+    for option in ("--quick", "--seeds", "--epochs", "--threads", "--backend", "--report", "--json", "--picture"):
+        assert re.search(rf"^  {option}\b.*(\n {{6,}})?\S", done.stdout, re.MULTILINE), option
+
+
+def test_a_missing_package_is_one_sentence():
+    program = (
+        "import sys, runpy; sys.modules['mlxtend'] = None; sys.argv = ['digits.py'];"
+        f"sys.path.insert(0, {str(EXAMPLE.parent)!r}); runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "pip install 'gam-fast[demo]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_benchmark_runs_and_knows_its_model(tmp_path, capsys):
+    shapes = overhead.resnet50_shapes()
+    assert len(shapes) == 161
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
+    assert overhead.main(["--quick", "--repeats", "7", "--json", str(tmp_path / "figures.json")]) == 0
+    rows = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["SGD", "Base", "SAM", "GSAM", "GAM"]
+    assert [row["floor"] for row in rows] == [1.0, 1.0, 2.0, 2.6, 5.4]
+    with pytest.raises(SystemExit, match="2"):
+        overhead.main(["--repeats", "3"])
+    assert "must be at least 7" in capsys.readouterr().err
