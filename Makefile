@@ -24,9 +24,8 @@ help:  ## this list
 $(VENV)/bin/python:
 	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "Python 3.10 or newer is needed as $(BOOTSTRAP): install it, or name it with BOOTSTRAP=..."; exit 1; }
-	@$(BOOTSTRAP) -m venv $(VENV).new || \
-	  { rm -rf $(VENV).new; echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
-	@rm -rf $(VENV).new && $(BOOTSTRAP) -m venv $(VENV) && $(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel
+	@$(BOOTSTRAP) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
 # torch first, so that the package is built against it and pip does not choose another
 define install

@@ -284,7 +284,10 @@ class FlatOptimizer(torch.optim.Optimizer):
             ValueError, TypeError: as the constructor.
         """
         self._refuse_nesting("add_param_group()")
-        self._check_group(param_group)
+        if isinstance(param_group, dict):
+            if not isinstance(param_group["params"], Tensor | set):
+                param_group["params"] = list(param_group["params"])
+            self._check_group(param_group)
         self.base.add_param_group(param_group)
         self._complete_group(self.param_groups[-1])
 
@@ -350,14 +353,13 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyper(group)
-        params = group.get("params", ()) if isinstance(group, dict) else ()
-        if isinstance(params, list | tuple):
-            for param in (entry[1] if isinstance(entry, tuple) else entry for entry in params):
-                if isinstance(param, Tensor) and param.is_complex():
-                    raise TypeError(
-                        f"a parameter of shape {tuple(param.shape)} is complex ({param.dtype}): optimize a real "
-                        "parameter and use torch.view_as_complex of it in the model"
-                    )
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        for param in (entry[1] if isinstance(entry, tuple) else entry for entry in params):
+            if isinstance(param, Tensor) and param.is_complex():
+                raise TypeError(
+                    f"a parameter of shape {tuple(param.shape)} is complex ({param.dtype}): optimize a real "
+                    "parameter and use torch.view_as_complex of it in the model"
+                )
 
     def _check_hyper(self, group: dict[str, Any]) -> None:
         for name, key in self._keys.items():

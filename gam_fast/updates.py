@@ -71,7 +71,7 @@ def sgd_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) 
     buffers: list[Tensor | None] = []
     for param, group in zip(leaves.params, leaves.group, strict=True):
         has_momentum = groups[group].momentum != 0.0
-        buffers.append(base.state[param].get("momentum_buffer") if has_momentum else None)
+        buffers.append(base.state.get(param, {}).get("momentum_buffer") if has_momentum else None)
     first = [buffer is None for buffer in buffers]
     for i, param in enumerate(leaves.params):
         if first[i] and groups[leaves.group[i]].momentum != 0.0:

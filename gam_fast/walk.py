@@ -279,7 +279,9 @@ class Walk:
         """Let a parameter take part from now on; in the passes before, its gradient counts as zero."""
         shard = self.shards.get(param.device)
         if shard is None:
-            shard = self.shards[param.device] = Shard(self.settings.select(param.device))
+            held = next(iter(self.shards.values())).grads if self.shards else {}
+            shard = Shard(self.settings.select(param.device), grads={k: [] for k in held})
+            self.shards[param.device] = shard
         if shard.leaves.saved:
             shard.leaves.backup.append(param.clone(memory_format=torch.preserve_format))
         shard.leaves.params.append(param)

@@ -159,6 +159,10 @@ def test_add_param_group():
     assert optimizer.param_groups[1]["lr"] == 0.5
     optimizer.step(lambda: ((weight**2).sum() + (extra**2).sum()).backward())
     assert not torch.equal(extra, torch.ones(2, dtype=torch.float64))
+    with pytest.raises(TypeError, match="is complex"):
+        optimizer.add_param_group({"params": (nn.Parameter(torch.ones(1, dtype=torch.complex64)) for _ in range(1))})
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        optimizer.add_param_group([extra])
     with pytest.raises(ValueError, match="rho must not be negative, got -1"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1})
     assert len(optimizer.param_groups) == 2
@@ -641,6 +645,31 @@ def test_late_and_vanishing_gradients_count_as_zero():
     assert b.item() == pytest.approx(2 - 0.1 * 4.0)
     assert c.item() == 3.0
     assert torch.equal(optimizer.state[c]["momentum_buffer"], torch.zeros(1, dtype=torch.float64))
+
+
+class Elsewhere(nn.Parameter):
+    device = property(lambda self: torch.device("cpu", 0))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_parameters_on_two_devices_share_one_norm(method_name, late):
+    """A parameter that says it is on ``cpu:0`` stands for one elsewhere; ``late``: its gradients begin in pass 1."""
+    method = METHODS[method_name]
+
+    def run(kind):
+        a = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+        b = kind(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        optimizer = method.optimizer([a, b], torch.optim.SGD, lr=0.1, momentum=0.9, clip_grad_norm=3.0, **method.hyper)
+        for _ in range(3):
+            for turn in optimizer.passes():
+                a.grad = torch.sin(a.detach())
+                if turn.index or not late:
+                    b.grad = torch.cos(b.detach())
+        return a.detach(), b.detach()
+
+    for p, q in zip(run(Elsewhere), run(nn.Parameter), strict=True):
+        torch.testing.assert_close(p.as_subclass(torch.Tensor), q, rtol=1e-12, atol=1e-12)
 
 
 def test_two_optimizers_over_parts_of_one_model():
