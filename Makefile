@@ -27,13 +27,14 @@ $(VENV)/bin/python:
 	@$(BOOTSTRAP) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
-# torch first, so that the package is built against it and pip does not choose another
+# torch first, so that the package is built against it; then the same torch again, so that no dependency replaces it
 define install
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)" || \
 	  { echo "torch could not be installed: see https://pytorch.org, then make $@ PYTHON=<that interpreter>"; exit 1; }
 	@$(PY) -c 'import setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' 2>/dev/null || \
 	  $(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel
-	@$(PY) -m pip install --quiet --no-build-isolation -e ".[$(1)]" || \
+	@$(PY) -m pip install --quiet --no-build-isolation -e ".[$(1)]" \
+	    "torch==$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch"))')" || \
 	  { echo "gam_fast could not be installed into $(PY): the message above says what is missing"; exit 1; }
 endef
 

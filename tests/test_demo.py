@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 # raised inside a dependency of curvlinops
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 EXAMPLE = Path(digits.__file__)
 
