@@ -16,6 +16,7 @@ mpl.use("Agg")  # before pyplot, so that no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 HEADINGS = ("method", "passes", "test accuracy, %", "training loss", "λmax", "ms/step", "cost ÷ SGD")
 COLORS = {"SGD": "#8a8f98", "SAM": "#d9822b", "GAM": "#1f77c9"}
@@ -58,6 +59,7 @@ def _curves(axes: Axes, figures: dict[str, Any], key: str, label: str) -> None:
             epochs, [min(v) for v in series], [max(v) for v in series], color=COLORS[name], alpha=0.2, linewidth=0
         )
     axes.set(xlabel="epoch", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
 
 
