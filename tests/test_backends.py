@@ -76,6 +76,19 @@ def test_square_norm(backend, dtype, eta, saved, difference):
     torch.testing.assert_close(actual, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_square_norm_of_a_large_fp32_tensor_is_accurate(layout):
+    """Whole chunks summed in fp32 would be off by 1e-5."""
+    values = torch.rand(16, 128, 32, 32) + 0.1
+    if layout == "channels_last":
+        values = values.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        values = values.view(2048, 1024).T
+    target = base.Leaves([torch.empty_like(values)], [0])
+    actual = eager.EagerBackend().square_norm(target, [values])
+    torch.testing.assert_close(actual, values.double().square().sum(), rtol=2e-6, atol=0.0)
+
+
 def test_square_norm_of_fp16_does_not_overflow(backend):
     target = base.Leaves([torch.full((70_000,), 200.0, dtype=torch.float16)], [0])
     assert float(backend.square_norm(target, target.params)) == pytest.approx(70_000 * 200.0**2, rel=1e-6)
