@@ -22,22 +22,27 @@ HEADINGS = ("method", "passes", "test accuracy, %", "training loss", "λmax", "m
 COLORS = {"SGD": "#8a8f98", "SAM": "#d9822b", "GAM": "#1f77c9"}
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8886; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-table { border-collapse: collapse; } th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); }
-td, th { text-align: right; } td:first-child, th:first-child { text-align: left; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem; border-bottom: 1px solid var(--line); text-align: right; }
+td:first-child, th:first-child, .words td, .words th { text-align: left; }
+thead th { background: var(--soft); } tbody tr:hover { background: var(--soft); }
 img { width: 100%; height: auto; border-radius: 6px; background: #fff; } figure { margin: 1rem 0; }
-figcaption, footer { opacity: .8; font-size: .9rem; }
+figcaption, .note { opacity: .8; font-size: .9rem; }
+pre { background: var(--soft); padding: .7rem 1rem; border-radius: 6px; overflow-x: auto; }
+.warning { border-left: 4px solid #d9822b; padding: .3rem 1rem; background: var(--soft); }
 """
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the summary as text, in the order of ``HEADINGS``."""
+    spread = row["accuracy_std"]
     return (
         row["method"],
         str(row["passes"]),
-        f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}",
+        f"{row['accuracy_mean']:.2f}" + ("" if spread is None else f" ± {spread:.2f}"),
         f"{row['train_loss']:.3f}",
         f"{row['lambda_max']:.1f}",
         f"{row['step_ms']:.1f}",
@@ -50,11 +55,12 @@ def _by_method(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _curves(axes: Axes, figures: dict[str, Any], key: str, label: str) -> None:
-    """Mean over seeds, with the range between the lowest and the highest."""
+    """Mean over seeds, with the range between the lowest and the highest; one epoch is a point."""
     for name, runs in _by_method(figures).items():
         series = list(zip(*(run[key] for run in runs), strict=True))
         epochs = range(1, len(series) + 1)
-        axes.plot(epochs, [statistics.mean(values) for values in series], color=COLORS[name], label=name)
+        marker = "o" if len(series) == 1 else None
+        axes.plot(epochs, [statistics.mean(v) for v in series], color=COLORS[name], label=name, marker=marker)
         axes.fill_between(
             epochs, [min(v) for v in series], [max(v) for v in series], color=COLORS[name], alpha=0.2, linewidth=0
         )
@@ -63,20 +69,28 @@ def _curves(axes: Axes, figures: dict[str, Any], key: str, label: str) -> None:
     axes.legend(frameon=False)
 
 
-def _accuracy(axes: Axes, figures: dict[str, Any]) -> None:
+def _points(axes: Axes, figures: dict[str, Any], label: str, value: Callable[[dict[str, Any]], float]) -> None:
     """A point a seed and the mean of each method; points of one seed are joined."""
-    by_method = _by_method(figures)
-    for seed in range(len(figures["setting"]["seeds"])):
-        heights = [runs[seed]["test_accuracy"][-1] for runs in by_method.values()]
+    by_method = {name: [value(run) for run in runs] for name, runs in _by_method(figures).items()}
+    for heights in zip(*by_method.values(), strict=True):
         axes.plot(range(len(heights)), heights, color="#8886", linewidth=1, zorder=1)
-    for place, (name, runs) in enumerate(by_method.items()):
-        values = [run["test_accuracy"][-1] for run in runs]
-        axes.scatter([place] * len(values), values, color=COLORS[name], s=45, zorder=2)
+    behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+    for place, (name, values) in enumerate(by_method.items()):
+        axes.scatter([place] * len(values), values, color=COLORS[name], s=45, zorder=3)
         mean = statistics.mean(values)
-        axes.hlines(mean, place - 0.25, place + 0.25, color=COLORS[name], linewidth=2)
-        axes.annotate(f"{mean:.1f} %", (place + 0.28, mean), va="center", color=COLORS[name])
+        axes.hlines(mean, place - 0.2, place + 0.2, color=COLORS[name], linewidth=2, zorder=2)
+        axes.annotate(f"{mean:.1f}", (place + 0.23, mean), va="center", color=COLORS[name], bbox=behind, weight="bold")
     axes.set_xticks(range(len(by_method)), list(by_method))
-    axes.set(ylabel="test accuracy, %", xlim=(-0.5, len(by_method) - 0.2))
+    axes.set(ylabel=label, xlim=(-0.4, len(by_method) - 0.3))
+
+
+def _accuracy(axes: Axes, figures: dict[str, Any]) -> None:
+    _points(axes, figures, "test accuracy, %", lambda run: float(run["test_accuracy"][-1]))
+
+
+def _curvature(axes: Axes, figures: dict[str, Any]) -> None:
+    _points(axes, figures, "λmax of the training loss", lambda run: float(run["lambda_max"]))
+    axes.set_ylim(bottom=0)
 
 
 def _slice(axes: Axes, figures: dict[str, Any], key: str, label: str) -> None:
@@ -114,33 +128,82 @@ def _image(png: bytes, caption: str) -> str:
     return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
     def line(tag: str, values: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html_text.escape(value)}</{tag}>" for value in values) + "</tr>"
 
-    return (
-        f"<table><thead>{line('th', headings)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
-    )
+    body = "".join(line("td", row) for row in rows)
+    table = f'<table class="{kind}"><thead>{line("th", headings)}</thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
-def html(figures: dict[str, Any], *, quick: bool) -> str:
-    """The whole report."""
-    setting, versions = figures["setting"], figures["machine"]
+def _settings(figures: dict[str, Any]) -> str:
+    """What was run, with what, on what, and how to run it again."""
     methods = [
         (name, ", ".join(f"{key} = {value}" for key, value in hyper.items()) or "–")
         for name, hyper in figures["methods"].items()
     ]
-    seeds = ", ".join(map(str, setting["seeds"]))
-    warning = "<p><strong>A quick run: its figures mean little.</strong></p>" if quick else ""
+    shared = [
+        (key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        for key, value in figures["setting"].items()
+    ]
+    used = [(key, str(value)) for key, value in figures["machine"].items()]
+    return f"""<h2>Settings</h2>{_table(("method", "hyper-parameters"), methods, "words")}
+<p>Shared by all methods:</p>{_table(("setting", "value"), shared, "words")}
+<p>Made with:</p>{_table(("software and machine", ""), used, "words")}
+<p>Command:</p><pre>{html_text.escape(figures["command"])}</pre>"""
+
+
+def _pictures(figures: dict[str, Any]) -> str:
+    points = _figure(lambda axes: _accuracy(axes, figures), lambda axes: _curvature(axes, figures))
     curves = _figure(
-        lambda axes: _curves(axes, figures, "train_loss", "loss on the training set (eval mode)"),
+        lambda axes: _curves(axes, figures, "train_loss", "cross-entropy on the training set, nats"),
         lambda axes: _curves(axes, figures, "test_accuracy", "test accuracy, %"),
     )
     slices = _figure(
-        lambda axes: _slice(axes, figures, "loss_slice", "loss on the training set"),
-        lambda axes: _slice(axes, figures, "gradient_norm_slice", "gradient norm"),
+        lambda axes: _slice(axes, figures, "loss_slice", "cross-entropy on the training set, nats"),
+        lambda axes: _slice(axes, figures, "gradient_norm_slice", "norm of its gradient"),
     )
-    accuracy = _figure(lambda axes: _accuracy(axes, figures))
+    first = figures["setting"]["seeds"][0]
+    return f"""<h2>Accuracy and curvature, seed by seed</h2>{
+        _image(points, "At the end of training: a point a seed, a bar and a number at the mean; lines join a seed.")
+    }
+<h2>Training</h2>{
+        _image(
+            curves,
+            "After each epoch, in eval mode: on the training set with its wrong labels, and on the test images. Mean "
+            "over the seeds; the band reaches from the lowest to the highest seed.",
+        )
+    }
+<h2>Around the minima</h2>{
+        _image(
+            slices,
+            f"From seed {first}, along one random direction, from the same random numbers for all methods, each of its "
+            "filters as long as the weights' own: at offset 1 a filter has moved by its own length.",
+        )
+    }"""
+
+
+def _outcome(figures: dict[str, Any]) -> str:
+    """In how many seeds GAM did better than the others: with few seeds that says more than a mean."""
+    runs = _by_method(figures)
+    sentences = []
+    for other in [name for name in runs if name != "GAM"]:
+        pairs = list(zip(runs["GAM"], runs[other], strict=True))
+        higher = sum(gam["test_accuracy"][-1] > run["test_accuracy"][-1] for gam, run in pairs)
+        flatter = sum(gam["lambda_max"] < run["lambda_max"] for gam, run in pairs)
+        sentences.append(
+            f"Against {other}, GAM has the higher test accuracy in {higher} and the smaller λmax in {flatter} of "
+            f"{len(pairs)} seeds."
+        )
+    return " ".join(sentences)
+
+
+def html(figures: dict[str, Any], *, quick: bool) -> str:
+    """The whole report."""
+    setting = figures["setting"]
+    seeds = ", ".join(map(str, setting["seeds"]))
+    warning = '<p class="warning"><strong>A quick run: its figures mean little.</strong></p>' if quick else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>SGD, SAM and GAM on handwritten digits</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
@@ -149,22 +212,15 @@ def html(figures: dict[str, Any], *, quick: bool) -> str:
 <p>A small convolutional network with BatchNorm is trained on 1,000 images of MNIST (14 × 14 pixels), of which
 {100 * setting["wrong_labels"]:.0f} % got a random label, and tested on 4,000 others. All methods start from the same
 weights and see the same batches: {setting["epochs"]} epochs, batches of {setting["batch_size"]}, SGD with lr
-{setting["lr"]} and momentum {setting["momentum"]}, cosine schedule; seeds {seeds}. The settings were fixed on other
-seeds before these were run.</p>
+{setting["lr"]} and momentum {setting["momentum"]}, cosine schedule; seeds {seeds}. The settings were chosen on seeds 10
+and 11, before these results were made.</p>
 {_table(HEADINGS, [cells(row) for row in figures["summary"]])}
-<p>Test accuracy: mean ± standard deviation over the seeds, at the end. Training loss: on the training set with its
-wrong labels, in eval mode. λmax: the largest eigenvalue of the Hessian of that loss, mean over seeds. ms/step: median
-over all steps; the methods took turns, an epoch each.</p>
-<h2>Accuracy</h2>{_image(accuracy, "Test accuracy at the end: a point a seed, a bar at the mean; lines join a seed.")}
-<h2>Training</h2>{_image(curves, "Mean over seeds; the band reaches from the lowest to the highest seed.")}
-<h2>Around the minima</h2>{
-        _image(
-            slices,
-            f"From seed {setting['seeds'][0]}, along one random direction, its filters as long as the weights'.",
-        )
-    }
-<h2>Settings</h2>{_table(("method", "hyper-parameters"), methods)}
-<footer><p>gam_fast {versions["gam_fast"]}, torch {versions["torch"]}, Python {versions["python"]},
-{versions["processor"]}, {versions["cores"]} cores, {versions["threads"]} threads.</p></footer>
+<p class="note">Test accuracy: at the end, mean{" ± standard deviation" if len(setting["seeds"]) > 1 else ""} over the
+seeds. Training loss: cross-entropy on the training set with its wrong labels, in eval mode, mean over the seeds. λmax:
+the largest eigenvalue of the Hessian of that loss, mean over the seeds. ms/step: median over all steps, all passes of a
+step together; the methods took turns, an epoch each.</p>
+<p>{_outcome(figures)}</p>
+{_pictures(figures)}
+{_settings(figures)}
 </body></html>
 """
