@@ -95,13 +95,19 @@ def gradient_norm_penalty(gradient: Gradient, theta: Vector, *, rho, alpha) -> V
     return combine((of_g0, g0), (of_g1, g1))
 
 
-def gam(gradient: Gradient, theta: Vector, *, rho, rho_prime, alpha, beta, gamma) -> Vector:
+def four_gradients(gradient: Gradient, theta: Vector, rho, rho_prime) -> tuple[Vector, Vector, Vector, Vector]:
+    """The walk of GAM, which C-Flat and FAD share."""
     g0 = gradient(theta)
     g1 = gradient(climb(theta, g0, rho_prime))
     h0 = combine((1.0, g1), (-1.0, g0))
     theta_2 = climb(theta, h0, rho)
     g2 = gradient(theta_2)
     g3 = gradient(climb(theta_2, g2, rho_prime))
+    return g0, g1, g2, g3
+
+
+def gam(gradient: Gradient, theta: Vector, *, rho, rho_prime, alpha, beta, gamma) -> Vector:
+    g0, g1, g2, g3 = four_gradients(gradient, theta, rho, rho_prime)
     a1, a3 = pair(alpha)
     b0, b2 = pair(beta)
     h_plus = combine((a1, g1), (a3, g3))
@@ -112,23 +118,13 @@ def gam(gradient: Gradient, theta: Vector, *, rho, rho_prime, alpha, beta, gamma
 
 
 def cflat(gradient: Gradient, theta: Vector, *, rho, lam) -> Vector:
-    g0 = gradient(theta)
-    g1 = gradient(climb(theta, g0, rho))
-    h0 = combine((1.0, g1), (-1.0, g0))
-    theta_2 = climb(theta, h0, rho)
-    g2 = gradient(theta_2)
-    g3 = gradient(climb(theta_2, g2, rho))
+    _, g1, g2, g3 = four_gradients(gradient, theta, rho, rho)
     lams = per_parameter(lam, theta)
     return [a + k * (c - b) for a, b, c, k in zip(g1, g2, g3, lams, strict=True)]
 
 
 def fad(gradient: Gradient, theta: Vector, *, rho, rho_prime, alpha, lam) -> Vector:
-    g0 = gradient(theta)
-    g1 = gradient(climb(theta, g0, rho_prime))
-    h0 = combine((1.0, g1), (-1.0, g0))
-    theta_2 = climb(theta, h0, rho)
-    g2 = gradient(theta_2)
-    g3 = gradient(climb(theta_2, g2, rho_prime))
+    g0, g1, g2, g3 = four_gradients(gradient, theta, rho, rho_prime)
     alphas, lams = per_parameter(alpha, theta), per_parameter(lam, theta)
     return [
         (1 - k * a) * w + k * a * x - k * (1 - a) * y + k * (1 - a) * z

@@ -64,8 +64,7 @@ def test_no_import_runs_against_the_arrows(name):
     path = next(p for p, n in modules() if n == name)
     tree = {found for found in imports_of(path, name) if found != name}
     for found in tree:
-        in_doctest_helper = (name, found) == ("schedules", "methods")
-        assert level[found] < level[name] or in_doctest_helper, f"{name} imports {found}"
+        assert level[found] < level[name], f"{name} imports {found}"
     if name == "recipes":
         assert "torch" not in {
             node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)
