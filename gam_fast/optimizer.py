@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .backends import Backend, select
 from .backends.base import Direction
-from .recipes import BASE, Recipe
+from .recipes import BASE, Recipe, fold_plan
 from .updates import fused_update
 from .walk import Settings, Shard, SkipStep, Walk
 
@@ -71,7 +71,8 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: complex parameters; a base that needs a closure (LBFGS) or sparse gradients (SparseAdam).
-        ValueError: a hyper-parameter out of range, an instance over other parameters, an unknown option.
+        ValueError: a hyper-parameter out of range, an instance over other parameters, an unknown option, a recipe that
+            would need more than three buffers.
         RuntimeError: a backend that is not available.
     """
 
@@ -96,6 +97,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             raise ValueError(f"on_nonfinite must be one of {', '.join(_ON_NONFINITE)}, got {on_nonfinite!r}")
         if clip_grad_norm is not None and not (math.isfinite(clip_grad_norm) and clip_grad_norm > 0):
             raise ValueError(f"clip_grad_norm must be a positive number or None, got {clip_grad_norm!r}")
+        fold_plan(self.recipe)  # refuses a table that needs more than three buffers
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
         for name, value in own.items():
             self.recipe.check(name, value)

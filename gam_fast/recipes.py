@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -265,6 +266,7 @@ class Fold:
     part: str
 
 
+@cache
 def fold_plan(recipe: Recipe) -> tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]:
     """What happens to the gradients after each move: the folds, and the gradients that stay live.
 
