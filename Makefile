@@ -5,6 +5,9 @@
 TORCH ?= torch>=2.6
 BOOTSTRAP ?= python3
 VENV := .venv
+CXX ?= g++
+STRESS_FLAGS = -std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math \
+  -I"$$($(PY) -c 'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')"
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -15,7 +18,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu setup-demo setup-test setup-lint clean
+.PHONY: help demo test lint bench sanitize gpu setup-demo setup-test setup-lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,15 +30,20 @@ $(VENV)/bin/python:
 	@$(BOOTSTRAP) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "the venv module is missing: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 
-# torch first, so that the package is built against it; then the same torch again, so that no dependency replaces it
+# torch first, so that the core is built against it; then the same torch again, so that no dependency replaces it; then
+# the core in place, which is compiled only when a source or torch has changed
 define install
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)" || \
 	  { echo "torch could not be installed: see https://pytorch.org, then make $@ PYTHON=<that interpreter>"; exit 1; }
 	@$(PY) -c 'import setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' 2>/dev/null || \
 	  $(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel
-	@$(PY) -m pip install --quiet --no-build-isolation -e ".[$(1)]" \
+	@$(PY) -m ninja --version >/dev/null 2>&1 || $(PY) -m pip install --quiet ninja
+	@GAM_FAST_BUILD=none $(PY) -m pip install --quiet --no-build-isolation -e ".[$(1)]" \
 	    "torch==$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch"))')" || \
 	  { echo "gam_fast could not be installed into $(PY): the message above says what is missing"; exit 1; }
+	@mkdir -p build && { $(PY) setup.py -q build_ext --inplace >build/core.log 2>&1 || \
+	  { cat build/core.log; echo "the compiled core could not be built; on Debian and Ubuntu: apt install g++"; exit 1; }; }
+	@grep '^gam_fast:' build/core.log || true
 endef
 
 setup-demo: $(ENVIRONMENT)
@@ -59,17 +67,33 @@ lint: setup-lint  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@files="$$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')"; \
-	  if [ -n "$$files" ]; then $(PY) -m clang_format --dry-run -Werror $$files; fi
+	@files="$$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')"; \
+	  if [ -n "$$files" ]; then $(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $$files; fi
 
-bench: setup-test  ## overhead of each method around a model, against SGD (table; ARGS="--help")
-	$(PY) bench/overhead.py $(ARGS)
+bench: setup-test  ## time of each method's step and of its primitives, against torch and memory (ARGS="--quick")
+	$(PY) -m bench.overhead $(ARGS)
+	$(PY) -m bench.kernels $(ARGS)
+
+# The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.
+SANITIZED_TESTS ?= test_backends.py test_native.py test_properties.py
+sanitize: setup-test  ## the core under the address, undefined-behaviour and thread sanitizers
+	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "make sanitize runs on Linux"; exit 1; }
+	@mkdir -p build/sanitize
+	$(CXX) $(STRESS_FLAGS) -fsanitize=thread tests/native/stress.cpp csrc/cpu/*.cpp -o build/sanitize/stress -lpthread
+	build/sanitize/stress
+	GAM_FAST_BUILD=cpu GAM_FAST_SANITIZE=1 $(PY) setup.py -q build --build-base build/sanitize/work \
+	  --build-lib build/sanitize/lib >build/sanitize/build.log 2>&1 || { cat build/sanitize/build.log; exit 1; }
+	cd build/sanitize/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=PASSIVE GAM_FAST_SANITIZED=1 \
+	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
+	  -o pythonpath=$(CURDIR)/tests -k "not memory_is_lost and not three_buffers" \
+	  $(addprefix $(CURDIR)/tests/,$(SANITIZED_TESTS)) $(ARGS)
 
 gpu: setup-test  ## what waits for a real GPU: the tests marked gpu, and the benchmark on it
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "torch sees no CUDA GPU: install a CUDA build of torch and run on a machine with a GPU"; exit 1; }
 	$(PY) -m pytest -m gpu $(ARGS)
-	$(PY) bench/overhead.py --device cuda --json bench/results/overhead_cuda.json
+	$(PY) -m bench.overhead --device cuda --json bench/results/overhead_cuda.json
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build dist *.egg-info

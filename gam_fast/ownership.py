@@ -31,10 +31,23 @@ def take(param: Tensor) -> Tensor:
     return grad if _references(grad) == _sole() else grad.clone(memory_format=torch.preserve_format)
 
 
+def take_sole(param: Tensor) -> Tensor | None:
+    """Take ``param.grad`` away if nobody else could see it change; else leave it."""
+    grad = param.grad
+    assert grad is not None
+    param.grad = None
+    if _references(grad) == _sole():
+        return grad
+    param.grad = grad
+    return None
+
+
 def _references(grad: Tensor) -> References:
     """References to the tensor and to its storage, from Python and from C++, and whether it is all of its storage."""
     storage = grad.untyped_storage()
     whole = storage.nbytes() == grad.numel() * grad.element_size()
+    # memory of NumPy or of another process has owners that torch does not count
+    whole = whole and storage.resizable() and not storage.is_shared()
     use_count: Callable[[], int] = grad._use_count  # type: ignore[attr-defined]  # not in torch's stubs
     of_storage = sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
     return sys.getrefcount(grad), use_count(), *of_storage, whole

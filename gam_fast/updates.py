@@ -108,13 +108,15 @@ def adam_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction)
         if groups[group].amsgrad and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         states.append(state)
+    # one read for all counters: they are 0-dim tensors, by torch's layout of the state
+    steps = (torch.stack([state["step"] for state in states]) + 1.0).tolist()
     backend.adam(
         leaves,
         d,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [state.get("max_exp_avg_sq") for state in states],
-        [float(state["step"]) + 1.0 for state in states],
+        steps,
         groups,
     )
     for param, state in zip(leaves.params, states, strict=True):

@@ -14,17 +14,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .backends.base import Backend, Direction, FoldInto, Leaves, Scalar, TensorList, accumulate_dtype
+from . import scalars
+from .backends.base import Backend, Direction, FoldInto, Leaves, Scalar, TensorList
 from .batchnorm import FreezeRunningStatistics
-from .ownership import take
+from .ownership import take, take_sole
 from .recipes import Recipe, fold_plan
 from .rng import ReplayRNG
 
-XI = 1e-12
-"""ξ of the formulas: added to a norm before dividing by it."""
-
-CLIP_EPSILON = 1e-6
-"""Added to the norm when clipping, as :func:`torch.nn.utils.clip_grad_norm_` does."""
+RECYCLE_BYTES = 1 << 16
+"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -86,43 +84,70 @@ class Walk:
         self.active: dict[Tensor, Shard] = {}
         self.complete = False
         self.finished = False
-        self._finite_totals: list[Tensor] = []
+        self._on_host = all(param.device.type == "cpu" for param, _ in self.params)
+        self._totals: list[Scalar] = []
+        self._spare: dict[Tensor, Tensor] = {}
         self._versions: list[int] = []
+        self._grad_enabled = True
+        self._begun = False
         self._rng: ReplayRNG | None = None
         self._statistics = FreezeRunningStatistics(settings.model if settings.freeze_running_statistics else None)
 
     def __enter__(self) -> Walk:
-        if self.settings.replay_rng:
-            self._rng = ReplayRNG({param.device for param, _ in self.params})
-            self._rng.__enter__()
-        self._statistics.__enter__()
-        return self
+        self._grad_enabled = torch.is_grad_enabled()
+        return self  # what has to be undone begins in begin(), when a Ctrl-C already leads to __exit__
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         # Once the update is done the step stands, whatever a hook raises afterwards.
         undo = None if self.finished else kind
+        # A Ctrl-C inside torch.no_grad() itself, here or before, would leave gradients switched off.
+        # (Not so when a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
+        stays = kind is None or issubclass(kind, GeneratorExit)
+        grad_enabled = torch.is_grad_enabled() if stays else self._grad_enabled
         try:
             if undo is not None:
                 self.restore()
         finally:
-            self._statistics.__exit__(undo, value, traceback)
-            if self._rng is not None:
-                self._rng.__exit__(undo, value, traceback)
-            self.shards.clear()
-            self.active.clear()
+            try:
+                self._statistics.__exit__(undo, value, traceback)
+                if self._rng is not None:
+                    self._rng.__exit__(undo, value, traceback)
+            finally:
+                torch.set_grad_enabled(grad_enabled)
+                self.shards.clear()
+                self.active.clear()
+                self._spare.clear()
         return kind is not None and issubclass(kind, SkipStep)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put θ back, bit for bit."""
         for shard in self.shards.values():
-            shard.backend.restore(shard.leaves)
+            leaves = shard.leaves
+            del leaves.backup[len(leaves.params) :], leaves.group[len(leaves.params) :]  # of an interrupted _activate
+            shard.backend.restore(leaves)
 
     def begin(self) -> None:
-        """Before a pass: no gradients, the same random numbers, and the parameters' versions noted."""
+        """Before a pass: no gradients, the same random numbers, and the parameters' versions noted.
+
+        On a CPU, the memory of large gradients of the step before is kept for the backup: fresh memory would have to be
+        paged in, which takes as long as the whole step. It would be taken up after the first pass at the latest, so the
+        peak of a step does not grow.
+        """
+        if not self._begun:
+            self._begun = True
+            if self.settings.replay_rng:
+                self._rng = ReplayRNG({param.device for param, _ in self.params})
+                self._rng.__enter__()
+            self._statistics.__enter__()
+        recycle = self.recipe.passes > 1 and not self.active
         for param, _ in self.params:
+            if recycle and param.grad is not None and _is_large_on_cpu(param):
+                spare = take_sole(param)
+                if spare is not None and _is_alike(spare, param):
+                    self._spare[param] = spare
             param.grad = None
         if self._rng is not None:
             self._rng.begin()
@@ -157,7 +182,7 @@ class Walk:
         for shard in self.shards.values():
             missing = [param.grad is None for param in shard.leaves.params]
             shard.grads[index] = [
-                torch.zeros_like(param) if absent else (take(param) if keep else _gradient(param)).to(param.dtype)
+                torch.zeros_like(param) if absent else _as(take(param) if keep else _gradient(param), param.dtype)
                 for param, absent in zip(shard.leaves.params, missing, strict=True)
             ]
 
@@ -169,18 +194,19 @@ class Walk:
         eta = [float(h[self.recipe.adaptive]) for h in self.hyper] if self.recipe.adaptive else None
         minus = move.minus
         shards = list(self.shards.values())
-        total = _total(
+        total = scalars.square_norm(
             [
                 s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
                 for s in shards
-            ]
+            ],
+            self._on_host,
         )
         self._check_finite(total, index)
-        scale = 1.0 / (total.sqrt() + XI)
+        scale = scalars.inverse_norm(total)
         radius = [sign * float(h[move.radius]) for sign, h in zip(self.sign, self.hyper, strict=True)]
         for shard in shards:
             if not shard.leaves.saved:
-                shard.leaves.backup = [torch.empty_like(param) for param in shard.leaves.params]
+                shard.leaves.backup = self._allocate_backup(shard)
             into = []
             for fold in folds:
                 part = self.c if fold.part == "u" else self.d
@@ -211,9 +237,10 @@ class Walk:
         c = [self.c[k] for k in gradients]
         d = [self.d[k] for k in gradients]
         q: list[list[float]] | None = None
-        kappa = scale = None
+        kappa: Scalar | None = None
+        scale: Scalar | None = None
         if projected or self.settings.clip_grad_norm is not None or self.settings.on_nonfinite != "ignore":
-            products = _total(
+            products = scalars.inner_products(
                 [
                     shard.backend.inner_products(
                         shard.leaves,
@@ -222,14 +249,15 @@ class Walk:
                         len(self.groups),
                     )
                     for shard in self.shards.values()
-                ]
+                ],
+                self._on_host,
             )
-            self._check_finite(products.sum(), last)
+            uu, um, mm = scalars.over_groups(products)
+            self._check_finite(uu + um + mm, last)
             if projected:
-                uu, um, _ = products.sum(0)
-                kappa = torch.where(uu > 0, um / uu, torch.zeros_like(uu))
+                kappa = scalars.ratio(um, uu)
             if self.settings.clip_grad_norm is not None:
-                scale = self._clip(products, kappa, self.settings.clip_grad_norm)
+                scale = scalars.clip_factor(products, self.gamma, kappa, self.settings.clip_grad_norm)
         if projected:
             # u − γ (m − κ u) = Σ (c − γ d) X + κ Σ γ c X
             q = [[gamma * x for gamma, x in zip(self.gamma, row, strict=True)] for row in c]
@@ -245,35 +273,27 @@ class Walk:
         update(directions)
         self.finished = True
 
-    def _clip(self, products: Tensor, kappa: Tensor | None, limit: float) -> Tensor:
-        """``min(1, limit / ‖d‖)`` by ‖d‖² = Σ_groups a² ‖u‖² − 2 a γ ⟨m,u⟩ + γ² ‖m‖² with a = 1 + γ κ."""
-        uu, um, mm = products.unbind(1)
-        if kappa is None:
-            square = uu.sum()
-        else:
-            gamma: float | Tensor = self.gamma[0]
-            if any(g != gamma for g in self.gamma):
-                gamma = torch.tensor(self.gamma, dtype=products.dtype, device=products.device)
-            a = 1.0 + gamma * kappa
-            square = (a * a * uu - 2.0 * a * gamma * um + gamma * gamma * mm).sum().clamp_min(0.0)
-        return (limit / (square.sqrt() + CLIP_EPSILON)).clamp_max(1.0)
-
-    def _check_finite(self, total: Tensor, index: int) -> None:
+    def _check_finite(self, total: Scalar, index: int) -> None:
         """Undo the step when a gradient is not finite. A CPU looks at once, an accelerator after the last pass only."""
         if self.settings.on_nonfinite == "ignore":
             return
-        self._finite_totals.append(total)
-        if total.device.type != "cpu" and index < self.recipe.passes - 1:
+        self._totals.append(total)
+        if not self._on_host and index < self.recipe.passes - 1:
             return
-        if bool(torch.isfinite(torch.stack(self._finite_totals)).all()):
+        if scalars.is_finite(self._totals):
             return
         if self.settings.on_nonfinite == "skip":
             raise SkipStep
-        where = f"pass {index}" if total.device.type == "cpu" else "a pass"
+        where = f"pass {index}" if self._on_host else "a pass"
         raise NonFiniteGradientError(
             f"{where} of {self.recipe.name} gave a gradient that is not finite; parameters, running statistics and "
             "random state are as before the step. on_nonfinite='skip' goes on with the next batch instead"
         )
+
+    def _allocate_backup(self, shard: Shard) -> TensorList:
+        params = shard.leaves.params
+        fresh = iter(shard.backend.allocate([param for param in params if param not in self._spare]))
+        return [self._spare.pop(param) if param in self._spare else next(fresh) for param in params]
 
     def _activate(self, param: Tensor, group: int) -> None:
         """Let a parameter take part from now on; in the passes before, its gradient counts as zero."""
@@ -284,8 +304,8 @@ class Walk:
             self.shards[param.device] = shard
         if shard.leaves.saved:
             shard.leaves.backup.append(param.clone(memory_format=torch.preserve_format))
-        shard.leaves.params.append(param)
         shard.leaves.group.append(group)
+        shard.leaves.params.append(param)
         for grads in shard.grads.values():
             grads.append(torch.zeros_like(param))
         self.active[param] = shard
@@ -312,15 +332,21 @@ def _gradient(param: Tensor) -> Tensor:
     return param.grad
 
 
-def _total(values: list[Tensor]) -> Tensor:
-    """Sum over devices, on the first of them, in their order."""
-    total = values[0]
-    for value in values[1:]:
-        total = total + value.to(total.device, accumulate_dtype(total.device))
-    return total
+def _as(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
-def _on(value: Tensor, device: torch.device) -> Scalar:
-    """The scalar for a backend on ``device``: a number on a CPU, where reading it waits for nothing."""
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _is_large_on_cpu(param: Tensor) -> bool:
+    return param.device.type == "cpu" and param.numel() * param.element_size() >= RECYCLE_BYTES
+
+
+def _on(value: Scalar, device: torch.device) -> Scalar:
+    """The scalar for a backend on ``device``: a number on a CPU."""
+    if not isinstance(value, Tensor):
+        return value
     value = value.to(device)
     return float(value) if device.type == "cpu" else value

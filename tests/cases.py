@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gam_fast
+
+BACKENDS = ["eager"] if os.environ.get("GAM_FAST_BUILD") == "none" else ["eager", "native"]
+"""Those that every test of engine and primitives runs on; without the compiled core only where that is said."""
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import BACKENDS
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +17,9 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def _on_each_backend(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tests of the engine, which do not name a backend: all of them run on each."""
+    monkeypatch.setenv("GAM_FAST_BACKEND", request.param)

@@ -19,9 +19,12 @@ PACKAGE = ROOT / "gam_fast"
 LAYERS = [
     {"_version", "_torch_version", "recipes"},
     {"backends.base"},
+    {"_C"},
     {"backends.eager"},
+    {"backends.native"},
     {"backends"},
     {"rng", "batchnorm", "ownership", "updates"},
+    {"scalars"},
     {"walk"},
     {"optimizer"},
     {"methods"},
@@ -33,7 +36,7 @@ LAYERS = [
 
 
 def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted((*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi"))):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

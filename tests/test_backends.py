@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import DTYPES
+from cases import BACKENDS, DTYPES
 
 import gam_fast
 from gam_fast import backends
@@ -51,10 +51,28 @@ def close(actual, expected, dtype, scale=1.0):
             assert float((a.double() - e).abs().max()) <= 0.5 * eps * size + 16 * working * size
 
 
-@pytest.fixture(params=["eager"])
+def instruction_sets():
+    """The native backend once for each set of loops that runs here; by its name alone where it is missing, to fail."""
+    try:
+        from gam_fast import _C
+    except ImportError:
+        return ["native"]
+    return [f"native-{name}" for name in _C.instruction_sets()]
+
+
+@pytest.fixture(params=["eager", *(instruction_sets() if "native" in BACKENDS else [])])
 def backend(request, monkeypatch):
     monkeypatch.setattr(eager, "CPU_CHUNK", 1 << 13)  # so that leaves are cut
-    return backends.select(request.param, torch.device("cpu"))
+    name, _, instruction_set = request.param.partition("-")
+    if not instruction_set:
+        yield backends.select(name, torch.device("cpu"))
+        return
+    from gam_fast import _C
+
+    best = _C.instruction_set()
+    _C.use_instruction_set(instruction_set)
+    yield backends.select(name, torch.device("cpu"))
+    _C.use_instruction_set(best)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -283,15 +301,20 @@ def test_the_accumulator_is_fp32_where_there_is_no_fp64():
 
 def test_select(monkeypatch):
     cpu = torch.device("cpu")
-    assert backends.select("auto", cpu).name == "eager"
+    assert backends.select("auto", cpu).name == BACKENDS[-1]
+    assert backends.select("auto", torch.device("meta")).name == "eager"
     for name, status in backends.available().items():
         if status.available:
-            assert backends.select(name, cpu).name == name
+            first, second = backends.select(name, cpu), backends.select(name, cpu)
+            assert first.name == name
+            assert first is not second
         else:
-            with pytest.raises(RuntimeError, match=f"backend='{name}' is not available for cpu: this version"):
+            with pytest.raises(RuntimeError, match=f"backend='{name}' is not available for cpu: th"):
                 backends.select(name, cpu)
     with pytest.raises(ValueError, match="unknown backend='quick': choose one of auto, native, triton, eager"):
         backends.select("quick", cpu)
+    with pytest.raises(ValueError, match="unknown backend='fast': choose one of auto"):
+        gam_fast.GAM([torch.nn.Parameter(torch.ones(1))], backend="fast")
     monkeypatch.setenv("GAM_FAST_BACKEND", "eager")
     assert backends.select("quick", cpu).name == "eager"
     monkeypatch.setenv("GAM_FAST_BACKEND", "slow")
@@ -305,4 +328,4 @@ def test_the_command_says_what_is_there_and_why_the_rest_is_not():
     assert f"gam_fast {gam_fast.__version__}, torch {torch.__version__}" in text
     for name, status in backends.available().items():
         assert f"{name:<8}{'available' if status.available else 'not available'}: {status.reason}" in text
-    assert "backend='auto' on cpu: eager" in text
+    assert f"backend='auto' on cpu: {BACKENDS[-1]}" in text

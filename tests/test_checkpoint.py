@@ -12,6 +12,8 @@ from cases import METHODS, closure_of, make
 
 import gam_fast
 
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
 RESUME = """
 import sys
 import torch

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import digits
-import overhead
 import pytest
 import torch
+from cases import BACKENDS
 from torch import nn
+
+from bench import kernels, models, overhead
 
 # raised inside a dependency of curvlinops
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -154,14 +156,39 @@ def test_a_missing_package_is_one_sentence():
     assert "Traceback" not in done.stderr
 
 
-def test_the_benchmark_runs_and_knows_its_model(tmp_path, capsys):
-    shapes = overhead.resnet50_shapes()
-    assert len(shapes) == 161
-    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
+def test_the_benchmark_of_steps_runs(tmp_path, capsys):
     assert overhead.main(["--quick", "--repeats", "7", "--json", str(tmp_path / "figures.json")]) == 0
     rows = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["method"] for row in rows] == ["SGD", "Base", "SAM", "GSAM", "GAM"]
+    assert [row["method"] for row in rows] == ["torch", "Base", "SAM", "GSAM", "GAM"]
     assert [row["floor"] for row in rows] == [1.0, 1.0, 2.0, 2.6, 5.4]
     with pytest.raises(SystemExit, match="2"):
         overhead.main(["--repeats", "3"])
     assert "must be at least 7" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_primitives_runs(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "figures.json"), "--png", str(tmp_path / "figures.png")]
+    names = ",".join(BACKENDS)
+    assert kernels.main(["--quick", "--repeats", "7", "--models", "small", "--backends", names, *files]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    rows = figures["primitives"]["small"]
+    assert {row["backend"] for row in rows} == {"torch", *BACKENDS}
+    assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in rows)
+    assert next(row["to_copy"] for row in rows if row["primitive"] == "copy") == pytest.approx(1.0)
+    # the six primitives of a step of GAM with SGD move 27 N less one norm, and one of them twice
+    units = {row["primitive"]: row["units"] for row in rows if row["backend"] == "eager"}
+    step = ("norm g0", "back up, move", "norm g1 − g0", "move from start", "norm g0", "move, fold", "inner products")
+    assert sum(units[name] for name in (*step, "restore, SGD of 3")) == 27
+    assert (tmp_path / "figures.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="2"):
+        kernels.main(["--backends", "fast"])
+    assert "--backends must be of eager, native, compile, got fast" in capsys.readouterr().err
+
+
+def test_the_models_of_the_benchmarks():
+    shapes = models.resnet50()
+    assert (len(shapes), models.numel(shapes)) == (161, 25_557_032)
+    shapes = models.vit_small()
+    assert (len(shapes), models.numel(shapes)) == (152, 22_050_664)
+    assert len(models.small()) == 300
+    assert models.numel(models.single()) == 100_000_000

@@ -13,7 +13,15 @@ import gam_fast
 from gam_fast.backends import base, eager
 from gam_fast.ownership import take
 
-SETTINGS = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+SETTINGS = hypothesis.settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    # the backend is the same for all examples of a test
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 
 shapes = st.lists(st.integers(0, 4), min_size=0, max_size=4).map(tuple)
 layouts = st.sampled_from(["contiguous", "channels_last", "transposed", "strided"])

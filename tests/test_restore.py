@@ -11,6 +11,8 @@ from cases import DTYPES, METHODS, closure_of, loss_of, make
 
 import gam_fast
 
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
 PASSES = [(name, k) for name, method in METHODS.items() for k in range(method.passes)]
 
 

@@ -15,6 +15,8 @@ from gam_fast import rng
 from gam_fast.batchnorm import FreezeRunningStatistics, running_statistics
 from gam_fast.rng import ReplayRNG
 
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
 MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
 
 
@@ -88,8 +90,8 @@ def test_running_statistics_are_those_of_one_plain_pass(method_name, norm):
 @pytest.mark.parametrize("options", [{"freeze_running_statistics": False}, {"without_model": True}])
 def test_statistics_move_in_every_pass_when_switched_off_or_without_model(options):
     model = Net(nn.BatchNorm1d(4), (6, 4))
-    given = {} if options.pop("without_model", False) else {"model": model}
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.01, **given, **options)
+    given = {} if options == {"without_model": True} else {"model": model, **options}
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.01, **given)
     optimizer.step(lambda: model(torch.ones(6, 4)).backward())
     assert int(model.norm.num_batches_tracked) == 4
 

@@ -9,6 +9,8 @@ import reference
 import torch
 from cases import BASES, DTYPES, METHODS, MODELS, closure_of, loss_of, make
 
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
 STEPS = 20
 
 

@@ -13,6 +13,8 @@ from torch import nn
 import gam_fast
 from gam_fast.updates import adam_update, fused_update, sgd_update
 
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
 SGD_OPTIONS = [
     dict(zip(("momentum", "dampening", "weight_decay", "nesterov", "maximize"), values, strict=True))
     for values in itertools.product((0.0, 0.9), (0.0, 0.3), (0.0, 1e-2), (False, True), (False, True))
@@ -33,10 +35,10 @@ class TorchsOwn(torch.optim.SGD):
     """A subclass, whose step the engine must leave to torch."""
 
 
-def ulps(a, b):
-    """Distance in units in the last place, taken at the larger magnitude of the tensor's entry or 2^-10."""
+def ulps(a, b, floor=2.0**-10):
+    """Distance in units in the last place, taken at the larger magnitude of the tensor's entry or ``floor``."""
     eps = torch.finfo(a.dtype).eps
-    unit = torch.maximum(a.abs(), b.abs()).clamp_min(2.0**-10) * eps
+    unit = torch.maximum(a.abs(), b.abs()).clamp_min(floor) * eps
     return float(((a.double() - b.double()).abs() / unit.double()).max()) if a.numel() else 0.0
 
 
@@ -49,7 +51,10 @@ def parameters(dtype, count=3):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("base", "options"), OPTIMIZERS, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
 def test_equal_to_torch_within_two_ulp(base, options, dtype):
-    """One step at a time from the same state, so that an ulp of one step is not amplified by the next."""
+    """One step at a time from the same state, so that an ulp of one step is not amplified by the next.
+
+    A parameter carries the rounding of its step, whose size may exceed its own: torch's square roots are off by an ulp.
+    """
     ours = parameters(dtype)
     theirs = parameters(dtype)
     optimizer = gam_fast.Base(ours, base, **options)
@@ -60,10 +65,12 @@ def test_equal_to_torch_within_two_ulp(base, options, dtype):
         grads = [torch.randn(p.shape, generator=generator).to(dtype) for p in ours]
         for p, q, g in zip(ours, theirs, grads, strict=True):
             p.grad, q.grad = g.clone(), g.clone()
+        before = [q.detach().clone() for q in theirs]
         optimizer.step()
         plain.step()
-        for p, q in zip(ours, theirs, strict=True):
-            assert ulps(p.detach(), q.detach()) <= 2
+        for p, q, start in zip(ours, theirs, before, strict=True):
+            step = float((q.detach() - start).abs().max()) if q.numel() else 0.0
+            assert ulps(p.detach(), q.detach(), floor=max(step, 2.0**-10)) <= 2
             assert optimizer.state[p].keys() == plain.state[q].keys()
             for key, value in plain.state[q].items():
                 assert ulps(optimizer.state[p][key], value) <= 2, key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -16,11 +17,6 @@ ENVIRONMENT_VARIABLE = "GAM_FAST_BACKEND"
 """Overrides the ``backend=`` argument of every optimizer of the process."""
 
 _PREFERENCE = ("native", "triton", "eager")
-_BACKENDS: dict[str, Backend] = {"eager": EagerBackend()}
-_MISSING = {
-    "native": "this version of gam_fast has no compiled core yet",
-    "triton": "this version of gam_fast has no Triton kernels yet",
-}
 
 
 @dataclass(frozen=True)
@@ -31,36 +27,54 @@ class Status:
     reason: str
 
 
+@cache
+def _classes() -> dict[str, type[Backend] | str]:
+    """For each backend its class, or why there is none."""
+    found: dict[str, type[Backend] | str] = {}
+    try:
+        from .native import NativeBackend
+    except ImportError as error:
+        found["native"] = str(error)
+    else:
+        found["native"] = NativeBackend
+    return {**found, "triton": "this version of gam_fast has no Triton kernels yet", "eager": EagerBackend}
+
+
 def available() -> dict[str, Status]:
     """All backends in order of preference.
 
     >>> available()["eager"]
     Status(available=True, reason='torch._foreach_* operations, on any device')
     """
-    statuses = {name: Status(False, reason) for name, reason in _MISSING.items()}
-    statuses["eager"] = Status(True, "torch._foreach_* operations, on any device")
-    return {name: statuses[name] for name in _PREFERENCE}
+    classes = _classes()
+    statuses = {}
+    for name in _PREFERENCE:
+        found = classes[name]
+        statuses[name] = Status(False, found) if isinstance(found, str) else Status(True, found.describe())
+    return statuses
 
 
 def select(name: str, device: torch.device) -> Backend:
-    """The backend called ``name`` for tensors on ``device``; ``"auto"`` takes the first available one.
+    """A backend called ``name`` for tensors on ``device``; ``"auto"`` takes the first that there is for it.
 
-    The environment variable ``GAM_FAST_BACKEND``, when set, is used in place of ``name``.
+    The environment variable ``GAM_FAST_BACKEND``, when set, is used in place of ``name``. Each optimizer has a backend
+    of its own for each device, so that it may keep plans between steps.
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: for a backend that is not available here, with the reason.
+        RuntimeError: for a backend that is not available here or for this device, with the reason.
 
-    >>> select("auto", torch.device("cpu")).name
+    >>> select("eager", torch.device("cpu")).name
     'eager'
     """
     wanted = os.environ.get(ENVIRONMENT_VARIABLE) or name
     source = f"{ENVIRONMENT_VARIABLE}={wanted}" if os.environ.get(ENVIRONMENT_VARIABLE) else f"backend={wanted!r}"
-    statuses = available()
-    if wanted == "auto":
-        wanted = next(candidate for candidate in _PREFERENCE if statuses[candidate].available)
-    if wanted not in statuses:
+    if wanted not in ("auto", *_PREFERENCE):
         raise ValueError(f"unknown {source}: choose one of {', '.join(('auto', *_PREFERENCE))}")
-    if not statuses[wanted].available:
-        raise RuntimeError(f"{source} is not available for {device}: {statuses[wanted].reason}; use 'auto' or 'eager'")
-    return _BACKENDS[wanted]
+    classes = _classes()
+    for candidate in _PREFERENCE if wanted == "auto" else (wanted,):
+        found = classes[candidate]
+        reason = found if isinstance(found, str) else found.refusal(device)
+        if not isinstance(found, str) and reason is None:
+            return found()
+    raise RuntimeError(f"{source} is not available for {device}: {reason}; use 'auto' or 'eager'")

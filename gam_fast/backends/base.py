@@ -47,8 +47,8 @@ class Leaves:
     Attributes:
         params: the parameters.
         group: for each, the index of its parameter group.
-        backup: θ, one tensor a parameter, allocated by the engine; its content counts only once ``saved`` is true.
-        saved: set by :meth:`Backend.perturb`, after the backup is complete and before a parameter is written.
+        backup: θ, one tensor a parameter, from :meth:`Backend.allocate`; it counts only once ``saved`` is true.
+        saved: set by :meth:`Backend.perturb` once the backup is complete; no signal finds a parameter moved before.
         cache: whatever a backend wants to keep for the duration of the step.
     """
 
@@ -115,9 +115,26 @@ class AdamGroup:
 
 
 class Backend(Protocol):
-    """What the engine asks of a backend. See the module's docstring for the conventions."""
+    """What the engine asks of a backend. See the module's docstring for the conventions.
+
+    An instance belongs to one optimizer and one device, and may keep between steps what is not of a parameter's size.
+    """
 
     name: str
+
+    @staticmethod
+    def describe() -> str:
+        """What it is and runs on, in a line."""
+        ...
+
+    @staticmethod
+    def refusal(device: torch.device) -> str | None:
+        """Why it cannot work on tensors of ``device``; ``None`` if it can."""
+        ...
+
+    def allocate(self, like: TensorList) -> TensorList:
+        """Uninitialised tensors of the same shapes, dtypes and, where they are dense, layouts."""
+        ...
 
     def square_norm(
         self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None

@@ -256,6 +256,17 @@ class EagerBackend:
 
     name = "eager"
 
+    @staticmethod
+    def describe() -> str:
+        return "torch._foreach_* operations, on any device"
+
+    @staticmethod
+    def refusal(device: torch.device) -> str | None:
+        return None
+
+    def allocate(self, like: TensorList) -> TensorList:
+        return [torch.empty_like(tensor) for tensor in like]
+
     def square_norm(
         self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:

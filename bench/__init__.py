@@ -1,0 +1,1 @@
+"""Benchmarks; `python -m bench.overhead --help`, `python -m bench.kernels --help`."""

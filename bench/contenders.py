@@ -1,0 +1,114 @@
+"""Optimizers that take turns within one run, and the time of their steps without that of the closure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gam_fast
+
+from .models import Shapes
+
+HYPER: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
+    "AdamW": {"lr": 1e-3, "weight_decay": 1e-2},
+}
+"""Hyper-parameters of the base optimizers."""
+
+FLOOR = {
+    "SGD": {"torch": 5, "Base": 5, "SAM": 10, "GSAM": 13, "GAM": 27},
+    "AdamW": {"torch": 7, "Base": 7, "SAM": 12, "GSAM": 15, "GAM": 29},
+}
+"""Reads and writes of every element in one fully fused step, by base optimizer and method."""
+
+
+class Contender:
+    """One optimizer over its own parameters, and the milliseconds its steps took.
+
+    Args:
+        method: a class of gam_fast, or ``"torch"`` for the base optimizer of torch alone, fused on a CPU.
+        base: ``"SGD"`` or ``"AdamW"``.
+        backend: backend of gam_fast.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        base: str,
+        shapes: Shapes,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.method, self.base, self.dtype, self.backend = method, base, dtype, backend
+        self.device = device
+        self.params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
+        self.source = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+        self.optimizer: Any  # torch's annotation of closures does not allow a tensor
+        base_class = getattr(torch.optim, base)
+        if method == "torch":
+            self.optimizer = base_class(self.params, **HYPER[base], fused=device == "cpu" or None)
+        else:
+            self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **HYPER[base])
+        self.ms: list[float] = []
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def step(self) -> None:
+        """One step; appends its milliseconds without those of the closure, which hands over fresh gradients."""
+        in_closure = 0.0
+
+        def closure() -> Tensor:
+            nonlocal in_closure
+            self._synchronize()
+            start = time.perf_counter()
+            grads = [g.clone() for g in self.source]
+            self._synchronize()
+            for p, g in zip(self.params, grads, strict=True):
+                p.grad = g
+            del grads, g  # the gradients belong to the parameters alone
+            in_closure += time.perf_counter() - start
+            return torch.zeros(())
+
+        self._synchronize()
+        start = time.perf_counter()
+        self.optimizer.step(closure)
+        self._synchronize()
+        self.ms.append(1e3 * (time.perf_counter() - start - in_closure))
+
+    @property
+    def median(self) -> float:
+        """Milliseconds."""
+        return statistics.median(self.ms)
+
+
+def measure(contenders: list[Contender], repeats: int) -> None:
+    """Two rounds of warm-up, then rounds in which every contender takes one step."""
+    for _ in range(2):
+        for contender in contenders:
+            contender.step()
+            contender.ms.clear()
+    for _ in range(repeats):
+        for contender in contenders:
+            contender.step()
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+        "torch": torch.__version__,
+        "gam_fast": gam_fast.__version__,
+    }

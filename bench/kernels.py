@@ -1,0 +1,276 @@
+"""Each primitive and whole steps, against the speed of memory: time, bytes, GB/s, and the ratio to a plain copy.
+
+Bytes are those of a fully fused primitive (see gam_fast.backends.base), whatever a backend really moves. In the same
+run, taking turns: a copy, and a sum that only reads. A ratio of 1.00 means that the bytes took as long as torch needs
+to copy as many. Whole steps stand against torch's own fused SGD and AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gam_fast import backends
+from gam_fast.backends import base
+
+from .contenders import FLOOR, Contender, machine, measure
+from .models import MODELS, Shapes, numel, quick
+
+BACKENDS = ("eager", "native", "compile")
+STEPS = (
+    ("torch", "SGD", torch.float32),
+    ("SAM", "SGD", torch.float32),
+    ("GAM", "SGD", torch.float32),
+    ("GAM", "SGD", torch.bfloat16),
+    ("torch", "AdamW", torch.float32),
+    ("GAM", "AdamW", torch.float32),
+)
+
+
+@dataclass
+class Row:
+    """One thing that is timed: ``units`` reads and writes of every element."""
+
+    name: str
+    backend: str
+    units: int
+    run: Callable[[], Any]
+    seconds: list[float] = field(default_factory=list)
+
+    def time(self) -> None:
+        start = time.perf_counter()
+        self.run()
+        self.seconds.append(time.perf_counter() - start)
+
+
+class Primitives:
+    """Tensors of one model, and every primitive on them as a step of GAM calls it."""
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def tensors() -> list[Tensor]:
+            return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+        self.params, self.backup, self.g0, self.g1, self.g2, self.momentum = (tensors() for _ in range(6))
+        self.square = [t.abs() for t in tensors()]
+        n = len(shapes)
+        self.saved = base.Leaves(self.params, [0] * n, self.backup, True)
+        self.unsaved = base.Leaves(self.params, [0] * n, self.backup, False)
+        self.u = base.Direction([self.g0, self.g1, self.g2], [[-0.03], [0.6], [0.4]])
+        self.m = base.Direction(self.u.terms, [[1.0], [0.0], [0.0]])
+        self.last = base.Direction([self.g2], [[1.0]])
+        self.flat = torch.randn(numel(shapes), generator=generator).to(dtype)
+        self.copied = torch.empty_like(self.flat)
+
+    def references(self) -> list[Row]:
+        """The speed of memory: torch's copy, and a sum, which only reads."""
+        return [
+            Row("copy", "torch", 2, lambda: self.copied.copy_(self.flat)),
+            Row("sum", "torch", 1, lambda: self.flat.sum()),
+        ]
+
+    def rows(self, name: str) -> list[Row]:
+        """All primitives on the backend called ``name``."""
+        backend: Any = Compiled() if name == "compile" else backends.select(name, torch.device("cpu"))
+        n = len(self.params)
+        sgd = [base.SGDGroup(1e-9, 0.9, 0.0, 5e-4, False, False)]
+        adam = [base.AdamGroup(1e-9, 0.9, 0.999, 1e-8, 1e-2, True, False, False)]
+
+        def first() -> None:
+            self.unsaved.saved = False
+            backend.perturb(self.unsaved, self.g0, None, [1e-9], 1.0, from_start=False)
+
+        def fold() -> None:
+            folds = [base.FoldInto(self.g0, self.g2, [1.0], [1e-9])]
+            backend.perturb(self.saved, self.g2, None, [1e-9], 1.0, from_start=False, folds=folds)
+
+        def update(d: base.Direction) -> Callable[[], None]:
+            return lambda: backend.sgd(self.saved, d, self.momentum, [False] * n, sgd)
+
+        def adamw() -> None:
+            none: list[Tensor | None] = [None] * n
+            backend.adam(self.saved, self.u, self.momentum, self.square, none, [3.0] * n, adam)
+
+        far: Callable[[], None] = lambda: backend.perturb(  # noqa: E731
+            self.saved, self.g1, self.g0, [1e-9], 1.0, from_start=True
+        )
+        return [
+            Row("norm g0", name, 1, lambda: backend.square_norm(self.saved, self.g0)),
+            Row("back up, move", name, 4, first),
+            Row("norm g1 − g0", name, 2, lambda: backend.square_norm(self.saved, self.g1, self.g0)),
+            Row("move from start", name, 4, far),
+            Row("move, fold", name, 5, fold),
+            Row("inner products", name, 3, lambda: backend.inner_products(self.saved, self.u, self.m, 1)),
+            Row("restore, SGD of 3", name, 7, update(self.u)),
+            Row("restore, SGD of 1", name, 5, update(self.last)),
+            Row("restore, AdamW of 3", name, 9, adamw),
+            Row("restore", name, 2, lambda: backend.restore(self.saved)),
+        ]
+
+
+class Compiled:
+    """The eager backend, each primitive through ``torch.compile``."""
+
+    def __init__(self) -> None:
+        eager = backends.EagerBackend()
+        for name in ("square_norm", "perturb", "inner_products", "restore", "sgd", "adam"):
+            setattr(self, name, torch.compile(getattr(eager, name), dynamic=False))
+
+
+def time_in_turns(rows: list[Row], repeats: int) -> dict[str, str]:
+    """Warm up, then let every row run once a round; a row that raises is taken out, and its error returned."""
+    failed = {}
+    for row in list(rows):
+        try:
+            row.run()
+        except Exception as error:  # whatever torch.compile meets is a result here
+            failed[f"{row.backend}: {row.name}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            rows.remove(row)
+    for _ in range(repeats):
+        for row in rows:
+            row.time()
+    return failed
+
+
+def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Measured rows of one model."""
+    model = Primitives(shapes, dtype)
+    rows = [*model.references(), *(row for name in names for row in model.rows(name))]
+    failed = time_in_turns(rows, repeats)
+    size = numel(shapes) * torch.finfo(dtype).bits // 8
+    speed = {row.name: row.units * size / statistics.median(row.seconds) for row in rows[:2]}
+    result: list[dict[str, Any]] = []
+    for row in rows:
+        seconds = statistics.median(row.seconds)
+        moved = row.units * size
+        result.append(
+            {
+                "primitive": row.name,
+                "backend": row.backend,
+                "units": row.units,
+                "ms": 1e3 * seconds,
+                "gb_per_s": moved / seconds / 1e9,
+                "to_copy": seconds * speed["copy"] / moved,
+                "to_sum": seconds * speed["sum"] / moved,
+            }
+        )
+    return result + [{"primitive": what, "failed": why} for what, why in failed.items()]
+
+
+def steps(shapes: Shapes, names: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Whole steps without forward and backward, all in turns."""
+    contenders = []
+    for method, optimizer, dtype in STEPS:
+        for name in ["torch"] if method == "torch" else [n for n in names if n != "compile"]:
+            contenders.append(Contender(method, optimizer, shapes, dtype=dtype, backend=name))
+    measure(contenders, repeats)
+    unit = {c.base: c.median for c in contenders if c.method == "torch"}
+    fp32 = {(c.method, c.base, c.backend): c.median for c in contenders if c.dtype == torch.float32}
+    return [
+        {
+            "step": f"{c.method} + {c.base}" if c.method != "torch" else f"torch {c.base}",
+            "backend": c.backend,
+            "dtype": str(c.dtype).removeprefix("torch."),
+            "ms": c.median,
+            "to_torch": c.median / unit[c.base],
+            "floor": FLOOR[c.base][c.method] / FLOOR[c.base]["torch"],
+            "to_fp32": c.median / fp32[(c.method, c.base, c.backend)],
+        }
+        for c in contenders
+    ]
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """A table of ``rows``, whose keys are its columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = list(rows[0])
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if isinstance(rows[0][column], int | float) else "left")
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["primitive"], row["failed"])
+        else:
+            cells = [row[column] for column in columns]
+            table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    Console().print(table)
+
+
+def draw(path: Path, models: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> None:
+    """Bars of GB/s by primitive and backend, one panel a model, with the copy of the same run as a line."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(len(models), 1, figsize=(9, 2.7 * len(models)), squeeze=False, layout="constrained")
+    for (model, rows), axis in zip(models.items(), axes[:, 0], strict=True):
+        measured = [row for row in rows if "failed" not in row and row["backend"] != "torch"]
+        names = list(dict.fromkeys(row["primitive"] for row in measured))
+        found = list(dict.fromkeys(row["backend"] for row in measured))
+        for k, backend in enumerate(found):
+            speed = {row["primitive"]: row["gb_per_s"] for row in measured if row["backend"] == backend}
+            places = [i + (k - (len(found) - 1) / 2) * 0.8 / len(found) for i in range(len(names))]
+            axis.bar(places, [speed.get(name, 0.0) for name in names], 0.8 / len(found), label=backend)
+        copy = next(row["gb_per_s"] for row in rows if row["primitive"] == "copy")
+        axis.axhline(copy, color="black", linewidth=1, linestyle="--", label="torch's copy")
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
+        axis.set_ylabel("GB/s")
+        axis.set_title(model, loc="left", fontsize=10)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", default="resnet50,vit_small,small,single", help="comma-separated (default: all)")
+    parser.add_argument("--backends", default="eager,native", help=f"of {', '.join(BACKENDS)} (default: eager,native)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds; medians are taken over them (default: 9)")
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements: to see that it works")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to PATH")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="also draw the figures to PATH")
+    arguments = parser.parse_args(argv)
+    names, models = arguments.backends.split(","), arguments.models.split(",")
+    if arguments.repeats < 7:
+        parser.error(f"--repeats must be at least 7 for a median to mean something, got {arguments.repeats}")
+    for given, known, option in ((names, BACKENDS, "--backends"), (models, MODELS, "--models")):
+        if not set(given) <= set(known):
+            parser.error(f"{option} must be of {', '.join(known)}, got {','.join(given)}")
+    torch.set_num_threads(arguments.threads)
+    facts = machine()
+    shapes = {model: quick(MODELS[model]()) if arguments.quick else MODELS[model]() for model in models}
+    found = {}
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    with torch.no_grad():
+        for model in models:
+            found[model] = primitives(shapes[model], dtype, names, arguments.repeats)
+            size = f"{len(shapes[model])} tensors, {numel(shapes[model]) / 1e6:.1f} M elements"
+            show(f"{model}: {size}, {arguments.dtype}, {facts['device']}, {arguments.threads} threads", found[model])
+    whole = steps(shapes[models[0]], names, arguments.repeats)
+    show(f"whole steps without forward and backward: {models[0]}", whole)
+    if arguments.json:
+        figures = {**facts, "dtype": arguments.dtype, "primitives": found, "steps": whole}
+        arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.png:
+        draw(arguments.png, found, facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Shapes of the parameters of models that the benchmarks stand in for; no model is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+Shapes: TypeAlias = "list[tuple[int, ...]]"
+
+
+def resnet50() -> Shapes:
+    """The 161 parameters of torchvision's resnet50, 25.6 million elements."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    width_in = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            for shape in ((width, width_in, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
+                shapes += [shape, (shape[0],), (shape[0],)]
+            if block == 0:
+                shapes += [(4 * width, width_in, 1, 1), (4 * width,), (4 * width,)]
+            width_in = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def vit_small() -> Shapes:
+    """The 152 parameters of a ViT-S/16 for 224 x 224 images and 1000 classes, 22.1 million elements."""
+    width = 384
+    shapes: Shapes = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
+    for _ in range(12):
+        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [*shapes, (width,), (width,), (1000, width), (1000,)]
+
+
+def small() -> Shapes:
+    """300 small tensors, 0.4 million elements: what a call costs beside its bytes."""
+    return [shape for _ in range(100) for shape in ((64, 64), (64,), (64,))]
+
+
+def single() -> Shapes:
+    """One tensor of 100 million elements."""
+    return [(100_000_000,)]
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {f.__name__: f for f in (resnet50, vit_small, small, single)}
+
+
+def numel(shapes: Shapes) -> int:
+    """Elements of all tensors together."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def quick(shapes: Shapes) -> Shapes:
+    """About a sixteenth of the elements, in as many tensors: to see that a benchmark works."""
+    return [tuple(max(1, n // 4) if i < 2 else n for i, n in enumerate(shape)) for shape in shapes]

@@ -1,0 +1,205 @@
+// gam_fast._C: names, arguments and docstrings of the operations, nothing else.
+
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "lists.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+#if defined(__VERSION__)
+#define GAM_COMPILER "C++ " __VERSION__
+#else
+#define GAM_COMPILER "unknown"
+#endif
+
+namespace {
+
+using gam::Numbers;
+using gam::TensorList;
+
+gam::Leaves leaves_of(py::handle leaves) {
+  if (!py::hasattr(leaves, "params")) throw py::type_error("leaves must be Leaves of gam_fast.backends.base");
+  gam::Leaves result;
+  result.params = TensorList("params", leaves.attr("params"));
+  result.saved = leaves.attr("saved").cast<bool>();
+  result.backup = TensorList("backup", leaves.attr("backup"));
+  return result;
+}
+
+std::optional<TensorList> optional_list(const char* name, py::handle list) {
+  if (list.is_none()) return std::nullopt;
+  return TensorList(name, list);
+}
+
+std::optional<Numbers> optional_numbers(const char* name, py::handle list) {
+  if (list.is_none()) return std::nullopt;
+  return gam::unpack_numbers(name, list);
+}
+
+std::vector<Numbers> table(const char* name, py::handle lists) {
+  std::vector<Numbers> result;
+  for (const py::object& list : gam::unpack_entries(name, lists, "lists of numbers")) {
+    result.push_back(gam::unpack_numbers(std::string(name) + "[" + std::to_string(result.size()) + "]", list));
+  }
+  return result;
+}
+
+gam::Direction direction_of(py::handle terms, py::handle factors) {
+  gam::Direction result;
+  for (const py::object& list : gam::unpack_entries("terms", terms, "lists of tensors")) {
+    result.terms.emplace_back("terms[" + std::to_string(result.terms.size()) + "]", list);
+  }
+  result.factors = table("factors", factors);
+  return result;
+}
+
+gam::Fold fold_of(const std::string& name, py::handle fold) {
+  return {TensorList(name + ".into", fold.attr("into")), TensorList(name + ".other", fold.attr("other")),
+          gam::unpack_numbers(name + ".k", fold.attr("k")), gam::unpack_numbers(name + ".l", fold.attr("l"))};
+}
+
+template <class T>
+T field(py::handle group, const char* name) {
+  try {
+    return group.attr(name).cast<T>();
+  } catch (const py::cast_error&) {
+    throw py::type_error(std::string("groups: ") + name + " must be a " +
+                         (std::is_same_v<T, bool> ? "bool" : "number"));
+  }
+}
+
+gam::cpu::SgdGroup sgd_group(py::handle group) {
+  return {field<double>(group, "lr"),           field<double>(group, "momentum"), field<double>(group, "dampening"),
+          field<double>(group, "weight_decay"), field<bool>(group, "nesterov"),   field<bool>(group, "maximize")};
+}
+
+gam::cpu::AdamGroup adam_group(py::handle group) {
+  return {field<double>(group, "lr"),    field<double>(group, "beta1"),        field<double>(group, "beta2"),
+          field<double>(group, "eps"),   field<double>(group, "weight_decay"), field<bool>(group, "decoupled"),
+          field<bool>(group, "amsgrad"), field<bool>(group, "maximize")};
+}
+
+template <class Group>
+std::vector<Group> groups_of(py::handle groups, Group (*convert)(py::handle)) {
+  std::vector<Group> result;
+  for (const py::object& group : gam::unpack_entries("groups", groups, "parameter groups")) {
+    result.push_back(convert(group));
+  }
+  return result;
+}
+
+std::vector<unsigned char> bools(const char* name, py::handle list) {
+  std::vector<unsigned char> result;
+  for (const int64_t value : gam::unpack_integers(name, list)) result.push_back(value != 0);
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core. What the operations compute is stated in gam_fast.backends.base.";
+
+  py::class_<gam::Plan>(m, "Plan", "How the elements of parameters are shared out among threads.")
+      .def(py::init([](py::handle params, py::handle group) {
+             return gam::Plan(TensorList("params", params), gam::unpack_integers("group", group));
+           }),
+           py::arg("params"), py::arg("group"))
+      .def(
+          "fits",
+          [](const gam::Plan& plan, py::handle params, py::handle group) {
+            return plan.fits(TensorList("params", params), gam::unpack_integers("group", group));
+          },
+          py::arg("params"), py::arg("group"), "Whether the plan can be used for these parameters.");
+
+  m.def(
+      "square_norm",
+      [](gam::Plan& plan, py::handle leaves, py::handle a, py::handle b, py::handle eta) {
+        return gam::square_norm(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
+                                optional_numbers("eta", eta));
+      },
+      py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("eta"));
+
+  m.def(
+      "perturb",
+      [](gam::Plan& plan, py::object leaves, py::handle a, py::handle b, py::handle factor, bool from_start,
+         py::handle eta, py::handle folds) {
+        std::vector<gam::Fold> list;
+        for (const py::object& fold : gam::unpack_entries("folds", folds, "folds")) {
+          list.push_back(fold_of("folds[" + std::to_string(list.size()) + "]", fold));
+        }
+        gam::perturb(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
+                     gam::unpack_numbers("factor", factor), from_start, optional_numbers("eta", eta), list);
+        leaves.attr("saved") = true;  // here, where no signal handler can come between
+      },
+      py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("factor"), py::arg("from_start"),
+      py::arg("eta"), py::arg("folds"), "Sets leaves.saved.");
+
+  m.def(
+      "inner_products",
+      [](gam::Plan& plan, py::handle terms, py::handle factors, py::handle m_factors, int64_t groups) {
+        std::optional<std::vector<Numbers>> of_m;
+        if (!m_factors.is_none()) of_m = table("m_factors", m_factors);
+        return gam::inner_products(plan, direction_of(terms, factors), of_m, groups);
+      },
+      py::arg("plan"), py::arg("terms"), py::arg("factors"), py::arg("m_factors"), py::arg("groups"));
+
+  m.def(
+      "restore", [](gam::Plan& plan, py::handle leaves) { gam::restore(plan, leaves_of(leaves)); }, py::arg("plan"),
+      py::arg("leaves"));
+
+  m.def(
+      "direction",
+      [](gam::Plan& plan, py::handle leaves, py::handle terms, py::handle factors, py::handle out) {
+        gam::direction(plan, leaves_of(leaves), direction_of(terms, factors), TensorList("out", out));
+      },
+      py::arg("plan"), py::arg("leaves"), py::arg("terms"), py::arg("factors"), py::arg("out"));
+
+  m.def(
+      "sgd",
+      [](gam::Plan& plan, py::handle leaves, py::handle terms, py::handle factors, py::handle momentum_buffer,
+         py::handle first, py::handle groups) {
+        gam::sgd(plan, leaves_of(leaves), direction_of(terms, factors),
+                 TensorList("momentum_buffer", momentum_buffer, true), bools("first", first),
+                 groups_of(groups, sgd_group));
+      },
+      py::arg("plan"), py::arg("leaves"), py::arg("terms"), py::arg("factors"), py::arg("momentum_buffer"),
+      py::arg("first"), py::arg("groups"));
+
+  m.def(
+      "adam",
+      [](gam::Plan& plan, py::handle leaves, py::handle terms, py::handle factors, py::handle exp_avg,
+         py::handle exp_avg_sq, py::handle max_exp_avg_sq, py::handle step, py::handle groups) {
+        gam::adam(plan, leaves_of(leaves), direction_of(terms, factors), TensorList("exp_avg", exp_avg),
+                  TensorList("exp_avg_sq", exp_avg_sq), TensorList("max_exp_avg_sq", max_exp_avg_sq, true),
+                  gam::unpack_numbers("step", step), groups_of(groups, adam_group));
+      },
+      py::arg("plan"), py::arg("leaves"), py::arg("terms"), py::arg("factors"), py::arg("exp_avg"),
+      py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"), py::arg("step"), py::arg("groups"));
+
+  m.def(
+      "empty_like", [](py::handle tensors) { return gam::empty_like(TensorList("tensors", tensors)); },
+      py::arg("tensors"), "An uninitialised dense tensor like each.");
+
+  m.def("instruction_sets", &gam::cpu::instruction_sets, "Those compiled in that this processor runs, best first.");
+  m.def("instruction_set", [] { return gam::cpu::kernels().isa; }, "The one in use.");
+  m.def(
+      "use_instruction_set",
+      [](const std::string& name) {
+        if (!gam::cpu::use_instruction_set(name.c_str())) {
+          throw py::value_error("name must be one of instruction_sets(), got '" + name + "'");
+        }
+      },
+      py::arg("name"), "Use another, in the whole process.");
+
+  m.attr("torch_version") = TORCH_VERSION;
+  m.attr("compiler") = GAM_COMPILER;
+}

@@ -1,0 +1,109 @@
+// The lists of one call: checked, laid out for the loops, and run.
+#pragma once
+
+#include <c10/util/StringUtil.h>
+
+#include <deque>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace gam {
+
+enum class Access : uint8_t { kRead, kWrite };
+
+// The lists of one call: checked one by one as they are added, and together by ready().
+class Call {
+ public:
+  explicit Call(Plan& plan) : plan_(plan) {}
+
+  cpu::List read(const TensorList& list) { return add(list, Access::kRead); }
+  cpu::List write(const TensorList& list) { return add(list, Access::kWrite); }
+
+  // `uses` says for which leaves the list is used at all.
+  template <class Uses>
+  cpu::List write_if(const TensorList& list, Uses uses) {
+    return add(list, Access::kWrite, uses);
+  }
+
+  // Sets how the arrays are walked. Raises ValueError where written memory overlaps other memory of the call.
+  void ready() {
+    choose_layouts();
+    check_overlaps();
+  }
+
+  // Whether the arrays of the call are more than the caches hold.
+  bool exceeds_caches() const { return plan_.cpu().bytes() * static_cast<int64_t>(slots_.size()) > cpu::kStreamBytes; }
+
+  // Runs f(range) over all pieces, without the GIL, and lets autograd know what was written.
+  template <class F>
+  void run(F&& f) {
+    {
+      const pybind11::gil_scoped_release release;
+      parallel_over_chunks(plan_.cpu(), f);
+    }
+    for (const Slot& slot : slots_) {
+      if (slot.access != Access::kWrite) continue;
+      for (size_t i = 0; i < slot.arrays.size(); ++i) {
+        if (slot.arrays[i].data && !(*slot.list)[i]->is_inference()) {
+          (*slot.list)[i]->unsafeGetTensorImpl()->bump_version();
+        }
+      }
+    }
+  }
+
+ private:
+  struct Slot {
+    const TensorList* list;
+    Access access;
+    std::vector<cpu::Array> arrays;
+  };
+
+  cpu::List add(const TensorList& list, Access access) {
+    return add(list, access, [](size_t) { return true; });
+  }
+
+  template <class Uses>
+  cpu::List add(const TensorList& list, Access access, Uses uses) {
+    const auto& leaves = plan_.cpu().shapes();
+    if (list.size() != leaves.size()) {
+      refuse_value(
+          c10::str(list.name(), " must have one tensor a parameter, that is ", leaves.size(), ", got ", list.size()));
+    }
+    Slot slot{&list, access, std::vector<cpu::Array>(leaves.size())};
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      if (!uses(i)) continue;
+      if (!list[i]) refuse_type(list.name_of(i) + " must be a tensor, got None");
+      check(list, i, leaves[i], access);
+      slot.arrays[i].data =
+          access == Access::kWrite ? list[i]->mutable_data_ptr() : const_cast<void*>(list[i]->const_data_ptr());
+    }
+    slots_.push_back(std::move(slot));
+    return slots_.back().arrays.data();
+  }
+
+  static void check(const TensorList& list, size_t i, const cpu::Plan::Shape& leaf, Access access);
+
+  void choose_layouts();
+
+  struct Extent {
+    uintptr_t begin, end;
+    size_t slot, leaf;
+    bool written;
+  };
+
+  const at::Tensor& tensor_of(const Extent& extent) const { return *(*slots_[extent.slot].list)[extent.leaf]; }
+
+  void check_overlaps();
+
+  // Two extents that meet, one of them written: the same array if only one is, or arrays in each other's gaps.
+  void check_pair(const Extent& a, const Extent& b) const;
+
+  Plan& plan_;
+  std::deque<Slot> slots_;
+};
+
+}  // namespace gam

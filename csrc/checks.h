@@ -1,0 +1,30 @@
+// Checks of one tensor, and the errors that name it.
+#pragma once
+
+#include <string>
+#include <utility>
+
+#include "cpu/kernels.h"
+#include "lists.h"
+
+namespace gam {
+
+[[noreturn]] void refuse_value(const std::string& message);
+[[noreturn]] void refuse_type(const std::string& message);
+
+// Raises TypeError unless it is a floating dtype that the core knows.
+cpu::Dtype dtype_of(const TensorList& list, size_t i);
+
+// Raises TypeError or ValueError unless it is a strided CPU tensor with all its elements in memory.
+void check_plain(const TensorList& list, size_t i);
+
+// Whether no two elements share memory; false also where that is hard to say.
+bool is_free_of_self_overlap(const at::Tensor& tensor);
+
+// The bytes that a tensor spans.
+std::pair<uintptr_t, uintptr_t> extent(const at::Tensor& tensor);
+
+// Whether two tensors whose extents meet are seen to have no byte in common, as columns of one matrix have not.
+bool are_interleaved(const at::Tensor& a, const at::Tensor& b);
+
+}  // namespace gam

@@ -1,0 +1,15 @@
+// What the loops include, before a file changes the target of the compiler (see kernels.h).
+#pragma once
+
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define GAM_X86
+#include <immintrin.h>
+#endif

@@ -1,0 +1,22 @@
+// The loops, compiled for the instruction set that the including file has chosen and named GAM_ISA.
+
+#include "../math.h"
+
+namespace gam::cpu::GAM_ISA {
+namespace {
+
+// clang-format off: each needs those before it
+#include "tiles.inl"
+#include "pieces.inl"
+#include "sums.inl"
+#include "moves.inl"
+#include "updates.inl"
+// clang-format on
+
+}  // namespace
+
+#define GAM_QUOTE(text) #text
+#define GAM_NAME(isa) GAM_QUOTE(isa)
+const Kernels kKernels = {GAM_NAME(GAM_ISA), square_norm, inner_products, perturb, copy, materialise, sgd, adam};
+
+}  // namespace gam::cpu::GAM_ISA

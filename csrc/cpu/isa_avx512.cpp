@@ -1,0 +1,18 @@
+#include "includes.h"
+
+#if defined(GAM_X86)
+#define GAM_ISA avx512
+#define GAM_AVX2
+#define GAM_AVX512
+#define GAM_F16C
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC target("prefer-vector-width=512,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#include "isa.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif  // GCC instantiates templates at the end of the file, and takes the target from there
+#endif

@@ -1,0 +1,86 @@
+// Pieces of a plan, and the combination of terms that most primitives read.
+//
+// Included once for each instruction set, inside namespace gam::cpu::GAM_ISA (see isa.inl), as are the other .inl
+// files.
+
+// The number of the leaf's group.
+template <class T>
+T of_group(PerGroup values, const Leaf& leaf) {
+  return static_cast<T>(values[leaf.group]);
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+template <class T, int N>
+struct Tuple {
+  T values[N];
+};
+
+// Calls f(type, piece, leaf, array_of) for the pieces of a range; `type` is a value of the leaf's element type, and
+// array_of(list) the array of the leaf, an empty one of a null list.
+template <class F>
+void each_piece(const Work& work, Range range, F f) {
+  for (int64_t p = range.begin; p < range.end; ++p) {
+    const Piece& piece = work.pieces[p];
+    const Leaf& leaf = work.leaves[piece.leaf];
+    const auto array_of = [&](List list) { return list ? list[piece.leaf] : Array(); };
+    with_type(leaf.dtype, [&](auto type) { f(type, piece, leaf, array_of); });
+  }
+}
+
+// The Combine of a leaf's group.
+template <class O>
+Combine<O> combine_of(const Combination& d, const Leaf& leaf) {
+  const double* factor = d.groups[leaf.group].factor;
+  return {{static_cast<O>(factor[0]), static_cast<O>(factor[1]), static_cast<O>(factor[2])}};
+}
+
+// The list of term t of a leaf's group.
+List list_of(const Combination& d, const Leaf& leaf, int t) { return d.lists[d.groups[leaf.group].index[t]]; }
+
+// The combination Σ factor x of a leaf, tile by tile.
+template <class T, int Terms>
+class Combined {
+  using O = opmath_t<T>;
+
+ public:
+  Combined(const Combination& d, const Piece& piece, const Leaf& leaf) : combine_(combine_of<O>(d, leaf)) {
+    for (int t = 0; t < Terms; ++t) readers_[t].open(list_of(d, leaf, t)[piece.leaf], leaf);
+  }
+
+  // A function of j, the element i + j.
+  auto tile(int64_t i, int n) {
+    const auto* x = readers_[0].tile(i, n);
+    if constexpr (Terms == 1) {
+      return [combine = combine_, x](int j) { return combine(value_of(x[j])); };
+    } else {
+      const auto* y = readers_[1].tile(i, n);
+      if constexpr (Terms == 2) {
+        return [combine = combine_, x, y](int j) { return combine(value_of(x[j]), value_of(y[j])); };
+      } else {
+        const auto* z = readers_[2].tile(i, n);
+        return [combine = combine_, x, y, z](int j) { return combine(value_of(x[j]), value_of(y[j]), value_of(z[j])); };
+      }
+    }
+  }
+
+ private:
+  Reader<T> readers_[Terms];
+  Combine<O> combine_;
+};
+
+// Calls f with the number of terms of the leaf's group as a constant.
+template <class F>
+void with_terms(const Combination& d, const Leaf& leaf, F f) {
+  switch (d.groups[leaf.group].terms) {
+    case 1:
+      return f(Constant<1>());
+    case 2:
+      return f(Constant<2>());
+    default:
+      return f(Constant<3>());
+  }
+}

@@ -1,0 +1,249 @@
+// Arrays in tiles: elements of any dtype and layout, in the working precision and in the first-level cache.
+//
+// Included once for each instruction set, inside namespace gam::cpu::GAM_ISA (see isa.inl).
+
+// Elements of a tile. The loops over formulas run on tiles only: they then know neither dtypes nor layouts, and the
+// arrays of one tile, eight of 2 KiB of fp32 at most, fit the first-level cache.
+constexpr int kTile = 512;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+struct Working {
+  using type = float;
+};
+template <>
+struct Working<double> {
+  using type = double;
+};
+template <class T, class U>
+inline constexpr bool kSame = false;
+template <class T>
+inline constexpr bool kSame<T, T> = true;
+
+template <class T>
+using opmath_t = typename Working<T>::type;
+
+// What loops see of an element: itself where it can be widened and rounded among other operations, so that these
+// overlap with the reading of memory; of a half, which takes instructions that compilers do not find, its value.
+template <class T>
+struct Seen {
+  using type = T;
+};
+template <>
+struct Seen<Half> {
+  using type = float;
+};
+template <class T>
+using seen_t = typename Seen<T>::type;
+
+GAM_FORMULA double value_of(double x) { return x; }
+GAM_FORMULA float value_of(float x) { return x; }
+GAM_FORMULA float value_of(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+GAM_FORMULA void put(double x, double& to) { to = x; }
+GAM_FORMULA void put(float x, float& to) { to = x; }
+GAM_FORMULA void put(float x, BFloat16& to) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+inline void widen(const Half* from, float* to, int n) {
+  int j = 0;
+#if defined(GAM_F16C)
+  for (; j + 8 <= n; j += 8)
+    _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
+#endif
+  for (; j < n; ++j) to[j] = c10::detail::fp16_ieee_to_fp32_value(from[j].bits);
+}
+
+inline void narrow(const float* from, Half* to, int n) {
+  int j = 0;
+#if defined(GAM_F16C)
+  for (; j + 8 <= n; j += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + j), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; j < n; ++j) to[j].bits = c10::detail::fp16_ieee_from_fp32_value(from[j]);
+}
+
+// Copy past the caches; `to` starts on a cache line.
+inline void stream(const void* from, void* to, size_t bytes) {
+  size_t done = 0;
+#if defined(GAM_X86)
+  const char* source = static_cast<const char*>(from);
+  char* target = static_cast<char*>(to);
+  for (; done + 64 <= bytes; done += 64) {
+#if defined(GAM_AVX512)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + done), _mm512_loadu_si512(source + done));
+#elif defined(GAM_AVX2)
+    for (int k = 0; k < 64; k += 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(target + done + k),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + done + k)));
+#else
+    for (int k = 0; k < 64; k += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + done + k),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + done + k)));
+#endif
+  }
+#endif
+  std::memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, bytes - done);
+}
+
+// Streaming stores are ordered by nothing else.
+inline void end_of_streaming() {
+#if defined(GAM_X86)
+  _mm_sfence();
+#endif
+}
+
+// Calls visit(j, offset) with the offsets of elements [i, i + n) in logical order.
+template <class Visit>
+void each_offset(const Leaf& leaf, const int64_t* strides, int64_t i, int n, Visit visit) {
+  int64_t index[kMaxDims];
+  int64_t offset = 0;
+  for (int d = leaf.dims - 1; d >= 0; --d) {
+    index[d] = i % leaf.sizes[d];
+    offset += index[d] * strides[d];
+    i /= leaf.sizes[d];
+  }
+  for (int j = 0; j < n; ++j) {
+    visit(j, offset);
+    for (int d = leaf.dims - 1; d >= 0; --d) {
+      offset += strides[d];
+      if (++index[d] < leaf.sizes[d]) break;
+      offset -= leaf.sizes[d] * strides[d];
+      index[d] = 0;
+    }
+  }
+}
+
+// Room for a tile. The alignment is that of the whole: elements of a type that is aligned beyond its size, which
+// alignas on the array would make, are not vectorized by GCC.
+template <class T, bool Used = true>
+struct alignas(64) Room {
+  T values[Used ? kTile : 1];
+};
+
+template <class T>
+class Reader {
+  using Value = seen_t<T>;
+
+ public:
+  Reader() = default;
+  Reader(const Array& array, const Leaf& leaf) { open(array, leaf); }
+
+  void open(const Array& array, const Leaf& leaf) {
+    data_ = static_cast<const T*>(array.data);
+    strides_ = array.strides;
+    leaf_ = &leaf;
+  }
+
+  // Elements [i, i + n) as they are stored; valid until the next call.
+  const T* raw(int64_t i, int n) {
+    if (!strides_) return data_ + i;
+    each_offset(*leaf_, strides_, i, n, [this](int j, int64_t offset) { raw_.values[j] = data_[offset]; });
+    return raw_.values;
+  }
+
+  // The same as the loops see them.
+  const Value* tile(int64_t i, int n) {
+    const T* stored = raw(i, n);
+    if constexpr (kSame<T, Value>) {
+      return stored;
+    } else {
+      widen(stored, tile_.values, n);
+      return tile_.values;
+    }
+  }
+
+ private:
+  const T* data_ = nullptr;
+  const int64_t* strides_ = nullptr;
+  const Leaf* leaf_ = nullptr;
+  Room<T> raw_;
+  Room<Value, !kSame<T, Value>> tile_;
+};
+
+template <class T>
+class Writer {
+  using Value = seen_t<T>;
+
+ public:
+  Writer(const Array& array, const Leaf& leaf, bool streaming)
+      : data_(static_cast<T*>(array.data)),
+        strides_(array.strides),
+        leaf_(&leaf),
+        stream_(streaming && !strides_ && reinterpret_cast<uintptr_t>(data_) % 64 == 0) {}
+
+  // Where to put elements [i, i + n) before store(): the array itself where that is possible.
+  Value* tile(int64_t i) {
+    if constexpr (kSame<T, Value>) {
+      if (!strides_ && !stream_) return data_ + i;
+    }
+    return tile_.values;
+  }
+
+  void store(int64_t i, int n) {
+    if constexpr (kSame<T, Value>) {
+      if (strides_ || stream_) raw(tile_.values, i, n);
+    } else {
+      narrow(tile_.values, raw_.values, n);
+      raw(raw_.values, i, n);
+    }
+  }
+
+  // Elements as they are stored.
+  void raw(const T* stored, int64_t i, int n) {
+    if (strides_) {
+      each_offset(*leaf_, strides_, i, n, [this, stored](int j, int64_t offset) { data_[offset] = stored[j]; });
+    } else if (stream_) {
+      stream(stored, data_ + i, static_cast<size_t>(n) * sizeof(T));
+    } else {
+      std::memcpy(data_ + i, stored, static_cast<size_t>(n) * sizeof(T));
+    }
+  }
+
+ private:
+  T* data_;
+  const int64_t* strides_;
+  const Leaf* leaf_;
+  bool stream_;
+  Room<Value> tile_;
+  Room<T, !kSame<T, Value>> raw_;
+};
+
+// Calls f(i, n) for the tiles of elements [begin, begin + length).
+template <class F>
+void each_tile(int64_t begin, int64_t length, F f) {
+  for (int64_t i = 0; i < length; i += kTile) {
+    f(begin + i, static_cast<int>(length - i < kTile ? length - i : kTile));
+  }
+}
+
+// Calls f with a value of the element type that `dtype` names.
+template <class F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return f(double());
+    case Dtype::kFloat:
+      return f(float());
+    case Dtype::kBFloat16:
+      return f(BFloat16());
+    case Dtype::kHalf:
+      return f(Half());
+  }
+}

@@ -1,0 +1,189 @@
+// The loops of the core under the thread sanitizer, without Python and OpenMP (whose runtime it does not know).
+//
+// Every primitive is run by several std::threads over the chunks of one plan, as at::parallel_for does, and its result
+// compared bit for bit with that of one thread. Built and run by `make sanitize`.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/plan.h"
+
+namespace {
+
+using namespace gam::cpu;
+
+void require(bool condition, const std::string& what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// One tensor a leaf, of random values; a list of arrays over them.
+class Tensors {
+ public:
+  Tensors(const Plan& plan, unsigned seed) {
+    std::minstd_rand random(seed);
+    for (const auto& shape : plan.shapes()) {
+      int64_t numel = 1;
+      for (const int64_t size : shape.sizes) numel *= size;
+      // Small positive numbers in every dtype: the exponent bits stay in the middle of the range.
+      std::vector<unsigned char> bytes(static_cast<size_t>(numel * size_of(shape.dtype)) + 1);
+      for (size_t i = 0; i + 1 < bytes.size(); ++i) bytes[i] = static_cast<unsigned char>(random() & 0x3f);
+      memory_.push_back(std::move(bytes));
+    }
+    for (auto& bytes : memory_) arrays_.push_back({bytes.data(), nullptr});
+  }
+
+  List list() const { return arrays_.data(); }
+  bool operator==(const Tensors& other) const { return memory_ == other.memory_; }
+
+ private:
+  std::vector<std::vector<unsigned char>> memory_;
+  std::vector<Array> arrays_;
+};
+
+void parallel(const Plan& plan, int threads, const std::function<void(Range)>& f) {
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t) {
+    const int64_t first = plan.chunks() * t / threads, last = plan.chunks() * (t + 1) / threads;
+    pool.emplace_back([&f, range = plan.pieces_of(first, last)] { f(range); });
+  }
+  for (auto& thread : pool) thread.join();
+}
+
+// Everything that one round of all primitives writes.
+struct Round {
+  explicit Round(const Plan& plan)
+      : params(plan, 1),
+        backup(plan, 2),
+        a(plan, 3),
+        b(plan, 4),
+        c(plan, 5),
+        momentum(plan, 6),
+        square(plan, 7),
+        out(plan, 8),
+        norms(plan.pieces().size()),
+        products(plan.pieces().size() * kSums) {}
+
+  void run(const Plan& plan, int threads) {
+    const Kernels& loops = kernels();
+    const Work work = plan.work();
+    const double numbers[] = {0.5, 0.25};
+    const std::vector<double> by_leaf(plan.shapes().size(), 0.5);
+    const std::vector<unsigned char> first(plan.shapes().size(), 0);
+    std::vector<Combination::Group> groups(2);
+    for (auto& group : groups) group = {3, {0, 1, 2}, {0.5, 0.25, 0.125}};
+    Combination d;
+    d.lists[0] = a.list(), d.lists[1] = b.list(), d.lists[2] = c.list();
+    d.groups = groups.data();
+
+    SquareNorm norm;
+    norm.a = a.list();
+    parallel(plan, threads, [&](Range r) { loops.square_norm(work, norm, r, norms.data() + r.begin); });
+
+    Perturbation move;
+    move.params = params.list(), move.backup = backup.list(), move.a = a.list();
+    move.factor = numbers;
+    move.save = move.stream = true;
+    parallel(plan, threads, [&](Range r) { loops.perturb(work, move, r); });
+    move.b = b.list(), move.eta = numbers;
+    move.save = false, move.from_start = true;
+    move.folds[0] = {c.list(), b.list(), numbers, numbers};
+    move.fold_count = 1;
+    parallel(plan, threads, [&](Range r) { loops.perturb(work, move, r); });
+
+    const InnerProducts both{d, d};
+    parallel(plan, threads, [&](Range r) { loops.inner_products(work, both, r, products.data() + kSums * r.begin); });
+
+    const Materialise materialise{d, out.list(), {}};
+    parallel(plan, threads, [&](Range r) { loops.materialise(work, materialise, r); });
+
+    const std::vector<SgdGroup> sgd_groups(2, {0.5, 0.5, 0.0, 0.25, true, false});
+    SgdStep sgd;
+    sgd.d = d, sgd.theta = backup.list(), sgd.params = params.list(), sgd.buffer = momentum.list();
+    sgd.first = first.data(), sgd.groups = sgd_groups.data(), sgd.stream = true;
+    parallel(plan, threads, [&](Range r) { loops.sgd(work, sgd, r); });
+
+    const std::vector<AdamGroup> adam_groups(2, {0.5, 0.5, 0.5, 0.25, 0.125, true, true, false});
+    AdamStep adam;
+    adam.d = d, adam.theta = backup.list(), adam.params = params.list(), adam.average = momentum.list();
+    adam.square = square.list(), adam.largest = out.list();
+    adam.step_size = adam.root_correction = by_leaf.data();
+    adam.groups = adam_groups.data(), adam.stream = true;
+    parallel(plan, threads, [&](Range r) { loops.adam(work, adam, r); });
+
+    const Copy restore{backup.list(), params.list(), true};
+    parallel(plan, threads, [&](Range r) { loops.copy(work, restore, r); });
+  }
+
+  bool operator==(const Round& other) const {
+    return params == other.params && backup == other.backup && c == other.c && momentum == other.momentum &&
+           square == other.square && out == other.out && norms == other.norms && products == other.products;
+  }
+
+  Tensors params, backup, a, b, c, momentum, square, out;
+  std::vector<double> norms, products;
+};
+
+std::vector<Plan::Shape> shapes(int64_t large) {
+  std::vector<Plan::Shape> result;
+  const Dtype dtypes[] = {Dtype::kFloat, Dtype::kDouble, Dtype::kBFloat16, Dtype::kHalf};
+  for (int i = 0; i < 400; ++i) result.push_back({dtypes[i % 4], i % 2, {1 + i % 37}});
+  for (const Dtype dtype : dtypes) result.push_back({dtype, 1, {3, large}});
+  result.push_back({Dtype::kFloat, 0, {0}});
+  result.push_back({Dtype::kFloat, 0, {}});
+  return result;
+}
+
+// Chunks hold kChunkBytes each, but for the last and for what a cut may not divide, and all elements once.
+void check_plan(const Plan& plan) {
+  std::vector<int64_t> covered(plan.shapes().size());
+  for (int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
+    const Range range = plan.pieces_of(chunk, chunk + 1);
+    int64_t bytes = 0;
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      const Piece& piece = plan.pieces()[static_cast<size_t>(p)];
+      const auto leaf = static_cast<size_t>(piece.leaf);
+      require(piece.begin == covered[leaf] && piece.length > 0, "pieces follow each other");
+      covered[leaf] += piece.length;
+      bytes += piece.length * size_of(plan.shapes()[leaf].dtype);
+    }
+    require(bytes <= kChunkBytes + kCut * 8, "no chunk is too large");
+    require(bytes > kChunkBytes - kCut * 8 || chunk == plan.chunks() - 1, "no chunk is too small");
+  }
+  for (size_t i = 0; i < covered.size(); ++i) {
+    int64_t numel = 1;
+    for (const int64_t size : plan.shapes()[i].sizes) numel *= size;
+    require(covered[i] == numel, "every element is covered once");
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Plan plan(shapes(70'001));
+  check_plan(plan);
+  std::vector<Plan::Shape> uneven(1000, {Dtype::kFloat, 0, {64}});
+  uneven.insert(uneven.begin() + 500, {Dtype::kFloat, 0, {100'000'000}});
+  check_plan(Plan(uneven));
+  for (const std::string& name : instruction_sets()) {
+    require(use_instruction_set(name), "chooses " + name);
+    Round alone(plan);
+    alone.run(plan, 1);
+    for (const int threads : {2, 3, 7}) {
+      Round together(plan);
+      together.run(plan, threads);
+      require(alone == together, name + " with " + std::to_string(threads) + " threads");
+    }
+    std::printf("%s: the same bits with 1, 2, 3 and 7 threads\n", name.c_str());
+  }
+  return 0;
+}
