@@ -120,7 +120,10 @@ class Primitives:
 
 
 class Compiled:
-    """The eager backend, each primitive through ``torch.compile``."""
+    """The eager backend, each primitive through ``torch.compile``.
+
+    It unrolls chunks, tensors and the parts of norms: seconds for one tensor of one chunk, minutes and more for models.
+    """
 
     def __init__(self) -> None:
         eager = backends.EagerBackend()
