@@ -1,4 +1,4 @@
-// The primitives on lists of tensors: check, guard, dispatch. No arithmetic on elements, no Python objects.
+// The primitives on lists of tensors: check, guard, dispatch. No arithmetic on elements.
 //
 // What each computes is stated in gam_fast/backends/base.py. All of them check their arguments before anything is
 // written, raise ValueError or TypeError with the name of the argument, and run without the GIL.

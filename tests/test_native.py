@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from cases import BACKENDS, DTYPES, METHODS, closure_of, make
@@ -694,7 +695,6 @@ def test_memory_of_the_last_gradient_becomes_the_backup():
 
 @pytest.mark.parametrize("source", ["numpy", "shared"])
 def test_memory_with_owners_elsewhere_is_not_taken(source):
-    numpy = pytest.importorskip("numpy")
     array = numpy.full(40_000, 3.0, dtype=numpy.float32)
     weight = torch.nn.Parameter(torch.full((40_000,), 7.0))
     optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1, backend="native")
