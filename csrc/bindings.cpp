@@ -1,5 +1,6 @@
 // gam_fast._C: names, arguments and docstrings of the operations, nothing else.
 
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "devices.h"
 #include "lists.h"
 #include "ops.h"
 
@@ -53,16 +55,35 @@ std::vector<Numbers> table(const char* name, py::handle lists) {
   return result;
 }
 
-gam::Direction direction_of(py::handle terms, py::handle factors) {
-  gam::Direction result;
-  for (const py::object& list : gam::unpack_entries("terms", terms, "lists of tensors")) {
-    result.terms.emplace_back("terms[" + std::to_string(result.terms.size()) + "]", list);
+std::optional<at::Tensor> optional_tensor(const char* name, py::handle object) {
+  if (object.is_none()) return std::nullopt;
+  if (!THPVariable_Check(object.ptr())) {
+    throw py::type_error(std::string(name) + " must be a tensor or None, got " + Py_TYPE(object.ptr())->tp_name);
   }
-  result.factors = table("factors", factors);
+  return THPVariable_Unpack(object.ptr());
+}
+
+std::vector<TensorList> terms_of(py::handle terms) {
+  std::vector<TensorList> result;
+  for (const py::object& list : gam::unpack_entries("terms", terms, "lists of tensors")) {
+    result.emplace_back("terms[" + std::to_string(result.size()) + "]", list);
+  }
   return result;
 }
 
-gam::Fold fold_of(const std::string& name, py::handle fold) {
+gam::Direction direction_of(py::handle d) {
+  if (!py::hasattr(d, "terms")) throw py::type_error("d must be a Direction of gam_fast.backends.base");
+  gam::Direction result;
+  result.terms = terms_of(d.attr("terms"));
+  result.p = table("p", d.attr("p"));
+  if (const py::object q = d.attr("q"); !q.is_none()) result.q = table("q", q);
+  result.products = optional_tensor("products", d.attr("products"));
+  result.gamma = gam::unpack_numbers("gamma", d.attr("gamma"));
+  if (const py::object limit = d.attr("limit"); !limit.is_none()) result.limit = limit.cast<double>();
+  return result;
+}
+
+gam::FoldInto fold_of(const std::string& name, py::handle fold) {
   return {TensorList(name + ".into", fold.attr("into")), TensorList(name + ".other", fold.attr("other")),
           gam::unpack_numbers(name + ".k", fold.attr("k")), gam::unpack_numbers(name + ".l", fold.attr("l"))};
 }
@@ -77,12 +98,12 @@ T field(py::handle group, const char* name) {
   }
 }
 
-gam::cpu::SgdGroup sgd_group(py::handle group) {
+gam::SgdGroup sgd_group(py::handle group) {
   return {field<double>(group, "lr"),           field<double>(group, "momentum"), field<double>(group, "dampening"),
           field<double>(group, "weight_decay"), field<bool>(group, "nesterov"),   field<bool>(group, "maximize")};
 }
 
-gam::cpu::AdamGroup adam_group(py::handle group) {
+gam::AdamGroup adam_group(py::handle group) {
   return {field<double>(group, "lr"),    field<double>(group, "beta1"),        field<double>(group, "beta2"),
           field<double>(group, "eps"),   field<double>(group, "weight_decay"), field<bool>(group, "decoupled"),
           field<bool>(group, "amsgrad"), field<bool>(group, "maximize")};
@@ -108,7 +129,7 @@ std::vector<unsigned char> bools(const char* name, py::handle list) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core. What the operations compute is stated in gam_fast.backends.base.";
 
-  py::class_<gam::Plan>(m, "Plan", "How the elements of parameters are shared out among threads.")
+  py::class_<gam::Plan>(m, "Plan", py::module_local(), "The shapes of the parameters of one device, and its tables.")
       .def(py::init([](py::handle params, py::handle group) {
              return gam::Plan(TensorList("params", params), gam::unpack_integers("group", group));
            }),
@@ -130,27 +151,31 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "perturb",
-      [](gam::Plan& plan, py::object leaves, py::handle a, py::handle b, py::handle factor, bool from_start,
-         py::handle eta, py::handle folds) {
-        std::vector<gam::Fold> list;
+      [](gam::Plan& plan, py::object leaves, py::handle a, py::handle b, py::handle radius, py::handle square,
+         bool from_start, py::handle eta, py::handle folds) {
+        std::vector<gam::FoldInto> list;
         for (const py::object& fold : gam::unpack_entries("folds", folds, "folds")) {
           list.push_back(fold_of("folds[" + std::to_string(list.size()) + "]", fold));
         }
         gam::perturb(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
-                     gam::unpack_numbers("factor", factor), from_start, optional_numbers("eta", eta), list);
+                     gam::unpack_numbers("radius", radius), optional_tensor("square", square), from_start,
+                     optional_numbers("eta", eta), list);
         leaves.attr("saved") = true;  // here, where no signal handler can come between
       },
-      py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("factor"), py::arg("from_start"),
-      py::arg("eta"), py::arg("folds"), "Sets leaves.saved.");
+      py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("radius"), py::arg("square"),
+      py::arg("from_start"), py::arg("eta"), py::arg("folds"), "Sets leaves.saved.");
 
   m.def(
       "inner_products",
-      [](gam::Plan& plan, py::handle terms, py::handle factors, py::handle m_factors, int64_t groups) {
-        std::optional<std::vector<Numbers>> of_m;
-        if (!m_factors.is_none()) of_m = table("m_factors", m_factors);
-        return gam::inner_products(plan, direction_of(terms, factors), of_m, groups);
+      [](gam::Plan& plan, py::handle terms, py::handle p, py::handle of_m, int64_t groups) {
+        std::optional<std::vector<Numbers>> m;
+        if (!of_m.is_none()) m = table("m", of_m);
+        gam::Direction u;
+        u.terms = terms_of(terms);
+        u.p = table("p", p);
+        return gam::inner_products(plan, u, m, groups);
       },
-      py::arg("plan"), py::arg("terms"), py::arg("factors"), py::arg("m_factors"), py::arg("groups"));
+      py::arg("plan"), py::arg("terms"), py::arg("p"), py::arg("m"), py::arg("groups"));
 
   m.def(
       "restore", [](gam::Plan& plan, py::handle leaves) { gam::restore(plan, leaves_of(leaves)); }, py::arg("plan"),
@@ -158,32 +183,31 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "direction",
-      [](gam::Plan& plan, py::handle leaves, py::handle terms, py::handle factors, py::handle out) {
-        gam::direction(plan, leaves_of(leaves), direction_of(terms, factors), TensorList("out", out));
+      [](gam::Plan& plan, py::handle leaves, py::handle d, py::handle out) {
+        gam::direction(plan, leaves_of(leaves), direction_of(d), TensorList("out", out));
       },
-      py::arg("plan"), py::arg("leaves"), py::arg("terms"), py::arg("factors"), py::arg("out"));
+      py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("out"));
 
   m.def(
       "sgd",
-      [](gam::Plan& plan, py::handle leaves, py::handle terms, py::handle factors, py::handle momentum_buffer,
-         py::handle first, py::handle groups) {
-        gam::sgd(plan, leaves_of(leaves), direction_of(terms, factors),
-                 TensorList("momentum_buffer", momentum_buffer, true), bools("first", first),
-                 groups_of(groups, sgd_group));
+      [](gam::Plan& plan, py::handle leaves, py::handle d, py::handle momentum_buffer, py::handle first,
+         py::handle groups) {
+        gam::sgd(plan, leaves_of(leaves), direction_of(d), TensorList("momentum_buffer", momentum_buffer, true),
+                 bools("first", first), groups_of(groups, sgd_group));
       },
-      py::arg("plan"), py::arg("leaves"), py::arg("terms"), py::arg("factors"), py::arg("momentum_buffer"),
-      py::arg("first"), py::arg("groups"));
+      py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("momentum_buffer"), py::arg("first"),
+      py::arg("groups"));
 
   m.def(
       "adam",
-      [](gam::Plan& plan, py::handle leaves, py::handle terms, py::handle factors, py::handle exp_avg,
-         py::handle exp_avg_sq, py::handle max_exp_avg_sq, py::handle step, py::handle groups) {
-        gam::adam(plan, leaves_of(leaves), direction_of(terms, factors), TensorList("exp_avg", exp_avg),
+      [](gam::Plan& plan, py::handle leaves, py::handle d, py::handle exp_avg, py::handle exp_avg_sq,
+         py::handle max_exp_avg_sq, py::handle step, py::handle groups) {
+        gam::adam(plan, leaves_of(leaves), direction_of(d), TensorList("exp_avg", exp_avg),
                   TensorList("exp_avg_sq", exp_avg_sq), TensorList("max_exp_avg_sq", max_exp_avg_sq, true),
                   gam::unpack_numbers("step", step), groups_of(groups, adam_group));
       },
-      py::arg("plan"), py::arg("leaves"), py::arg("terms"), py::arg("factors"), py::arg("exp_avg"),
-      py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"), py::arg("step"), py::arg("groups"));
+      py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+      py::arg("max_exp_avg_sq"), py::arg("step"), py::arg("groups"));
 
   m.def(
       "empty_like", [](py::handle tensors) { return gam::empty_like(TensorList("tensors", tensors)); },
@@ -199,6 +223,8 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name"), "Use another, in the whole process.");
+
+  m.def("device_types", &gam::device_types, "Types of the devices that the core was built for.");
 
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = GAM_COMPILER;

@@ -8,10 +8,14 @@
 #include <vector>
 
 #include "checks.h"
-#include "parallel.h"
 #include "plan.h"
 
 namespace gam {
+
+// Streaming stores of a CPU save the read of the line that is overwritten, and take it out of the caches. They pay when
+// a call touches more than the last-level cache holds. What the system reports of that is no guide (a virtual machine
+// shows the whole socket's, of which it has a share), so this is the share of a few cores on today's servers.
+inline constexpr int64_t kStreamBytes = 32 << 20;
 
 enum class Access : uint8_t { kRead, kWrite };
 
@@ -20,13 +24,13 @@ class Call {
  public:
   explicit Call(Plan& plan) : plan_(plan) {}
 
-  cpu::List read(const TensorList& list) { return add(list, Access::kRead); }
-  cpu::List write(const TensorList& list) { return add(list, Access::kWrite); }
+  List read(const TensorList& list) { return add(list, Access::kRead); }
+  List write(const TensorList& list) { return add(list, Access::kWrite); }
 
-  // `uses` says for which leaves the list is used at all.
+  // The state of a base optimizer; `uses` says for which leaves there is any.
   template <class Uses>
-  cpu::List write_if(const TensorList& list, Uses uses) {
-    return add(list, Access::kWrite, uses);
+  List state(const TensorList& list, Uses uses) {
+    return add(list, Access::kWrite, uses, plan_.executor().takes_wider_state());
   }
 
   // Sets how the arrays are walked. Raises ValueError where written memory overlaps other memory of the call.
@@ -36,14 +40,14 @@ class Call {
   }
 
   // Whether the arrays of the call are more than the caches hold.
-  bool exceeds_caches() const { return plan_.cpu().bytes() * static_cast<int64_t>(slots_.size()) > cpu::kStreamBytes; }
+  bool exceeds_caches() const { return plan_.shapes().bytes() * static_cast<int64_t>(slots_.size()) > kStreamBytes; }
 
-  // Runs f(range) over all pieces, without the GIL, and lets autograd know what was written.
+  // Calls f(executor) without the GIL, and lets autograd know what was written.
   template <class F>
   void run(F&& f) {
     {
       const pybind11::gil_scoped_release release;
-      parallel_over_chunks(plan_.cpu(), f);
+      f(plan_.executor());
     }
     for (const Slot& slot : slots_) {
       if (slot.access != Access::kWrite) continue;
@@ -59,25 +63,25 @@ class Call {
   struct Slot {
     const TensorList* list;
     Access access;
-    std::vector<cpu::Array> arrays;
+    std::vector<Array> arrays;
   };
 
-  cpu::List add(const TensorList& list, Access access) {
-    return add(list, access, [](size_t) { return true; });
+  List add(const TensorList& list, Access access) {
+    return add(list, access, [](size_t) { return true; }, false);
   }
 
   template <class Uses>
-  cpu::List add(const TensorList& list, Access access, Uses uses) {
-    const auto& leaves = plan_.cpu().shapes();
+  List add(const TensorList& list, Access access, Uses uses, bool may_be_wider) {
+    const auto& leaves = plan_.shapes();
     if (list.size() != leaves.size()) {
       refuse_value(
           c10::str(list.name(), " must have one tensor a parameter, that is ", leaves.size(), ", got ", list.size()));
     }
-    Slot slot{&list, access, std::vector<cpu::Array>(leaves.size())};
+    Slot slot{&list, access, std::vector<Array>(leaves.size())};
     for (size_t i = 0; i < leaves.size(); ++i) {
       if (!uses(i)) continue;
       if (!list[i]) refuse_type(list.name_of(i) + " must be a tensor, got None");
-      check(list, i, leaves[i], access);
+      slot.arrays[i].dtype = check(list, i, access, may_be_wider);
       slot.arrays[i].data =
           access == Access::kWrite ? list[i]->mutable_data_ptr() : const_cast<void*>(list[i]->const_data_ptr());
     }
@@ -85,7 +89,8 @@ class Call {
     return slots_.back().arrays.data();
   }
 
-  static void check(const TensorList& list, size_t i, const cpu::Plan::Shape& leaf, Access access);
+  // Raises TypeError, ValueError or RuntimeError unless it fits its leaf; its dtype.
+  Dtype check(const TensorList& list, size_t i, Access access, bool may_be_wider) const;
 
   void choose_layouts();
 

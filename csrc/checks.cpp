@@ -13,16 +13,16 @@ namespace gam {
 void refuse_value(const std::string& message) { throw py::value_error(message); }
 void refuse_type(const std::string& message) { throw py::type_error(message); }
 
-cpu::Dtype dtype_of(const TensorList& list, size_t i) {
+Dtype dtype_of(const TensorList& list, size_t i) {
   switch (list[i]->scalar_type()) {
     case at::kDouble:
-      return cpu::Dtype::kDouble;
+      return Dtype::kDouble;
     case at::kFloat:
-      return cpu::Dtype::kFloat;
+      return Dtype::kFloat;
     case at::kBFloat16:
-      return cpu::Dtype::kBFloat16;
+      return Dtype::kBFloat16;
     case at::kHalf:
-      return cpu::Dtype::kHalf;
+      return Dtype::kHalf;
     default:
       refuse_type(
           c10::str(list.name_of(i), " must be of dtype float64, float32, bfloat16 or float16, got ", list[i]->dtype()));
@@ -38,10 +38,13 @@ static int64_t span(const at::Tensor& tensor) {
   return last + 1;
 }
 
-void check_plain(const TensorList& list, size_t i) {
+void check_plain(const TensorList& list, size_t i, at::Device device) {
   const at::Tensor& tensor = *list[i];
   if (!tensor.defined()) refuse_type(list.name_of(i) + " must be a tensor, got an undefined one");
-  if (!tensor.device().is_cpu()) refuse_value(c10::str(list.name_of(i), " must be on the CPU, got ", tensor.device()));
+  if (tensor.device() != device) {
+    refuse_value(c10::str(list.name_of(i), " must be on ", device.is_cpu() ? "the CPU" : device.str(), ", got ",
+                          tensor.device()));
+  }
   if (tensor.layout() != at::kStrided) {
     refuse_type(c10::str(list.name_of(i), " must be strided, got ", tensor.layout()));
   }
@@ -49,8 +52,8 @@ void check_plain(const TensorList& list, size_t i) {
       tensor._is_zerotensor()) {
     refuse_type(list.name_of(i) + " must be a plain tensor with memory of its own, not a subclass or a lazy view");
   }
-  if (tensor.dim() > cpu::kMaxDims) {
-    refuse_value(c10::str(list.name_of(i), " must have at most ", cpu::kMaxDims, " dimensions, got ", tensor.dim()));
+  if (tensor.dim() > kMaxDims) {
+    refuse_value(c10::str(list.name_of(i), " must have at most ", kMaxDims, " dimensions, got ", tensor.dim()));
   }
   const auto needed = static_cast<size_t>(tensor.storage_offset() + span(tensor)) * tensor.element_size();
   if (tensor.numel() > 0 && tensor.storage().nbytes() < needed) {

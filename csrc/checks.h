@@ -4,8 +4,8 @@
 #include <string>
 #include <utility>
 
-#include "cpu/kernels.h"
 #include "lists.h"
+#include "primitives.h"
 
 namespace gam {
 
@@ -13,10 +13,10 @@ namespace gam {
 [[noreturn]] void refuse_type(const std::string& message);
 
 // Raises TypeError unless it is a floating dtype that the core knows.
-cpu::Dtype dtype_of(const TensorList& list, size_t i);
+Dtype dtype_of(const TensorList& list, size_t i);
 
-// Raises TypeError or ValueError unless it is a strided CPU tensor with all its elements in memory.
-void check_plain(const TensorList& list, size_t i);
+// Raises TypeError or ValueError unless it is a strided tensor of the device with all its elements in memory.
+void check_plain(const TensorList& list, size_t i, at::Device device);
 
 // Whether no two elements share memory; false also where that is hard to say.
 bool is_free_of_self_overlap(const at::Tensor& tensor);

@@ -44,6 +44,29 @@ GAM_FORMULA double multiply_add(double a, double b, double c) {
 #endif
 }
 
+// The scalars between the sums and what uses them, as gam_fast/backends/scalars.py has them.
+
+// 1 / (‖v‖ + ξ)
+GAM_FORMULA double inverse_norm(double square) { return 1.0 / (std::sqrt(square) + 1e-12); }
+
+// numerator / square, and 0 where the square is 0 or not a number
+GAM_FORMULA double ratio(double numerator, double square) { return square > 0.0 ? numerator / square : 0.0; }
+
+// ‖d‖² of the direction d = a u − γ m with a = 1 + γ κ
+GAM_FORMULA double square_of_direction(double uu, double um, double mm, double gamma, double kappa) {
+  const double a = 1.0 + gamma * kappa;
+  return a * a * uu - 2.0 * a * gamma * um + gamma * gamma * mm;
+}
+
+// min(1, limit / ‖d‖)
+GAM_FORMULA double clip_factor(double square, double limit) {
+  const double factor = limit / (std::sqrt(square < 0.0 ? 0.0 : square) + 1e-6);
+  return factor > 1.0 ? 1.0 : factor;
+}
+
+// s (p + κ q)
+GAM_FORMULA double factor_of(double p, double q, double kappa, double scale) { return scale * (kappa * q + p); }
+
 // The elementwise radius of adaptive recipes, T = |θ| + η, applied to v.
 template <class T>
 struct Weigh {
@@ -85,6 +108,7 @@ template <class T>
 struct Sgd {
   T lr, sign, weight_decay, momentum, of_direction;
 
+  Sgd() = default;
   GAM_FORMULA Sgd(double lr, double momentum, double dampening, double weight_decay, bool maximize, bool first)
       : lr(T(lr)),
         sign(maximize ? T(-1) : T(1)),
@@ -112,6 +136,7 @@ struct Adam {
   T sign, weight_decay, shrink, weight, of_average, of_direction, beta2, one_minus_beta2, eps, step_size,
       root_correction;
 
+  Adam() = default;
   GAM_FORMULA Adam(double lr, double beta1, double beta2, double eps, double decay, bool decoupled, bool maximize,
                    double step_size, double root_correction)
       : sign(maximize ? T(-1) : T(1)),

@@ -1,114 +1,122 @@
 #include "ops.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <c10/util/StringUtil.h>
 
-#include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "call.h"
 #include "checks.h"
-#include "cpu/dispatch.h"
+#include "devices.h"
 
 namespace gam {
 namespace {
 
 // Numbers and combinations
 
-size_t group_of(const Plan& plan, size_t leaf) { return static_cast<size_t>(plan.cpu().shapes()[leaf].group); }
+size_t group_of(const Plan& plan, size_t leaf) { return static_cast<size_t>(plan.shapes()[leaf].group); }
 
 void check_count(const Plan& plan, size_t count, const char* name) {
-  if (static_cast<int>(count) < plan.cpu().groups()) {
-    refuse_value(
-        c10::str(name, " must have one entry a parameter group, that is ", plan.cpu().groups(), ", got ", count));
+  if (static_cast<int>(count) < plan.groups()) {
+    refuse_value(c10::str(name, " must have one entry a parameter group, that is ", plan.groups(), ", got ", count));
   }
 }
 
-cpu::PerGroup by_group(const Plan& plan, const Numbers& numbers, const char* name) {
+PerGroup by_group(const Plan& plan, const Numbers& numbers, const char* name) {
   check_count(plan, numbers.size(), name);
   return numbers.data();
 }
 
-void check_terms(const Plan& plan, const std::vector<TensorList>& terms, const std::vector<Numbers>& factors,
-                 const char* name) {
-  if (terms.empty() || terms.size() > cpu::kMaxTerms) {
-    refuse_value(c10::str("terms must be 1 to ", cpu::kMaxTerms, " lists of tensors, got ", terms.size()));
+// What norms and products leave on the device: `columns` numbers in each of one or more rows.
+const double* sums_of(const Plan& plan, const at::Tensor& tensor, int64_t columns, const char* name) {
+  if (!plan.executor().takes_sums()) {
+    refuse_type(c10::str(name, " must be None on the CPU, where the factors are numbers"));
   }
-  if (factors.size() != terms.size()) {
-    refuse_value(
-        c10::str(name, " must have one list of numbers a term, that is ", terms.size(), ", got ", factors.size()));
+  if (tensor.device() != plan.device() || tensor.scalar_type() != at::kDouble || !tensor.is_contiguous() ||
+      tensor.numel() < columns || tensor.numel() % columns != 0 || (columns == 1 && tensor.numel() != 1)) {
+    refuse_value(c10::str(name, " must be a contiguous float64 tensor on ", plan.device(), " of ",
+                          columns == 1 ? "one number" : "three numbers a parameter group", ", got ", tensor.dtype(),
+                          " of shape ", tensor.sizes(), " on ", tensor.device()));
   }
-  for (const Numbers& numbers : factors) by_group(plan, numbers, name);
+  return tensor.const_data_ptr<double>();
 }
 
-// A combination as the loops take it. Terms whose factors are zero are left out, as their elements may be anything;
-// `also` keeps terms for another reason.
-class Combination {
+void check_coefficients(const Plan& plan, const Direction& d, const std::vector<Numbers>& lists, const char* name) {
+  if (lists.size() != d.terms.size()) {
+    refuse_value(
+        c10::str(name, " must have one list of numbers a term, that is ", d.terms.size(), ", got ", lists.size()));
+  }
+  for (const Numbers& numbers : lists) by_group(plan, numbers, name);
+}
+
+// A combination as the loops take it. Terms whose coefficients are zero are left out, as their elements may be
+// anything; `also` keeps terms for another reason.
+class Terms {
  public:
-  Combination(Call& call, const Plan& plan, const Direction& d, const std::vector<Numbers>* also = nullptr) {
-    check_terms(plan, d.terms, d.factors, "factors");
+  Terms(Call& call, const Plan& plan, const Direction& d, const std::vector<Numbers>* also = nullptr) {
+    if (d.terms.empty() || d.terms.size() > kMaxTerms) {
+      refuse_value(c10::str("terms must be 1 to ", kMaxTerms, " lists of tensors, got ", d.terms.size()));
+    }
+    check_coefficients(plan, d, d.p, "p");
+    if (d.q) check_coefficients(plan, d, *d.q, "q");
+    if (also) check_coefficients(plan, d, *also, "m");
     for (size_t t = 0; t < d.terms.size(); ++t) view_.lists[t] = call.read(d.terms[t]);
-    groups_.resize(static_cast<size_t>(plan.cpu().groups()));
+    groups_.resize(static_cast<size_t>(plan.groups()));
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (size_t t = 0; t < d.terms.size(); ++t) {
-        if (d.factors[t][g] != 0.0 || (also && (*also)[t][g] != 0.0)) take(d, t, g);
+        if (d.p[t][g] != 0.0 || (d.q && (*d.q)[t][g] != 0.0) || (also && (*also)[t][g] != 0.0)) take(d, t, g);
       }
       if (groups_[g].terms == 0) take(d, 0, g);
     }
     view_.groups = groups_.data();
+    if (d.q || d.limit) take_sums(plan, d);
   }
-  Combination(const Combination&) = delete;
+  Terms(const Terms&) = delete;
 
-  const cpu::Combination& view() const { return view_; }
+  const Combination& view() const { return view_; }
 
-  // The same terms with other factors.
-  std::vector<cpu::Combination::Group> groups_with(const std::vector<Numbers>& factors) const {
+  // The same terms with other coefficients.
+  std::vector<Combination::Group> groups_with(const std::vector<Numbers>& p) const {
     auto groups = groups_;
     for (size_t g = 0; g < groups.size(); ++g) {
-      for (int k = 0; k < groups[g].terms; ++k) {
-        groups[g].factor[k] = factors[static_cast<size_t>(groups[g].index[k])][g];
-      }
+      for (int k = 0; k < groups[g].terms; ++k) groups[g].p[k] = p[static_cast<size_t>(groups[g].index[k])][g];
     }
     return groups;
   }
 
  private:
   void take(const Direction& d, size_t t, size_t g) {
-    auto& group = groups_[g];
+    Combination::Group& group = groups_[g];
     group.index[group.terms] = static_cast<int>(t);
-    group.factor[group.terms++] = d.factors[t][g];
+    group.p[group.terms] = d.p[t][g];
+    group.q[group.terms++] = d.q ? (*d.q)[t][g] : 0.0;
   }
 
-  cpu::Combination view_;
-  std::vector<cpu::Combination::Group> groups_;
+  void take_sums(const Plan& plan, const Direction& d) {
+    if (!d.products) refuse_type("products must be a tensor where q or limit is given, got None");
+    view_.products = sums_of(plan, *d.products, kSums, "products");
+    view_.rows = static_cast<int>(d.products->numel() / kSums);
+    view_.project = d.q.has_value();
+    view_.clip = d.limit.has_value();
+    view_.limit = d.limit.value_or(0.0);
+    if (view_.clip && static_cast<int>(d.gamma.size()) != view_.rows) {
+      refuse_value(
+          c10::str("gamma must have one number a row of products, that is ", view_.rows, ", got ", d.gamma.size()));
+    }
+    view_.gamma = view_.clip ? d.gamma.data() : nullptr;
+  }
+
+  Combination view_;
+  std::vector<Combination::Group> groups_;
 };
-
-// Results
-
-at::Tensor tensor_of(const std::vector<double>& values, at::IntArrayRef sizes) {
-  at::Tensor result = at::detail::empty_cpu(sizes, at::TensorOptions().dtype(at::kDouble));
-  std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
-  return result;
-}
-
-// Adds `width` numbers a piece by group, in the order of the pieces.
-std::vector<double> add_by_group(const cpu::Plan& plan, const std::vector<double>& sums, size_t width, size_t groups) {
-  std::vector<double> total(groups * width);
-  for (size_t p = 0; p < plan.pieces().size(); ++p) {
-    const auto group = static_cast<size_t>(plan.shapes()[static_cast<size_t>(plan.pieces()[p].leaf)].group);
-    for (size_t k = 0; k < width; ++k) total[group * width + k] += sums[p * width + k];
-  }
-  return total;
-}
 
 }  // namespace
 
 at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
                        const std::optional<Numbers>& eta) {
   Call call(plan);
-  cpu::SquareNorm arguments;
+  SquareNorm arguments;
   arguments.a = call.read(a);
   if (b) arguments.b = call.read(*b);
   if (eta) {
@@ -116,20 +124,16 @@ at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, co
     arguments.eta = by_group(plan, *eta, "eta");
   }
   call.ready();
-  std::vector<double> sums(plan.cpu().pieces().size());
-  call.run([&](cpu::Range range) {
-    cpu::kernels().square_norm(plan.cpu().work(), arguments, range, sums.data() + range.begin);
-  });
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return tensor_of({total}, {});
+  at::Tensor total;
+  call.run([&](Executor& executor) { total = executor.square_norm(arguments); });
+  return total;
 }
 
 void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
-             const Numbers& factor, bool from_start, const std::optional<Numbers>& eta,
-             const std::vector<Fold>& folds) {
+             const Numbers& radius, const std::optional<at::Tensor>& square, bool from_start,
+             const std::optional<Numbers>& eta, const std::vector<FoldInto>& folds) {
   Call call(plan);
-  cpu::Perturbation arguments;
+  Perturbation arguments;
   arguments.save = !leaves.saved;
   arguments.from_start = from_start;
   arguments.params = call.write(leaves.params);
@@ -140,53 +144,51 @@ void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::o
   }
   arguments.a = call.read(a);
   if (b) arguments.b = call.read(*b);
-  arguments.factor = by_group(plan, factor, "factor");
+  arguments.radius = by_group(plan, radius, "radius");
+  if (square) arguments.square = sums_of(plan, *square, 1, "square");
   if (eta) arguments.eta = by_group(plan, *eta, "eta");
-  if (folds.size() > cpu::kMaxFolds) {
-    refuse_value(c10::str("folds must be at most ", cpu::kMaxFolds, ", got ", folds.size()));
+  if (folds.size() > kMaxFolds) {
+    refuse_value(c10::str("folds must be at most ", kMaxFolds, ", got ", folds.size()));
   }
-  for (const Fold& fold : folds) {
+  for (const FoldInto& fold : folds) {
     arguments.folds[arguments.fold_count++] = {call.write(fold.into), call.read(fold.other),
                                                by_group(plan, fold.k, "k"), by_group(plan, fold.l, "l")};
   }
   arguments.stream = call.exceeds_caches();
   call.ready();
-  call.run([&](cpu::Range range) { cpu::kernels().perturb(plan.cpu().work(), arguments, range); });
+  call.run([&](Executor& executor) { executor.perturb(arguments); });
 }
 
 at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<std::vector<Numbers>>& m,
                           int64_t groups) {
-  if (groups < plan.cpu().groups() || groups > kMaxGroups) {
-    refuse_value(c10::str("groups must be ", plan.cpu().groups(), " to ", kMaxGroups, ", got ", groups));
+  if (groups < plan.groups() || groups > kMaxGroups) {
+    refuse_value(c10::str("groups must be ", plan.groups(), " to ", kMaxGroups, ", got ", groups));
   }
   Call call(plan);
-  cpu::InnerProducts arguments;
-  if (m) check_terms(plan, u.terms, *m, "m_factors");
-  const Combination combination(call, plan, u, m ? &*m : nullptr);
-  arguments.u = arguments.m = combination.view();
-  const auto groups_of_m = m ? combination.groups_with(*m) : std::vector<cpu::Combination::Group>();
+  InnerProducts arguments;
+  const Terms terms(call, plan, u, m ? &*m : nullptr);
+  arguments.u = arguments.m = terms.view();
+  const auto groups_of_m = m ? terms.groups_with(*m) : std::vector<Combination::Group>();
   arguments.m.groups = m ? groups_of_m.data() : nullptr;
   call.ready();
-  std::vector<double> sums(plan.cpu().pieces().size() * cpu::kSums);
-  call.run([&](cpu::Range range) {
-    cpu::kernels().inner_products(plan.cpu().work(), arguments, range, sums.data() + cpu::kSums * range.begin);
-  });
-  return tensor_of(add_by_group(plan.cpu(), sums, cpu::kSums, static_cast<size_t>(groups)), {groups, cpu::kSums});
+  at::Tensor products;
+  call.run([&](Executor& executor) { products = executor.inner_products(arguments, groups); });
+  return products;
 }
 
 void restore(Plan& plan, const Leaves& leaves) {
   if (!leaves.saved) return;
   Call call(plan);
-  cpu::Copy arguments{call.read(leaves.backup), call.write(leaves.params), call.exceeds_caches()};
+  Copy arguments{call.read(leaves.backup), call.write(leaves.params), call.exceeds_caches()};
   call.ready();
-  call.run([&](cpu::Range range) { cpu::kernels().copy(plan.cpu().work(), arguments, range); });
+  call.run([&](Executor& executor) { executor.copy(arguments); });
 }
 
 void direction(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& out) {
   Call call(plan);
-  cpu::Materialise arguments;
-  const Combination combination(call, plan, d);
-  arguments.d = combination.view();
+  Materialise arguments;
+  const Terms terms(call, plan, d);
+  arguments.d = terms.view();
   arguments.out = call.write(out);
   if (leaves.saved) {
     arguments.restore.from = call.read(leaves.backup);
@@ -194,49 +196,57 @@ void direction(Plan& plan, const Leaves& leaves, const Direction& d, const Tenso
     arguments.restore.stream = call.exceeds_caches();
   }
   call.ready();
-  call.run([&](cpu::Range range) { cpu::kernels().materialise(plan.cpu().work(), arguments, range); });
+  call.run([&](Executor& executor) { executor.materialise(arguments); });
 }
 
 void sgd(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& buffers,
-         const std::vector<unsigned char>& first, const std::vector<cpu::SgdGroup>& groups) {
+         const std::vector<unsigned char>& first, const std::vector<SgdGroup>& groups) {
   check_count(plan, groups.size(), "groups");
-  if (first.size() != plan.cpu().shapes().size()) {
+  if (first.size() != plan.shapes().size()) {
     refuse_value(
-        c10::str("first must have one bool a parameter, that is ", plan.cpu().shapes().size(), ", got ", first.size()));
+        c10::str("first must have one bool a parameter, that is ", plan.shapes().size(), ", got ", first.size()));
   }
   Call call(plan);
-  cpu::SgdStep arguments;
-  const Combination combination(call, plan, d);
-  arguments.d = combination.view();
+  SgdStep arguments;
+  const Terms terms(call, plan, d);
+  arguments.d = terms.view();
   arguments.theta = call.read(leaves.theta());
   arguments.params = call.write(leaves.params);
-  arguments.buffer = call.write_if(buffers, [&](size_t i) { return groups[group_of(plan, i)].momentum != 0.0; });
+  arguments.buffer = call.state(buffers, [&](size_t i) { return groups[group_of(plan, i)].momentum != 0.0; });
   arguments.first = first.data();
   arguments.groups = groups.data();
   arguments.stream = leaves.saved && call.exceeds_caches();
   call.ready();
-  call.run([&](cpu::Range range) { cpu::kernels().sgd(plan.cpu().work(), arguments, range); });
+  call.run([&](Executor& executor) { executor.sgd(arguments); });
 }
 
 void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& average, const TensorList& square,
-          const TensorList& largest, const Numbers& step, const std::vector<cpu::AdamGroup>& groups) {
+          const TensorList& largest, const Numbers& step, const std::vector<AdamGroup>& groups) {
   check_count(plan, groups.size(), "groups");
-  if (step.size() != plan.cpu().shapes().size()) {
+  if (step.size() != plan.shapes().size()) {
     refuse_value(
-        c10::str("step must have one number a parameter, that is ", plan.cpu().shapes().size(), ", got ", step.size()));
+        c10::str("step must have one number a parameter, that is ", plan.shapes().size(), ", got ", step.size()));
   }
   Call call(plan);
-  cpu::AdamStep arguments;
-  const Combination combination(call, plan, d);
-  arguments.d = combination.view();
+  AdamStep arguments;
+  const Terms terms(call, plan, d);
+  arguments.d = terms.view();
   arguments.theta = call.read(leaves.theta());
   arguments.params = call.write(leaves.params);
-  arguments.average = call.write(average);
-  arguments.square = call.write(square);
-  arguments.largest = call.write_if(largest, [&](size_t i) { return groups[group_of(plan, i)].amsgrad; });
+  arguments.average = call.state(average, [](size_t) { return true; });
+  arguments.square = call.state(square, [](size_t) { return true; });
+  arguments.largest = call.state(largest, [&](size_t i) { return groups[group_of(plan, i)].amsgrad; });
+  for (size_t i = 0; i < step.size(); ++i) {
+    const bool amsgrad = arguments.largest[i].data != nullptr;
+    if (arguments.square[i].dtype != arguments.average[i].dtype ||
+        (amsgrad && arguments.largest[i].dtype != arguments.average[i].dtype)) {
+      refuse_type(c10::str(
+          "exp_avg, exp_avg_sq and max_exp_avg_sq must have one dtype for each parameter, got others [", i, "]"));
+    }
+  }
   Numbers step_size, root_correction;
   for (size_t i = 0; i < step.size(); ++i) {
-    const cpu::AdamGroup& group = groups[group_of(plan, i)];
+    const AdamGroup& group = groups[group_of(plan, i)];
     step_size.push_back(group.lr / (1.0 - std::pow(group.beta1, step[i])));
     root_correction.push_back(std::sqrt(1.0 - std::pow(group.beta2, step[i])));
   }
@@ -245,18 +255,19 @@ void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList
   arguments.groups = groups.data();
   arguments.stream = leaves.saved && call.exceeds_caches();
   call.ready();
-  call.run([&](cpu::Range range) { cpu::kernels().adam(plan.cpu().work(), arguments, range); });
+  call.run([&](Executor& executor) { executor.adam(arguments); });
 }
 
 std::vector<at::Tensor> empty_like(const TensorList& tensors) {
   std::vector<at::Tensor> result;
   result.reserve(tensors.size());
+  const at::Device device = device_of(tensors);
   for (size_t i = 0; i < tensors.size(); ++i) {
-    check_plain(tensors, i);
+    check_plain(tensors, i, device);
     const at::Tensor& tensor = *tensors[i];
     const bool dense = tensor.is_non_overlapping_and_dense();
     const auto strides = dense ? tensor.strides().vec() : at::infer_dense_strides(tensor.sizes(), tensor.strides());
-    result.push_back(at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.options()));
+    result.push_back(empty(device, tensor.sizes(), strides, tensor.scalar_type()));
   }
   return result;
 }

@@ -21,12 +21,17 @@ struct Leaves {
   const TensorList& theta() const { return saved ? backup : params; }
 };
 
+// d = s Σ_t (p_t + κ q_t) x_t, as Direction of gam_fast/backends/base.py.
 struct Direction {
   std::vector<TensorList> terms;
-  std::vector<Numbers> factors;  // by term
+  std::vector<Numbers> p;  // by term
+  std::optional<std::vector<Numbers>> q;
+  std::optional<at::Tensor> products;
+  Numbers gamma;  // by row of the products
+  std::optional<double> limit;
 };
 
-struct Fold {
+struct FoldInto {
   TensorList into, other;
   Numbers k, l;
 };
@@ -34,11 +39,12 @@ struct Fold {
 at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
                        const std::optional<Numbers>& eta);
 
-// `factor` is radius · scale.
+// Without `square`, `radius` is what the direction is multiplied by.
 void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
-             const Numbers& factor, bool from_start, const std::optional<Numbers>& eta, const std::vector<Fold>& folds);
+             const Numbers& radius, const std::optional<at::Tensor>& square, bool from_start,
+             const std::optional<Numbers>& eta, const std::vector<FoldInto>& folds);
 
-// `m`: the factors of m, by term, over the terms of u.
+// `m`: the coefficients of m, by term, over the terms of u.
 at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<std::vector<Numbers>>& m, int64_t groups);
 
 void restore(Plan& plan, const Leaves& leaves);
@@ -46,12 +52,12 @@ void restore(Plan& plan, const Leaves& leaves);
 void direction(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& out);
 
 void sgd(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& buffers,
-         const std::vector<unsigned char>& first, const std::vector<cpu::SgdGroup>& groups);
+         const std::vector<unsigned char>& first, const std::vector<SgdGroup>& groups);
 
 void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& average, const TensorList& square,
-          const TensorList& largest, const Numbers& step, const std::vector<cpu::AdamGroup>& groups);
+          const TensorList& largest, const Numbers& step, const std::vector<AdamGroup>& groups);
 
-// An uninitialised dense tensor like each.
+// An uninitialised dense tensor like each, all of one device.
 std::vector<at::Tensor> empty_like(const TensorList& tensors);
 
 }  // namespace gam

@@ -5,37 +5,45 @@
 #include <utility>
 
 #include "checks.h"
+#include "devices.h"
 
 namespace gam {
+namespace {
+
+std::shared_ptr<const Shapes> shapes_of(const TensorList& params, const std::vector<int64_t>& group,
+                                        at::Device device) {
+  if (group.size() != params.size()) {
+    refuse_value(c10::str("group must have one index a parameter, that is ", params.size(), ", got ", group.size()));
+  }
+  std::vector<Shapes::Shape> shapes;
+  shapes.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    check_plain(params, i, device);
+    const Dtype dtype = dtype_of(params, i);
+    if (group[i] < 0 || group[i] >= kMaxGroups) {
+      refuse_value(c10::str("group[", i, "] must be the index of a parameter group, got ", group[i]));
+    }
+    if (!is_free_of_self_overlap(*params[i])) {
+      refuse_value(params.name_of(i) + " must not overlap itself in memory: give it memory of its own");
+    }
+    shapes.push_back({dtype, static_cast<int>(group[i]), params[i]->sizes().vec()});
+  }
+  return std::make_shared<const Shapes>(std::move(shapes));
+}
+
+}  // namespace
 
 Plan::Plan(const TensorList& params, const std::vector<int64_t>& group)
-    : cpu_([&] {
-        if (group.size() != params.size()) {
-          refuse_value(
-              c10::str("group must have one index a parameter, that is ", params.size(), ", got ", group.size()));
-        }
-        std::vector<cpu::Plan::Shape> leaves;
-        leaves.reserve(params.size());
-        for (size_t i = 0; i < params.size(); ++i) {
-          check_plain(params, i);
-          const cpu::Dtype dtype = dtype_of(params, i);
-          if (group[i] < 0 || group[i] >= kMaxGroups) {
-            refuse_value(c10::str("group[", i, "] must be the index of a parameter group, got ", group[i]));
-          }
-          if (!is_free_of_self_overlap(*params[i])) {
-            refuse_value(params.name_of(i) + " must not overlap itself in memory: give it memory of its own");
-          }
-          leaves.push_back({dtype, static_cast<int>(group[i]), params[i]->sizes().vec()});
-        }
-        return leaves;
-      }()) {}
+    : device_(device_of(params)),
+      shapes_(shapes_of(params, group, device_)),
+      executor_(make_executor(device_, shapes_)) {}
 
 bool Plan::fits(const TensorList& params, const std::vector<int64_t>& group) const {
-  const auto& leaves = cpu_.shapes();
-  if (params.size() != leaves.size() || group.size() != leaves.size()) return false;
+  const std::vector<Leaf>& leaves = shapes_->leaves();
+  if (params.size() != leaves.size() || group.size() != leaves.size() || device_of(params) != device_) return false;
   for (size_t i = 0; i < leaves.size(); ++i) {
-    check_plain(params, i);
-    if (group[i] != leaves[i].group || params[i]->sizes() != at::IntArrayRef(leaves[i].sizes) ||
+    check_plain(params, i, device_);
+    if (group[i] != leaves[i].group || params[i]->sizes() != at::IntArrayRef((*shapes_)[i].sizes) ||
         dtype_of(params, i) != leaves[i].dtype) {
       return false;
     }

@@ -1,19 +1,23 @@
-// The plan of one optimizer's parameters, as Python keeps it.
+// The plan of one optimizer's parameters on one device, as Python keeps it.
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <vector>
 
-#include "cpu/plan.h"
+#include "executor.h"
 #include "lists.h"
+#include "shapes.h"
 
 namespace gam {
 
 inline constexpr int64_t kMaxGroups = 1 << 20;
 
-// The shapes, dtypes and groups of the parameters, and how their elements are shared out. It may be kept between steps:
-// addresses are taken anew in every call.
+// The device, shapes, dtypes and groups of the parameters, and what carries the primitives out on them. It may be kept
+// between steps: addresses are taken anew in every call.
 class Plan {
  public:
   Plan(const TensorList& params, const std::vector<int64_t>& group);
@@ -21,7 +25,10 @@ class Plan {
   // Whether these parameters are, in everything the plan depends on, those it was made for.
   bool fits(const TensorList& params, const std::vector<int64_t>& group) const;
 
-  const cpu::Plan& cpu() const { return cpu_; }
+  at::Device device() const { return device_; }
+  const Shapes& shapes() const { return *shapes_; }
+  int groups() const { return shapes_->groups(); }
+  Executor& executor() const { return *executor_; }
 
   // Whether the last call with this pattern of accesses had the same fingerprint (addresses and layouts) and was found
   // free of overlaps. To find that out takes a sort, and addresses mostly stay. The GIL guards both functions.
@@ -29,7 +36,9 @@ class Plan {
   void remember(uint64_t accesses, std::vector<uintptr_t> fingerprint);
 
  private:
-  cpu::Plan cpu_;
+  at::Device device_;
+  std::shared_ptr<const Shapes> shapes_;
+  std::unique_ptr<Executor> executor_;
   std::map<uint64_t, std::vector<uintptr_t>> known_;
 };
 

@@ -1,6 +1,7 @@
 """The compiled core. What the operations compute is stated in :mod:`gam_fast.backends.base`.
 
-Factors and hyper-parameters are sequences by parameter group. All operations raise ``TypeError`` or ``ValueError``
+Numbers are sequences by parameter group. On a CPU they are all there is: ``square`` is None, and a direction has ``p``
+only. All operations raise ``TypeError`` or ``ValueError``
 (``RuntimeError`` for a leaf that requires grad) that names the argument before anything is written, and release the GIL
 while they work.
 """
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .backends.base import AdamGroup, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
+from .backends.base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
 
 torch_version: str
 """The version of torch it was built for."""
@@ -17,7 +18,7 @@ torch_version: str
 compiler: str
 
 class Plan:
-    """How the elements of parameters are shared out among threads; it depends on shapes, dtypes and groups only."""
+    """The shapes, dtypes and groups of the parameters of one device, and how their elements are shared out."""
 
     def __init__(self, params: TensorList, group: Sequence[int]) -> None: ...
     def fits(self, params: TensorList, group: Sequence[int]) -> bool: ...
@@ -28,27 +29,21 @@ def perturb(
     leaves: Leaves,
     a: TensorList,
     b: TensorList | None,
-    factor: Sequence[Scalar],
+    radius: Sequence[Scalar],
+    square: Tensor | None,
     from_start: bool,
     eta: PerGroup | None,
     folds: Sequence[FoldInto],
 ) -> None: ...
 def inner_products(
-    plan: Plan,
-    terms: Sequence[TensorList],
-    factors: Sequence[Sequence[Scalar]],
-    m_factors: Sequence[Sequence[Scalar]] | None,
-    groups: int,
+    plan: Plan, terms: Sequence[TensorList], p: Sequence[PerGroup], m: Sequence[PerGroup] | None, groups: int
 ) -> Tensor: ...
 def restore(plan: Plan, leaves: Leaves) -> None: ...
-def direction(
-    plan: Plan, leaves: Leaves, terms: Sequence[TensorList], factors: Sequence[Sequence[Scalar]], out: TensorList
-) -> None: ...
+def direction(plan: Plan, leaves: Leaves, d: Direction, out: TensorList) -> None: ...
 def sgd(
     plan: Plan,
     leaves: Leaves,
-    terms: Sequence[TensorList],
-    factors: Sequence[Sequence[Scalar]],
+    d: Direction,
     momentum_buffer: Sequence[Tensor | None],
     first: Sequence[bool],
     groups: Sequence[SGDGroup],
@@ -56,8 +51,7 @@ def sgd(
 def adam(
     plan: Plan,
     leaves: Leaves,
-    terms: Sequence[TensorList],
-    factors: Sequence[Sequence[Scalar]],
+    d: Direction,
     exp_avg: TensorList,
     exp_avg_sq: TensorList,
     max_exp_avg_sq: Sequence[Tensor | None],
@@ -66,6 +60,9 @@ def adam(
 ) -> None: ...
 def empty_like(tensors: TensorList) -> TensorList:
     """An uninitialised dense tensor like each."""
+
+def device_types() -> list[str]:
+    """Types of the devices that the core was built for."""
 
 def instruction_sets() -> list[str]:
     """Those compiled in that this processor runs, best first."""

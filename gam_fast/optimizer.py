@@ -415,7 +415,12 @@ def _ids(params: Iterable[Any]) -> set[int]:
 def _materialise(shard: Shard, direction: Direction) -> list[Tensor]:
     """The direction as tensors, and θ restored; in the storage of a gradient the engine holds, if it holds one."""
     last = direction.terms[-1]
-    plain = len(direction.terms) == 1 and direction.scale is None and all(p == 1.0 for p in direction.p[0])
+    plain = (
+        len(direction.terms) == 1
+        and direction.q is None
+        and direction.limit is None
+        and all(p == 1.0 for p in direction.p[0])
+    )
     if plain:
         shard.backend.restore(shard.leaves)
         return last

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import scalars
-from .backends.base import Backend, Direction, FoldInto, Leaves, Scalar, TensorList
+from .backends.base import Backend, Direction, FoldInto, Leaves, Products, Scalar, TensorList
 from .batchnorm import FreezeRunningStatistics
 from .ownership import take, take_sole
 from .recipes import Recipe, fold_plan
@@ -85,7 +85,7 @@ class Walk:
         self.complete = False
         self.finished = False
         self._on_host = all(param.device.type == "cpu" for param, _ in self.params)
-        self._totals: list[Scalar] = []
+        self._totals: list[Scalar | Products] = []
         self._spare: dict[Tensor, Tensor] = {}
         self._versions: list[int] = []
         self._grad_enabled = True
@@ -202,7 +202,6 @@ class Walk:
             self._on_host,
         )
         self._check_finite(total, index)
-        scale = scalars.inverse_norm(total)
         radius = [sign * float(h[move.radius]) for sign, h in zip(self.sign, self.hyper, strict=True)]
         for shard in shards:
             if not shard.leaves.saved:
@@ -218,7 +217,7 @@ class Walk:
                 shard.grads[move.along],
                 None if minus is None else shard.grads[minus],
                 radius,
-                _on(scale, shard.leaves.params[0].device),
+                _on(total, shard.leaves.params[0].device),
                 from_start=move.from_start,
                 eta=eta,
                 folds=into,
@@ -237,8 +236,7 @@ class Walk:
         c = [self.c[k] for k in gradients]
         d = [self.d[k] for k in gradients]
         q: list[list[float]] | None = None
-        kappa: Scalar | None = None
-        scale: Scalar | None = None
+        products: Products | None = None
         if projected or self.settings.clip_grad_norm is not None or self.settings.on_nonfinite != "ignore":
             products = scalars.inner_products(
                 [
@@ -252,12 +250,7 @@ class Walk:
                 ],
                 self._on_host,
             )
-            uu, um, mm = scalars.over_groups(products)
-            self._check_finite(uu + um + mm, last)
-            if projected:
-                kappa = scalars.ratio(um, uu)
-            if self.settings.clip_grad_norm is not None:
-                scale = scalars.clip_factor(products, self.gamma, kappa, self.settings.clip_grad_norm)
+            self._check_finite(products, last)
         if projected:
             # u − γ (m − κ u) = Σ (c − γ d) X + κ Σ γ c X
             q = [[gamma * x for gamma, x in zip(self.gamma, row, strict=True)] for row in c]
@@ -268,12 +261,12 @@ class Walk:
         directions = []
         for device, shard in self.shards.items():
             terms = [shard.grads[k] for k in gradients]
-            on_device = [None if value is None else _on(value, device) for value in (kappa, scale)]
-            directions.append((shard, Direction(terms, list(c), list(q) if q else None, *on_device)))
+            seen = None if products is None else _products_on(products, device)
+            directions.append((shard, Direction(terms, c, q, seen, self.gamma, self.settings.clip_grad_norm)))
         update(directions)
         self.finished = True
 
-    def _check_finite(self, total: Scalar, index: int) -> None:
+    def _check_finite(self, total: Scalar | Products, index: int) -> None:
         """Undo the step when a gradient is not finite. A CPU looks at once, an accelerator after the last pass only."""
         if self.settings.on_nonfinite == "ignore":
             return
@@ -350,3 +343,11 @@ def _on(value: Scalar, device: torch.device) -> Scalar:
         return value
     value = value.to(device)
     return float(value) if device.type == "cpu" else value
+
+
+def _products_on(products: Products, device: torch.device) -> Products:
+    """The products for a backend on ``device``: numbers on a CPU."""
+    if not isinstance(products, Tensor):
+        return products
+    products = products.to(device)
+    return products.tolist() if device.type == "cpu" else products

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "gam_fast"
 LAYERS = [
     {"_version", "_torch_version", "recipes"},
     {"backends.base"},
-    {"_C"},
+    {"backends.scalars", "_C"},
     {"backends.eager"},
     {"backends.native"},
     {"backends"},

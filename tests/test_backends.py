@@ -132,7 +132,7 @@ def test_perturb(backend, dtype, eta, saved, from_start, difference, number):
     a, b = tensors(dtype, 3), tensors(dtype, 4)
     before = [p.clone() for p in target.params]
     start = [t.clone() for t in (target.backup if saved else target.params)]
-    radius, scale = [0.5, -0.25], number(0.75)
+    radius, square = [0.5, -0.25], 7.0
     into, other = tensors(dtype, 5), tensors(dtype, 6)
     fold = base.FoldInto(into, other, [0.5, 2.0], [-1.0, 0.25])
     folded = [
@@ -145,8 +145,10 @@ def test_perturb(backend, dtype, eta, saved, from_start, difference, number):
     for x, y, w, p, g in zip(double(a), double(b), double(start), double(before), GROUPS, strict=True):
         v = x - y if difference else x
         t = 1.0 if eta is None else w.abs() + eta[g]
-        expected.append((w if from_start else p) + radius[g] * 0.75 * t * t * v)
-    backend.perturb(target, a, b if difference else None, radius, scale, from_start=from_start, eta=eta, folds=(fold,))
+        expected.append((w if from_start else p) + radius[g] / (7.0**0.5 + 1e-12) * t * t * v)
+    backend.perturb(
+        target, a, b if difference else None, radius, number(square), from_start=from_start, eta=eta, folds=(fold,)
+    )
     assert target.saved
     for saved_value, value in zip(target.backup, start, strict=True):
         assert torch.equal(saved_value, value)
@@ -158,18 +160,24 @@ def test_perturb(backend, dtype, eta, saved, from_start, difference, number):
 
 
 def directions(dtype, terms=3, projected=True, clipped=True, number=float):
+    """κ = 0.7; the formula of ‖d‖ has groups of their own γ."""
     lists = [tensors(dtype, 10 + t) for t in range(terms)]
     p = [[0.5 + t, -0.25 * t] for t in range(terms)]
     q = [[0.1 * t, 0.3] for t in range(terms)] if projected else None
-    kappa = number(0.7) if projected else None
-    scale = number(0.3) if clipped else None
-    d = base.Direction(lists, p, q, kappa, scale)
+    products, gamma = [[6.0, 5.0, 7.0], [4.0, 2.0, 3.0]], [0.1, 0.4]
+    square = 0.0
+    for (uu, um, mm), g in zip(products, gamma, strict=True):
+        g, a = (g, 1.0 + 0.7 * g) if projected else (0.0, 1.0)
+        square += a * a * uu - 2 * a * g * um + g * g * mm
+    scale = min(1.0, 0.9 / (square**0.5 + 1e-6)) if clipped else 1.0
+    made = products if number is float else torch.tensor(products, dtype=torch.float64)
+    d = base.Direction(lists, p, q, made, gamma, 0.9 if clipped else None)
     expected = []
     for i, g in enumerate(GROUPS):
         total = 0.0
         for t in range(terms):
             total = total + (p[t][g] + (0.7 * q[t][g] if q else 0.0)) * lists[t][i].double()
-        expected.append(total * (0.3 if clipped else 1.0))
+        expected.append(total * scale)
     return d, expected
 
 

@@ -56,7 +56,14 @@ def run_all(backend, dtype, shapes=((70_001,), (33,), (), (0,), (5, 7))):
     def leaves(saved=True):
         return base.Leaves(make(1), group, make(2), saved)
 
-    d = base.Direction([make(3), make(4), make(5)], [[0.1, 1.0], [0.3, 0.0], [-0.2, 0.7]], [[0.3, 0.2]] * 3, 0.7, 0.3)
+    d = base.Direction(
+        [make(3), make(4), make(5)],
+        [[0.1, 1.0], [0.3, 0.0], [-0.2, 0.7]],
+        [[0.3, 0.2]] * 3,
+        products=[[6.0, 5.0, 7.0], [4.0, 2.0, 3.0]],
+        gamma=[0.1, 0.4],
+        limit=0.9,
+    )
     m = base.Direction(d.terms, [[1.0, 0.0], [0.5, 2.0], [0.0, 0.0]])
     a, b, c = d.terms
     found["norm"] = [backend.square_norm(leaves(), a)]
@@ -304,7 +311,7 @@ def arguments(**changes):
     made = {"params": tensors(torch.float32, 1, ((3, 4), (5,))), "group": [0, 1]}
     made["backup"] = tensors(torch.float32, 2, ((3, 4), (5,)))
     made["a"], made["b"] = (tensors(torch.float32, seed, ((3, 4), (5,))) for seed in (3, 4))
-    made["factor"] = [0.1, 0.2]
+    made["radius"] = [0.1, 0.2]
     made.update(changes)
     return made
 
@@ -313,7 +320,17 @@ def call_perturb(made):
     good = arguments()
     plan = _C.Plan(good["params"], good["group"])
     leaves = base.Leaves(made["params"], made["group"], made["backup"], True)
-    _C.perturb(plan, leaves, made["a"], made["b"], made["factor"], True, made.get("eta"), made.get("folds", ()))
+    _C.perturb(
+        plan,
+        leaves,
+        made["a"],
+        made["b"],
+        made["radius"],
+        made.get("square"),
+        True,
+        made.get("eta"),
+        made.get("folds", ()),
+    )
 
 
 def wrong(index, value):
@@ -364,12 +381,12 @@ BAD = {
     ),
     "no memory": ({"a": wrong(1, without_memory(5))}, ValueError, r"a\[1\] must have its elements in memory"),
     "zero tensor": ({"b": wrong(1, torch._efficientzerotensor(5))}, TypeError, r"b\[1\] must be a plain tensor"),
-    "factor is None": ({"factor": None}, TypeError, "factor must be a list of numbers, got NoneType"),
-    "factor of strings": ({"factor": ["1", 2.0]}, TypeError, r"factor\[0\] must be one of the numbers, got str"),
-    "factor too short": (
-        {"factor": [0.1]},
+    "radius is None": ({"radius": None}, TypeError, "radius must be a list of numbers, got NoneType"),
+    "radius of strings": ({"radius": ["1", 2.0]}, TypeError, r"radius\[0\] must be one of the numbers, got str"),
+    "radius too short": (
+        {"radius": [0.1]},
         ValueError,
-        "factor must have one entry a parameter group, that is 2, got 1",
+        "radius must have one entry a parameter group, that is 2, got 1",
     ),
     "eta too short": ({"eta": [0.1]}, ValueError, "eta must have one entry a parameter group"),
     "expanded parameter": (
@@ -452,9 +469,9 @@ def test_an_overlap_is_seen_whatever_was_checked_before():
     x = torch.randn(64, 64)
     leaves = base.Leaves([torch.randn(64, 64)], [0], [torch.randn(64, 64)], True)
     plan = _C.Plan(leaves.params, leaves.group)
-    _C.direction(plan, leaves, [[x]], [[1.0]], [x])
+    _C.direction(plan, leaves, base.Direction([[x]], [[1.0]]), [x])
     with pytest.raises(ValueError, match=r"terms\[0\]\[0\] and out\[0\] must not overlap"):
-        _C.direction(plan, leaves, [[x]], [[1.0]], [x.T])
+        _C.direction(plan, leaves, base.Direction([[x]], [[1.0]]), [x.T])
 
 
 def test_overlaps_behind_longer_extents_and_between_gaps():
@@ -462,14 +479,13 @@ def test_overlaps_behind_longer_extents_and_between_gaps():
     whole = flat[10:100]
     pair = base.Leaves([torch.randn(90), torch.randn(60)], [0, 0])
     plan = _C.Plan(pair.params, pair.group)
+    d = base.Direction([[whole, torch.ones(60)], [whole, flat[0:60]]], [[1.0], [1.0]])
     with pytest.raises(ValueError, match="must not overlap"):
-        _C.direction(
-            plan, pair, [[whole, torch.ones(60)], [whole, flat[0:60]]], [[1.0], [1.0]], [whole, torch.ones(60)]
-        )
+        _C.direction(plan, pair, d, [whole, torch.ones(60)])
     w = torch.randn(6, 8)
     columns = base.Leaves([w[:, :3]], [0], [torch.ones(6, 3)], True)
     with pytest.raises(ValueError, match=r"params\[0\] and a\[0\] must not overlap"):
-        _C.perturb(_C.Plan(columns.params, [0]), columns, [w[:, 1:4]], None, [1.0], True, None, ())
+        _C.perturb(_C.Plan(columns.params, [0]), columns, [w[:, 1:4]], None, [1.0], None, True, None, ())
     same = base.Leaves([w[:, ::2], w[:, ::2]], [0, 0], [torch.ones(6, 4), torch.ones(6, 4)], True)
     with pytest.raises(ValueError, match=r"params\[\d\] and params\[\d\] must not overlap"):
         _C.restore(_C.Plan(same.params, [0, 0]), same)
@@ -486,7 +502,7 @@ def test_columns_of_one_matrix_may_be_parameters():
     before = whole.clone()
     backend = backends.select("native", CPU)
     leaves = base.Leaves(params, [0, 0], [torch.empty(6, 2), torch.empty(6, 2)])
-    backend.perturb(leaves, a, None, [1.0], 0.5, from_start=False)
+    backend.perturb(leaves, a, None, [1.0], 4.0, from_start=False)
     torch.testing.assert_close(whole, before + 0.5)
     backend.restore(leaves)
     assert torch.equal(whole, before)
@@ -497,6 +513,7 @@ def test_other_arguments_are_checked_too():
     plan = _C.Plan(good["params"], good["group"])
     leaves = base.Leaves(good["params"], good["group"], good["backup"], True)
     terms, factors = [good["a"]], [[1.0, 1.0]]
+    d = base.Direction(terms, factors)
     sgd, adam = (
         base.SGDGroup(0.1, 0.9, 0.0, 0.0, False, False),
         base.AdamGroup(0.1, 0.9, 0.9, 0.1, 0.0, False, True, False),
@@ -514,7 +531,11 @@ def test_other_arguments_are_checked_too():
         ),
         (lambda: _C.Plan(good["params"], [0, 2**62]), ValueError, r"group\[1\] must be the index"),
         (lambda: _C.Plan([torch.ones(1).expand(2**40)], [0]), ValueError, r"params\[0\] must not overlap itself"),
-        (lambda: _C.Plan([torch.ones(2**3, device="meta")], [0]), ValueError, r"params\[0\] must be on the CPU"),
+        (
+            lambda: _C.Plan([torch.ones(2**3, device="meta")], [0]),
+            ValueError,
+            r"params\[0\] must be on one of the devices",
+        ),
         (
             lambda: _C.Plan([torch.ones([1] * 65)], [0]),
             ValueError,
@@ -528,43 +549,61 @@ def test_other_arguments_are_checked_too():
         (
             lambda: _C.inner_products(plan, terms, [], None, 2),
             ValueError,
-            "factors must have one list of numbers a term",
+            "p must have one list of numbers a term",
         ),
-        (lambda: _C.inner_products(plan, terms, factors, [[1.0]], 2), ValueError, "m_factors must have one entry"),
+        (lambda: _C.inner_products(plan, terms, factors, [[1.0]], 2), ValueError, "m must have one entry"),
         (lambda: _C.inner_products(plan, terms, factors, None, 1), ValueError, "groups must be 2 to 1048576, got 1"),
         (lambda: _C.inner_products(plan, terms, factors, None, 2**62), ValueError, "groups must be 2 to 1048576"),
-        (lambda: _C.sgd(plan, leaves, terms, factors, state, [0, 0], [no_rate] * 2), TypeError, "lr must be a number"),
+        (lambda: _C.sgd(plan, leaves, d, state, [0, 0], [no_rate] * 2), TypeError, "lr must be a number"),
         (lambda: _C.square_norm(plan, None, good["a"], None, None), TypeError, "leaves must be Leaves"),
+        (lambda: _C.direction(plan, leaves, None, state), TypeError, "d must be a Direction"),
+        (
+            lambda: _C.direction(plan, leaves, base.Direction(terms, factors, limit=1.0), state),
+            TypeError,
+            "products must be a tensor where q or limit is given, got None",
+        ),
+        (
+            lambda: _C.direction(plan, leaves, base.Direction(terms, factors, products=[[1.0]]), state),
+            TypeError,
+            "products must be a tensor or None, got list",
+        ),
+        (
+            lambda: _C.direction(plan, leaves, base.Direction(terms, factors, factors, torch.ones(2, 3)), state),
+            TypeError,
+            "products must be None on the CPU",
+        ),
+        (lambda: call_perturb(arguments(square=2.0)), TypeError, "square must be a tensor or None, got float"),
+        (lambda: call_perturb(arguments(square=torch.ones(()))), TypeError, "square must be None on the CPU"),
         (lambda: _C.inner_products(plan, [[1, 2]], factors, None, 2), TypeError, r"terms\[0\]\[0\] must be a tensor"),
         (
-            lambda: _C.direction(plan, leaves, terms, factors, none),
+            lambda: _C.direction(plan, leaves, d, none),
             TypeError,
             r"out\[0\] must be a tensor, got NoneType",
         ),
         (
-            lambda: _C.sgd(plan, leaves, terms, factors, none, [0, 0], [sgd] * 2),
+            lambda: _C.sgd(plan, leaves, d, none, [0, 0], [sgd] * 2),
             TypeError,
             r"momentum_buffer\[0\] must be",
         ),
-        (lambda: _C.sgd(plan, leaves, terms, factors, state, [0], [sgd] * 2), ValueError, "first must have one bool"),
-        (lambda: _C.sgd(plan, leaves, terms, factors, state, [0, 0], [sgd]), ValueError, "groups must have one entry"),
+        (lambda: _C.sgd(plan, leaves, d, state, [0], [sgd] * 2), ValueError, "first must have one bool"),
+        (lambda: _C.sgd(plan, leaves, d, state, [0, 0], [sgd]), ValueError, "groups must have one entry"),
         (
-            lambda: _C.adam(plan, leaves, terms, factors, state, other, none, [1.0, 1.0], [adam] * 2),
+            lambda: _C.adam(plan, leaves, d, state, other, none, [1.0, 1.0], [adam] * 2),
             TypeError,
             r"max_exp_avg_sq\[0\] must be a tensor, got None",
         ),
         (
-            lambda: _C.adam(plan, leaves, terms, factors, state, state, none, [1.0, 1.0], [adam] * 2),
+            lambda: _C.adam(plan, leaves, d, state, state, none, [1.0, 1.0], [adam] * 2),
             TypeError,
             "max_exp_avg_sq",
         ),
         (
-            lambda: _C.adam(plan, leaves, terms, factors, state, state, other, [1.0, 1.0], [adam] * 2),
+            lambda: _C.adam(plan, leaves, d, state, state, other, [1.0, 1.0], [adam] * 2),
             ValueError,
             r"exp_avg\[\d\] and exp_avg_sq\[\d\] must not overlap",
         ),
         (
-            lambda: _C.adam(plan, leaves, terms, factors, state, other, good["b"], [1.0], [adam] * 2),
+            lambda: _C.adam(plan, leaves, d, state, other, good["b"], [1.0], [adam] * 2),
             ValueError,
             "step must have one number a parameter, that is 2, got 1",
         ),

@@ -1,5 +1,6 @@
 // The loops, compiled for the instruction set that the including file has chosen and named GAM_ISA.
 
+#include "../elements.h"
 #include "../math.h"
 
 namespace gam::cpu::GAM_ISA {

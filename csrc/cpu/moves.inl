@@ -33,7 +33,7 @@ void perturb(const Work& work, const Perturbation& arguments, Range range) {
     using O = opmath_t<T>;
     using V = seen_t<T>;
     const bool weighted = arguments.eta != nullptr;
-    const Perturb<O> formula{of_group<O>(arguments.factor, leaf)};
+    const Perturb<O> formula{of_group<O>(arguments.radius, leaf)};
     const Weigh<O> weigh{weighted ? of_group<O>(arguments.eta, leaf) : O(0)};
     const List start = arguments.save ? arguments.params : arguments.backup;
     Reader<T> origin(array_of(arguments.from_start ? start : arguments.params), leaf), a(array_of(arguments.a), leaf);

@@ -34,7 +34,7 @@ void each_piece(const Work& work, Range range, F f) {
 // The Combine of a leaf's group.
 template <class O>
 Combine<O> combine_of(const Combination& d, const Leaf& leaf) {
-  const double* factor = d.groups[leaf.group].factor;
+  const double* factor = d.groups[leaf.group].p;
   return {{static_cast<O>(factor[0]), static_cast<O>(factor[1]), static_cast<O>(factor[2])}};
 }
 

@@ -6,28 +6,10 @@
 // arrays of one tile, eight of 2 KiB of fp32 at most, fit the first-level cache.
 constexpr int kTile = 512;
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-template <class T>
-struct Working {
-  using type = float;
-};
-template <>
-struct Working<double> {
-  using type = double;
-};
 template <class T, class U>
 inline constexpr bool kSame = false;
 template <class T>
 inline constexpr bool kSame<T, T> = true;
-
-template <class T>
-using opmath_t = typename Working<T>::type;
 
 // What loops see of an element: itself where it can be widened and rounded among other operations, so that these
 // overlap with the reading of memory; of a half, which takes instructions that compilers do not find, its value.
@@ -42,31 +24,13 @@ struct Seen<Half> {
 template <class T>
 using seen_t = typename Seen<T>::type;
 
-GAM_FORMULA double value_of(double x) { return x; }
-GAM_FORMULA float value_of(float x) { return x; }
-GAM_FORMULA float value_of(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof bits);
-  return value;
-}
-
-GAM_FORMULA void put(double x, double& to) { to = x; }
-GAM_FORMULA void put(float x, float& to) { to = x; }
-GAM_FORMULA void put(float x, BFloat16& to) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
 inline void widen(const Half* from, float* to, int n) {
   int j = 0;
 #if defined(GAM_F16C)
   for (; j + 8 <= n; j += 8)
     _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
 #endif
-  for (; j < n; ++j) to[j] = c10::detail::fp16_ieee_to_fp32_value(from[j].bits);
+  for (; j < n; ++j) to[j] = value_of(from[j]);
 }
 
 inline void narrow(const float* from, Half* to, int n) {
@@ -76,7 +40,7 @@ inline void narrow(const float* from, Half* to, int n) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j),
                      _mm256_cvtps_ph(_mm256_loadu_ps(from + j), _MM_FROUND_TO_NEAREST_INT));
 #endif
-  for (; j < n; ++j) to[j].bits = c10::detail::fp16_ieee_from_fp32_value(from[j]);
+  for (; j < n; ++j) put(from[j], to[j]);
 }
 
 // Copy past the caches; `to` starts on a cache line.

@@ -8,8 +8,8 @@ Conventions for all of them:
 - Tensors are float16, bfloat16, float32 or float64, of any layout. Arithmetic is done in fp32 (fp64 for float64) and
   rounded once, when a value is stored. Sums are combined in fp64 in a fixed order: a result depends neither on the
   number of threads nor on the run.
-- Nothing waits for the device: norms, inner products and what is computed from them (:data:`Scalar`) stay 0-dim tensors
-  on an accelerator; on a CPU, where reading a tensor costs nothing, the engine hands them back as numbers.
+- Nothing waits for the device: norms and inner products (:data:`Scalar`, :data:`Products`) stay tensors on an
+  accelerator; on a CPU, where reading a tensor costs nothing, the engine hands them back as numbers.
 - Reads and writes are given in units of N, the number of elements of the leaves.
 - Arguments come from the engine, which has checked them.
 """
@@ -26,6 +26,8 @@ from torch import Tensor
 TensorList: TypeAlias = "list[Tensor]"
 PerGroup: TypeAlias = "Sequence[float]"
 Scalar: TypeAlias = "float | Tensor"
+Products: TypeAlias = "list[list[float]] | Tensor"
+"""``(groups, 3)``: ‖u‖², ⟨m,u⟩ and ‖m‖² by parameter group."""
 
 ACCUMULATE = torch.float64
 """Dtype of norms, inner products and scales; fp32 on a device without fp64 (see :func:`accumulate_dtype`)."""
@@ -73,19 +75,24 @@ class FoldInto:
 class Direction:
     r"""The final direction :math:`d = s \sum_t (p_t + κ q_t) X_t`, never stored by a fused backend.
 
+    κ is :math:`⟨m,u⟩/‖u‖²` over all groups, and s is :math:`\min(1, limit / (‖d‖ + 10^{-6}))`; both follow from the
+    products, which a backend takes as they are (formulas: :mod:`gam_fast.backends.scalars`).
+
     Attributes:
         terms: the lists of tensors :math:`X_t`, at most three.
         p: for each term, the plain coefficients by group.
         q: for each term, the coefficients by group that κ multiplies; ``None`` without the projection.
-        kappa: :math:`κ = ⟨m,u⟩/‖u‖²`, or ``None`` without the projection.
-        scale: :math:`s`, the clipping factor, or ``None`` for 1.
+        products: what :meth:`Backend.inner_products` gave, summed over devices; needed with ``q`` or ``limit``.
+        gamma: γ by group; needed with ``limit``.
+        limit: what ‖d‖ is clipped to, or ``None``.
     """
 
     terms: list[TensorList]
-    p: list[PerGroup]
-    q: list[PerGroup] | None = None
-    kappa: Scalar | None = None
-    scale: Scalar | None = None
+    p: Sequence[PerGroup]
+    q: Sequence[PerGroup] | None = None
+    products: Products | None = None
+    gamma: PerGroup = ()
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,18 +159,19 @@ class Backend(Protocol):
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
-        scale: Scalar,
+        square: Scalar,
         *,
         from_start: bool,
         eta: PerGroup | None = None,
         folds: Sequence[FoldInto] = (),
     ) -> None:
-        r"""``params ← origin + radius · scale · T² (a − b)``, then the folds.
+        r"""``params ← origin + radius / (√square + ξ) · T² (a − b)``, then the folds.
 
-        The origin is θ with ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the
-        leaves are not yet saved, the parameters are first copied to the backup. Reads 1 N for each of origin, a, b and
-        (with ``eta``, unless it is the origin) θ; writes 1 N, and 1 N more for the first backup. A fold reads at most
-        1 N and writes 1 N more than the move it accompanies.
+        ``square`` is what :meth:`square_norm` gave, summed over devices; ξ = 1e-12. The origin is θ with
+        ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the leaves are not yet saved,
+        the parameters are first copied to the backup. Reads 1 N for each of origin, a, b and (with ``eta``, unless it
+        is the origin) θ; writes 1 N, and 1 N more for the first backup. A fold reads at most 1 N and writes 1 N more
+        than the move it accompanies.
         """
         ...
 

@@ -11,10 +11,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from . import scalars
 from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, accumulate_dtype
 
 CPU_CHUNK = 1 << 20
@@ -189,10 +191,13 @@ def _add(chunk: Chunk, out: TensorList, terms: TensorList, factor: Scalar) -> No
         torch._foreach_add_(out, terms, alpha=factor)
 
 
-def _combine(chunk: Chunk, d: Direction, own: bool = True) -> TensorList:
-    """``d`` on one chunk, in scratch memory; without ``own`` to be read only, and a term itself where ``d`` is one."""
-    factors = [(_factor(chunk, d, t), term) for t, term in enumerate(d.terms)]
-    used = [(factor, term) for factor, term in factors if isinstance(factor, Tensor) or factor != 0.0] or factors[:1]
+Factors: TypeAlias = "Sequence[Sequence[Scalar]]"  # by term, by group
+
+
+def _combine(chunk: Chunk, terms: Sequence[TensorList], factors: Factors, own: bool = True) -> TensorList:
+    """``Σ factor · term`` on one chunk, in scratch memory; without ``own`` to be read only, and maybe a term."""
+    pairs = [(row[chunk.group], term) for row, term in zip(factors, terms, strict=True)]
+    used = [(factor, term) for factor, term in pairs if isinstance(factor, Tensor) or factor != 0.0] or pairs[:1]
     (factor, term), *rest = used
     if not own and not rest and not isinstance(factor, Tensor) and factor == 1.0:
         return chunk.difference(term, None)
@@ -204,14 +209,6 @@ def _combine(chunk: Chunk, d: Direction, own: bool = True) -> TensorList:
     for factor, term in rest:
         _add(chunk, out, chunk(term), factor)
     return out
-
-
-def _factor(chunk: Chunk, d: Direction, t: int) -> Scalar:
-    """``s (p + κ q)`` of term ``t``."""
-    factor: Scalar = d.p[t][chunk.group]
-    if d.q is not None and d.kappa is not None:
-        factor = d.kappa * d.q[t][chunk.group] + factor
-    return factor if d.scale is None else d.scale * factor
 
 
 def _multiply_weights(chunk: Chunk, out: TensorList, leaves: Leaves, eta: PerGroup, power: int) -> None:
@@ -285,7 +282,7 @@ class EagerBackend:
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
-        scale: Scalar,
+        square: Scalar,
         *,
         from_start: bool,
         eta: PerGroup | None = None,
@@ -296,13 +293,14 @@ class EagerBackend:
             leaves.saved = True
         elif from_start:
             torch._foreach_copy_(leaves.params, leaves.backup)
+        factor = scalars.steps(radius, square)
         for chunk in _each(leaves):
             step = chunk.difference(a, b)
             if eta is not None:
                 step = chunk.own(step)
                 _multiply_weights(chunk, step, leaves, eta, power=2)
             params = chunk.open(leaves.params)
-            _add(chunk, params, step, scale * radius[chunk.group])
+            _add(chunk, params, step, factor[chunk.group])
             chunk.close(leaves.params, params)
             for fold in folds:
                 into = chunk.open(fold.into)
@@ -316,11 +314,11 @@ class EagerBackend:
         partial: list[list[list[Tensor]]] = [[[], [], []] for _ in range(groups)]
         for chunk in _each(leaves):
             uu, um, mm = partial[chunk.group]
-            u_values = _combine(chunk, u, own=False)
+            u_values = _combine(chunk, u.terms, u.p, own=False)
             uu.append(_square_norms(u_values))
             if m is not None:
                 flat, product = chunk.scratch()
-                m_values = _combine(chunk, m, own=False)
+                m_values = _combine(chunk, m.terms, m.p, own=False)
                 mm.append(_square_norms(m_values))
                 torch._foreach_copy_(product, m_values)
                 torch._foreach_mul_(product, u_values)
@@ -333,8 +331,9 @@ class EagerBackend:
             torch._foreach_copy_(leaves.params, leaves.backup)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
+        factors = scalars.factors(d)
         for chunk in _each(leaves):
-            torch._foreach_copy_(chunk(out), _combine(chunk, d))
+            torch._foreach_copy_(chunk(out), _combine(chunk, d.terms, factors))
         self.restore(leaves)
 
     def sgd(
@@ -346,9 +345,10 @@ class EagerBackend:
         groups: Sequence[SGDGroup],
     ) -> None:
         self.restore(leaves)
+        factors = scalars.factors(d)
         for chunk in _each(leaves):
             h = groups[chunk.group]
-            step = _combine(chunk, d)
+            step = _combine(chunk, d.terms, factors)
             params = chunk.open(leaves.params)
             if h.maximize:
                 torch._foreach_neg_(step)
@@ -383,9 +383,10 @@ class EagerBackend:
         groups: Sequence[AdamGroup],
     ) -> None:
         self.restore(leaves)
+        factors = scalars.factors(d)
         for chunk in _each(leaves):
             h = groups[chunk.group]
-            grads = _combine(chunk, d)
+            grads = _combine(chunk, d.terms, factors)
             params = chunk.open(leaves.params)
             average, square = chunk.open(exp_avg), chunk.open(exp_avg_sq)
             if h.maximize:

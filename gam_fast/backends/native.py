@@ -6,6 +6,7 @@ Importing this module raises ``ImportError``, with the reason, where the core wa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ except ImportError as error:
         "pip install --no-build-isolation . builds it"
     ) from error
 
-from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
+from . import scalars
+from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Products, Scalar, SGDGroup, TensorList
 from .eager import EagerBackend
 
 
@@ -43,12 +45,15 @@ class NativeBackend:
     @staticmethod
     def describe() -> str:
         return (
-            f"C++ on CPU tensors, {_C.instruction_set()} code, compiled by {_C.compiler} for torch {_C.torch_version}"
+            f"C++ on {' and '.join(_C.device_types())} tensors, {_C.instruction_set()} code, compiled by {_C.compiler} "
+            f"for torch {_C.torch_version}"
         )
 
     @staticmethod
     def refusal(device: torch.device) -> str | None:
-        return None if device.type == "cpu" else "the compiled core works on CPU tensors"
+        if device.type in _C.device_types():
+            return None
+        return f"the compiled core was built for {' and '.join(_C.device_types())} tensors only"
 
     def _plan_for(self, leaves: Leaves) -> _C.Plan:
         """The plan of the step before where it fits; looked at once a step, and when leaves were added."""
@@ -74,14 +79,17 @@ class NativeBackend:
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
-        scale: Scalar,
+        square: Scalar,
         *,
         from_start: bool,
         eta: PerGroup | None = None,
         folds: Sequence[FoldInto] = (),
     ) -> None:
-        factor = [scale * r for r in radius]
-        _C.perturb(self._plan_for(leaves), leaves, a, b, factor, from_start, eta, folds)
+        plan = self._plan_for(leaves)
+        if self._takes_sums(leaves):
+            _C.perturb(plan, leaves, a, b, radius, _on_device(square, leaves), from_start, eta, folds)
+        else:
+            _C.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, folds)
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
         return _C.inner_products(self._plan_for(leaves), u.terms, u.p, None if m is None else m.p, groups)
@@ -90,7 +98,7 @@ class NativeBackend:
         _C.restore(self._plan_for(leaves), leaves)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
-        _C.direction(self._plan_for(leaves), leaves, d.terms, _factors(d), out)
+        _C.direction(self._plan_for(leaves), leaves, self._direction(leaves, d), out)
 
     def sgd(
         self,
@@ -100,10 +108,10 @@ class NativeBackend:
         first: list[bool],
         groups: Sequence[SGDGroup],
     ) -> None:
-        if _of_other_dtype(leaves, momentum_buffer):
+        if not self._takes_state(leaves, momentum_buffer):
             EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
             return
-        _C.sgd(self._plan_for(leaves), leaves, d.terms, _factors(d), momentum_buffer, first, groups)
+        _C.sgd(self._plan_for(leaves), leaves, self._direction(leaves, d), momentum_buffer, first, groups)
 
     def adam(
         self,
@@ -115,25 +123,38 @@ class NativeBackend:
         step: Sequence[float],
         groups: Sequence[AdamGroup],
     ) -> None:
-        if _of_other_dtype(leaves, exp_avg):
+        if not self._takes_state(leaves, exp_avg):
             EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
             return
-        plan = self._plan_for(leaves)
-        _C.adam(plan, leaves, d.terms, _factors(d), exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
+        plan, d = self._plan_for(leaves), self._direction(leaves, d)
+        _C.adam(plan, leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
+
+    @staticmethod
+    def _takes_sums(leaves: Leaves) -> bool:
+        """Whether the device reads norms and products itself; a CPU gets the factors that follow from them."""
+        return leaves.params[0].device.type != "cpu"
+
+    def _direction(self, leaves: Leaves, d: Direction) -> Direction:
+        """``d`` as the core takes it."""
+        if not self._takes_sums(leaves):
+            return Direction(d.terms, scalars.factors(d))  # type: ignore[arg-type]  # numbers on a CPU
+        return d if d.products is None else replace(d, products=_on_device(d.products, leaves))
+
+    def _takes_state(self, leaves: Leaves, state: Sequence[Tensor | None]) -> bool:
+        """Whether the core takes state of these dtypes.
+
+        It differs from the parameter's where a model was converted after its optimizer had stepped. On a GPU, fp32
+        beside 16 bits is taken as it is; the rest is left to the eager backend.
+        """
+        wider = self._takes_sums(leaves)
+        return all(
+            s is None or s.dtype == p.dtype or (wider and s.dtype == torch.float32 and p.dtype.itemsize == 2)
+            for s, p in zip(state, leaves.params, strict=True)
+        )
 
 
-def _of_other_dtype(leaves: Leaves, state: Sequence[Tensor | None]) -> bool:
-    """Whether a model was converted after its optimizer had stepped: the state then has the dtype of before."""
-    return any(s is not None and s.dtype != p.dtype for s, p in zip(state, leaves.params, strict=True))
-
-
-def _factors(d: Direction) -> list[list[Scalar]]:
-    """``s (p + κ q)`` of each term, by group."""
-    factors: list[list[Scalar]] = [list(row) for row in d.p]
-    if d.q is not None and d.kappa is not None:
-        kappa = d.kappa
-        factors = [[kappa * y + x for x, y in zip(ps, qs, strict=True)] for ps, qs in zip(d.p, d.q, strict=True)]
-    if d.scale is not None:
-        scale = d.scale
-        factors = [[scale * x for x in row] for row in factors]
-    return factors
+def _on_device(value: Scalar | Products, leaves: Leaves) -> Tensor:
+    """Sums as the device reads them, whatever they were handed over as."""
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        return value.contiguous()
+    return torch.as_tensor(value, dtype=torch.float64, device=leaves.params[0].device)

@@ -18,6 +18,7 @@
 
 namespace {
 
+using namespace gam;
 using namespace gam::cpu;
 
 void require(bool condition, const std::string& what) {
@@ -29,13 +30,11 @@ void require(bool condition, const std::string& what) {
 // One tensor a leaf, of random values; a list of arrays over them.
 class Tensors {
  public:
-  Tensors(const Plan& plan, unsigned seed) {
+  Tensors(const Shapes& shapes, unsigned seed) {
     std::minstd_rand random(seed);
-    for (const auto& shape : plan.shapes()) {
-      int64_t numel = 1;
-      for (const int64_t size : shape.sizes) numel *= size;
+    for (const Leaf& leaf : shapes.leaves()) {
       // Small positive numbers in every dtype: the exponent bits stay in the middle of the range.
-      std::vector<unsigned char> bytes(static_cast<size_t>(numel * size_of(shape.dtype)) + 1);
+      std::vector<unsigned char> bytes(static_cast<size_t>(leaf.numel * size_of(leaf.dtype)) + 1);
       for (size_t i = 0; i + 1 < bytes.size(); ++i) bytes[i] = static_cast<unsigned char>(random() & 0x3f);
       memory_.push_back(std::move(bytes));
     }
@@ -61,24 +60,24 @@ void parallel(const Plan& plan, int threads, const std::function<void(Range)>& f
 
 // Everything that one round of all primitives writes.
 struct Round {
-  explicit Round(const Plan& plan)
-      : params(plan, 1),
-        backup(plan, 2),
-        a(plan, 3),
-        b(plan, 4),
-        c(plan, 5),
-        momentum(plan, 6),
-        square(plan, 7),
-        out(plan, 8),
+  Round(const Shapes& shapes, const Plan& plan)
+      : params(shapes, 1),
+        backup(shapes, 2),
+        a(shapes, 3),
+        b(shapes, 4),
+        c(shapes, 5),
+        momentum(shapes, 6),
+        square(shapes, 7),
+        out(shapes, 8),
         norms(plan.pieces().size()),
         products(plan.pieces().size() * kSums) {}
 
-  void run(const Plan& plan, int threads) {
+  void run(const Shapes& shapes, const Plan& plan, int threads) {
     const Kernels& loops = kernels();
-    const Work work = plan.work();
+    const Work work{shapes.leaves().data(), plan.pieces().data()};
     const double numbers[] = {0.5, 0.25};
-    const std::vector<double> by_leaf(plan.shapes().size(), 0.5);
-    const std::vector<unsigned char> first(plan.shapes().size(), 0);
+    const std::vector<double> by_leaf(shapes.size(), 0.5);
+    const std::vector<unsigned char> first(shapes.size(), 0);
     std::vector<Combination::Group> groups(2);
     for (auto& group : groups) group = {3, {0, 1, 2}, {0.5, 0.25, 0.125}};
     Combination d;
@@ -91,7 +90,7 @@ struct Round {
 
     Perturbation move;
     move.params = params.list(), move.backup = backup.list(), move.a = a.list();
-    move.factor = numbers;
+    move.radius = numbers;
     move.save = move.stream = true;
     parallel(plan, threads, [&](Range r) { loops.perturb(work, move, r); });
     move.b = b.list(), move.eta = numbers;
@@ -133,8 +132,8 @@ struct Round {
   std::vector<double> norms, products;
 };
 
-std::vector<Plan::Shape> shapes(int64_t large) {
-  std::vector<Plan::Shape> result;
+std::vector<Shapes::Shape> shapes(int64_t large) {
+  std::vector<Shapes::Shape> result;
   const Dtype dtypes[] = {Dtype::kFloat, Dtype::kDouble, Dtype::kBFloat16, Dtype::kHalf};
   for (int i = 0; i < 400; ++i) result.push_back({dtypes[i % 4], i % 2, {1 + i % 37}});
   for (const Dtype dtype : dtypes) result.push_back({dtype, 1, {3, large}});
@@ -144,8 +143,8 @@ std::vector<Plan::Shape> shapes(int64_t large) {
 }
 
 // Chunks hold kChunkBytes each, but for the last and for what a cut may not divide, and all elements once.
-void check_plan(const Plan& plan) {
-  std::vector<int64_t> covered(plan.shapes().size());
+void check_plan(const Shapes& shapes, const Plan& plan) {
+  std::vector<int64_t> covered(shapes.size());
   for (int64_t chunk = 0; chunk < plan.chunks(); ++chunk) {
     const Range range = plan.pieces_of(chunk, chunk + 1);
     int64_t bytes = 0;
@@ -154,14 +153,14 @@ void check_plan(const Plan& plan) {
       const auto leaf = static_cast<size_t>(piece.leaf);
       require(piece.begin == covered[leaf] && piece.length > 0, "pieces follow each other");
       covered[leaf] += piece.length;
-      bytes += piece.length * size_of(plan.shapes()[leaf].dtype);
+      bytes += piece.length * size_of(shapes[leaf].dtype);
     }
     require(bytes <= kChunkBytes + kCut * 8, "no chunk is too large");
     require(bytes > kChunkBytes - kCut * 8 || chunk == plan.chunks() - 1, "no chunk is too small");
   }
   for (size_t i = 0; i < covered.size(); ++i) {
     int64_t numel = 1;
-    for (const int64_t size : plan.shapes()[i].sizes) numel *= size;
+    for (const int64_t size : shapes[i].sizes) numel *= size;
     require(covered[i] == numel, "every element is covered once");
   }
 }
@@ -169,18 +168,20 @@ void check_plan(const Plan& plan) {
 }  // namespace
 
 int main() {
-  const Plan plan(shapes(70'001));
-  check_plan(plan);
-  std::vector<Plan::Shape> uneven(1000, {Dtype::kFloat, 0, {64}});
+  const Shapes all(shapes(70'001));
+  const Plan plan(all);
+  check_plan(all, plan);
+  std::vector<Shapes::Shape> uneven(1000, {Dtype::kFloat, 0, {64}});
   uneven.insert(uneven.begin() + 500, {Dtype::kFloat, 0, {100'000'000}});
-  check_plan(Plan(uneven));
+  const Shapes skewed(uneven);
+  check_plan(skewed, Plan(skewed));
   for (const std::string& name : instruction_sets()) {
     require(use_instruction_set(name), "chooses " + name);
-    Round alone(plan);
-    alone.run(plan, 1);
+    Round alone(all, plan);
+    alone.run(all, plan, 1);
     for (const int threads : {2, 3, 7}) {
-      Round together(plan);
-      together.run(plan, threads);
+      Round together(all, plan);
+      together.run(all, plan, threads);
       require(alone == together, name + " with " + std::to_string(threads) + " threads");
     }
     std::printf("%s: the same bits with 1, 2, 3 and 7 threads\n", name.c_str());

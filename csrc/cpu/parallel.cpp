@@ -4,7 +4,7 @@
 #include <pthread.h>
 #endif
 
-namespace gam {
+namespace gam::cpu {
 namespace {
 
 bool forked = false;
@@ -17,4 +17,4 @@ bool forked = false;
 
 bool in_forked_child() { return forked; }
 
-}  // namespace gam
+}  // namespace gam::cpu

@@ -3,9 +3,9 @@
 
 #include <ATen/Parallel.h>
 
-#include "cpu/plan.h"
+#include "plan.h"
 
-namespace gam {
+namespace gam::cpu {
 
 // Whether this process was forked off one that had loaded the core. The threads of libgomp do not survive a fork, and a
 // region that needs them would wait for ever; such a process (a worker of a DataLoader) works with one thread.
@@ -13,7 +13,7 @@ bool in_forked_child();
 
 // Calls f(range) for ranges that make up all pieces of the plan, from torch's intra-op threads.
 template <class F>
-void parallel_over_chunks(const cpu::Plan& plan, F&& f) {
+void parallel_over_chunks(const Plan& plan, F&& f) {
   if (in_forked_child()) {
     f(plan.pieces_of(0, plan.chunks()));
   } else {
@@ -21,4 +21,4 @@ void parallel_over_chunks(const cpu::Plan& plan, F&& f) {
   }
 }
 
-}  // namespace gam
+}  // namespace gam::cpu

@@ -1,0 +1,31 @@
+// The primitives on CPU tensors: one parallel region over the chunks each.
+#pragma once
+
+#include "../executor.h"
+#include "plan.h"
+
+namespace gam::cpu {
+
+class Executor final : public gam::Executor {
+ public:
+  explicit Executor(std::shared_ptr<const Shapes> shapes) : shapes_(std::move(shapes)), plan_(*shapes_) {}
+
+  at::Tensor square_norm(const SquareNorm& arguments) override;
+  at::Tensor inner_products(const InnerProducts& arguments, int64_t groups) override;
+  void perturb(const Perturbation& arguments) override;
+  void copy(const Copy& arguments) override;
+  void materialise(const Materialise& arguments) override;
+  void sgd(const SgdStep& arguments) override;
+  void adam(const AdamStep& arguments) override;
+
+  bool takes_wider_state() const override { return false; }
+  bool takes_sums() const override { return false; }
+
+ private:
+  Work work() const { return {shapes_->leaves().data(), plan_.pieces().data()}; }
+
+  std::shared_ptr<const Shapes> shapes_;
+  Plan plan_;
+};
+
+}  // namespace gam::cpu

@@ -1,0 +1,183 @@
+// Elements of the arrays of a leaf: packs of 16 bytes where they allow it, one by one elsewhere.
+#pragma once
+
+#include "../elements.h"
+#include "compat.cuh"
+#include "table.h"
+
+namespace gam::cuda {
+
+template <int Value>
+struct Constant {
+  static constexpr int value = Value;
+};
+
+// The elements of one thread's share: those of 16 bytes of the parameter's type.
+template <class T>
+inline constexpr int kPack = 16 / static_cast<int>(sizeof(T));
+
+template <class T, int V>
+struct Pack {
+  T v[V];
+};
+
+template <class N>
+__device__ __forceinline__ const N& number(const Numbers<N>& numbers, int group) {
+  return numbers.many ? numbers.many[group] : numbers.few[group];
+}
+
+__device__ __forceinline__ const Row& row_of(const Table& table, int leaf) {
+  return *reinterpret_cast<const Row*>(table.rows + static_cast<int64_t>(leaf) * table.row_bytes);
+}
+
+// Whether the leaf has an array in a list.
+__device__ __forceinline__ void* data_of(const Row& row, int list) {
+  return reinterpret_cast<void* const*>(&row + 1)[list];
+}
+
+template <class T>
+class View {
+ public:
+  __device__ __forceinline__ View(const Table& table, const Row& row, int list)
+      : data_(static_cast<T*>(data_of(row, list))) {
+    if (row.layout < 0) return;
+    const int64_t* layout = table.layouts + row.layout;
+    const int64_t dims = layout[0];
+    const int64_t* own = layout + 1 + dims + list * (1 + dims);
+    if (own[0] == 0) return;
+    dims_ = static_cast<int>(dims), sizes_ = layout + 1, strides_ = own + 1;
+  }
+
+  // V elements from the i-th on: a whole number of aligned vectors, or one element wherever it lies.
+  template <int V>
+  __device__ __forceinline__ Pack<T, V> load(int64_t i) const {
+    Pack<T, V> pack;
+    if constexpr (V == 1) {
+      pack.v[0] = data_[offset(i)];
+    } else {
+      static_assert(sizeof(pack) % 16 == 0, "whole vectors");
+      const uint4* from = reinterpret_cast<const uint4*>(data_ + i);
+#pragma unroll
+      for (int k = 0; k < static_cast<int>(sizeof(pack) / 16); ++k) {
+        const uint4 part = from[k];
+        memcpy(reinterpret_cast<char*>(&pack) + 16 * k, &part, 16);
+      }
+    }
+    return pack;
+  }
+
+  template <int V>
+  __device__ __forceinline__ void store(int64_t i, const Pack<T, V>& pack) const {
+    if constexpr (V == 1) {
+      data_[offset(i)] = pack.v[0];
+    } else {
+      uint4* to = reinterpret_cast<uint4*>(data_ + i);
+#pragma unroll
+      for (int k = 0; k < static_cast<int>(sizeof(pack) / 16); ++k) {
+        uint4 part;
+        memcpy(&part, reinterpret_cast<const char*>(&pack) + 16 * k, 16);
+        to[k] = part;
+      }
+    }
+  }
+
+  // The same as numbers in the working precision.
+  template <int V>
+  __device__ __forceinline__ Pack<opmath_t<T>, V> values(int64_t i) const {
+    const Pack<T, V> pack = load<V>(i);
+    Pack<opmath_t<T>, V> result;
+#pragma unroll
+    for (int k = 0; k < V; ++k) result.v[k] = value_of(pack.v[k]);
+    return result;
+  }
+
+  template <int V>
+  __device__ __forceinline__ void put_values(int64_t i, const Pack<opmath_t<T>, V>& values) const {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int k = 0; k < V; ++k) put(values.v[k], pack.v[k]);
+    store<V>(i, pack);
+  }
+
+ private:
+  // Where the i-th element in logical order lies.
+  __device__ __forceinline__ int64_t offset(int64_t i) const {
+    if (!strides_) return i;
+    int64_t result = 0;
+#pragma unroll 1
+    for (int d = dims_ - 1; d > 0; --d) {
+      const int64_t rest = i / sizes_[d];
+      result += (i - rest * sizes_[d]) * strides_[d];
+      i = rest;
+    }
+    return result + i * strides_[0];
+  }
+
+  T* data_;
+  int dims_ = 0;
+  const int64_t* sizes_ = nullptr;
+  const int64_t* strides_ = nullptr;
+};
+
+// Calls f(Constant<V>, i, 0) for the packs of a piece that are this thread's, and f(Constant<1>, i, k) for single
+// elements, the k-th of their pack. Which elements share a pack, and which thread has it, depends neither on alignment
+// nor on layout; nor, then, does any sum. With `Unroll` the reads of several packs are under way at once; where f also
+// writes, they would have to wait for each other anyway.
+template <int V, int Unroll = 1, class F>
+__device__ __forceinline__ void each_pack(const Piece& piece, bool packed, F f) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int whole = packed ? piece.length / V : 0;  // packs that are read as such
+#pragma unroll Unroll
+  for (int p = thread; p < whole; p += kBlock) f(Constant<V>(), piece.begin + p * V, 0);
+  const int next = whole + (thread - whole % kBlock + kBlock) % kBlock;  // the thread's first of the others
+#pragma unroll 1
+  for (int p = next; p * V < piece.length; p += kBlock) {
+#pragma unroll 1
+    for (int k = 0; k < V && p * V + k < piece.length; ++k) f(Constant<1>(), piece.begin + p * V + k, k);
+  }
+}
+
+// The types of a launch: of all its leaves (of their parameters, and of the state of the base optimizer), or of each
+// leaf what its row says.
+template <class T, class S = T>
+struct Only {};
+struct Mixed {};
+
+template <class T, class F>
+__device__ __forceinline__ void with_type(Only<T>, const Row&, F f) {
+  f(T());
+}
+template <class F>
+__device__ __forceinline__ void with_type(Mixed, const Row& row, F f) {
+  switch (row.dtype) {
+    case Dtype::kDouble:
+      return f(double());
+    case Dtype::kFloat:
+      return f(float());
+    case Dtype::kBFloat16:
+      return f(BFloat16());
+    case Dtype::kHalf:
+      return f(Half());
+  }
+}
+
+template <class T, class S, class F>
+__device__ __forceinline__ void with_types(Only<T, S>, const Row&, F f) {
+  f(T(), S());
+}
+template <class F>
+__device__ __forceinline__ void with_types(Mixed, const Row& row, F f) {
+  const bool wider = row.state != row.dtype;
+  switch (row.dtype) {
+    case Dtype::kDouble:
+      return f(double(), double());
+    case Dtype::kFloat:
+      return f(float(), float());
+    case Dtype::kBFloat16:
+      return wider ? f(BFloat16(), float()) : f(BFloat16(), BFloat16());
+    case Dtype::kHalf:
+      return wider ? f(Half(), float()) : f(Half(), Half());
+  }
+}
+
+}  // namespace gam::cuda

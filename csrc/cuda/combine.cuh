@@ -1,0 +1,87 @@
+// The combination Σ factor x of terms, whose factors may follow from sums that lie in the memory of the device.
+#pragma once
+
+#include "arguments.h"
+#include "arrays.cuh"
+#include "reduce.cuh"
+
+namespace gam::cuda {
+
+// Writes the factors of a group's terms. Called by all threads of the block; the first warp works, and what it writes
+// is to be read after a barrier.
+__device__ __forceinline__ void find_factors(const Sums& sums, const Mixture& mixture, double* factor) {
+  if (threadIdx.x >= kWarp) return;
+  const int lane = static_cast<int>(threadIdx.x);
+  double kappa = 0.0, scale = 1.0;
+  if (sums.project || sums.clip) {
+    double uu = 0.0, um = 0.0;
+    for (int row = lane; row < sums.rows; row += kWarp) {
+      uu += sums.products[kSums * row];
+      um += sums.products[kSums * row + 1];
+    }
+    uu = warp_sum(uu), um = warp_sum(um);
+    if (sums.project) kappa = ratio(um, uu);
+    if (sums.clip) {
+      double square = 0.0;
+      for (int row = lane; row < sums.rows; row += kWarp) {
+        const double* of_row = sums.products + kSums * row;
+        square += sums.project ? square_of_direction(of_row[0], of_row[1], of_row[2], number(sums.gamma, row), kappa)
+                               : of_row[0];
+      }
+      scale = clip_factor(warp_sum(square), sums.limit);
+    }
+  }
+  if (lane < mixture.terms) factor[lane] = factor_of(mixture.p[lane], mixture.q[lane], kappa, scale);
+}
+
+template <class O>
+__device__ __forceinline__ Combine<O> combine_of(const double* factor) {
+  return {{static_cast<O>(factor[0]), static_cast<O>(factor[1]), static_cast<O>(factor[2])}};
+}
+
+// The terms of one leaf; their lists start at number `first` of the table. How many there are is the same for all
+// threads of a block, so the branches on it cost next to nothing, and everything is read before the first is used.
+template <class T>
+class Combined {
+  using O = opmath_t<T>;
+
+ public:
+  __device__ __forceinline__ Combined(const Table& table, const Row& row, int first, const Mixture& mixture)
+      : terms_(mixture.terms),
+        x_(table, row, first + mixture.index[0]),
+        y_(table, row, first + mixture.index[1]),
+        z_(table, row, first + mixture.index[2]) {}
+
+  // Calls use(k, terms...) for the k-th of V elements.
+  template <int V, class Use>
+  __device__ __forceinline__ void each(int64_t i, Use use) const {
+    const Pack<O, V> x = x_.template values<V>(i);
+    Pack<O, V> y, z;
+    if (terms_ > 1) y = y_.template values<V>(i);
+    if (terms_ > 2) z = z_.template values<V>(i);
+    if (terms_ == 1) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) use(k, x.v[k]);
+    } else if (terms_ == 2) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) use(k, x.v[k], y.v[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < V; ++k) use(k, x.v[k], y.v[k], z.v[k]);
+    }
+  }
+
+  // Σ factor x
+  template <int V>
+  __device__ __forceinline__ Pack<O, V> values(int64_t i, const Combine<O>& combine) const {
+    Pack<O, V> result;
+    each<V>(i, [&](int k, auto... terms) { result.v[k] = combine(terms...); });
+    return result;
+  }
+
+ private:
+  int terms_;
+  View<T> x_, y_, z_;
+};
+
+}  // namespace gam::cuda

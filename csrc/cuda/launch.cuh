@@ -1,0 +1,64 @@
+// One launch: the right instance of a kernel, counted and checked.
+#pragma once
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "arrays.cuh"
+#include "kernels.h"
+
+namespace gam::cuda {
+
+inline std::atomic<int64_t> launch_count{0};
+
+// Raises RuntimeError, in Python, where the kernel could not be started. Errors that come later, while it runs, appear
+// where torch next waits for the device; CUDA_LAUNCH_BLOCKING=1 makes that here.
+inline void check_launch([[maybe_unused]] const char* kernel) {
+  launch_count.fetch_add(1, std::memory_order_relaxed);
+#if defined(__CUDACC__)
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA could not launch ") + kernel + ": " + cudaGetErrorString(error));
+  }
+#endif
+}
+
+#define GAM_LAUNCH(kernel, grid, threads, arguments)                         \
+  do {                                                                       \
+    GAM_START((kernel), (grid).blocks, threads, (grid).stream, (arguments)); \
+    check_launch(#kernel);                                                   \
+  } while (false)
+
+// Calls f with the types as a type: of parameters alone, or with those of the state.
+template <class F>
+void with_parameters(Types types, F f) {
+  switch (types) {
+    case Types::kDouble:
+      return f(Only<double>());
+    case Types::kFloat:
+      return f(Only<float>());
+    case Types::kBFloat16:
+    case Types::kBFloat16WithFloat:
+      return f(Only<BFloat16>());
+    case Types::kHalf:
+    case Types::kHalfWithFloat:
+      return f(Only<Half>());
+    case Types::kMixed:
+      return f(Mixed());
+  }
+}
+
+template <class F>
+void with_state(Types types, F f) {
+  switch (types) {
+    case Types::kBFloat16WithFloat:
+      return f(Only<BFloat16, float>());
+    case Types::kHalfWithFloat:
+      return f(Only<Half, float>());
+    default:
+      return with_parameters(types, f);
+  }
+}
+
+}  // namespace gam::cuda

@@ -1,0 +1,116 @@
+// The primitives that move parameters, or write a combination. Of a pack everything is read before anything is written,
+// so an argument may be the very array that is written; it may not overlap it otherwise.
+#pragma once
+
+#include "combine.cuh"
+
+namespace gam::cuda {
+
+template <class Types, bool Difference, bool Weighted>
+__global__ void __launch_bounds__(kBlock) perturb_kernel(GAM_PARAM(PerturbArguments) arguments) {
+  using Lists = PerturbArguments;
+  const Table& table = arguments.table;
+  const Piece piece = table.pieces[blockIdx.x];
+  const Row& row = row_of(table, piece.leaf);
+  const PerturbGroup& group = number(arguments.groups, row.group);
+  GAM_SHARED(double, factor, 1);
+  if (threadIdx.x == 0) {
+    factor[0] = arguments.square ? inverse_norm(*arguments.square) * group.radius : group.radius;
+  }
+  __syncthreads();
+  with_type(Types(), row, [&](auto type) {
+    using T = decltype(type);
+    using O = opmath_t<T>;
+    constexpr int V = kPack<T>;
+    const View<T> params(table, row, Lists::kParams), backup(table, row, Lists::kBackup);
+    const View<T> a(table, row, Lists::kA), b(table, row, Lists::kB);
+    const Perturb<O> perturb{static_cast<O>(factor[0])};
+    const Weigh<O> weigh{static_cast<O>(group.eta)};
+    const bool from_backup = arguments.from_start && !arguments.save;
+    each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
+      constexpr int W = decltype(pack)::value;
+      const Pack<T, W> stored = from_backup ? backup.template load<W>(i) : params.template load<W>(i);
+      Pack<O, W> v = a.template values<W>(i);
+      if constexpr (Difference) {
+        const Pack<O, W> y = b.template values<W>(i);
+#pragma unroll
+        for (int k = 0; k < W; ++k) v.v[k] = v.v[k] - y.v[k];
+      }
+      if constexpr (Weighted) {
+        const bool other = !arguments.save && !arguments.from_start;  // the origin is not θ
+        const Pack<T, W> theta = other ? backup.template load<W>(i) : stored;
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+          const O weight = value_of(theta.v[k]);
+          v.v[k] = weigh(weigh(v.v[k], weight), weight);
+        }
+      }
+      if (arguments.save) backup.template store<W>(i, stored);
+#pragma unroll
+      for (int k = 0; k < W; ++k) v.v[k] = perturb(value_of(stored.v[k]), v.v[k]);
+      params.template put_values<W>(i, v);
+      for (int f = 0; f < arguments.folds; ++f) {
+        const View<T> into(table, row, Lists::kFolds + 2 * f), other(table, row, Lists::kFolds + 2 * f + 1);
+        const Fold<O> fold{static_cast<O>(group.k[f]), static_cast<O>(group.l[f])};
+        Pack<O, W> x = into.template values<W>(i);
+        const Pack<O, W> y = other.template values<W>(i);
+#pragma unroll
+        for (int k = 0; k < W; ++k) x.v[k] = fold(x.v[k], y.v[k]);
+        into.template put_values<W>(i, x);
+      }
+    });
+  });
+}
+
+// Bits, of whatever type.
+template <class Bits>
+__device__ __forceinline__ void copy_piece(const Table& table, const Row& row, const Piece& piece, int from, int to) {
+  const View<Bits> source(table, row, from), target(table, row, to);
+  constexpr int V = kPack<Bits>;
+  each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
+    constexpr int W = decltype(pack)::value;
+    target.template store<W>(i, source.template load<W>(i));
+  });
+}
+
+__global__ void __launch_bounds__(kBlock) copy_kernel(GAM_PARAM(CopyArguments) arguments) {
+  using Lists = CopyArguments;
+  const Table& table = arguments.table;
+  const Piece piece = table.pieces[blockIdx.x];
+  const Row& row = row_of(table, piece.leaf);
+  switch (row.dtype) {
+    case Dtype::kDouble:
+      return copy_piece<double>(table, row, piece, Lists::kFrom, Lists::kTo);
+    case Dtype::kFloat:
+      return copy_piece<float>(table, row, piece, Lists::kFrom, Lists::kTo);
+    default:
+      return copy_piece<Half>(table, row, piece, Lists::kFrom, Lists::kTo);
+  }
+}
+
+template <class Types>
+__global__ void __launch_bounds__(kBlock) materialise_kernel(GAM_PARAM(MaterialiseArguments) arguments) {
+  using Lists = MaterialiseArguments;
+  const Table& table = arguments.table;
+  const Piece piece = table.pieces[blockIdx.x];
+  const Row& row = row_of(table, piece.leaf);
+  const Mixture& mixture = number(arguments.d, row.group);
+  GAM_SHARED(double, factor, kMaxTerms);
+  find_factors(arguments.sums, mixture, factor);
+  __syncthreads();
+  with_type(Types(), row, [&](auto type) {
+    using T = decltype(type);
+    using O = opmath_t<T>;
+    constexpr int V = kPack<T>;
+    const Combined<T> combined(table, row, Lists::kTerms, mixture);
+    const Combine<O> combine = combine_of<O>(factor);
+    const View<T> out(table, row, Lists::kOut);
+    each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
+      constexpr int W = decltype(pack)::value;
+      out.template put_values<W>(i, combined.template values<W>(i, combine));
+    });
+    if (arguments.restore) copy_piece<T>(table, row, piece, Lists::kFrom, Lists::kTo);
+  });
+}
+
+}  // namespace gam::cuda

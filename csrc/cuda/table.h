@@ -1,0 +1,58 @@
+// What kernels get of the lists of tensors: one table in the memory of the device.
+#pragma once
+
+#include "../primitives.h"
+
+namespace gam::cuda {
+
+// Threads of a block: enough that eight blocks fill a multiprocessor of 2,048 threads, few enough that the registers of
+// every kernel allow at least four.
+inline constexpr int kBlock = 256;
+
+// Elements of a chunk, the work of one block. The 25.6 M elements of a ResNet-50 make 3,222 of them, three rounds of
+// the 1,056 blocks that an H100 holds; chunks of 64 K, as torch's own, would make 508, half a round. Each thread then
+// handles 32 elements: enough that the start of a block (a few reads that depend on each other) is a small part of it.
+// The blocks are not persistent: the hardware hands them out as others end, which balances tensors of all sizes, and a
+// sum of a chunk does not depend on how many multiprocessors there are.
+inline constexpr int kChunk = 8192;
+
+// Threads of the one block that adds up the sums of the chunks: 10⁹ elements have 122,000 of them.
+inline constexpr int kTotalsBlock = 1024;
+
+// Numbers of so many groups travel in the arguments of a kernel; of more, in the table.
+inline constexpr int kFew = 16;
+
+// Elements [begin, begin + length) of a leaf.
+struct Piece {
+  int64_t begin;
+  int32_t leaf, length;
+};
+
+// The arrays of one leaf; `lists` addresses follow.
+struct Row {
+  int32_t group;
+  int32_t option;      // what else an update must know of the leaf
+  Dtype dtype, state;  // of the parameter, and of the state of the base optimizer
+  bool packed;         // all arrays are dense and aligned to 16 bytes
+  int64_t layout;      // where sizes and strides begin, of a leaf that is walked in logical order; else −1
+};
+
+// A table starts with its rows. A layout is: the number of dimensions, the sizes, and for each list 1 and its strides,
+// or 0 and as many unused numbers if it is contiguous.
+struct Table {
+  const Piece* pieces;
+  const unsigned char* rows;
+  const int64_t* layouts;
+  int32_t row_bytes;
+};
+
+inline constexpr int64_t row_bytes(int lists) { return static_cast<int64_t>(sizeof(Row)) + 8 * lists; }
+
+// One N a group.
+template <class N>
+struct Numbers {
+  const N* many = nullptr;
+  N few[kFew] = {};
+};
+
+}  // namespace gam::cuda
