@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,16 @@ from setuptools import setup
 BUILD_MODES = ("auto", "cpu", "cuda", "none")
 HINT = "install torch, ninja, setuptools and a C++17 compiler, then: pip install --no-build-isolation ."
 
+# Unless TORCH_CUDA_ARCH_LIST says otherwise: code for these, which later processors of the same major number run too,
+# and PTX, which newer ones translate. nvcc knows the later ones from the version given.
+CUDA_ARCHITECTURES = [("8.0+PTX", (11, 0)), ("9.0", (11, 8)), ("10.0", (12, 8)), ("12.0+PTX", (12, 8))]
+
 
 def build_mode() -> str:
-    """``GAM_FAST_BUILD``: ``cpu`` or fail, ``none``, or ``auto``, which is ``cpu`` where it can be built."""
+    """``GAM_FAST_BUILD``: ``cpu`` or ``cuda`` or fail, ``none``, or ``auto``, the most that can be built."""
     mode = os.environ.get("GAM_FAST_BUILD", "auto")
     if mode not in BUILD_MODES:
         raise SystemExit(f"GAM_FAST_BUILD must be one of {', '.join(BUILD_MODES)}, got {mode!r}")
-    if mode == "cuda":
-        raise SystemExit("GAM_FAST_BUILD=cuda: this version has no CUDA core yet; use auto, cpu or none")
     return mode
 
 
@@ -36,7 +40,58 @@ def remove_core() -> None:
             path.unlink()
 
 
-def flags() -> tuple[list[str], list[str]]:
+def cuda_home() -> str | None:
+    """The folder of the CUDA toolkit: ``CUDA_HOME``, or that of the nvcc on the path, which may be a wrapper script."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return os.environ[name]
+    found = []
+    if nvcc := shutil.which("nvcc"):
+        found.append(Path(nvcc).resolve().parent.parent)
+        text = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ _?TOP=(.+)$", text, re.MULTILINE):
+            found.append(Path(top[1].strip()).resolve())
+    found.append(Path("/usr/local/cuda"))
+    headers = ("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")  # the second in conda's environments
+    return next((str(home) for home in found if any(any(home.glob(header)) for header in headers)), None)
+
+
+def nvcc_version(home: str | None) -> tuple[int, int] | None:
+    """The version of the compiler in a CUDA toolkit."""
+    if home is None:
+        return None
+    try:
+        text = subprocess.run([str(Path(home, "bin", "nvcc")), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def why_no_cuda() -> str | None:
+    """What is missing for the CUDA part of the core."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    version = nvcc_version(os.environ.get("CUDA_HOME"))
+    if version is None:
+        return "nvcc is not found: install a CUDA toolkit and set CUDA_HOME to its folder"
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return f"nvcc is of CUDA {version[0]}.{version[1]}, but torch of CUDA {torch.version.cuda}"
+    return None
+
+
+def architectures() -> str:
+    """``TORCH_CUDA_ARCH_LIST``, or those that nvcc knows of the default."""
+    version = nvcc_version(os.environ.get("CUDA_HOME"))
+    assert version is not None
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or (
+        ";".join(name for name, since in CUDA_ARCHITECTURES if version >= since)
+    )
+
+
+def cxx_flags() -> tuple[list[str], list[str]]:
     """Arguments of the compiler and of the linker. Formulas round as they are written: no contraction, no fast-math."""
     if os.name == "nt":
         return ["/O2", "/openmp", "/fp:precise"], []
@@ -49,6 +104,9 @@ def flags() -> tuple[list[str], list[str]]:
     return compile_args + openmp, openmp
 
 
+NVCC_FLAGS = ["-O3", "--fmad=false"]
+
+
 def core(mode: str) -> dict[str, Any]:
     """The arguments of ``setup`` that build ``gam_fast._C``; none where that is not wanted or not possible."""
     if mode == "none":
@@ -56,20 +114,32 @@ def core(mode: str) -> dict[str, Any]:
         if "--inplace" in sys.argv:
             remove_core()
         return {}
+    if home := cuda_home():
+        os.environ["CUDA_HOME"] = home  # what torch would guess is the parent of a wrapper script
     try:
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        if mode == "cpu":
-            raise SystemExit(f"GAM_FAST_BUILD=cpu: torch cannot be imported here ({error}); {HINT}") from error
+        if mode != "auto":
+            raise SystemExit(f"GAM_FAST_BUILD={mode}: torch cannot be imported here ({error}); {HINT}") from error
         say(f"the compiled core is left out, because torch cannot be imported here ({error}); {HINT}")
         return {}
+    reason = why_no_cuda()
+    if mode == "cuda" and reason:
+        raise SystemExit(f"GAM_FAST_BUILD=cuda: {reason}")
+    with_cuda = mode == "cuda" or (mode == "auto" and reason is None)
+    if with_cuda:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+    architecture_list = os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else "none"
 
     class Build(BuildExtension):
         """In ``auto``, a core that cannot be compiled is left out. One built for another torch is built anew."""
 
         def run(self) -> None:
-            stamp, built_for = Path(self.build_temp, "built-for"), f"{torch.__version__} {sys.version}"
+            stamp, built_for = (
+                Path(self.build_temp, "built-for"),
+                f"{torch.__version__} {sys.version} {architecture_list}",
+            )
             if not stamp.exists() or stamp.read_text() != built_for:
                 self.force = True
                 shutil.rmtree(self.build_temp, ignore_errors=True)
@@ -79,24 +149,47 @@ def core(mode: str) -> dict[str, Any]:
                 stamp.write_text(built_for)
 
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                if mode == "cpu":
-                    raise
-                say(f"the compiled core is left out, because it could not be built ({error}); {HINT}")
-                self.extensions.clear()
-                remove_core()
-            else:
-                say("the compiled core is built, for the CPU")
+            attempts = [with_cuda, False] if mode == "auto" and with_cuda else [with_cuda]
+            for cuda in attempts:
+                made = extension(cuda)
+                for name in ("sources", "define_macros", "include_dirs", "library_dirs", "libraries", "language"):
+                    setattr(self.extensions[0], name, getattr(made, name))
+                self.extensions[0].extra_compile_args = made.extra_compile_args
+                target = f"the CPU and CUDA ({os.environ['TORCH_CUDA_ARCH_LIST']})" if cuda else "the CPU"
+                try:
+                    super().build_extensions()
+                except Exception as error:
+                    if mode != "auto":
+                        raise
+                    say(f"the compiled core could not be built for {target} ({error})")
+                else:
+                    say(f"the compiled core is built, for {target}")
+                    if mode == "auto" and reason and torch.version.cuda:
+                        say(f"not for CUDA: {reason}")
+                    return
+            say(f"the compiled core is left out; {HINT}")
+            self.extensions.clear()
+            remove_core()
 
-    sources = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-    headers = sorted(str(path) for kind in ("*.h", "*.inl") for path in Path("csrc").rglob(kind))
-    compile_args, link_args = flags()
-    extension = CppExtension(
-        "gam_fast._C", sources, depends=headers, extra_compile_args=compile_args, extra_link_args=link_args
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    def extension(cuda: bool) -> Any:
+        folders = ["csrc", "csrc/cpu"] + ["csrc/cuda"] * cuda
+        sources = [str(path) for folder in folders for kind in ("*.cpp", "*.cu") for path in Path(folder).glob(kind)]
+        headers = [str(path) for kind in ("*.h", "*.inl", "*.cuh") for path in Path("csrc").rglob(kind)]
+        compile_args, link_args = cxx_flags()
+        macros = (
+            [("GAM_CUDA", None), ("GAM_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"')] if cuda else []
+        )
+        make: Any = CUDAExtension if cuda else CppExtension
+        return make(
+            "gam_fast._C",
+            sorted(sources),
+            depends=sorted(headers),
+            define_macros=macros,
+            extra_compile_args={"cxx": compile_args, "nvcc": NVCC_FLAGS},
+            extra_link_args=link_args,
+        )
+
+    return {"ext_modules": [extension(with_cuda)], "cmdclass": {"build_ext": Build}}
 
 
 setup(**core(build_mode()))

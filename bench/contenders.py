@@ -32,7 +32,7 @@ class Contender:
     """One optimizer over its own parameters, and the milliseconds its steps took.
 
     Args:
-        method: a class of gam_fast, or ``"torch"`` for the base optimizer of torch alone, fused on a CPU.
+        method: a class of gam_fast, or ``"torch"`` for the base optimizer of torch alone, fused.
         base: ``"SGD"`` or ``"AdamW"``.
         backend: backend of gam_fast.
     """
@@ -54,7 +54,7 @@ class Contender:
         self.optimizer: Any  # torch's annotation of closures does not allow a tensor
         base_class = getattr(torch.optim, base)
         if method == "torch":
-            self.optimizer = base_class(self.params, **HYPER[base], fused=device == "cpu" or None)
+            self.optimizer = base_class(self.params, **HYPER[base], fused=True)
         else:
             self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **HYPER[base])
         self.ms: list[float] = []

@@ -37,6 +37,12 @@ STEPS = (
 )
 
 
+def synchronize() -> None:
+    """Wait for a GPU, if there is one at work."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 @dataclass
 class Row:
     """One thing that is timed: ``units`` reads and writes of every element."""
@@ -48,19 +54,24 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
     def time(self) -> None:
+        synchronize()
         start = time.perf_counter()
         self.run()
+        synchronize()
         self.seconds.append(time.perf_counter() - start)
 
 
 class Primitives:
     """Tensors of one model, and every primitive on them as a step of GAM calls it."""
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.device = torch.device(device)
+        # as the engine hands a norm over: a number on a CPU
+        self.one: Tensor | float = 1.0 if device == "cpu" else torch.ones((), dtype=torch.float64, device=device)
 
         def tensors() -> list[Tensor]:
-            return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+            return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
         self.params, self.backup, self.g0, self.g1, self.g2, self.momentum = (tensors() for _ in range(6))
         self.square = [t.abs() for t in tensors()]
@@ -70,7 +81,7 @@ class Primitives:
         self.u = base.Direction([self.g0, self.g1, self.g2], [[-0.03], [0.6], [0.4]])
         self.m = base.Direction(self.u.terms, [[1.0], [0.0], [0.0]])
         self.last = base.Direction([self.g2], [[1.0]])
-        self.flat = torch.randn(numel(shapes), generator=generator).to(dtype)
+        self.flat = torch.randn(numel(shapes), generator=generator).to(device, dtype)
         self.copied = torch.empty_like(self.flat)
 
     def references(self) -> list[Row]:
@@ -82,18 +93,18 @@ class Primitives:
 
     def rows(self, name: str) -> list[Row]:
         """All primitives on the backend called ``name``."""
-        backend: Any = Compiled() if name == "compile" else backends.select(name, torch.device("cpu"))
+        backend: Any = Compiled() if name == "compile" else backends.select(name, self.device)
         n = len(self.params)
         sgd = [base.SGDGroup(1e-9, 0.9, 0.0, 5e-4, False, False)]
         adam = [base.AdamGroup(1e-9, 0.9, 0.999, 1e-8, 1e-2, True, False, False)]
 
         def first() -> None:
             self.unsaved.saved = False
-            backend.perturb(self.unsaved, self.g0, None, [1e-9], 1.0, from_start=False)
+            backend.perturb(self.unsaved, self.g0, None, [1e-9], self.one, from_start=False)
 
         def fold() -> None:
             folds = [base.FoldInto(self.g0, self.g2, [1.0], [1e-9])]
-            backend.perturb(self.saved, self.g2, None, [1e-9], 1.0, from_start=False, folds=folds)
+            backend.perturb(self.saved, self.g2, None, [1e-9], self.one, from_start=False, folds=folds)
 
         def update(d: base.Direction) -> Callable[[], None]:
             return lambda: backend.sgd(self.saved, d, self.momentum, [False] * n, sgd)
@@ -103,7 +114,7 @@ class Primitives:
             backend.adam(self.saved, self.u, self.momentum, self.square, none, [3.0] * n, adam)
 
         far: Callable[[], None] = lambda: backend.perturb(  # noqa: E731
-            self.saved, self.g1, self.g0, [1e-9], 1.0, from_start=True
+            self.saved, self.g1, self.g0, [1e-9], self.one, from_start=True
         )
         return [
             Row("norm g0", name, 1, lambda: backend.square_norm(self.saved, self.g0)),
@@ -146,9 +157,9 @@ def time_in_turns(rows: list[Row], repeats: int) -> dict[str, str]:
     return failed
 
 
-def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: int) -> list[dict[str, Any]]:
+def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: int, device: str) -> list[dict[str, Any]]:
     """Measured rows of one model."""
-    model = Primitives(shapes, dtype)
+    model = Primitives(shapes, dtype, device)
     rows = [*model.references(), *(row for name in names for row in model.rows(name))]
     failed = time_in_turns(rows, repeats)
     size = numel(shapes) * torch.finfo(dtype).bits // 8
@@ -171,12 +182,12 @@ def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: in
     return result + [{"primitive": what, "failed": why} for what, why in failed.items()]
 
 
-def steps(shapes: Shapes, names: list[str], repeats: int) -> list[dict[str, Any]]:
+def steps(shapes: Shapes, names: list[str], repeats: int, device: str) -> list[dict[str, Any]]:
     """Whole steps without forward and backward, all in turns."""
     contenders = []
     for method, optimizer, dtype in STEPS:
         for name in ["torch"] if method == "torch" else [n for n in names if n != "compile"]:
-            contenders.append(Contender(method, optimizer, shapes, dtype=dtype, backend=name))
+            contenders.append(Contender(method, optimizer, shapes, device, dtype, name))
     measure(contenders, repeats)
     unit = {c.base: c.median for c in contenders if c.method == "torch"}
     fp32 = {(c.method, c.base, c.backend): c.median for c in contenders if c.dtype == torch.float32}
@@ -240,6 +251,7 @@ def draw(path: Path, models: dict[str, list[dict[str, Any]]], facts: dict[str, A
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--models", default="resnet50,vit_small,small,single", help="comma-separated (default: all)")
     parser.add_argument("--backends", default="eager,native", help=f"of {', '.join(BACKENDS)} (default: eager,native)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
@@ -256,16 +268,16 @@ def main(argv: list[str] | None = None) -> int:
         if not set(given) <= set(known):
             parser.error(f"{option} must be of {', '.join(known)}, got {','.join(given)}")
     torch.set_num_threads(arguments.threads)
-    facts = machine()
+    facts = machine(arguments.device)
     shapes = {model: quick(MODELS[model]()) if arguments.quick else MODELS[model]() for model in models}
     found = {}
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     with torch.no_grad():
         for model in models:
-            found[model] = primitives(shapes[model], dtype, names, arguments.repeats)
+            found[model] = primitives(shapes[model], dtype, names, arguments.repeats, arguments.device)
             size = f"{len(shapes[model])} tensors, {numel(shapes[model]) / 1e6:.1f} M elements"
             show(f"{model}: {size}, {arguments.dtype}, {facts['device']}, {arguments.threads} threads", found[model])
-    whole = steps(shapes[models[0]], names, arguments.repeats)
+    whole = steps(shapes[models[0]], names, arguments.repeats, arguments.device)
     show(f"whole steps without forward and backward: {models[0]}", whole)
     if arguments.json:
         figures = {**facts, "dtype": arguments.dtype, "primitives": found, "steps": whole}

@@ -10,10 +10,16 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/dispatch.h"
 #include "devices.h"
 #include "lists.h"
 #include "ops.h"
+
+#if defined(GAM_CUDA)
+#include "cuda/kernels.h"
+#endif
+#if !defined(GAM_EMULATED)
+#include "cpu/dispatch.h"
+#endif
 
 namespace py = pybind11;
 
@@ -126,7 +132,11 @@ std::vector<unsigned char> bools(const char* name, py::handle list) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+#if defined(GAM_EMULATED)
+void bind_emulator(py::module_& m);  // in tests/cuda_emulator
+#endif
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled core. What the operations compute is stated in gam_fast.backends.base.";
 
   py::class_<gam::Plan>(m, "Plan", py::module_local(), "The shapes of the parameters of one device, and its tables.")
@@ -213,6 +223,9 @@ PYBIND11_MODULE(_C, m) {
       "empty_like", [](py::handle tensors) { return gam::empty_like(TensorList("tensors", tensors)); },
       py::arg("tensors"), "An uninitialised dense tensor like each.");
 
+#if defined(GAM_EMULATED)
+  bind_emulator(m);
+#else
   m.def("instruction_sets", &gam::cpu::instruction_sets, "Those compiled in that this processor runs, best first.");
   m.def("instruction_set", [] { return gam::cpu::kernels().isa; }, "The one in use.");
   m.def(
@@ -223,9 +236,21 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name"), "Use another, in the whole process.");
+#endif
+
+#if defined(GAM_CUDA)
+  m.def("launches", &gam::cuda::launches, "How many kernels have been launched.");
+#else
+  m.def("launches", [] { return 0; }, "How many kernels have been launched.");
+#endif
 
   m.def("device_types", &gam::device_types, "Types of the devices that the core was built for.");
 
+#if defined(GAM_CUDA_ARCHITECTURES)
+  m.attr("cuda_architectures") = GAM_CUDA_ARCHITECTURES;
+#else
+  m.attr("cuda_architectures") = "";
+#endif
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = GAM_COMPILER;
 }

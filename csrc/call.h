@@ -27,6 +27,13 @@ class Call {
   List read(const TensorList& list) { return add(list, Access::kRead); }
   List write(const TensorList& list) { return add(list, Access::kWrite); }
 
+  // Reads what others allocated, perhaps for another stream, and free soon: gradients, and the backup in the last call.
+  List read_last(const TensorList& list) {
+    const List result = read(list);
+    slots_.back().last = true;
+    return result;
+  }
+
   // The state of a base optimizer; `uses` says for which leaves there is any.
   template <class Uses>
   List state(const TensorList& list, Uses uses) {
@@ -48,6 +55,9 @@ class Call {
     {
       const pybind11::gil_scoped_release release;
       f(plan_.executor());
+      for (const Slot& slot : slots_) {
+        for (size_t i = 0; slot.last && i < slot.arrays.size(); ++i) plan_.executor().record_use(*(*slot.list)[i]);
+      }
     }
     for (const Slot& slot : slots_) {
       if (slot.access != Access::kWrite) continue;
@@ -64,6 +74,7 @@ class Call {
     const TensorList* list;
     Access access;
     std::vector<Array> arrays;
+    bool last = false;
   };
 
   List add(const TensorList& list, Access access) {

@@ -40,10 +40,12 @@ at::Device device_of(const TensorList& tensors) {
 }
 
 std::unique_ptr<Executor> make_executor([[maybe_unused]] at::Device device, std::shared_ptr<const Shapes> shapes) {
+#if defined(GAM_EMULATED)
+  return std::make_unique<cuda::Executor>(device, std::move(shapes));
+#else
 #if defined(GAM_CUDA)
   if (is_cuda(device)) return std::make_unique<cuda::Executor>(device, std::move(shapes));
 #endif
-#if !defined(GAM_EMULATED)
   return std::make_unique<cpu::Executor>(std::move(shapes));
 #endif
 }

@@ -61,7 +61,7 @@ class Terms {
     check_coefficients(plan, d, d.p, "p");
     if (d.q) check_coefficients(plan, d, *d.q, "q");
     if (also) check_coefficients(plan, d, *also, "m");
-    for (size_t t = 0; t < d.terms.size(); ++t) view_.lists[t] = call.read(d.terms[t]);
+    for (size_t t = 0; t < d.terms.size(); ++t) view_.lists[t] = call.read_last(d.terms[t]);
     groups_.resize(static_cast<size_t>(plan.groups()));
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (size_t t = 0; t < d.terms.size(); ++t) {
@@ -142,8 +142,8 @@ void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::o
   } else if (from_start || eta) {
     arguments.backup = call.read(leaves.backup);
   }
-  arguments.a = call.read(a);
-  if (b) arguments.b = call.read(*b);
+  arguments.a = call.read_last(a);
+  if (b) arguments.b = call.read_last(*b);
   arguments.radius = by_group(plan, radius, "radius");
   if (square) arguments.square = sums_of(plan, *square, 1, "square");
   if (eta) arguments.eta = by_group(plan, *eta, "eta");
@@ -179,7 +179,7 @@ at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<st
 void restore(Plan& plan, const Leaves& leaves) {
   if (!leaves.saved) return;
   Call call(plan);
-  Copy arguments{call.read(leaves.backup), call.write(leaves.params), call.exceeds_caches()};
+  Copy arguments{call.read_last(leaves.backup), call.write(leaves.params), call.exceeds_caches()};
   call.ready();
   call.run([&](Executor& executor) { executor.copy(arguments); });
 }
@@ -191,7 +191,7 @@ void direction(Plan& plan, const Leaves& leaves, const Direction& d, const Tenso
   arguments.d = terms.view();
   arguments.out = call.write(out);
   if (leaves.saved) {
-    arguments.restore.from = call.read(leaves.backup);
+    arguments.restore.from = call.read_last(leaves.backup);
     arguments.restore.to = call.write(leaves.params);
     arguments.restore.stream = call.exceeds_caches();
   }
@@ -210,7 +210,7 @@ void sgd(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList&
   SgdStep arguments;
   const Terms terms(call, plan, d);
   arguments.d = terms.view();
-  arguments.theta = call.read(leaves.theta());
+  arguments.theta = call.read_last(leaves.theta());
   arguments.params = call.write(leaves.params);
   arguments.buffer = call.state(buffers, [&](size_t i) { return groups[group_of(plan, i)].momentum != 0.0; });
   arguments.first = first.data();
@@ -231,7 +231,7 @@ void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList
   AdamStep arguments;
   const Terms terms(call, plan, d);
   arguments.d = terms.view();
-  arguments.theta = call.read(leaves.theta());
+  arguments.theta = call.read_last(leaves.theta());
   arguments.params = call.write(leaves.params);
   arguments.average = call.state(average, [](size_t) { return true; });
   arguments.square = call.state(square, [](size_t) { return true; });

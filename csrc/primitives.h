@@ -94,6 +94,7 @@ struct Materialise {
 struct SgdGroup {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
+  unsigned char unused[6] = {};  // no padding: tables of these are compared byte by byte
 };
 
 struct SgdStep {
@@ -107,6 +108,7 @@ struct SgdStep {
 struct AdamGroup {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, amsgrad, maximize;
+  unsigned char unused[5] = {};
 };
 
 struct AdamStep {

@@ -17,6 +17,9 @@ torch_version: str
 
 compiler: str
 
+cuda_architectures: str
+"""What the CUDA kernels were compiled for, as in ``TORCH_CUDA_ARCH_LIST``; empty without them."""
+
 class Plan:
     """The shapes, dtypes and groups of the parameters of one device, and how their elements are shared out."""
 
@@ -60,6 +63,9 @@ def adam(
 ) -> None: ...
 def empty_like(tensors: TensorList) -> TensorList:
     """An uninitialised dense tensor like each."""
+
+def launches() -> int:
+    """How many kernels have been launched in this process."""
 
 def device_types() -> list[str]:
     """Types of the devices that the core was built for."""

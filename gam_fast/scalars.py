@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .backends.base import Products, Scalar, accumulate_dtype
@@ -22,6 +21,7 @@ def add_up(values: Sequence[Tensor]) -> Tensor:
 def square_norm(values: Sequence[Tensor], on_host: bool) -> Scalar:
     """The sum of 0-dim tensors, one a device; a plain number when all parameters are on a CPU.
 
+    >>> import torch
     >>> square_norm([torch.tensor(9.0), torch.tensor(16.0)], on_host=True)
     25.0
     """
@@ -41,11 +41,9 @@ def is_finite(values: Sequence[Scalar | Products]) -> bool:
     >>> is_finite([1.0, [[2.0, 3.0, 4.0]]]), is_finite([float("inf")])
     (True, False)
     """
-    return all(
-        bool(torch.isfinite(value.cpu()).all())
-        if isinstance(value, Tensor)
-        else all(map(math.isfinite, (x for row in value for x in row)))
-        if isinstance(value, list)
-        else math.isfinite(value)
-        for value in values
-    )
+    return all(math.isfinite(x) for value in values for x in _numbers(value))
+
+
+def _numbers(value: Scalar | Products) -> list[float]:
+    found = value.tolist() if isinstance(value, Tensor) else value
+    return [x for row in found for x in row] if isinstance(found, list) else [found]

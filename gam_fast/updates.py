@@ -83,7 +83,16 @@ def sgd_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) 
 
 
 def adam_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) -> None:
-    """Restore, and one step of :class:`torch.optim.Adam` or AdamW along ``d`` (formula: :meth:`Backend.adam`)."""
+    """Restore, and one step of :class:`torch.optim.Adam` or AdamW along ``d`` (formula: :meth:`Backend.adam`).
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, which would repeat the bias correction of one step.
+    """
+    if leaves.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{type(base).__name__} counts its steps on the host, which a CUDA graph does not repeat: pass "
+            "capturable=True to capture it"
+        )
     groups = [
         AdamGroup(
             float(group["lr"]),
@@ -102,7 +111,7 @@ def adam_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction)
         state = dict(base.state.get(param, {}))
         if not state:
             step_dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            state["step"] = torch.zeros((), dtype=step_dtype)
+            state["step"] = torch.zeros((), dtype=step_dtype, device="cpu")  # whatever the default device
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         if groups[group].amsgrad and "max_exp_avg_sq" not in state:

@@ -84,7 +84,7 @@ class Walk:
         self.active: dict[Tensor, Shard] = {}
         self.complete = False
         self.finished = False
-        self._on_host = all(param.device.type == "cpu" for param, _ in self.params)
+        self._on_host = all(reads_are_free(param.device) for param, _ in self.params)
         self._totals: list[Scalar | Products] = []
         self._spare: dict[Tensor, Tensor] = {}
         self._versions: list[int] = []
@@ -137,6 +137,7 @@ class Walk:
         peak of a step does not grow.
         """
         if not self._begun:
+            self._check_capture()
             self._begun = True
             if self.settings.replay_rng:
                 self._rng = ReplayRNG({param.device for param, _ in self.params})
@@ -153,6 +154,16 @@ class Walk:
             self._rng.begin()
         self._statistics.begin()
         self._versions = [param._version for param, _ in self.params]
+
+    def _check_capture(self) -> None:
+        """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
+        if self.settings.on_nonfinite == "ignore" or not any(param.is_cuda for param, _ in self.params):
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"on_nonfinite={self.settings.on_nonfinite!r} looks at the norms of a step, which a CUDA graph cannot: "
+                "construct the optimizer with on_nonfinite='ignore' to capture it"
+            )
 
     @torch.no_grad()
     def collect(self, index: int) -> None:
@@ -317,6 +328,11 @@ class Walk:
         names = self.groups[group].get("param_names")
         called = f" ({names[position]})" if names else ""
         return f"parameter {position} of group {group}{called}, of shape {tuple(param.shape)},"
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a tensor there can be read without waiting for anything: norms and products then become numbers."""
+    return device.type == "cpu"
 
 
 def _gradient(param: Tensor) -> Tensor:

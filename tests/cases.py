@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +19,12 @@ import gam_fast
 
 BACKENDS = ["eager"] if os.environ.get("GAM_FAST_BUILD") == "none" else ["eager", "native"]
 """Those that every test of engine and primitives runs on; without the compiled core only where that is said."""
+
+CAN_EMULATE = "native" in BACKENDS and sys.platform == "linux" and platform.machine() == "x86_64"
+"""Whether a compiler is expected, and the emulator knows the processor."""
+
+EMULATED = ["emulated"] if CAN_EMULATE else []
+"""The CUDA core on the CPU (see emulated.py)."""
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import emulated
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, EMULATED
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,10 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, *EMULATED])
 def _on_each_backend(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the tests of the engine, which do not name a backend: all of them run on each."""
-    monkeypatch.setenv("GAM_FAST_BACKEND", request.param)
+    if request.param == "emulated":
+        emulated.use(monkeypatch)
+    else:
+        monkeypatch.setenv("GAM_FAST_BACKEND", request.param)

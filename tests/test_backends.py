@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import emulated
 import pytest
 import torch
-from cases import BACKENDS, DTYPES
+from cases import BACKENDS, DTYPES, EMULATED
 
 import gam_fast
 from gam_fast import backends
@@ -60,9 +61,12 @@ def instruction_sets():
     return [f"native-{name}" for name in _C.instruction_sets()]
 
 
-@pytest.fixture(params=["eager", *(instruction_sets() if "native" in BACKENDS else [])])
+@pytest.fixture(params=["eager", *(instruction_sets() if "native" in BACKENDS else []), *EMULATED])
 def backend(request, monkeypatch):
     monkeypatch.setattr(eager, "CPU_CHUNK", 1 << 13)  # so that leaves are cut
+    if request.param == "emulated":
+        yield emulated.backend()
+        return
     name, _, instruction_set = request.param.partition("-")
     if not instruction_set:
         yield backends.select(name, torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_graph
 import digits
 import pytest
 import torch
 from cases import BACKENDS
 from torch import nn
 
-from bench import kernels, models, overhead
+from bench import kernels, models, overhead, sass, throughput
 
 # raised inside a dependency of curvlinops
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -183,6 +185,52 @@ def test_the_benchmark_of_primitives_runs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         kernels.main(["--backends", "fast"])
     assert "--backends must be of eager, native, compile, got fast" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_throughput_runs(tmp_path, capsys):
+    options = ["--model", "mlp", "--batch", "4", "--repeats", "7", "--json", str(tmp_path / "figures.json")]
+    assert throughput.main(options) == 0
+    rows = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["method"], row["gradients"]) for row in rows] == [("torch", 1), ("SAM", 2), ("GSAM", 2), ("GAM", 4)]
+    assert all(row["examples_per_s"] > 0 for row in rows)
+    assert throughput.resnet18()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main(["--repeats", "1"])
+    assert "must be at least 7" in capsys.readouterr().err
+
+
+def test_the_example_of_a_cuda_graph_runs_or_says_what_it_needs(capsys):
+    assert cuda_graph.main() == 0
+    assert ("loss" if torch.cuda.is_available() else "needs a CUDA GPU") in capsys.readouterr().out
+
+
+LISTING = [
+    (0x00, "S2R R0, SR_TID.X"),
+    (0x10, "LDG.E.128 R4, desc[UR6][R2.64]"),
+    (0x20, "LDG.E.64 R8, desc[UR6][R2.64]"),
+    (0x30, "STG.E.128 desc[UR6][R2.64], R4"),
+    (0x40, "@P0 BRA 0x20"),
+    (0x50, "@P1 BRA 0x10"),
+    (0x60, "BRA 0x60"),
+    (0x70, "LDL R1, [R1]"),
+]
+
+
+def test_the_inspection_of_machine_code_finds_loops_and_what_exceeds_limits():
+    assert [len(loop) for loop in sass.loops(LISTING)] == [3]  # the inner one
+    limits = json.loads(sass.LIMITS.read_text(encoding="utf-8"))
+    good = sass.Kernel("sm_90", "perturb", "float", "", 32, 8, 0, 0, 2, 1, 256, 8, 1.0)
+    assert sass.check([good], limits) == []
+    for change, message in (
+        ({"spills": 2}, "2 spills"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"registers": 200}, "200 registers"),
+        ({"occupancy": 0.1}, "occupancy 0.10"),
+        ({"loads": 1}, "1 loads"),
+        ({"stores": 0}, "0 stores"),
+    ):
+        assert message in sass.check([dataclasses.replace(good, **change)], limits)[0]
+    assert sum("perturb" in line for line in sass.table([good], False)) == 1
 
 
 def test_the_models_of_the_benchmarks():

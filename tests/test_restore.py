@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_undoes_the_step(method_name, at, base, va
             if turn.index == at:
                 next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[3] = value
 
-    with pytest.raises(gam_fast.NonFiniteGradientError, match=f"pass {at} of"):
+    with pytest.raises(gam_fast.NonFiniteGradientError, match=f"(pass {at}|a pass) of"):
         spoiled()
     assert_same(before, everything(model, optimizer))
     check_the_next_step(model, optimizer, x, y)

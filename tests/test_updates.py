@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from cases import METHODS, closure_of, loss_of, make
 from torch import nn
 
 import gam_fast
+from gam_fast.backends.base import Leaves
 from gam_fast.updates import adam_update, fused_update, sgd_update
+from gam_fast.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("_on_each_backend")
 
@@ -284,3 +287,32 @@ def test_a_fused_adam_checkpoint_goes_on_in_torchs_own_step():
         plain.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_step_counters_stay_on_the_cpu_whatever_the_default_device():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.Base([weight], torch.optim.AdamW)
+    weight.grad = torch.ones(2)
+    with torch.device("meta"):
+        optimizer.step()
+    assert optimizer.state[weight]["step"].device.type == "cpu"
+
+
+class OnCuda:
+    is_cuda = True
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
+def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, policy):
+    """What asks for the device is told of one; the rest of a capture needs a GPU (test_gpu.py)."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.GAM([weight], torch.optim.AdamW, on_nonfinite=policy)
+    with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
+        adam_update(optimizer.base, None, Leaves([OnCuda()], [0]), None)
+    step = SimpleNamespace(settings=SimpleNamespace(on_nonfinite=policy), params=[(OnCuda(), 0)])
+    if policy == "ignore":
+        Walk._check_capture(step)
+    else:
+        with pytest.raises(RuntimeError, match=f"on_nonfinite='{policy}' looks at the norms.*on_nonfinite='ignore'"):
+            Walk._check_capture(step)

@@ -35,17 +35,69 @@ __device__ __forceinline__ void* data_of(const Row& row, int list) {
   return reinterpret_cast<void* const*>(&row + 1)[list];
 }
 
-template <class T>
+// The types of a launch: of all its leaves, for parameters and for the state of the base optimizer, where all can be
+// walked in the order of memory; or Any, where each leaf has those that its row says, and any layout.
+template <class T, class S = T>
+struct Only {};
+struct Any {};
+
+template <class Types>
+inline constexpr bool kIsAny = false;
+template <>
+inline constexpr bool kIsAny<Any> = true;
+
+// The least number of blocks on a multiprocessor that the compiler is to aim at, 0 for no aim. Left to itself it keeps
+// some registers of the widest kernels in memory (`make sass` shows it).
+template <class Types, int OfAny = 2, int OfDouble = 0>
+inline constexpr int kResident = 0;
+template <int OfAny, int OfDouble>
+inline constexpr int kResident<Any, OfAny, OfDouble> = OfAny;
+template <int OfAny, int OfDouble>
+inline constexpr int kResident<Only<double>, OfAny, OfDouble> = OfDouble;
+
+// Where the i-th element in logical order lies in the array of a list.
+static __device__ __noinline__ int64_t offset_of(const int64_t* layout, int list, int64_t i) {
+  const int dims = static_cast<int>(layout[0]);
+  const int64_t* sizes = layout + 1;
+  const int64_t* own = sizes + dims + list * (1 + dims);
+  if (own[0] == 0) return i;
+  const int64_t* strides = own + 1;
+  int64_t result = 0;
+#pragma unroll 1
+  for (int d = dims - 1; d > 0; --d) {
+    const int64_t rest = i / sizes[d];
+    result += (i - rest * sizes[d]) * strides[d];
+    i = rest;
+  }
+  return result + i * strides[0];
+}
+
+// How the elements of an array are found.
+template <bool AnyLayout>
+class Place {
+ public:
+  __device__ __forceinline__ Place(const Table&, const Row&, int) {}
+  __device__ __forceinline__ int64_t operator()(int64_t i) const { return i; }
+};
+
+template <>
+class Place<true> {
+ public:
+  __device__ __forceinline__ Place(const Table& table, const Row& row, int list)
+      : layout_(row.layout < 0 ? nullptr : table.layouts + row.layout), list_(list) {}
+  __device__ __forceinline__ int64_t operator()(int64_t i) const { return layout_ ? offset_of(layout_, list_, i) : i; }
+
+ private:
+  const int64_t* layout_;
+  int list_;
+};
+
+template <class Types, class T>
 class View {
  public:
   __device__ __forceinline__ View(const Table& table, const Row& row, int list)
-      : data_(static_cast<T*>(data_of(row, list))) {
-    if (row.layout < 0) return;
-    const int64_t* layout = table.layouts + row.layout;
-    const int64_t dims = layout[0];
-    const int64_t* own = layout + 1 + dims + list * (1 + dims);
-    if (own[0] == 0) return;
-    dims_ = static_cast<int>(dims), sizes_ = layout + 1, strides_ = own + 1;
+      : data_(static_cast<T*>(data_of(row, list))), place_(table, row, list) {
+    GAM_ASSUME_GLOBAL(data_);
   }
 
   // V elements from the i-th on: a whole number of aligned vectors, or one element wherever it lies.
@@ -53,7 +105,7 @@ class View {
   __device__ __forceinline__ Pack<T, V> load(int64_t i) const {
     Pack<T, V> pack;
     if constexpr (V == 1) {
-      pack.v[0] = data_[offset(i)];
+      pack.v[0] = data_[place_(i)];
     } else {
       static_assert(sizeof(pack) % 16 == 0, "whole vectors");
       const uint4* from = reinterpret_cast<const uint4*>(data_ + i);
@@ -69,7 +121,7 @@ class View {
   template <int V>
   __device__ __forceinline__ void store(int64_t i, const Pack<T, V>& pack) const {
     if constexpr (V == 1) {
-      data_[offset(i)] = pack.v[0];
+      data_[place_(i)] = pack.v[0];
     } else {
       uint4* to = reinterpret_cast<uint4*>(data_ + i);
 #pragma unroll
@@ -100,23 +152,8 @@ class View {
   }
 
  private:
-  // Where the i-th element in logical order lies.
-  __device__ __forceinline__ int64_t offset(int64_t i) const {
-    if (!strides_) return i;
-    int64_t result = 0;
-#pragma unroll 1
-    for (int d = dims_ - 1; d > 0; --d) {
-      const int64_t rest = i / sizes_[d];
-      result += (i - rest * sizes_[d]) * strides_[d];
-      i = rest;
-    }
-    return result + i * strides_[0];
-  }
-
   T* data_;
-  int dims_ = 0;
-  const int64_t* sizes_ = nullptr;
-  const int64_t* strides_ = nullptr;
+  Place<kIsAny<Types>> place_;
 };
 
 // Calls f(Constant<V>, i, 0) for the packs of a piece that are this thread's, and f(Constant<1>, i, k) for single
@@ -137,18 +174,12 @@ __device__ __forceinline__ void each_pack(const Piece& piece, bool packed, F f) 
   }
 }
 
-// The types of a launch: of all its leaves (of their parameters, and of the state of the base optimizer), or of each
-// leaf what its row says.
-template <class T, class S = T>
-struct Only {};
-struct Mixed {};
-
 template <class T, class F>
 __device__ __forceinline__ void with_type(Only<T>, const Row&, F f) {
   f(T());
 }
 template <class F>
-__device__ __forceinline__ void with_type(Mixed, const Row& row, F f) {
+__device__ __forceinline__ void with_type(Any, const Row& row, F f) {
   switch (row.dtype) {
     case Dtype::kDouble:
       return f(double());
@@ -166,7 +197,7 @@ __device__ __forceinline__ void with_types(Only<T, S>, const Row&, F f) {
   f(T(), S());
 }
 template <class F>
-__device__ __forceinline__ void with_types(Mixed, const Row& row, F f) {
+__device__ __forceinline__ void with_types(Any, const Row& row, F f) {
   const bool wider = row.state != row.dtype;
   switch (row.dtype) {
     case Dtype::kDouble:

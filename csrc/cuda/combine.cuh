@@ -41,7 +41,7 @@ __device__ __forceinline__ Combine<O> combine_of(const double* factor) {
 
 // The terms of one leaf; their lists start at number `first` of the table. How many there are is the same for all
 // threads of a block, so the branches on it cost next to nothing, and everything is read before the first is used.
-template <class T>
+template <class Types, class T>
 class Combined {
   using O = opmath_t<T>;
 
@@ -81,7 +81,7 @@ class Combined {
 
  private:
   int terms_;
-  View<T> x_, y_, z_;
+  View<Types, T> x_, y_, z_;
 };
 
 }  // namespace gam::cuda

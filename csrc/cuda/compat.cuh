@@ -8,12 +8,15 @@
 #include <cuda_runtime.h>
 #define GAM_PARAM(T) const __grid_constant__ T  // stays in the constant bank, is never copied
 #define GAM_SHARED(T, name, n) __shared__ T name[n]
+// Pointers that come from a table could point to anything; those to global memory have instructions of their own.
+#define GAM_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
 #define GAM_START(kernel, blocks, threads, stream, ...) \
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
 #include "cuemu.h"
 #define GAM_PARAM(T) const T&
 #define GAM_SHARED(T, name, n) CUEMU_SHARED(T, name, n)
+#define GAM_ASSUME_GLOBAL(pointer)
 #define GAM_START(kernel, blocks, threads, stream, ...) \
   cuemu::launch(static_cast<unsigned>(blocks), threads, [&] { kernel(__VA_ARGS__); })
 #endif

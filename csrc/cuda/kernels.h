@@ -7,8 +7,9 @@
 
 namespace gam::cuda {
 
-// The types of the leaves, and of the state of the base optimizer.
-enum class Types : uint8_t { kDouble, kFloat, kBFloat16, kHalf, kBFloat16WithFloat, kHalfWithFloat, kMixed };
+// The types of all leaves, and of the state of the base optimizer; kAny where they differ, or where a leaf cannot be
+// walked in the order of memory.
+enum class Types : uint8_t { kDouble, kFloat, kBFloat16, kHalf, kBFloat16WithFloat, kHalfWithFloat, kAny };
 
 // A grid of as many blocks, on a stream (a cudaStream_t).
 struct Grid {
@@ -21,7 +22,7 @@ void inner_products(const Grid& grid, Types types, bool with_m, const InnerProdu
 // `columns` is 1 or kSums.
 void totals(const Grid& grid, int columns, const TotalsArguments& arguments);
 void perturb(const Grid& grid, Types types, bool difference, bool weighted, const PerturbArguments& arguments);
-void copy(const Grid& grid, const CopyArguments& arguments);
+void copy(const Grid& grid, Types types, const CopyArguments& arguments);
 void materialise(const Grid& grid, Types types, const MaterialiseArguments& arguments);
 void sgd(const Grid& grid, Types types, const SgdArguments& arguments);
 void adam(const Grid& grid, Types types, const AdamArguments& arguments);

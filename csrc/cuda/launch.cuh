@@ -30,6 +30,15 @@ inline void check_launch([[maybe_unused]] const char* kernel) {
     check_launch(#kernel);                                                   \
   } while (false)
 
+template <class F>
+void with_flag(bool value, F f) {
+  if (value) {
+    f(Constant<true>());
+  } else {
+    f(Constant<false>());
+  }
+}
+
 // Calls f with the types as a type: of parameters alone, or with those of the state.
 template <class F>
 void with_parameters(Types types, F f) {
@@ -44,8 +53,8 @@ void with_parameters(Types types, F f) {
     case Types::kHalf:
     case Types::kHalfWithFloat:
       return f(Only<Half>());
-    case Types::kMixed:
-      return f(Mixed());
+    case Types::kAny:
+      return f(Any());
   }
 }
 

@@ -4,21 +4,20 @@
 namespace gam::cuda {
 
 void perturb(const Grid& grid, Types types, bool difference, bool weighted, const PerturbArguments& arguments) {
+  const auto launch = [&](auto only, auto difference_, auto weighted_, auto folding) {
+    GAM_LAUNCH((perturb_kernel<decltype(only), difference_.value, weighted_.value, folding.value>), grid, kBlock,
+               arguments);
+  };
   with_parameters(types, [&](auto only) {
-    using T = decltype(only);
-    if (difference && weighted) {
-      GAM_LAUNCH((perturb_kernel<T, true, true>), grid, kBlock, arguments);
-    } else if (difference) {
-      GAM_LAUNCH((perturb_kernel<T, true, false>), grid, kBlock, arguments);
-    } else if (weighted) {
-      GAM_LAUNCH((perturb_kernel<T, false, true>), grid, kBlock, arguments);
-    } else {
-      GAM_LAUNCH((perturb_kernel<T, false, false>), grid, kBlock, arguments);
-    }
+    with_flag(difference, [&](auto d) {
+      with_flag(weighted, [&](auto w) { with_flag(arguments.folds > 0, [&](auto f) { launch(only, d, w, f); }); });
+    });
   });
 }
 
-void copy(const Grid& grid, const CopyArguments& arguments) { GAM_LAUNCH(copy_kernel, grid, kBlock, arguments); }
+void copy(const Grid& grid, Types types, const CopyArguments& arguments) {
+  with_parameters(types, [&](auto only) { GAM_LAUNCH((copy_kernel<decltype(only)>), grid, kBlock, arguments); });
+}
 
 void materialise(const Grid& grid, Types types, const MaterialiseArguments& arguments) {
   with_parameters(types, [&](auto only) { GAM_LAUNCH((materialise_kernel<decltype(only)>), grid, kBlock, arguments); });

@@ -6,8 +6,9 @@
 
 namespace gam::cuda {
 
-template <class Types, bool Difference, bool Weighted>
-__global__ void __launch_bounds__(kBlock) perturb_kernel(GAM_PARAM(PerturbArguments) arguments) {
+template <class Types, bool Difference, bool Weighted, bool Folding>
+__global__ void __launch_bounds__(kBlock, kResident<Types, 2, 4>)
+    perturb_kernel(GAM_PARAM(PerturbArguments) arguments) {
   using Lists = PerturbArguments;
   const Table& table = arguments.table;
   const Piece piece = table.pieces[blockIdx.x];
@@ -22,8 +23,8 @@ __global__ void __launch_bounds__(kBlock) perturb_kernel(GAM_PARAM(PerturbArgume
     using T = decltype(type);
     using O = opmath_t<T>;
     constexpr int V = kPack<T>;
-    const View<T> params(table, row, Lists::kParams), backup(table, row, Lists::kBackup);
-    const View<T> a(table, row, Lists::kA), b(table, row, Lists::kB);
+    const View<Types, T> params(table, row, Lists::kParams), backup(table, row, Lists::kBackup);
+    const View<Types, T> a(table, row, Lists::kA), b(table, row, Lists::kB);
     const Perturb<O> perturb{static_cast<O>(factor[0])};
     const Weigh<O> weigh{static_cast<O>(group.eta)};
     const bool from_backup = arguments.from_start && !arguments.save;
@@ -49,47 +50,45 @@ __global__ void __launch_bounds__(kBlock) perturb_kernel(GAM_PARAM(PerturbArgume
 #pragma unroll
       for (int k = 0; k < W; ++k) v.v[k] = perturb(value_of(stored.v[k]), v.v[k]);
       params.template put_values<W>(i, v);
-      for (int f = 0; f < arguments.folds; ++f) {
-        const View<T> into(table, row, Lists::kFolds + 2 * f), other(table, row, Lists::kFolds + 2 * f + 1);
-        const Fold<O> fold{static_cast<O>(group.k[f]), static_cast<O>(group.l[f])};
-        Pack<O, W> x = into.template values<W>(i);
-        const Pack<O, W> y = other.template values<W>(i);
+      if constexpr (Folding) {
+#pragma unroll 1
+        for (int f = 0; f < arguments.folds; ++f) {
+          const View<Types, T> into(table, row, Lists::kFolds + 2 * f), other(table, row, Lists::kFolds + 2 * f + 1);
+          const Fold<O> fold{static_cast<O>(group.k[f]), static_cast<O>(group.l[f])};
+          Pack<O, W> x = into.template values<W>(i);
+          const Pack<O, W> y = other.template values<W>(i);
 #pragma unroll
-        for (int k = 0; k < W; ++k) x.v[k] = fold(x.v[k], y.v[k]);
-        into.template put_values<W>(i, x);
+          for (int k = 0; k < W; ++k) x.v[k] = fold(x.v[k], y.v[k]);
+          into.template put_values<W>(i, x);
+        }
       }
     });
   });
 }
 
-// Bits, of whatever type.
-template <class Bits>
+template <class Types, class T>
 __device__ __forceinline__ void copy_piece(const Table& table, const Row& row, const Piece& piece, int from, int to) {
-  const View<Bits> source(table, row, from), target(table, row, to);
-  constexpr int V = kPack<Bits>;
+  const View<Types, T> source(table, row, from), target(table, row, to);
+  constexpr int V = kPack<T>;
   each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
     constexpr int W = decltype(pack)::value;
     target.template store<W>(i, source.template load<W>(i));
   });
 }
 
-__global__ void __launch_bounds__(kBlock) copy_kernel(GAM_PARAM(CopyArguments) arguments) {
+template <class Types>
+__global__ void __launch_bounds__(kBlock, kResident<Types>) copy_kernel(GAM_PARAM(CopyArguments) arguments) {
   using Lists = CopyArguments;
   const Table& table = arguments.table;
   const Piece piece = table.pieces[blockIdx.x];
   const Row& row = row_of(table, piece.leaf);
-  switch (row.dtype) {
-    case Dtype::kDouble:
-      return copy_piece<double>(table, row, piece, Lists::kFrom, Lists::kTo);
-    case Dtype::kFloat:
-      return copy_piece<float>(table, row, piece, Lists::kFrom, Lists::kTo);
-    default:
-      return copy_piece<Half>(table, row, piece, Lists::kFrom, Lists::kTo);
-  }
+  with_type(Types(), row,
+            [&](auto type) { copy_piece<Types, decltype(type)>(table, row, piece, Lists::kFrom, Lists::kTo); });
 }
 
 template <class Types>
-__global__ void __launch_bounds__(kBlock) materialise_kernel(GAM_PARAM(MaterialiseArguments) arguments) {
+__global__ void __launch_bounds__(kBlock, kResident<Types>)
+    materialise_kernel(GAM_PARAM(MaterialiseArguments) arguments) {
   using Lists = MaterialiseArguments;
   const Table& table = arguments.table;
   const Piece piece = table.pieces[blockIdx.x];
@@ -102,14 +101,14 @@ __global__ void __launch_bounds__(kBlock) materialise_kernel(GAM_PARAM(Materiali
     using T = decltype(type);
     using O = opmath_t<T>;
     constexpr int V = kPack<T>;
-    const Combined<T> combined(table, row, Lists::kTerms, mixture);
+    const Combined<Types, T> combined(table, row, Lists::kTerms, mixture);
     const Combine<O> combine = combine_of<O>(factor);
-    const View<T> out(table, row, Lists::kOut);
+    const View<Types, T> out(table, row, Lists::kOut);
     each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
       constexpr int W = decltype(pack)::value;
       out.template put_values<W>(i, combined.template values<W>(i, combine));
     });
-    if (arguments.restore) copy_piece<T>(table, row, piece, Lists::kFrom, Lists::kTo);
+    if (arguments.restore) copy_piece<Types, T>(table, row, piece, Lists::kFrom, Lists::kTo);
   });
 }
 

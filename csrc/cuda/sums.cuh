@@ -10,8 +10,10 @@
 
 namespace gam::cuda {
 
-// Packs of each list that a thread reads before it uses the first: with 2,048 threads on a multiprocessor that is 128
-// KiB under way, more than the 40 KiB that keep the memory of an H100 busy (3.35 TB/s for 0.6 µs, by 132 of them).
+// How often the loops over packs are unrolled. The compiler then reads four packs of one list before it uses the first;
+// of two lists mostly two each, and of the terms of products one each. With eight blocks on a multiprocessor four packs
+// are 128 KiB under way, and two or three still more than the 20 KiB or so that keep the memory of an H100 busy (3.35
+// TB/s for about 0.7 µs, by 132 multiprocessors).
 inline constexpr int kReadsAhead = 4;
 
 // sum[slot] += x y. The slot of a single element is known at run time only, but registers cannot be indexed.
@@ -24,7 +26,8 @@ __device__ __forceinline__ void add_product(O (&sum)[V], int slot, O x, O y) {
 }
 
 template <class Types, bool Difference, bool Weighted>
-__global__ void __launch_bounds__(kBlock) square_norm_kernel(GAM_PARAM(SquareNormArguments) arguments) {
+__global__ void __launch_bounds__(kBlock, kResident<Types>)
+    square_norm_kernel(GAM_PARAM(SquareNormArguments) arguments) {
   using Lists = SquareNormArguments;
   const Table& table = arguments.table;
   const Piece piece = table.pieces[blockIdx.x];
@@ -34,7 +37,7 @@ __global__ void __launch_bounds__(kBlock) square_norm_kernel(GAM_PARAM(SquareNor
     using T = decltype(type);
     using O = opmath_t<T>;
     constexpr int V = kPack<T>;
-    const View<T> a(table, row, Lists::kA), b(table, row, Lists::kB), theta(table, row, Lists::kTheta);
+    const View<Types, T> a(table, row, Lists::kA), b(table, row, Lists::kB), theta(table, row, Lists::kTheta);
     const Weigh<O> weigh{Weighted ? static_cast<O>(number(arguments.eta, row.group)) : O(0)};
     O sum[V] = {};
     each_pack<V, kReadsAhead>(piece, row.packed, [&](auto pack, int64_t i, int slot) {
@@ -61,7 +64,8 @@ __global__ void __launch_bounds__(kBlock) square_norm_kernel(GAM_PARAM(SquareNor
 }
 
 template <class Types, bool WithM>
-__global__ void __launch_bounds__(kBlock) inner_products_kernel(GAM_PARAM(InnerProductsArguments) arguments) {
+__global__ void __launch_bounds__(kBlock, kResident<Types>)
+    inner_products_kernel(GAM_PARAM(InnerProductsArguments) arguments) {
   const Table& table = arguments.table;
   const Piece piece = table.pieces[blockIdx.x];
   const Row& row = row_of(table, piece.leaf);
@@ -71,7 +75,7 @@ __global__ void __launch_bounds__(kBlock) inner_products_kernel(GAM_PARAM(InnerP
     using T = decltype(type);
     using O = opmath_t<T>;
     constexpr int V = kPack<T>;
-    const Combined<T> combined(table, row, InnerProductsArguments::kTerms, u);
+    const Combined<Types, T> combined(table, row, InnerProductsArguments::kTerms, u);
     const Combine<O> of_u = combine_of<O>(u.p);
     const Combine<O> of_m = combine_of<O>(WithM ? number(arguments.m, row.group).p : u.p);
     O uu[V] = {}, um[V] = {}, mm[V] = {};

@@ -6,7 +6,7 @@
 namespace gam::cuda {
 
 template <class Types>
-__global__ void __launch_bounds__(kBlock) sgd_kernel(GAM_PARAM(SgdArguments) arguments) {
+__global__ void __launch_bounds__(kBlock, kResident<Types>) sgd_kernel(GAM_PARAM(SgdArguments) arguments) {
   using Lists = SgdArguments;
   const Table& table = arguments.table;
   const Piece piece = table.pieces[blockIdx.x];
@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kBlock) sgd_kernel(GAM_PARAM(SgdArguments) arg
       formula[0] = Sgd<O>(group.lr, group.momentum, group.dampening, group.weight_decay, group.maximize, first);
     }
     __syncthreads();
-    const Sgd<O> sgd = formula[0];
+    const Sgd<O>& sgd = formula[0];
     const bool decays = sgd.weight_decay != O(0);
-    const View<T> params(table, row, Lists::kParams), theta(table, row, Lists::kTheta);
-    const View<S> buffer(table, row, Lists::kBuffer);
-    const Combined<T> combined(table, row, Lists::kTerms, numbers.d);
+    const View<Types, T> params(table, row, Lists::kParams), theta(table, row, Lists::kTheta);
+    const View<Types, S> buffer(table, row, Lists::kBuffer);
+    const Combined<Types, T> combined(table, row, Lists::kTerms, numbers.d);
     const Combine<O> combine = combine_of<O>(factor);
     each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
       constexpr int W = decltype(pack)::value;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kBlock) sgd_kernel(GAM_PARAM(SgdArguments) arg
 }
 
 template <class Types>
-__global__ void __launch_bounds__(kBlock) adam_kernel(GAM_PARAM(AdamArguments) arguments) {
+__global__ void __launch_bounds__(kBlock, kResident<Types, 1>) adam_kernel(GAM_PARAM(AdamArguments) arguments) {
   using Lists = AdamArguments;
   const Table& table = arguments.table;
   const Piece piece = table.pieces[blockIdx.x];
@@ -77,12 +77,12 @@ __global__ void __launch_bounds__(kBlock) adam_kernel(GAM_PARAM(AdamArguments) a
                            group.maximize, corrections.step_size, corrections.root_correction);
     }
     __syncthreads();
-    const Adam<O> adam = formula[0];
+    const Adam<O>& adam = formula[0];
     const bool decays = adam.weight_decay != O(0);
-    const View<T> params(table, row, Lists::kParams), theta(table, row, Lists::kTheta);
-    const View<S> average(table, row, Lists::kAverage), square(table, row, Lists::kSquare);
-    const View<S> largest(table, row, Lists::kLargest);
-    const Combined<T> combined(table, row, Lists::kTerms, numbers.d);
+    const View<Types, T> params(table, row, Lists::kParams), theta(table, row, Lists::kTheta);
+    const View<Types, S> average(table, row, Lists::kAverage), square(table, row, Lists::kSquare);
+    const View<Types, S> largest(table, row, Lists::kLargest);
+    const Combined<Types, T> combined(table, row, Lists::kTerms, numbers.d);
     const Combine<O> combine = combine_of<O>(factor);
     each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
       constexpr int W = decltype(pack)::value;

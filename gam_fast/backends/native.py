@@ -34,13 +34,43 @@ if _release(_C.torch_version) != _release(torch.__version__):
     )
 
 
+MAX_PLANS = 4
+"""Plans that an optimizer keeps on each device."""
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    """Why the kernels do not run on this GPU: code runs on the same major number, PTX on all that is newer."""
+    capability = torch.cuda.get_device_capability(device)
+    if runs_on(capability, _C.cuda_architectures):
+        return None
+    return (
+        f"the compiled core has CUDA code for {_C.cuda_architectures}, the GPU is of {capability[0]}.{capability[1]}; "
+        "TORCH_CUDA_ARCH_LIST chooses at installation"
+    )
+
+
+def runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether code for a list such as ``8.0;9.0+PTX`` runs on a GPU of this compute capability.
+
+    >>> [runs_on(capability, "8.0;9.0+PTX") for capability in ((7, 5), (8, 6), (9, 0), (10, 0))]
+    [False, True, True, True]
+    """
+    for name in architectures.replace(" ", ";").split(";"):
+        major, _, minor = name.removesuffix("+PTX").partition(".")
+        built = (int(major), int("".join(filter(str.isdigit, minor)) or 0)) if major.isdigit() else None
+        if built and (built[0] == capability[0] or name.endswith("+PTX")) and built <= capability:
+            return True
+    return False
+
+
 class NativeBackend:
     """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
 
     name = "native"
+    core = _C
 
     def __init__(self) -> None:
-        self._plan: _C.Plan | None = None
+        self._plans: list[_C.Plan] = []  # the last one used first
 
     @staticmethod
     def describe() -> str:
@@ -52,26 +82,30 @@ class NativeBackend:
     @staticmethod
     def refusal(device: torch.device) -> str | None:
         if device.type in _C.device_types():
-            return None
+            return _why_not_on(device) if device.type == "cuda" else None
         return f"the compiled core was built for {' and '.join(_C.device_types())} tensors only"
 
     def _plan_for(self, leaves: Leaves) -> _C.Plan:
-        """The plan of the step before where it fits; looked at once a step, and when leaves were added."""
+        """The plan of a step before where one fits; looked at once a step, and when leaves were added.
+
+        A few are kept, for models of which now these parameters take part, now those.
+        """
         plan = leaves.cache.get("plan")
-        if isinstance(plan, _C.Plan) and leaves.cache.get("plan_count") == len(leaves.params):
+        if isinstance(plan, self.core.Plan) and leaves.cache.get("plan_count") == len(leaves.params):
             return plan
-        if self._plan is None or not self._plan.fits(leaves.params, leaves.group):
-            self._plan = _C.Plan(leaves.params, leaves.group)
-        leaves.cache.update(plan=self._plan, plan_count=len(leaves.params))
-        return self._plan
+        found = next((plan for plan in self._plans if plan.fits(leaves.params, leaves.group)), None)
+        found = found or self.core.Plan(leaves.params, leaves.group)
+        self._plans = [found, *(plan for plan in self._plans if plan is not found)][:MAX_PLANS]
+        leaves.cache.update(plan=found, plan_count=len(leaves.params))
+        return found
 
     def allocate(self, like: TensorList) -> TensorList:
-        return _C.empty_like(like)
+        return self.core.empty_like(like)
 
     def square_norm(
         self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
-        return _C.square_norm(self._plan_for(leaves), leaves, a, b, eta)
+        return self.core.square_norm(self._plan_for(leaves), leaves, a, b, eta)
 
     def perturb(
         self,
@@ -87,18 +121,18 @@ class NativeBackend:
     ) -> None:
         plan = self._plan_for(leaves)
         if self._takes_sums(leaves):
-            _C.perturb(plan, leaves, a, b, radius, _on_device(square, leaves), from_start, eta, folds)
+            self.core.perturb(plan, leaves, a, b, radius, _on_device(square, leaves), from_start, eta, folds)
         else:
-            _C.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, folds)
+            self.core.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, folds)
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
-        return _C.inner_products(self._plan_for(leaves), u.terms, u.p, None if m is None else m.p, groups)
+        return self.core.inner_products(self._plan_for(leaves), u.terms, u.p, None if m is None else m.p, groups)
 
     def restore(self, leaves: Leaves) -> None:
-        _C.restore(self._plan_for(leaves), leaves)
+        self.core.restore(self._plan_for(leaves), leaves)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
-        _C.direction(self._plan_for(leaves), leaves, self._direction(leaves, d), out)
+        self.core.direction(self._plan_for(leaves), leaves, self._direction(leaves, d), out)
 
     def sgd(
         self,
@@ -111,7 +145,7 @@ class NativeBackend:
         if not self._takes_state(leaves, momentum_buffer):
             EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
             return
-        _C.sgd(self._plan_for(leaves), leaves, self._direction(leaves, d), momentum_buffer, first, groups)
+        self.core.sgd(self._plan_for(leaves), leaves, self._direction(leaves, d), momentum_buffer, first, groups)
 
     def adam(
         self,
@@ -123,11 +157,11 @@ class NativeBackend:
         step: Sequence[float],
         groups: Sequence[AdamGroup],
     ) -> None:
-        if not self._takes_state(leaves, exp_avg):
+        if not self._takes_state(leaves, exp_avg, exp_avg_sq, max_exp_avg_sq):
             EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
             return
         plan, d = self._plan_for(leaves), self._direction(leaves, d)
-        _C.adam(plan, leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
+        self.core.adam(plan, leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
 
     @staticmethod
     def _takes_sums(leaves: Leaves) -> bool:
@@ -140,17 +174,18 @@ class NativeBackend:
             return Direction(d.terms, scalars.factors(d))  # type: ignore[arg-type]  # numbers on a CPU
         return d if d.products is None else replace(d, products=_on_device(d.products, leaves))
 
-    def _takes_state(self, leaves: Leaves, state: Sequence[Tensor | None]) -> bool:
+    def _takes_state(self, leaves: Leaves, *state: Sequence[Tensor | None]) -> bool:
         """Whether the core takes state of these dtypes.
 
-        It differs from the parameter's where a model was converted after its optimizer had stepped. On a GPU, fp32
+        They differ from the parameter's where a model was converted after its optimizer had stepped. On a GPU, fp32
         beside 16 bits is taken as it is; the rest is left to the eager backend.
         """
         wider = self._takes_sums(leaves)
-        return all(
-            s is None or s.dtype == p.dtype or (wider and s.dtype == torch.float32 and p.dtype.itemsize == 2)
-            for s, p in zip(state, leaves.params, strict=True)
-        )
+        for param, *values in zip(leaves.params, *state, strict=True):
+            dtypes = {value.dtype for value in values if value is not None} or {param.dtype}
+            if dtypes != {param.dtype} and not (wider and dtypes == {torch.float32} and param.dtype.itemsize == 2):
+                return False
+        return True
 
 
 def _on_device(value: Scalar | Products, leaves: Leaves) -> Tensor:

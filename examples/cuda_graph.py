@@ -1,0 +1,59 @@
+"""A whole step of GAM, four forward and backward passes and the update, as one CUDA graph.
+
+A graph repeats what the device did while it was captured, with the addresses and numbers that the host knew then. So
+
+- the optimizer is run a few times first, on a side stream, so that its momentum exists (PyTorch's rule for all graphs);
+- ``replay_rng=False``: the random state of the host is no part of a graph;
+- ``on_nonfinite="ignore"``: to raise an error, the host would have to look at the norms;
+- the learning rate and the radii are those at the capture; change one, and capture again;
+- Adam and AdamW count their steps on the host: they need ``capturable=True``;
+- parameters and optimizer are kept as long as the graph, which works on their memory.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gam_fast
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("this example needs a CUDA GPU, and a CUDA build of torch that sees it")
+        return 0
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 10)).cuda()
+    optimizer = gam_fast.GAM(
+        model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, replay_rng=False, on_nonfinite="ignore"
+    )
+    inputs, labels = torch.randn(128, 64, device="cuda"), torch.randint(10, (128,), device="cuda")
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step(closure)
+    torch.cuda.current_stream().wait_stream(side)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = optimizer.step(closure)
+    for step in range(200):
+        inputs.normal_()  # new data goes into the same memory
+        labels.copy_(inputs[:, :10].argmax(1))
+        graph.replay()
+        if step % 50 == 0:
+            print(f"step {step}: loss {float(loss):.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
