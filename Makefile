@@ -6,6 +6,11 @@ TORCH ?= torch>=2.6
 BOOTSTRAP ?= python3
 VENV := .venv
 CXX ?= g++
+# The CUDA toolkit of the nvcc on the path, which may be a wrapper script.
+CUDA_HOME ?= $(shell nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^\#\$$ _*TOP=//p' | head -1)
+ifneq ($(CUDA_HOME),)
+  export CUDA_HOME
+endif
 STRESS_FLAGS = -std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math \
   -I"$$($(PY) -c 'from torch.utils.cpp_extension import include_paths; print(include_paths()[0])')"
 
@@ -18,7 +23,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench sanitize gpu setup-demo setup-test setup-lint clean
+.PHONY: help demo test lint bench sanitize sass ptx gpu setup-demo setup-test setup-lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -75,7 +80,7 @@ bench: setup-test  ## time of each method's step and of its primitives, against 
 	$(PY) -m bench.kernels $(ARGS)
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.
-SANITIZED_TESTS ?= test_backends.py test_native.py test_properties.py
+SANITIZED_TESTS ?= test_backends.py test_native.py test_cuda.py test_properties.py
 sanitize: setup-test  ## the core under the address, undefined-behaviour and thread sanitizers
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "make sanitize runs on Linux"; exit 1; }
 	@mkdir -p build/sanitize
@@ -86,14 +91,32 @@ sanitize: setup-test  ## the core under the address, undefined-behaviour and thr
 	cd build/sanitize/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=PASSIVE GAM_FAST_SANITIZED=1 \
 	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
-	  -o pythonpath=$(CURDIR)/tests -k "not memory_is_lost and not three_buffers" \
+	  -o pythonpath=$(CURDIR)/tests -k "not memory_is_lost and not three_buffers and not planted and not step_is_as_many" \
 	  $(addprefix $(CURDIR)/tests/,$(SANITIZED_TESTS)) $(ARGS)
 
-gpu: setup-test  ## what waits for a real GPU: the tests marked gpu, and the benchmark on it
+sass: setup-test  ## registers, spills, vector accesses, occupancy of the CUDA kernels (a core for CUDA, no GPU)
+	$(PY) -m bench.sass $(ARGS)
+
+ptx:  ## PTX of the CUDA kernels for sm_90, with their names and arguments as JSON, in build/ptx (nvcc, no GPU)
+	$(PY) -m bench.ptx $(ARGS)
+
+# Everything that waits for a GPU, in less than ten minutes and without a network (PYTHON=<interpreter with torch>). Built
+# for the GPU at hand only; results go to bench/results/<gpu>*.json.
+gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell $(PY) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+gpu: export GAM_FAST_BUILD = cuda
+gpu: setup-test  ## what waits for a real GPU: tests, compute-sanitizer, benchmarks (results in bench/results)
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "torch sees no CUDA GPU: install a CUDA build of torch and run on a machine with a GPU"; exit 1; }
 	$(PY) -m pytest -m gpu $(ARGS)
-	$(PY) -m bench.overhead --device cuda --json bench/results/overhead_cuda.json
+	@if command -v compute-sanitizer >/dev/null; then \
+	  for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
+	      tests/test_cuda.py -k "lengths or bits" || exit 1; \
+	  done; else echo "compute-sanitizer is not found: it comes with a CUDA toolkit; memcheck and racecheck left out"; fi
+	@gpu="$$($(PY) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')" && \
+	  $(PY) -m bench.kernels --device cuda --json "bench/results/$${gpu}_kernels.json" && \
+	  $(PY) -m bench.overhead --device cuda --json "bench/results/$${gpu}_overhead.json" && \
+	  $(PY) -m bench.throughput --device cuda --json "bench/results/$${gpu}.json"
 
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .venv-cuda

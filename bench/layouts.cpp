@@ -1,0 +1,104 @@
+// Prints the arguments of the CUDA kernels as JSON: the size of each structure, and where its fields lie. For those who
+// execute the kernels' PTX by other means than CUDA (see bench/ptx.py).
+
+#include <cstddef>
+#include <cstdio>
+
+#include "../csrc/cuda/arguments.h"
+
+using namespace gam;
+using namespace gam::cuda;
+
+namespace {
+
+bool first_struct = true, first_field = true;
+
+void begin(const char* name, size_t size) {
+  std::printf("%s\"%s\": {\"bytes\": %zu, \"fields\": {", first_struct ? "{\n" : ",\n", name, size);
+  first_struct = false, first_field = true;
+}
+
+void field(const char* name, size_t offset, size_t size) {
+  std::printf("%s\"%s\": [%zu, %zu]", first_field ? "" : ", ", name, offset, size);
+  first_field = false;
+}
+
+}  // namespace
+
+#define STRUCT(type) begin(#type, sizeof(type))
+#define FIELD(type, name) field(#name, offsetof(type, name), sizeof(type::name))
+#define END() std::printf("}}")
+
+int main() {
+  using GroupNumbers = Numbers<double>;
+  STRUCT(Piece);
+  FIELD(Piece, begin), FIELD(Piece, leaf), FIELD(Piece, length);
+  END();
+  STRUCT(Row);
+  FIELD(Row, group), FIELD(Row, option), FIELD(Row, dtype), FIELD(Row, state), FIELD(Row, packed), FIELD(Row, layout);
+  END();
+  STRUCT(Table);
+  FIELD(Table, pieces), FIELD(Table, rows), FIELD(Table, layouts), FIELD(Table, row_bytes);
+  END();
+  STRUCT(GroupNumbers);
+  FIELD(GroupNumbers, many), FIELD(GroupNumbers, few);
+  END();
+  STRUCT(Mixture);
+  FIELD(Mixture, terms), FIELD(Mixture, index), FIELD(Mixture, p), FIELD(Mixture, q);
+  END();
+  STRUCT(Sums);
+  FIELD(Sums, products), FIELD(Sums, rows), FIELD(Sums, project), FIELD(Sums, clip), FIELD(Sums, limit);
+  FIELD(Sums, gamma);
+  END();
+  STRUCT(SgdGroup);
+  FIELD(SgdGroup, lr), FIELD(SgdGroup, momentum), FIELD(SgdGroup, dampening), FIELD(SgdGroup, weight_decay);
+  FIELD(SgdGroup, nesterov), FIELD(SgdGroup, maximize);
+  END();
+  STRUCT(AdamGroup);
+  FIELD(AdamGroup, lr), FIELD(AdamGroup, beta1), FIELD(AdamGroup, beta2), FIELD(AdamGroup, eps);
+  FIELD(AdamGroup, weight_decay), FIELD(AdamGroup, decoupled), FIELD(AdamGroup, amsgrad), FIELD(AdamGroup, maximize);
+  END();
+  STRUCT(PerturbGroup);
+  FIELD(PerturbGroup, radius), FIELD(PerturbGroup, eta), FIELD(PerturbGroup, k), FIELD(PerturbGroup, l);
+  END();
+  STRUCT(SgdNumbers);
+  FIELD(SgdNumbers, d), FIELD(SgdNumbers, group);
+  END();
+  STRUCT(AdamNumbers);
+  FIELD(AdamNumbers, d), FIELD(AdamNumbers, group);
+  END();
+  STRUCT(AdamCorrections);
+  FIELD(AdamCorrections, step_size), FIELD(AdamCorrections, root_correction);
+  END();
+  STRUCT(SquareNormArguments);
+  FIELD(SquareNormArguments, table), FIELD(SquareNormArguments, parts), FIELD(SquareNormArguments, eta);
+  END();
+  STRUCT(InnerProductsArguments);
+  FIELD(InnerProductsArguments, table), FIELD(InnerProductsArguments, parts), FIELD(InnerProductsArguments, u);
+  FIELD(InnerProductsArguments, m);
+  END();
+  STRUCT(TotalsArguments);
+  FIELD(TotalsArguments, parts), FIELD(TotalsArguments, starts), FIELD(TotalsArguments, groups);
+  FIELD(TotalsArguments, chunks), FIELD(TotalsArguments, totals);
+  END();
+  STRUCT(PerturbArguments);
+  FIELD(PerturbArguments, table), FIELD(PerturbArguments, square), FIELD(PerturbArguments, save);
+  FIELD(PerturbArguments, from_start), FIELD(PerturbArguments, folds), FIELD(PerturbArguments, groups);
+  END();
+  STRUCT(CopyArguments);
+  FIELD(CopyArguments, table);
+  END();
+  STRUCT(MaterialiseArguments);
+  FIELD(MaterialiseArguments, table), FIELD(MaterialiseArguments, sums), FIELD(MaterialiseArguments, restore);
+  FIELD(MaterialiseArguments, d);
+  END();
+  STRUCT(SgdArguments);
+  FIELD(SgdArguments, table), FIELD(SgdArguments, sums), FIELD(SgdArguments, groups);
+  END();
+  STRUCT(AdamArguments);
+  FIELD(AdamArguments, table), FIELD(AdamArguments, sums), FIELD(AdamArguments, groups);
+  FIELD(AdamArguments, corrections);
+  END();
+  std::printf("\n}\n");
+  return 0;
+}
