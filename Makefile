@@ -100,13 +100,14 @@ sass: setup-test  ## registers, spills, vector accesses, occupancy of the CUDA k
 ptx:  ## PTX of the CUDA kernels for sm_90, with their names and arguments as JSON, in build/ptx (nvcc, no GPU)
 	$(PY) -m bench.ptx $(ARGS)
 
-# Everything that waits for a GPU, in less than ten minutes and without a network (PYTHON=<interpreter with torch>). Built
+# In less than ten minutes and, with PYTHON=<interpreter that has torch and the test packages>, without a network. Built
 # for the GPU at hand only; results go to bench/results/<gpu>*.json.
-gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell $(PY) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-gpu: export GAM_FAST_BUILD = cuda
-gpu: setup-test  ## what waits for a real GPU: tests, compute-sanitizer, benchmarks (results in bench/results)
+gpu: $(ENVIRONMENT)  ## what waits for a real GPU: tests, compute-sanitizer, benchmarks (results in bench/results)
+	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"
 	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "torch sees no CUDA GPU: install a CUDA build of torch and run on a machine with a GPU"; exit 1; }
+	@GAM_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PY) -c \
+	  'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}" $(MAKE) --no-print-directory setup-test
 	$(PY) -m pytest -m gpu $(ARGS)
 	@if command -v compute-sanitizer >/dev/null; then \
 	  for tool in memcheck racecheck; do \

@@ -1,4 +1,11 @@
-"""The compiled core on CPU tensors: one fused sweep over memory for each primitive, by all of torch's threads.
+"""The compiled core: one fused sweep over memory for each primitive. On a CPU it is carried out by all of torch's
+threads, on a GPU by one launch, and a second, of one block a group, where sums are added up.
+
+On a GPU a step never waits for the device: kernels read norms and products where they lie, and tables of addresses are
+copied to the device, asynchronously, only when they have changed. A sum of squares of fp32 numbers is off by at most
+9 · 2⁻²⁴ = 5.4e-7 of itself, of 10⁹ elements as of few: a thread adds up 8 numbers in fp32 in each of its accumulators,
+and everything after that is added in fp64, in an order that depends on the numbers of elements only
+(``csrc/cuda/sums.cuh``). That of 16-bit numbers is off by 5 · 2⁻²⁴ at most; of fp64 numbers by 2 · 10⁻¹⁴.
 
 Importing this module raises ``ImportError``, with the reason, where the core was not built or does not fit this torch.
 """
