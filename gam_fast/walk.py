@@ -358,7 +358,7 @@ def _on(value: Scalar, device: torch.device) -> Scalar:
     if not isinstance(value, Tensor):
         return value
     value = value.to(device)
-    return float(value) if device.type == "cpu" else value
+    return float(value) if reads_are_free(device) else value
 
 
 def _products_on(products: Products, device: torch.device) -> Products:
@@ -366,4 +366,4 @@ def _products_on(products: Products, device: torch.device) -> Products:
     if not isinstance(products, Tensor):
         return products
     products = products.to(device)
-    return products.tolist() if device.type == "cpu" else products
+    return products.tolist() if reads_are_free(device) else products
