@@ -13,6 +13,15 @@ import gam_fast
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU")]
 
+
+def _device_types():
+    try:
+        from gam_fast import _C
+    except ImportError:
+        return []
+    return _C.device_types()
+
+
 UNCHECKED = {"on_nonfinite": "ignore"}
 
 
@@ -59,6 +68,18 @@ def test_nothing_waits_for_the_device(method_name, base):
         optimizer.step(closure)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif("cuda" not in _device_types(), reason="needs a real GPU, and a core built for CUDA")
+def test_a_step_of_gam_is_twelve_launches():
+    from gam_fast import _C
+
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=1e-2, momentum=0.9)
+    for _ in range(3):
+        before = _C.launches()
+        optimizer.step(closure)
+        assert _C.launches() - before == 12
 
 
 @pytest.mark.parametrize("method_name", METHODS)
