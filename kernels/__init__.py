@@ -1,1 +1,1 @@
-"""Triton kernels of gam_fast, installed as ``gam_fast.kernels``. This version has none yet."""
+"""The primitives as Triton kernels, for NVIDIA and AMD GPUs. What a launch gets is described in :mod:`.elements`."""

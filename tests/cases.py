@@ -17,7 +17,12 @@ from torch.nn import functional as F
 
 import gam_fast
 
-BACKENDS = ["eager"] if os.environ.get("GAM_FAST_BUILD") == "none" else ["eager", "native"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process is one of Triton's interpreter, which tests the Triton kernels and nothing else."""
+
+WITHOUT_CORE = os.environ.get("GAM_FAST_BUILD") == "none"
+
+BACKENDS = ["triton"] if INTERPRETED else ["eager"] if WITHOUT_CORE else ["eager", "native"]
 """Those that every test of engine and primitives runs on; without the compiled core only where that is said."""
 
 CAN_EMULATE = "native" in BACKENDS and sys.platform == "linux" and platform.machine() == "x86_64"

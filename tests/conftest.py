@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import emulated
 import pytest
 import torch
-from cases import BACKENDS, EMULATED
+from cases import BACKENDS, EMULATED, INTERPRETED
+
+if INTERPRETED:
+    import interpreted
 
 
 @pytest.fixture(autouse=True)
@@ -25,5 +28,7 @@ def _on_each_backend(_same_start: None, request: pytest.FixtureRequest, monkeypa
     """For the tests of the engine, which do not name a backend: all of them run on each."""
     if request.param == "emulated":
         emulated.use(monkeypatch)
-    else:
-        monkeypatch.setenv("GAM_FAST_BACKEND", request.param)
+        return
+    monkeypatch.setenv("GAM_FAST_BACKEND", request.param)
+    if INTERPRETED:
+        interpreted.use(monkeypatch)

@@ -61,7 +61,10 @@ def instruction_sets():
     return [f"native-{name}" for name in _C.instruction_sets()]
 
 
-@pytest.fixture(params=["eager", *(instruction_sets() if "native" in BACKENDS else []), *EMULATED])
+NAMES = [name for name in BACKENDS if name != "native"]
+
+
+@pytest.fixture(params=[*NAMES, *(instruction_sets() if "native" in BACKENDS else []), *EMULATED])
 def backend(request, monkeypatch):
     monkeypatch.setattr(eager, "CPU_CHUNK", 1 << 13)  # so that leaves are cut
     if request.param == "emulated":

@@ -37,7 +37,13 @@ def _classes() -> dict[str, type[Backend] | str]:
         found["native"] = str(error)
     else:
         found["native"] = NativeBackend
-    return {**found, "triton": "this version of gam_fast has no Triton kernels yet", "eager": EagerBackend}
+    try:
+        from .triton import TritonBackend
+    except ImportError as error:
+        found["triton"] = str(error)
+    else:
+        found["triton"] = TritonBackend
+    return {**found, "eager": EagerBackend}
 
 
 def available() -> dict[str, Status]:

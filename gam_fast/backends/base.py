@@ -121,6 +121,22 @@ class AdamGroup:
     maximize: bool
 
 
+def takes_state(leaves: Leaves, *state: Sequence[Tensor | None], wider: bool) -> bool:
+    """Whether kernels take state of these dtypes: that of the parameter, and ``wider``, fp32 beside one of 16 bits.
+
+    They differ where a model was converted after its optimizer had stepped.
+
+    >>> leaves = Leaves([torch.zeros(2, dtype=torch.float16)], [0])
+    >>> [takes_state(leaves, [torch.zeros(2)], wider=wider) for wider in (False, True)]
+    [False, True]
+    """
+    for param, *values in zip(leaves.params, *state, strict=True):
+        dtypes = {value.dtype for value in values if value is not None} or {param.dtype}
+        if dtypes != {param.dtype} and not (wider and dtypes == {torch.float32} and param.dtype.itemsize == 2):
+            return False
+    return True
+
+
 class Backend(Protocol):
     """What the engine asks of a backend. See the module's docstring for the conventions.
 

@@ -27,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from . import scalars
-from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Products, Scalar, SGDGroup, TensorList
+from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, takes_state
 from .eager import EagerBackend
 
 
@@ -128,7 +128,7 @@ class NativeBackend:
     ) -> None:
         plan = self._plan_for(leaves)
         if self._takes_sums(leaves):
-            self.core.perturb(plan, leaves, a, b, radius, _on_device(square, leaves), from_start, eta, folds)
+            self.core.perturb(plan, leaves, a, b, radius, scalars.on_device(square, leaves.params[0].device), from_start, eta, folds)
         else:
             self.core.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, folds)
 
@@ -179,24 +179,8 @@ class NativeBackend:
         """``d`` as the core takes it."""
         if not self._takes_sums(leaves):
             return Direction(d.terms, scalars.factors(d))  # type: ignore[arg-type]  # numbers on a CPU
-        return d if d.products is None else replace(d, products=_on_device(d.products, leaves))
+        return d if d.products is None else replace(d, products=scalars.on_device(d.products, leaves.params[0].device))
 
     def _takes_state(self, leaves: Leaves, *state: Sequence[Tensor | None]) -> bool:
-        """Whether the core takes state of these dtypes.
-
-        They differ from the parameter's where a model was converted after its optimizer had stepped. On a GPU, fp32
-        beside 16 bits is taken as it is; the rest is left to the eager backend.
-        """
-        wider = self._takes_sums(leaves)
-        for param, *values in zip(leaves.params, *state, strict=True):
-            dtypes = {value.dtype for value in values if value is not None} or {param.dtype}
-            if dtypes != {param.dtype} and not (wider and dtypes == {torch.float32} and param.dtype.itemsize == 2):
-                return False
-        return True
-
-
-def _on_device(value: Scalar | Products, leaves: Leaves) -> Tensor:
-    """Sums as the device reads them, whatever they were handed over as."""
-    if isinstance(value, Tensor) and value.dtype == torch.float64:
-        return value.contiguous()
-    return torch.as_tensor(value, dtype=torch.float64, device=leaves.params[0].device)
+        """Whether the core takes state of these dtypes; the rest is left to the eager backend."""
+        return takes_state(leaves, *state, wider=self._takes_sums(leaves))

@@ -117,3 +117,14 @@ def steps(radius: PerGroup, square: Scalar) -> list[Scalar]:
     """
     scale = inverse_norm(square)
     return [scale * r for r in radius]
+
+
+def on_device(value: Scalar | Products, device: torch.device) -> Tensor:
+    """Sums as kernels read them where they lie: a contiguous tensor of float64, whatever they were handed over as.
+
+    >>> on_device(2.0, torch.device("cpu"))
+    tensor(2., dtype=torch.float64)
+    """
+    if isinstance(value, Tensor) and value.dtype == torch.float64:
+        return value.contiguous()
+    return torch.as_tensor(value, dtype=torch.float64, device=device)

@@ -1,0 +1,278 @@
+"""The lists of tensors of one launch as kernels take them: checked, and their addresses in the memory of the device.
+
+For kernels that are launched from Python; the compiled core does the same in C++ (``csrc/call.cpp``,
+``csrc/cuda/tables.cpp``). What a table holds is described in ``kernels/table.py``.
+
+A table is made and copied to the device, asynchronously, when addresses, shapes or strides have changed since the step
+before, and numbers when they have: one copy a launch at most, and none in most steps. While a CUDA graph is captured
+each launch has a copy of its own, of memory that is kept for good, because the graph repeats it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.table import CHUNK, HEADER
+from .base import Leaves
+from .layouts import check_overlaps, check_plain, layout_of
+
+KEPT = 32
+"""Tables that are kept on each stream. A step has about eight; the memory of gradients may alternate between places."""
+
+PARAMETERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float16)
+STATES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.float32)
+"""By the code of a row: dtypes of a parameter, and of the state of its base optimizer."""
+
+_CODES = {pair: code for code, pair in enumerate(zip(PARAMETERS, STATES, strict=True))}
+_ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")  # its address is 0
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One list of a launch, or ``None`` where it has none; some leaves may have no tensor in it.
+
+    Attributes:
+        name: what errors call it.
+        tensors: aligned with the leaves.
+        written: whether the launch writes to it.
+        is_state: whether it may be fp32 beside a 16-bit parameter.
+    """
+
+    name: str
+    tensors: Sequence[Tensor | None] | None
+    written: bool = False
+    is_state: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The words of a table on the host, and what a kernel is compiled for: see ``kernels/table.py``."""
+
+    words: Tensor
+    among: int
+    strided: bool
+    width: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a launch gets: one program a piece; of ``starts``, where the pieces of each group begin, and the end."""
+
+    programs: int
+    pieces: Tensor
+    starts: Tensor
+    whole: Tensor
+    table: Tensor
+    rows: Rows
+    numbers: list[Tensor]
+
+
+class Tables:
+    """The tables of one set of leaves, which keep their shapes, dtypes and groups."""
+
+    def __init__(self, leaves: Leaves) -> None:
+        self.device = leaves.params[0].device
+        self.group = list(leaves.group)
+        self.groups = max(self.group) + 1
+        self.sizes = [param.size() for param in leaves.params]
+        self.dtypes = [param.dtype for param in leaves.params]
+        pieces, starts = self._pieces()
+        self.programs = len(pieces) // 3
+        self._fixed = torch.tensor([*pieces, *starts, 0, self.programs], dtype=torch.int64, device="cpu")
+        self._rows: OrderedDict[Hashable, Rows] = OrderedDict()
+        self._copies: OrderedDict[Hashable, Tensor] = OrderedDict()
+        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            graph_memory.reserve()
+
+    def fits(self, leaves: Leaves) -> bool:
+        """Whether these are leaves of the same shapes, dtypes, groups and device."""
+        return (
+            self.group == leaves.group
+            and self.sizes == [param.size() for param in leaves.params]
+            and self.dtypes == [param.dtype for param in leaves.params]
+            and all(param.device == self.device for param in leaves.params)
+        )
+
+    def _pieces(self) -> tuple[list[int], list[int]]:
+        """Leaf, first element and length of each piece, those of a group together; and where each group begins."""
+        leaves_of: list[list[int]] = [[] for _ in range(self.groups)]
+        for leaf, group in enumerate(self.group):
+            leaves_of[group].append(leaf)
+        pieces: list[int] = []
+        starts = []
+        for leaves in leaves_of:
+            starts.append(len(pieces) // 3)
+            for leaf in leaves:
+                numel = math.prod(self.sizes[leaf])
+                for begin in range(0, numel, CHUNK):
+                    pieces += (leaf, begin, min(CHUNK, numel - begin))
+        return pieces, [*starts, len(pieces) // 3]
+
+    def prepare(
+        self, arguments: Sequence[Argument], numbers: Sequence[Sequence[float]] = (), option: Sequence[int] = ()
+    ) -> Prepared:
+        """The table of a launch on the current stream.
+
+        Args:
+            arguments: its lists, in the order in which the kernel numbers them.
+            numbers: what else it reads; each sequence becomes a tensor of float64.
+            option: what else an update must know of each leaf.
+
+        Raises:
+            TypeError: a tensor has another dtype than its parameter, or is sparse or a subclass without memory.
+            ValueError: it has another shape or device, or written memory overlaps other memory of the launch.
+        """
+        lists = [self._present(argument) for argument in arguments]
+        key = (tuple(option), *map(_fingerprint, arguments, lists))
+        rows = self._rows.get(key) or self._make_rows(arguments, lists, option)
+        self._rows[key] = rows
+        self._rows.move_to_end(key)
+        if len(self._rows) > KEPT:
+            self._rows.popitem(last=False)
+        padded = [[*row, *[0.0] * (len(row) % 2)] for row in numbers]  # each begins at a multiple of 16 bytes
+        flat = [number for row in padded for number in row]
+        fixed, table, values = self._on_device(
+            [
+                ("pieces", lambda: self._fixed),
+                (key, lambda: rows.words),
+                (("numbers", *flat), lambda: torch.tensor(flat, dtype=torch.float64, device="cpu").view(torch.int64)),
+            ]
+        )
+        pieces, starts, whole = fixed.split([3 * self.programs, self.groups + 1, 2])
+        split = list(values.view(torch.float64).split([len(row) for row in padded])) if padded else []
+        return Prepared(self.programs, pieces, starts, whole, table, rows, split)
+
+    def _present(self, argument: Argument) -> list[Tensor]:
+        """The tensors of a list, with one of address 0 in place of those that are missing."""
+        given = argument.tensors
+        if given is None:
+            return [_ABSENT] * len(self.sizes)
+        if len(given) != len(self.sizes):
+            raise ValueError(
+                f"{argument.name} must have one tensor a parameter, that is {len(self.sizes)}, got {len(given)}"
+            )
+        return [_ABSENT if tensor is None else tensor for tensor in given]
+
+    def _make_rows(
+        self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]], option: Sequence[int]
+    ) -> Rows:
+        codes = self._codes(arguments, lists)
+        check_overlaps([(a.name, a.written, tensors) for a, tensors in zip(arguments, lists, strict=True)])
+        width = HEADER + len(lists)
+        end = width * len(self.sizes)
+        layouts = [0] * (1 + len(lists))  # the first says of each list: in the order of memory
+        rows: list[int] = []
+        among, strided = 0, False
+        for leaf, (tensors, code) in enumerate(zip(zip(*lists, strict=True), codes, strict=True)):
+            addresses = [tensor.data_ptr() for tensor in tensors]
+            layout = layout_of(tensors)
+            place = end if layout is None else end + len(layouts)
+            layouts += layout or ()
+            packed = layout is None and not any(address % 16 for address in addresses)
+            rows += (self.group[leaf], option[leaf] if option else 0, code, packed, place, *addresses)
+            if math.prod(self.sizes[leaf]):
+                among |= 1 << code
+                strided = strided or layout is not None
+        return Rows(torch.tensor([*rows, *layouts], dtype=torch.int64, device="cpu"), among, strided, width)
+
+    def _codes(self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]]) -> list[int]:
+        """What types the leaves have, once it is known that every tensor fits its leaf."""
+        states = list(self.dtypes)
+        for argument, tensors in zip(arguments, lists, strict=True):
+            for i, (tensor, size, dtype) in enumerate(zip(tensors, self.sizes, self.dtypes, strict=True)):
+                if tensor is _ABSENT:
+                    continue
+                name = f"{argument.name}[{i}]"
+                check_plain(name, tensor, self.device, argument.written)
+                if tensor.size() != size:
+                    raise ValueError(
+                        f"{name} must have the shape of its parameter, {tuple(size)}, got {tuple(tensor.size())}"
+                    )
+                if argument.is_state:
+                    states[i] = tensor.dtype
+                if tensor.dtype != dtype and not (argument.is_state and (dtype, tensor.dtype) in _CODES):
+                    raise TypeError(f"{name} must have the dtype of its parameter, {dtype}, got {tensor.dtype}")
+        unknown = next((dtype for dtype in self.dtypes if (dtype, dtype) not in _CODES), None)
+        if unknown is not None:
+            raise TypeError(f"parameters must be of dtype float64, float32, bfloat16 or float16, got {unknown}")
+        return [_CODES[pair] for pair in zip(self.dtypes, states, strict=True)]
+
+    def _on_device(self, wanted: Sequence[tuple[Hashable, Callable[[], Tensor]]]) -> list[Tensor]:
+        """The tensors of these keys on the current stream's device; what is not there yet is copied, all at once."""
+        if self.device.type == "cpu":
+            return [make() for _, make in wanted]
+        capturing = torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        keys = [(stream, key) for key, _ in wanted]
+        new = [i for i, key in enumerate(keys) if capturing or key not in self._copies]
+        copied = dict(zip(new, copies([wanted[i][1]() for i in new], self.device, capturing), strict=True))
+        found = [copied[i] if i in copied else self._copies[key] for i, key in enumerate(keys)]
+        if not capturing:
+            for key, tensor in zip(keys, found, strict=True):
+                self._copies[key] = tensor
+                self._copies.move_to_end(key)
+            while len(self._copies) > 3 * KEPT:
+                self._copies.popitem(last=False)
+        return found
+
+
+class GraphMemory:
+    """Pinned memory that CUDA graphs copy from, each time they are replayed: it is never used again.
+
+    It is asked for ahead of time, because that may be forbidden while a graph is captured.
+    """
+
+    WORDS = 1 << 17
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._used = 0
+
+    def reserve(self, words: int = 0) -> None:
+        if not self._blocks or self._used + words > self._blocks[-1].numel():
+            size = max(words, self.WORDS)
+            self._blocks.append(torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True))
+            self._used = 0
+
+    def take(self, words: int) -> Tensor:
+        self.reserve(words)
+        begin, self._used = self._used, self._used + words
+        return self._blocks[-1][begin : self._used]
+
+
+graph_memory = GraphMemory()
+
+
+def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> list[Tensor]:
+    """Copies of vectors of int64 on ``device``, by one transfer that nothing waits for; each aligned to 16 bytes."""
+    sizes = [value.numel() for value in values]
+    even = [size + size % 2 for size in sizes]
+    total = sum(even)
+    if not total:
+        return [value.to(device) for value in values]
+    if capturing:
+        host = graph_memory.take(total)
+    else:
+        host = torch.empty(total, dtype=torch.int64, device="cpu", pin_memory=True)
+    for part, value in zip(host.split(even), values, strict=True):
+        part[: value.numel()].copy_(value)
+    target = torch.empty(total, dtype=torch.int64, device=device)
+    target.copy_(host, non_blocking=True)  # torch frees the host's memory only after the copy
+    return [part[:size] for part, size in zip(target.split(even), sizes, strict=True)]
+
+
+def _fingerprint(argument: Argument, tensors: Sequence[Tensor]) -> Hashable:
+    """All that the table depends on."""
+    return (
+        argument.written,
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple(map(Tensor.size, tensors)),
+        tuple(map(Tensor.stride, tensors)),
+        tuple([tensor.dtype for tensor in tensors]),
+    )

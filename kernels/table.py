@@ -1,0 +1,39 @@
+"""What a launch gets of the lists of tensors: plain numbers, for the host, which makes the tables, and for the kernels.
+
+A launch has one program a piece, that is ``CHUNK`` elements of one leaf, or what is left of it. Everything that it must
+know of the lists lies in tensors of int64 in the memory of the device:
+
+- ``pieces``: for each program the leaf, the first element and the number of elements, pieces of a group together;
+- ``table``: a row a leaf, of ``HEADER`` words and one address a list (0 where the leaf has none in it); then layouts.
+
+The words of a row are the number of its group, an option (what else an update must know of it), the code of its types,
+whether it is packed, and where in the table its layout begins. A layout is the number of dimensions, the sizes, and for
+each list 1 and its strides, or 0 and as many unused words where the array is walked in the order of memory.
+
+Leaves whose arrays are all dense, of one order and aligned to 16 bytes are *packed*: their whole blocks are read and
+written without masks, 16 bytes at once; what is left of them, and all of the others, under a mask. Which elements are
+added up together depends neither on that nor on the number of dimensions.
+
+Numbers are in tensors of float64, those of one group after those of another.
+"""
+
+from __future__ import annotations
+
+CHUNK = 8192
+"""Elements of a piece, as in ``csrc/cuda/table.h``: many enough that what its program reads first is a small part of
+it, few enough that the 25.6 M elements of a ResNet-50 keep the multiprocessors of a large GPU busy for several rounds."""
+
+BLOCK_OF_SUMS = 1024
+"""Elements that a program adds up at once. Each has an accumulator in the working precision, which gets ``CHUNK /
+BLOCK_OF_SUMS`` = 8 products; all else is added in fp64. Not tuned: the order of a sum depends on it."""
+
+WARPS_OF_SUMS = 4
+"""128 threads on NVIDIA, each with 16 bytes of a block of a 16-bit type at once, 32 of fp32. Not tuned either."""
+
+BLOCK_OF_TOTALS = 1024
+"""Pieces whose sums are added up at once by the one program of a group: 10⁹ elements have 122,000 of them."""
+
+GROUP, OPTION, TYPES, PACKED, LAYOUT, HEADER = range(6)
+
+SUMS = 3
+"""Numbers of a piece's products: ‖u‖², ⟨m,u⟩, ‖m‖²."""
