@@ -1,8 +1,8 @@
 """How a kernel reads and writes the elements of the lists of tensors; what it gets of them is in :mod:`.table`.
 
-A kernel is compiled for a set of types, mostly of one: a parameter's, and that of the state of the base optimizer, which
-may be wider. Launches must not contract ``a * b + c`` (``enable_fp_fusion=False``): what is fused says ``fma``, so that
-results have the bits of the compiled core.
+A kernel is compiled for a set of types, mostly of one: a parameter's, and that of the state of the base optimizer,
+which may be wider. Launches must not contract ``a * b + c`` (``enable_fp_fusion=False``): what is fused says ``fma``,
+so that results have the bits of the compiled core.
 """
 
 from __future__ import annotations

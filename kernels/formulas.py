@@ -1,4 +1,4 @@
-"""Every formula of ``csrc/math.h`` once more, rounded in the same places: functions of blocks of numbers and of scalars.
+"""Every formula of ``csrc/math.h`` once more, rounded in the same places: functions of blocks and of scalars.
 
 Symbols are those of ``gam_fast/backends/base.py``. Elements and factors are in the working precision, fp64 for float64
 and fp32 for the rest; what lies between the sums and the factors is fp64.

@@ -1,5 +1,7 @@
-"""The primitives that move parameters, or write a combination. Of a block everything is read before anything is written,
-so an argument may be the very array that is written; it may not overlap it otherwise.
+"""The primitives that move parameters, or write a combination.
+
+Of a block everything is read before anything is written, so an argument may be the very array that is written; it may
+not overlap it otherwise.
 """
 
 from __future__ import annotations
@@ -209,9 +211,7 @@ def materialise(
     for CODE in tl.static_range(CODES):
         if AMONG & (1 << CODE):
             if has_types(row, CODE, AMONG):
-                _materialise(
-                    table, row, begin, 0, whole, terms, kappa, scale, CODE, TERMS, PARTLY, BLOCK, False, False
-                )
+                _materialise(table, row, begin, 0, whole, terms, kappa, scale, CODE, TERMS, PARTLY, BLOCK, False, False)
                 _materialise(
                     table, row, begin, whole, length, terms, kappa, scale, CODE, TERMS, PARTLY, BLOCK, True, STRIDED
                 )

@@ -1,8 +1,8 @@
 """The primitives that only read: sums of a chunk by its program, then of all chunks by one program a group.
 
-A block has an accumulator for each of its elements in the working precision; they are added up in fp64. A sum of squares
-of fp32 numbers is therefore off by (8 + 1) 2⁻²⁴ = 5.4e-7 of itself at most, however many there are. Everything is added
-in an order that depends on the numbers of elements only.
+A block has an accumulator for each of its elements in the working precision; they are added up in fp64. A sum of
+squares of fp32 numbers is therefore off by (8 + 1) 2⁻²⁴ = 5.4e-7 of itself at most, however many there are. Everything
+is added in an order that depends on the numbers of elements only.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def inner_products(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``parts[3 piece:] ← Σ u², Σ m u, Σ m²``; the numbers of a group: the terms with the coefficients of u, then of m"""
+    """``parts[3 piece:] ← Σ u², Σ m u, Σ m²``; the numbers of a group: the terms by the coefficients of u, then of m"""
     leaf, begin, length = piece_of(pieces)
     row = table + leaf * WIDTH
     terms = numbers + tl.load(row + GROUP) * (2 * OF_TERM * TERMS)
@@ -129,7 +129,8 @@ def inner_products(
                     uu, um, mm, table, row, begin, 0, whole, terms, CODE, TERMS, PARTLY, WITH_M, BLOCK, False, False
                 )
                 uu, um, mm = _add_products(
-                    uu, um, mm, table, row, begin, whole, length, terms, CODE, TERMS, PARTLY, WITH_M, BLOCK, True, STRIDED
+                    uu, um, mm, table, row, begin, whole, length, terms, CODE,
+                    TERMS, PARTLY, WITH_M, BLOCK, True, STRIDED,
                 )  # fmt: skip
                 part = parts + 3 * tl.program_id(0).to(tl.int64)
                 tl.store(part, tl.sum(uu.to(tl.float64)))

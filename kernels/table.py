@@ -21,7 +21,7 @@ from __future__ import annotations
 
 CHUNK = 8192
 """Elements of a piece, as in ``csrc/cuda/table.h``: many enough that what its program reads first is a small part of
-it, few enough that the 25.6 M elements of a ResNet-50 keep the multiprocessors of a large GPU busy for several rounds."""
+it, few enough that the 25.6 M elements of a ResNet-50 keep all multiprocessors of a large GPU busy for some rounds."""
 
 BLOCK_OF_SUMS = 1024
 """Elements that a program adds up at once. Each has an accumulator in the working precision, which gets ``CHUNK /

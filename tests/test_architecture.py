@@ -18,10 +18,15 @@ PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
     {"_version", "_torch_version", "recipes"},
+    {"kernels.table"},
+    {"kernels.elements", "kernels.formulas"},
+    {"kernels.combine"},
+    {"kernels.sums", "kernels.moves", "kernels.updates"},
+    {"kernels"},
     {"backends.base"},
-    {"backends.scalars", "_C"},
-    {"backends.eager"},
-    {"backends.native"},
+    {"backends.scalars", "backends.layouts", "backends.tuning", "_C"},
+    {"backends.eager", "backends.tables"},
+    {"backends.native", "backends.triton"},
     {"backends"},
     {"rng", "batchnorm", "ownership", "updates"},
     {"scalars"},
@@ -36,8 +41,10 @@ LAYERS = [
 
 
 def modules():
-    for path in sorted((*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi"))):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
+    found = [(path, path.relative_to(PACKAGE)) for path in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi"))]
+    found += [(path, path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")]
+    for path, inside in sorted(found):
+        parts = inside.with_suffix("").parts
         yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

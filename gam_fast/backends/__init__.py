@@ -47,21 +47,27 @@ def _classes() -> dict[str, type[Backend] | str]:
 
 
 def available() -> dict[str, Status]:
-    """All backends in order of preference.
+    """All backends in order of preference: what each does, or why no device of this machine can have it.
 
     >>> available()["eager"]
     Status(available=True, reason='torch._foreach_* operations, on any device')
     """
-    classes = _classes()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = [torch.device("cpu"), *([accelerator] if accelerator else [])]
     statuses = {}
     for name in _PREFERENCE:
-        found = classes[name]
-        statuses[name] = Status(False, found) if isinstance(found, str) else Status(True, found.describe())
+        found = _classes()[name]
+        refusals = [found] if isinstance(found, str) else [found.refusal(device) for device in devices]
+        usable = not isinstance(found, str) and None in refusals
+        statuses[name] = Status(True, found.describe()) if usable else Status(False, f"{refusals[-1]}")  # type: ignore[union-attr]
     return statuses
 
 
 def select(name: str, device: torch.device) -> Backend:
     """A backend called ``name`` for tensors on ``device``; ``"auto"`` takes the first that there is for it.
+
+    The order is native, triton, eager. Triton is imported when it comes to it: for an NVIDIA or AMD GPU that the
+    compiled core has no code for.
 
     The environment variable ``GAM_FAST_BACKEND``, when set, is used in place of ``name``. Each optimizer has a backend
     of its own for each device, so that it may keep plans between steps.
@@ -79,6 +85,8 @@ def select(name: str, device: torch.device) -> Backend:
         raise ValueError(f"unknown {source}: choose one of {', '.join(('auto', *_PREFERENCE))}")
     classes = _classes()
     for candidate in _PREFERENCE if wanted == "auto" else (wanted,):
+        if wanted == "auto" and candidate == "triton" and device.type == "cpu":
+            continue  # Triton's interpreter is for tests
         found = classes[candidate]
         reason = found if isinstance(found, str) else found.refusal(device)
         if not isinstance(found, str) and reason is None:

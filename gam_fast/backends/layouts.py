@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+
 @lru_cache(maxsize=1 << 14)
 def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the elements fill their memory without gaps or overlaps, in some order of dimensions.
@@ -65,7 +66,7 @@ def check_plain(name: str, tensor: Tensor, device: torch.device, written: bool) 
         TypeError: it is not strided, or a subclass or lazy view without memory of its own.
         ValueError: it is on another device, its storage is too small, or it would be written and overlaps itself.
     """
-    if tensor.device != device:
+    if tensor.device != device and not tensor.device.type == device.type == "cpu":  # "cpu:0" is the CPU too
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be strided, got {tensor.layout}")

@@ -128,7 +128,9 @@ class NativeBackend:
     ) -> None:
         plan = self._plan_for(leaves)
         if self._takes_sums(leaves):
-            self.core.perturb(plan, leaves, a, b, radius, scalars.on_device(square, leaves.params[0].device), from_start, eta, folds)
+            self.core.perturb(
+                plan, leaves, a, b, radius, scalars.on_device(square, leaves.params[0].device), from_start, eta, folds
+            )
         else:
             self.core.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, folds)
 

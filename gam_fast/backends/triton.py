@@ -1,9 +1,9 @@
 """The primitives as Triton kernels, on NVIDIA and AMD GPUs: one launch each for any number of tensors, and a second, of
 one program a group, where sums are added up.
 
-Formulas, order and rounding are those of the compiled core: the same bits, but for sums. As there, nothing waits for the
-device; kernels read norms and products where they lie. What the core does in C++ before a launch is done in Python here,
-which takes the processor longer, not the GPU.
+Formulas, order and rounding are those of the compiled core: the same bits, but for sums. As there, nothing waits for
+the device; kernels read norms and products where they lie. What the core does in C++ before a launch is done in Python
+here, which takes the processor longer, not the GPU.
 
 On CPU tensors the kernels run in Triton's interpreter, where ``TRITON_INTERPRET=1`` was set before Triton was imported:
 thousands of times slower, to test them.
@@ -302,7 +302,8 @@ class TritonBackend:
                 Argument("params", leaves.params if leaves.saved else None, written=True),
                 *terms.arguments(),
             ]
-            self._launch_along(moves.materialise, tables, lists, d, terms, [row for row in terms.numbers], RESTORE=leaves.saved)
+            restore = {"RESTORE": leaves.saved}
+            self._launch_along(moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
             _after(lists, leaves.backup if leaves.saved else None, *terms.lists)
 
     def sgd(
@@ -332,9 +333,8 @@ class TritonBackend:
                 [h.lr, -1.0 if h.maximize else 1.0, h.weight_decay, h.momentum, 1.0 - h.dampening, h.nesterov, *row]
                 for h, row in zip(groups, terms.numbers, strict=False)
             ]
-            constants = {"MOMENTUM": any(has_momentum)}
-            option = [1 if f else 0 for f in first]
-            self._launch_along(updates.sgd, tables, lists, d, terms, numbers, option=option, **constants)
+            momentum = {"MOMENTUM": any(has_momentum)}
+            self._launch_along(updates.sgd, tables, lists, d, terms, numbers, option=first, constants=momentum)
             _after(lists, _theta(leaves), *terms.lists)
 
     def adam(
@@ -386,9 +386,9 @@ class TritonBackend:
                     groups[g].lr / (1.0 - groups[g].beta1 ** t),
                     math.sqrt(1.0 - groups[g].beta2 ** t),
                 )
-            constants = {"AMSGRAD": any(has_largest)}
+            amsgrad = {"AMSGRAD": any(has_largest)}
             self._launch_along(
-                updates.adam, tables, lists, d, terms, numbers, [corrections], option=option, **constants
+                updates.adam, tables, lists, d, terms, numbers, [corrections], option=option, constants=amsgrad
             )
             _after(lists, _theta(leaves), *terms.lists)
 
@@ -401,8 +401,9 @@ class TritonBackend:
         terms: _Terms,
         numbers: Sequence[Sequence[float]],
         more: Sequence[Sequence[float]] = (),
+        *,
+        constants: dict[str, bool],
         option: Sequence[int] = (),
-        **constants: int,
     ) -> None:
         """Launches what goes along a direction: with the numbers of each group, and those that follow from the sums."""
         project, clip = d.q is not None, d.limit is not None

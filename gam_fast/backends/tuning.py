@@ -1,17 +1,19 @@
 """The shape of the programs of a kernel: how many elements at once, by how many threads.
 
-By default every device gets :data:`DEFAULT`. With ``GAM_FAST_TRITON_TUNE=1`` in the environment the first step on a kind
-of GPU measures the few :data:`CANDIDATES`, on memory of its own, and the fastest is kept, for the process and in Triton's
-cache on disk. Sums are added up in one shape whatever happens, so that results do not depend on it. Kernels that write in
-place are not given to ``triton.autotune``, which runs a kernel several times on its real arguments.
+By default every device gets :data:`DEFAULT`. With ``GAM_FAST_TRITON_TUNE=1`` in the environment the first step on a
+kind of GPU measures the few :data:`CANDIDATES`, on memory of its own, and the fastest is kept, for the process and in
+Triton's cache on disk. Sums are added up in one shape whatever happens, so that results do not depend on it. Kernels
+that write in place are not given to ``triton.autotune``, which runs a kernel several times on its real arguments.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +34,7 @@ an update that keeps memory busy, and takes 60 to 130 registers a thread."""
 
 CANDIDATES = (DEFAULT, Configuration(2048, 4), Configuration(2048, 8), Configuration(4096, 8))
 
+_FILE = "gam_fast.json"
 _chosen: dict[str, Configuration] = {}
 
 
@@ -51,22 +54,10 @@ def configuration_of(device: torch.device, seconds: Callable[[torch.device, Conf
     return _chosen[kind]
 
 
-def _fastest(
-    kind: str, device: torch.device, seconds: Callable[[torch.device, Configuration], float]
-) -> Configuration:
+def _fastest(kind: str, device: torch.device, seconds: Callable[[torch.device, Configuration], float]) -> Configuration:
     found = min(CANDIDATES, key=lambda shape: seconds(device, shape))
-    _cache(kind).put(json.dumps(asdict(found)).encode(), _FILE)
+    _cache(kind).put(json.dumps(asdict(found)), _FILE, binary=False)
     return found
-
-
-_FILE = "gam_fast.json"
-
-
-def _cache(kind: str) -> "CacheManager":
-    from triton.runtime.cache import get_cache_manager
-    import hashlib
-    key = hashlib.sha256(f"gam_fast {kind} {CANDIDATES}".encode()).hexdigest()
-    return get_cache_manager(key)
 
 
 def _stored(kind: str) -> Configuration | None:
@@ -76,3 +67,10 @@ def _stored(kind: str) -> Configuration | None:
     with open(path, encoding="utf-8") as file:
         found = Configuration(**json.load(file))
     return found if found in CANDIDATES else None
+
+
+def _cache(kind: str) -> Any:
+    """Where Triton keeps what belongs to this kind of GPU and these candidates."""
+    from triton.runtime.cache import get_cache_manager
+
+    return get_cache_manager(hashlib.sha256(f"gam_fast {kind} {CANDIDATES}".encode()).hexdigest())
