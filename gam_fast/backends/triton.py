@@ -489,8 +489,11 @@ def _has_run(mark: Tensor, ticket: int) -> bool:
 
 def _seconds_of_a_step(device: torch.device, shape: Configuration) -> float:
     """How long SGD along three terms takes with programs of this shape, on 2²⁴ elements of its own."""
+
+    def make() -> TensorList:
+        return [torch.zeros(1 << 24, device=device)]
+
     backend = TritonBackend(shape)
-    make = lambda: [torch.zeros(1 << 24, device=device)]  # noqa: E731
     leaves = Leaves(make(), [0], make(), saved=True)
     d = Direction([make(), make(), make()], [[1.0], [1.0], [1.0]])
     buffers: list[Tensor | None] = [*make()]
