@@ -70,6 +70,12 @@ def constant(name: str) -> int:
     return int(found[1])
 
 
+def instructions_of(text: str) -> list[tuple[int, str]]:
+    """Address and text of each instruction in what cuobjdump prints of one kernel."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
+    return [(int(address, 16), line.strip()) for address, line in found]
+
+
 def loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
     """The innermost loops: from the target of a backward branch to the branch, without another loop inside."""
     spans = []
@@ -97,10 +103,7 @@ def kernels(library: str, architecture: str, cuobjdump: str) -> list[Kernel]:
     found = []
     for part in output("-sass").split("Function : ")[1:]:
         mangled = part.split()[0]
-        instructions = [
-            (int(address, 16), text.strip())
-            for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", part, re.MULTILINE)
-        ]
+        instructions = instructions_of(part)
         plain = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
         head = re.match(r"(?:void )?gam::cuda::(\w+)_kernel<(.*?)>?\(", plain)
         if not head:

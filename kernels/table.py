@@ -27,8 +27,8 @@ BLOCK_OF_SUMS = 1024
 """Elements that a program adds up at once. Each has an accumulator in the working precision, which gets ``CHUNK /
 BLOCK_OF_SUMS`` = 8 products; all else is added in fp64. Not tuned: the order of a sum depends on it."""
 
-WARPS_OF_SUMS = 4
-"""128 threads on NVIDIA, each with 16 bytes of a block of a 16-bit type at once, 32 of fp32. Not tuned either."""
+THREADS_OF_SUMS = 128
+"""Each has 16 bytes of a block of a 16-bit type at once, 32 of fp32. Not tuned either."""
 
 BLOCK_OF_TOTALS = 1024
 """Pieces whose sums are added up at once by the one program of a group: 10⁹ elements have 122,000 of them."""

@@ -62,9 +62,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a launch gets: one program a piece; of ``starts``, where the pieces of each group begin, and the end."""
+    """What a launch gets: one program a piece; of ``starts``, where the pieces of each group begin, and the end.
+
+    ``warp`` is the number of threads in a warp of the device.
+    """
 
     programs: int
+    warp: int
     pieces: Tensor
     starts: Tensor
     whole: Tensor
@@ -87,6 +91,9 @@ class Tables:
         self._fixed = torch.tensor([*pieces, *starts, 0, self.programs], dtype=torch.int64, device="cpu")
         self._rows: OrderedDict[Hashable, Rows] = OrderedDict()
         self._copies: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.warp = 32
+        if self.device.type == "cuda":
+            self.warp = getattr(torch.cuda.get_device_properties(self.device), "warp_size", 32)
         if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             graph_memory.reserve()
 
@@ -146,7 +153,7 @@ class Tables:
         )
         pieces, starts, whole = fixed.split([3 * self.programs, self.groups + 1, 2])
         split = list(values.view(torch.float64).split([len(row) for row in padded])) if padded else []
-        return Prepared(self.programs, pieces, starts, whole, table, rows, split)
+        return Prepared(self.programs, self.warp, pieces, starts, whole, table, rows, split)
 
     def _present(self, argument: Argument) -> list[Tensor]:
         """The tensors of a list, with one of address 0 in place of those that are missing."""

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, SUMS, WARPS_OF_SUMS
+from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, SUMS, THREADS_OF_SUMS
 from . import scalars
 from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, takes_state
 from .eager import EagerBackend
@@ -75,14 +75,14 @@ def _why_unusable() -> str | None:
     return None
 
 
-OF_SUMS = Configuration(BLOCK_OF_SUMS, WARPS_OF_SUMS)
+OF_SUMS = Configuration(BLOCK_OF_SUMS, THREADS_OF_SUMS)
 
-MIXED = Configuration(1024, 8)
+MIXED = Configuration(1024, 256)
 """Of kernels for several types or any layout, which need twice the registers."""
 
 
 def start(kernel: Any, programs: int, *arguments: object, warps: int, **constants: object) -> None:
-    """The one place where a kernel is started, on the current stream of the current device."""
+    """Starts a kernel on the current stream of the current device: the one place where that is done."""
     if programs:
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
@@ -102,7 +102,7 @@ def launch(kernel: Any, prepared: Prepared, *arguments: object, shape: Configura
         STRIDED=rows.strided,
         WIDTH=rows.width,
         BLOCK=shape.block,
-        warps=shape.warps,
+        warps=shape.threads // prepared.warp,
         **constants,
     )
 
@@ -457,7 +457,8 @@ def _add_up(
     make = starts.new_zeros if groups > known else starts.new_empty
     found = make((groups, count), dtype=torch.float64)
     launch(kernel, prepared, *prepared.numbers, parts, shape=OF_SUMS, **constants)
-    start(sums.totals, known, parts, starts, found, SUMS=count, BLOCK=BLOCK_OF_TOTALS, warps=WARPS_OF_SUMS)
+    warps = THREADS_OF_SUMS // prepared.warp
+    start(sums.totals, known, parts, starts, found, SUMS=count, BLOCK=BLOCK_OF_TOTALS, warps=warps)
     return found
 
 

@@ -22,17 +22,17 @@ ENVIRONMENT_VARIABLE = "GAM_FAST_TRITON_TUNE"
 
 @dataclass(frozen=True)
 class Configuration:
-    """``block`` elements of each array at once, by ``warps`` warps of a program."""
+    """``block`` elements of each array at once, by ``threads`` threads of a program, whole warps of any GPU."""
 
     block: int
-    warps: int
+    threads: int
 
 
-DEFAULT = Configuration(1024, 4)
-"""On NVIDIA 128 threads, each with 16 bytes of every 16-bit array under way, 32 of fp32: of the five to nine arrays of
-an update that keeps memory busy, and takes 60 to 130 registers a thread."""
+DEFAULT = Configuration(1024, 128)
+"""16 bytes of each 16-bit array for a thread, the widest access there is, and two such of fp32: of the five to nine
+arrays of an update that is enough under way to keep memory busy, and takes 60 to 130 registers."""
 
-CANDIDATES = (DEFAULT, Configuration(2048, 4), Configuration(2048, 8), Configuration(4096, 8))
+CANDIDATES = (DEFAULT, Configuration(2048, 128), Configuration(2048, 256), Configuration(4096, 256))
 
 _FILE = "gam_fast.json"
 _chosen: dict[str, Configuration] = {}
@@ -42,7 +42,7 @@ def configuration_of(device: torch.device, seconds: Callable[[torch.device, Conf
     """The shape for a device; where it is measured, ``seconds`` tells how long a step takes with one.
 
     >>> configuration_of(torch.device("cpu"), lambda device, shape: 1.0)
-    Configuration(block=1024, warps=4)
+    Configuration(block=1024, threads=128)
     """
     if device.type != "cuda" or os.environ.get(ENVIRONMENT_VARIABLE) != "1":
         return DEFAULT

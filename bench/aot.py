@@ -1,0 +1,235 @@
+"""What Triton makes of the kernels for GPUs that are not here: registers, local memory, vector accesses.
+
+Each kernel is compiled ahead of time, for every type it is launched with, and checked: the loop over whole blocks keeps
+nothing in local memory, and reads and writes 16 bytes at once, as many times as there are arrays. Needs Triton and no
+GPU; not for a process with ``TRITON_INTERPRET=1``. `make aot` runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from gam_fast.kernels import moves, sums, updates
+from gam_fast.kernels.table import BLOCK_OF_TOTALS, HEADER, SUMS
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gam_fast.backends.tables import PARAMETERS, STATES
+from gam_fast.backends.triton import MIXED, OF_SUMS
+from gam_fast.backends.tuning import CANDIDATES, DEFAULT, Configuration
+
+from .sass import LOADS, SPILLS, instructions_of, loops
+
+TARGETS = {
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)},
+    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")},
+}
+
+ALONG = {"PROJECT": True, "CLIP": True, "ROWS": 16}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with its constants; how many arrays of parameters and of state a block reads and writes."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    lists: int = 0
+    reads: int = 0
+    writes: int = 0
+    states: int = 0
+    states_written: int = 0
+
+    @property
+    def name(self) -> str:
+        chosen = [f"{k.lower()}={int(v)}" for k, v in self.constants.items() if k not in ("ROWS", "BLOCK")]
+        return f"{self.kernel.__name__} {' '.join(chosen)}"
+
+
+VARIANTS = [
+    Variant(sums.square_norm, {"DIFFERENCE": False, "WEIGHTED": False}, 3, 1),
+    Variant(sums.square_norm, {"DIFFERENCE": True, "WEIGHTED": True}, 3, 3),
+    Variant(sums.inner_products, {"TERMS": 1, "PARTLY": False, "WITH_M": False}, 1, 1),
+    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": False, "WITH_M": True}, 3, 3),
+    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": True, "WITH_M": True}, 3, 3),
+    *(
+        Variant(
+            moves.perturb,
+            {"DIFFERENCE": diff, "WEIGHTED": weighted, "SAVE": save, "FROM_START": far, "FOLDED": folds},
+            4 + 2 * folds,
+            2 + diff + 2 * folds + (weighted and not save and not far),
+            1 + save + folds,
+        )
+        for diff, weighted, save, far, folds in (
+            (False, False, True, False, 0),
+            (False, True, True, False, 0),
+            (True, False, False, True, 0),
+            (False, False, False, False, 1),
+            (True, True, False, False, 2),
+        )
+    ),
+    Variant(moves.copy, {}, 2, 1, 1),
+    Variant(moves.materialise, {"TERMS": 3, "PARTLY": False, "RESTORE": True, **ALONG}, 6, 4, 2),
+    Variant(moves.materialise, {"TERMS": 2, "PARTLY": True, "RESTORE": False, **ALONG}, 5, 2, 1),
+    *(
+        Variant(updates.sgd, {"TERMS": terms, "PARTLY": partly, "MOMENTUM": m, **ALONG}, 3 + terms, 1 + terms, 1, m, m)
+        for terms, partly, m in ((1, False, False), (3, False, True), (3, True, True))
+    ),
+    *(
+        Variant(
+            updates.adam, {"TERMS": terms, "PARTLY": p, "AMSGRAD": a, **ALONG}, 5 + terms, 1 + terms, 1, 2 + a, 2 + a
+        )
+        for terms, p, a in ((1, False, False), (3, False, False), (3, True, True))
+    ),
+]
+ALL_CODES = (1 << len(PARAMETERS)) - 1
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler reports.
+
+    ``local`` are accesses to local memory, on NVIDIA in the loops over whole blocks, on AMD bytes of it anywhere;
+    ``loads`` and ``stores`` of 16 bytes are those in the text of the program.
+    """
+
+    registers: int
+    local: int
+    loads: int
+    stores: int
+
+
+def compile_for(kernel: Any, constants: dict[str, Any], threads: int, target: GPUTarget) -> Compiled:
+    """Compiles a kernel whose pointers are aligned to 16 bytes, as they are where it is launched."""
+    integers = ("pieces", "table", "starts", "mark")
+    scalars = ("rows", "ticket")
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in scalars:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*i64" if name in integers else "*fp64"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=target, options=options)
+    return _cuda(compiled) if target.backend == "cuda" else _hip(compiled)
+
+
+def _cuda(compiled: Any) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(dump), "-res-usage", "-sass", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+)", report)
+    assert registers, report
+    hot = [loop for loop in loops(instructions_of(report)) if any(LOADS.search(line) for line in loop)]
+    text = compiled.asm["ptx"]
+    local = sum(bool(SPILLS.search(line)) for loop in hot for line in loop) + text.count(".local")
+    loads, stores = (
+        len(re.findall(rf"\b{access}\.global\S*\.v(?:4\.[bfus]32|2\.[bfus]64)", text)) for access in ("ld", "st")
+    )
+    return Compiled(int(registers[1]), local, loads, stores)
+
+
+def _hip(compiled: Any) -> Compiled:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found, name
+        return int(found[1])
+
+    loads, stores = (len(re.findall(rf"\b(?:global|buffer)_{a}_dwordx4", text)) for a in ("load", "store"))
+    spilled = number("vgpr_spill_count") + number("sgpr_spill_count")
+    return Compiled(number("vgpr_count"), number("private_segment_fixed_size") + spilled, loads, stores)
+
+
+def vectors(variant: Variant, code: int, shape: Configuration) -> tuple[int, int]:
+    """Reads and writes of 16 bytes that a thread needs for its share of a block."""
+    share = shape.block // shape.threads
+    parameter, state = (share * types[code].itemsize // 16 for types in (PARAMETERS, STATES))
+    return (
+        variant.reads * parameter + variant.states * state,
+        variant.writes * parameter + variant.states_written * state,
+    )
+
+
+def check(name: str, shapes: tuple[Configuration, ...], codes: tuple[int, ...]) -> list[tuple[str, Compiled, str]]:
+    """Compiles every kernel for one target: what it was, what came of it, and what is wrong with that, if anything."""
+    target = TARGETS[name]
+    result = []
+    for variant in VARIANTS:
+        is_sum = variant.kernel.__module__ == sums.__name__
+        constants = {**variant.constants, "WIDTH": HEADER + variant.lists}
+        for shape in (OF_SUMS,) if is_sum else shapes:
+            for code in codes if variant.states else [code for code in codes if PARAMETERS[code] == STATES[code]]:
+                only = {**constants, "AMONG": 1 << code, "STRIDED": False, "BLOCK": shape.block}
+                found = compile_for(variant.kernel, only, shape.threads, target)
+                loads, stores = vectors(variant, code, shape)
+                wrong = "uses local memory" if found.local else ""
+                if found.loads < loads or found.stores < stores:
+                    wrong += f" has {found.loads} loads and {found.stores} stores of 16 bytes, not {loads} and {stores}"
+                result.append((f"{variant.name}, {_types(code)}, {shape.block}/{shape.threads}", found, wrong))
+    last = {variant.kernel.__name__: variant for variant in VARIANTS}  # of each kernel, the one with most to do
+    for variant in last.values():
+        shape = OF_SUMS if variant.kernel.__module__ == sums.__name__ else MIXED
+        constants = {**variant.constants, "WIDTH": HEADER + variant.lists, "BLOCK": shape.block}
+        found = compile_for(variant.kernel, {**constants, "AMONG": ALL_CODES, "STRIDED": True}, shape.threads, target)
+        result.append((f"{variant.name}, any type and layout, {shape.block}/{shape.threads}", found, ""))
+    for count in (1, SUMS):
+        constants = {"SUMS": count, "BLOCK": BLOCK_OF_TOTALS}
+        result.append((f"totals of {count}", compile_for(sums.totals, constants, OF_SUMS.threads, target), ""))
+    return result
+
+
+def _types(code: int) -> str:
+    names = [str(types[code]).removeprefix("torch.") for types in (PARAMETERS, STATES)]
+    return names[0] if names[0] == names[1] else " with ".join(names)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
+    parser.add_argument("--candidates", action="store_true", help="also the shapes that tuning chooses from")
+    parser.add_argument("--all", action="store_true", help="show every kernel, not only a summary")
+    parser.add_argument("--quick", action="store_true", help="fp32 only")
+    options = parser.parse_args(argv)
+    names = options.targets.split(",")
+    if not set(names) <= set(TARGETS):
+        parser.error(f"--targets must be of {', '.join(TARGETS)}, got {options.targets}")
+    shapes = CANDIDATES if options.candidates else (DEFAULT,)
+    codes = (PARAMETERS.index(torch.float32),) if options.quick else tuple(range(len(PARAMETERS)))
+    print(f"Triton {triton.__version__}")
+    failed = 0
+    with ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), get_context("spawn")) as pool:
+        for name, rows in zip(names, pool.map(partial(check, shapes=shapes, codes=codes), names), strict=True):
+            for what, found, wrong in rows:
+                if options.all or wrong:
+                    print(f"  {name}: {what}: {found.registers} registers {wrong}")
+            wrongs = sum(bool(wrong) for _, _, wrong in rows)
+            failed += wrongs
+            registers = [found.registers for what, found, _ in rows if "any type" not in what]
+            print(f"{name}: {len(rows)} kernels, {min(registers)} to {max(registers)} registers, {wrongs} wrong")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
