@@ -27,8 +27,8 @@ from gam_fast.kernels.table import BLOCK_OF_TOTALS, HEADER, SUMS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gam_fast.backends.launches import MIXED, OF_SUMS
 from gam_fast.backends.tables import PARAMETERS, STATES
-from gam_fast.backends.triton import MIXED, OF_SUMS
 from gam_fast.backends.tuning import CANDIDATES, DEFAULT, Configuration
 
 from .sass import LOADS, SPILLS, instructions_of, loops

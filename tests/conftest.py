@@ -11,6 +11,8 @@ from cases import BACKENDS, EMULATED, INTERPRETED
 
 if INTERPRETED:
     import interpreted
+else:
+    collect_ignore = ["test_interpreted.py", "interpreted.py"]
 
 
 @pytest.fixture(autouse=True)

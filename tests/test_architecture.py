@@ -26,6 +26,7 @@ LAYERS = [
     {"backends.base"},
     {"backends.scalars", "backends.layouts", "backends.tuning", "_C"},
     {"backends.eager", "backends.tables"},
+    {"backends.terms", "backends.launches"},
     {"backends.native", "backends.triton"},
     {"backends"},
     {"rng", "batchnorm", "ownership", "updates"},

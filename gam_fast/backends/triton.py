@@ -18,8 +18,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from importlib import util
 from types import ModuleType
@@ -28,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, SUMS, THREADS_OF_SUMS
+from ..kernels.table import SUMS
 from . import scalars
 from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, takes_state
 from .eager import EagerBackend
+from .launches import OF_SUMS, after, guard, launch, launch_totals
 from .tables import Argument, Prepared, Tables
+from .terms import Terms, terms_of
 from .tuning import Configuration, configuration_of
 
 if util.find_spec("triton") is None:
@@ -41,7 +41,6 @@ if util.find_spec("triton") is None:
 OLDEST = (3, 4)
 """The first release of Triton that compiles the kernels."""
 
-MAX_TERMS = 3
 MAX_FOLDS = 2
 
 MAX_PLANS = 4
@@ -73,73 +72,6 @@ def _why_unusable() -> str | None:
     except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
     return None
-
-
-OF_SUMS = Configuration(BLOCK_OF_SUMS, THREADS_OF_SUMS)
-
-MIXED = Configuration(1024, 256)
-"""Of kernels for several types or any layout, which need twice the registers."""
-
-
-def start(kernel: Any, programs: int, *arguments: object, warps: int, **constants: object) -> None:
-    """Starts a kernel on the current stream of the current device: the one place where that is done."""
-    if programs:
-        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
-
-
-def launch(kernel: Any, prepared: Prepared, *arguments: object, shape: Configuration, **constants: object) -> None:
-    """Starts a kernel with one program a piece."""
-    rows = prepared.rows
-    if shape is not OF_SUMS and (rows.strided or rows.among & (rows.among - 1)):
-        shape = MIXED
-    start(
-        kernel,
-        prepared.programs,
-        prepared.pieces,
-        prepared.table,
-        *arguments,
-        AMONG=rows.among,
-        STRIDED=rows.strided,
-        WIDTH=rows.width,
-        BLOCK=shape.block,
-        warps=shape.threads // prepared.warp,
-        **constants,
-    )
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """The terms of a direction that any group uses.
-
-    Attributes:
-        lists: the lists of tensors.
-        numbers: by group, p, q and whether the group uses it, for each of them.
-        partly: whether a group does not use all.
-    """
-
-    lists: list[TensorList]
-    numbers: list[list[float]]
-    partly: bool
-
-    def arguments(self) -> list[Argument]:
-        return [Argument(f"terms[{t}]", tensors) for t, tensors in enumerate(self.lists)]
-
-
-def _terms_of(d: Direction, groups: int, m: Direction | None = None) -> _Terms:
-    """Those of ``d``, where those that ``m`` uses count as used too; their elements may be anything in the others."""
-    count = len(d.terms)
-    if not 1 <= count <= MAX_TERMS:
-        raise ValueError(f"terms must be 1 to {MAX_TERMS} lists of tensors, got {count}")
-    coefficients = [d.p, *([d.q] if d.q else []), *([m.p] if m else [])]
-    used = [[any(c[t][g] != 0.0 for c in coefficients) for t in range(count)] for g in range(groups)]
-    for row in used:
-        row[0] = row[0] or not any(row)
-    kept = [t for t in range(count) if any(row[t] for row in used)]
-    numbers = [
-        [x for t in kept for x in (d.p[t][g], d.q[t][g] if d.q else 0.0, 1.0 if row[t] else 0.0)]
-        for g, row in enumerate(used)
-    ]
-    return _Terms([d.terms[t] for t in kept], numbers, not all(row[t] for row in used for t in kept))
 
 
 class TritonBackend:
@@ -197,7 +129,7 @@ class TritonBackend:
     ) -> Tensor:
         sums, _, _ = _kernels()
         theta = None if eta is None else _theta(leaves)
-        with _guard(leaves):
+        with guard(leaves):
             tables = self._tables_for(leaves)
             lists = [Argument("a", a), Argument("b", b), Argument("theta", theta)]
             prepared = tables.prepare(lists, [[0.0] * tables.groups if eta is None else eta[: tables.groups]])
@@ -206,10 +138,10 @@ class TritonBackend:
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
         sums, _, _ = _kernels()
-        with _guard(leaves):
+        with guard(leaves):
             tables = self._tables_for(leaves)
-            of_u = _terms_of(u, tables.groups, m)
-            of_m = of_u if m is None else _terms_of(Direction(u.terms, m.p), tables.groups, u)
+            of_u = terms_of(u, tables.groups, m)
+            of_m = of_u if m is None else terms_of(Direction(u.terms, m.p), tables.groups, u)
             numbers = [x for rows in zip(of_u.numbers, of_m.numbers, strict=True) for row in rows for x in row]
             prepared = tables.prepare(of_u.arguments(), [numbers])
             constants = {"TERMS": len(of_u.lists), "PARTLY": of_u.partly, "WITH_M": m is not None}
@@ -230,7 +162,7 @@ class TritonBackend:
         _, moves, _ = _kernels()
         if len(folds) > MAX_FOLDS:
             raise ValueError(f"folds must be at most {MAX_FOLDS}, got {len(folds)}")
-        with _guard(leaves):
+        with guard(leaves):
             tables = self._tables_for(leaves)
             if not leaves.saved and self._saves_apart(tables.device):
                 self._copy(leaves, Argument("params", leaves.params), Argument("backup", leaves.backup, written=True))
@@ -267,7 +199,7 @@ class TritonBackend:
             except BaseException:  # it came before the launch, or after it
                 leaves.saved = leaves.saved or _has_run(mark, ticket)
                 raise
-            _after(lists, a, b)
+            after(lists, a, b)
 
     @staticmethod
     def _saves_apart(device: torch.device) -> bool:
@@ -282,20 +214,20 @@ class TritonBackend:
 
     def restore(self, leaves: Leaves) -> None:
         if leaves.saved:
-            with _guard(leaves):
+            with guard(leaves):
                 self._copy(leaves, Argument("backup", leaves.backup), Argument("params", leaves.params, written=True))
 
     def _copy(self, leaves: Leaves, source: Argument, target: Argument) -> None:
         _, moves, _ = _kernels()
         tables = self._tables_for(leaves)
         launch(moves.copy, tables.prepare([source, target]), shape=self._shape_on(tables.device))
-        _after([source, target], source.tensors)
+        after([source, target], source.tensors)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
         _, moves, _ = _kernels()
-        with _guard(leaves):
+        with guard(leaves):
             tables = self._tables_for(leaves)
-            terms = _terms_of(d, tables.groups)
+            terms = terms_of(d, tables.groups)
             lists = [
                 Argument("out", out, written=True),
                 Argument("backup", leaves.backup if leaves.saved else None),
@@ -304,7 +236,7 @@ class TritonBackend:
             ]
             restore = {"RESTORE": leaves.saved}
             self._launch_along(moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
-            _after(lists, leaves.backup if leaves.saved else None, *terms.lists)
+            after(lists, leaves.backup if leaves.saved else None, *terms.lists)
 
     def sgd(
         self,
@@ -318,9 +250,9 @@ class TritonBackend:
             EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
             return
         _, _, updates = _kernels()
-        with _guard(leaves):
+        with guard(leaves):
             tables = self._tables_for(leaves)
-            terms = _terms_of(d, tables.groups)
+            terms = terms_of(d, tables.groups)
             has_momentum = [groups[g].momentum != 0.0 for g in leaves.group]
             buffers = [b if has else None for b, has in zip(momentum_buffer, has_momentum, strict=True)]
             lists = [
@@ -335,7 +267,7 @@ class TritonBackend:
             ]
             momentum = {"MOMENTUM": any(has_momentum)}
             self._launch_along(updates.sgd, tables, lists, d, terms, numbers, option=first, constants=momentum)
-            _after(lists, _theta(leaves), *terms.lists)
+            after(lists, _theta(leaves), *terms.lists)
 
     def adam(
         self,
@@ -351,9 +283,9 @@ class TritonBackend:
             EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
             return
         _, _, updates = _kernels()
-        with _guard(leaves):
+        with guard(leaves):
             tables = self._tables_for(leaves)
-            terms = _terms_of(d, tables.groups)
+            terms = terms_of(d, tables.groups)
             has_largest = [groups[g].amsgrad for g in leaves.group]
             largest = [t if has else None for t, has in zip(max_exp_avg_sq, has_largest, strict=True)]
             lists = [
@@ -390,7 +322,7 @@ class TritonBackend:
             self._launch_along(
                 updates.adam, tables, lists, d, terms, numbers, [corrections], option=option, constants=amsgrad
             )
-            _after(lists, _theta(leaves), *terms.lists)
+            after(lists, _theta(leaves), *terms.lists)
 
     def _launch_along(
         self,
@@ -398,7 +330,7 @@ class TritonBackend:
         tables: Tables,
         lists: Sequence[Argument],
         d: Direction,
-        terms: _Terms,
+        terms: Terms,
         numbers: Sequence[Sequence[float]],
         more: Sequence[Sequence[float]] = (),
         *,
@@ -441,46 +373,17 @@ def _theta(leaves: Leaves) -> TensorList:
     return leaves.backup if leaves.saved else leaves.params
 
 
-def _guard(leaves: Leaves) -> AbstractContextManager[object]:
-    """Makes the device of the leaves the current one, on whose current stream kernels are started."""
-    device = leaves.params[0].device
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _add_up(
     kernel: Any, prepared: Prepared, starts: Tensor, groups: int, count: int, constants: dict[str, Any]
 ) -> Tensor:
     """``(groups, count)``: the sums of what ``kernel`` finds of each piece, by group; 0 where there are no starts."""
     sums, _, _ = _kernels()
     parts = starts.new_empty((prepared.programs, count), dtype=torch.float64)
-    known = starts.numel() - 1
-    make = starts.new_zeros if groups > known else starts.new_empty
+    make = starts.new_zeros if groups >= starts.numel() else starts.new_empty
     found = make((groups, count), dtype=torch.float64)
     launch(kernel, prepared, *prepared.numbers, parts, shape=OF_SUMS, **constants)
-    warps = THREADS_OF_SUMS // prepared.warp
-    start(sums.totals, known, parts, starts, found, SUMS=count, BLOCK=BLOCK_OF_TOTALS, warps=warps)
+    launch_totals(sums.totals, prepared, parts, starts, found)
     return found
-
-
-def _after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) -> None:
-    """Lets autograd know what was written, and the allocator what may be freed soon but is still being read.
-
-    Args:
-        arguments: all lists of the launch.
-        last: those that others allocated, perhaps for another stream: gradients, and the backup.
-    """
-    written = [
-        tensor
-        for argument in arguments
-        if argument.written
-        for tensor in argument.tensors or ()
-        if tensor is not None and not tensor.is_inference()
-    ]
-    torch.autograd.graph.increment_version(written)
-    for tensors in last:
-        for tensor in tensors or ():
-            if tensor is not None and tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _has_run(mark: Tensor, ticket: int) -> bool:

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,11 +62,14 @@ def _fastest(kind: str, device: torch.device, seconds: Callable[[torch.device, C
 
 
 def _stored(kind: str) -> Configuration | None:
+    """What an earlier process found; ``None`` where there is nothing, or nothing that can be read."""
     path = _cache(kind).get_file(_FILE)
     if path is None:
         return None
-    with open(path, encoding="utf-8") as file:
-        found = Configuration(**json.load(file))
+    try:
+        found = Configuration(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return None
     return found if found in CANDIDATES else None
 
 

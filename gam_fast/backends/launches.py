@@ -1,0 +1,80 @@
+"""Starting Triton kernels: their device, stream and shape, and what others must know of what was started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, THREADS_OF_SUMS
+from .base import Leaves
+from .tables import Argument, Prepared
+from .tuning import Configuration
+
+OF_SUMS = Configuration(BLOCK_OF_SUMS, THREADS_OF_SUMS)
+
+MIXED = Configuration(1024, 256)
+"""Of kernels for several types or any layout, which need twice the registers."""
+
+
+def start(kernel: Any, programs: int, *arguments: object, warps: int, **constants: object) -> None:
+    """Starts a kernel on the current stream of the current device: the one place where that is done."""
+    if programs:
+        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
+
+
+def launch(kernel: Any, prepared: Prepared, *arguments: object, shape: Configuration, **constants: object) -> None:
+    """Starts a kernel with one program a piece."""
+    rows = prepared.rows
+    if shape is not OF_SUMS and (rows.strided or rows.among & (rows.among - 1)):
+        shape = MIXED
+    start(
+        kernel,
+        prepared.programs,
+        prepared.pieces,
+        prepared.table,
+        *arguments,
+        AMONG=rows.among,
+        STRIDED=rows.strided,
+        WIDTH=rows.width,
+        BLOCK=shape.block,
+        warps=shape.threads // prepared.warp,
+        **constants,
+    )
+
+
+def launch_totals(kernel: Any, prepared: Prepared, parts: Tensor, starts: Tensor, found: Tensor) -> None:
+    """Starts the kernel that adds up the parts of each group, with one program a group."""
+    warps = OF_SUMS.threads // prepared.warp
+    groups = starts.numel() - 1
+    start(kernel, groups, parts, starts, found, SUMS=found.size(1), BLOCK=BLOCK_OF_TOTALS, warps=warps)
+
+
+def guard(leaves: Leaves) -> AbstractContextManager[object]:
+    """Makes the device of the leaves the current one, on whose current stream kernels are started."""
+    device = leaves.params[0].device
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) -> None:
+    """Lets autograd know what was written, and the allocator what may be freed soon but is still being read.
+
+    Args:
+        arguments: all lists of the launch.
+        last: those that others allocated, perhaps for another stream: gradients, and the backup.
+    """
+    written = [
+        tensor
+        for argument in arguments
+        if argument.written
+        for tensor in argument.tensors or ()
+        if tensor is not None and not tensor.is_inference()
+    ]
+    torch.autograd.graph.increment_version(written)
+    for tensors in last:
+        for tensor in tensors or ():
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))

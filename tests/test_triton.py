@@ -1,0 +1,309 @@
+"""What of the Triton backend needs neither a GPU nor the interpreter: selection, tables, compilation ahead of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gam_fast import backends
+from gam_fast.backends import base, layouts, tables, tuning
+
+CUDA = torch.device("cuda", 0)
+
+
+def run(program, **environment):
+    """The output of a program in a process of its own."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:-1]
+
+
+# Selection
+
+
+def test_triton_is_not_imported_before_a_gpu_needs_it():
+    program = """
+import sys, torch, gam_fast
+print("triton" in sys.modules)
+weight = torch.nn.Parameter(torch.ones(3))
+gam_fast.GAM([weight], torch.optim.SGD, lr=0.1).step(lambda: weight.square().sum().backward())
+print("gam_fast.kernels.sums" in sys.modules)  # torch's own optimizers import Triton themselves
+"""
+    assert run(program) == ["False", "False"]
+
+
+def test_why_it_is_not_taken_on_a_cpu():
+    with pytest.raises(RuntimeError) as raised:
+        backends.select("triton", torch.device("cpu"))
+    assert str(raised.value) == (
+        "backend='triton' is not available for cpu: the Triton kernels run on tensors of NVIDIA and AMD GPUs; with "
+        "TRITON_INTERPRET=1 in the environment on CPU tensors, slowly; use 'auto' or 'eager'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        ("sys.modules['triton'] = None", "Triton is not installed: pip install triton"),
+        ("import triton; triton.__version__ = '3.3.1'", "Triton 3.3.1 is too old: 3.4 or newer is needed"),
+        ("sys.modules['triton.language'] = None", "Triton cannot be imported: "),
+    ],
+)
+def test_a_triton_that_is_of_no_use_is_a_reason(spoil, reason):
+    program = f"""
+import sys, torch
+{spoil}
+from gam_fast import backends
+found = backends._classes()["triton"]
+print(found if isinstance(found, str) else found.refusal(torch.device("cuda")))
+print(backends._classes()["eager"].refusal(torch.device("cuda")))
+"""
+    found = run(program)
+    assert found[0].startswith(reason)
+    assert found[1] == "None"
+
+
+def test_a_gpu_without_the_core_gets_triton(monkeypatch):
+    classes = {**backends._classes(), "native": "not built"}
+    monkeypatch.setattr(backends, "_classes", lambda: classes)
+    assert backends.select("auto", CUDA).name == "triton"
+    assert backends.select("auto", torch.device("cpu")).name == "eager"
+    assert backends.select("auto", torch.device("mps")).name == "eager"
+
+
+def test_the_interpreter_says_where_it_runs():
+    program = """
+import torch
+from gam_fast import backends
+print(backends.select("triton", torch.device("cpu")).name, backends.select("auto", torch.device("cpu")).name)
+print(backends.available()["triton"].reason)
+print(backends._classes()["triton"].refusal(torch.device("cuda")))
+"""
+    names, reason, refusal = run(program, TRITON_INTERPRET="1")
+    assert names.startswith("triton ")
+    assert not names.endswith("triton")
+    assert reason.endswith("in its interpreter on CPU tensors")
+    assert refusal == "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors only"
+
+
+# Tables
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A stand-in for a GPU that keeps copies in the memory of the CPU and counts them."""
+    fake = SimpleNamespace(stream=1, capturing=False, copies=[])
+
+    def copies(values, device, capturing):
+        if values:
+            fake.copies.append(capturing)
+        return [value.clone() for value in values]
+
+    monkeypatch.setattr(tables, "copies", copies)
+    monkeypatch.setattr(tables, "check_plain", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=fake.stream))
+    return fake
+
+
+def made(sizes=((9_000,), (4, 5)), groups=(0, 1)):
+    params = [torch.zeros(size) for size in sizes]
+    table = tables.Tables(base.Leaves(params, list(groups)))
+    return table, params
+
+
+def test_a_table_is_copied_once_and_numbers_when_they_change(device):
+    table, params = made()
+    table.device = CUDA
+    grads = [torch.ones_like(p) for p in params]
+    lists = [tables.Argument("params", params, written=True), tables.Argument("a", grads)]
+
+    def prepare(numbers=(0.1, 0.2, 0.3)):
+        device.copies.clear()
+        prepared = table.prepare(lists, [list(numbers), [1.0]])
+        assert [n.tolist()[: len(numbers)] for n in prepared.numbers] == [list(numbers), [1.0, 0.0][: len(numbers)]]
+        return prepared, len(device.copies)
+
+    first, count = prepare()
+    assert count == 1
+    assert prepare()[1] == 0
+    assert prepare()[0].table is first.table
+    changed, count = prepare((0.1, 0.2, 0.4))
+    assert count == 1
+    assert changed.table is first.table
+    assert prepare()[1] == 0  # the numbers of before are still there
+    lists[1] = tables.Argument("a", [g.clone() for g in grads])
+    assert prepare()[1] == 1
+    lists[1] = tables.Argument("a", grads)
+    assert prepare()[1] == 0
+    device.stream = 2
+    assert prepare()[1] == 1
+    device.stream = 1
+    assert prepare()[1] == 0
+
+
+def test_a_captured_launch_has_a_table_of_its_own(device):
+    table, params = made()
+    table.device = CUDA
+    lists = [tables.Argument("params", params)]
+    kept = table.prepare(lists)
+    device.capturing = True
+    device.copies.clear()
+    first, second = table.prepare(lists), table.prepare(lists)
+    assert device.copies == [True, True]
+    assert first.table is not second.table
+    device.capturing = False
+    device.copies.clear()
+    assert table.prepare(lists).table is kept.table
+    assert device.copies == []
+
+
+def test_tables_do_not_pile_up(device):
+    table, params = made()
+    table.device = CUDA
+    lists = [[torch.zeros_like(p) for p in params] for _ in range(4 * tables.KEPT)]
+    for tensors in lists:
+        table.prepare([tables.Argument("a", tensors)], [[0.5]])
+    assert len(table._rows) == tables.KEPT
+    assert len(table._copies) == 3 * tables.KEPT
+
+
+def test_the_words_of_a_table():
+    table, params = made(((9_000,), (4, 5), (0,)), (1, 0, 1))
+    wide = torch.zeros(4, 10)
+    lists = [
+        tables.Argument("params", params),
+        tables.Argument("a", [torch.zeros(9_001)[1:], wide[:, ::2], torch.zeros(0)]),
+        tables.Argument("none", None),
+        tables.Argument("some", [None, params[1].T.contiguous().T, None], is_state=True),
+    ]
+    prepared = table.prepare(lists, [[1.0, 2.0, 3.0]], option=[7, 8, 9])
+    assert prepared.programs == 3
+    assert prepared.pieces.view(-1, 3).tolist() == [[1, 0, 20], [0, 0, 8192], [0, 8192, 808]]
+    assert prepared.starts.tolist() == [0, 1, 3]
+    assert prepared.whole.tolist() == [0, 3]
+    assert (prepared.rows.width, prepared.rows.strided) == (9, True)
+    assert prepared.rows.among == 1 << tables.PARAMETERS.index(torch.float32)
+    rows, layout = prepared.table.split([27, len(prepared.table) - 27])
+    first, second, third = rows.view(3, 9).tolist()
+    assert first[:5] == [1, 7, 1, 0, 27]  # not packed: the second array is not aligned to 16 bytes
+    assert second[:5] == [0, 8, 1, 0, 27 + 5]
+    assert third[:4] == [1, 9, 1, 1]
+    assert first[5:] == [params[0].data_ptr(), lists[1].tensors[0].data_ptr(), 0, 0]
+    assert third[5:] == [0, 0, 0, 0]
+    # of all in the order of memory; then dimensions, sizes, and of each list a flag and strides
+    assert layout.tolist() == [0, 0, 0, 0, 0, 2, 4, 5, 0, 0, 0, 1, 10, 2, 0, 0, 0, 1, 1, 4]
+
+
+def test_a_change_of_strides_at_the_same_address_is_seen():
+    table, params = made(((4, 5),), (0,))
+    square = torch.zeros(4, 5)
+    flat = table.prepare([tables.Argument("params", params), tables.Argument("a", [square])])
+    turned = square.as_strided((4, 5), (1, 4))
+    other = table.prepare([tables.Argument("params", params), tables.Argument("a", [turned])])
+    assert not flat.rows.strided
+    assert other.rows.strided
+
+
+@pytest.mark.parametrize(
+    ("build", "strided"),
+    [
+        (lambda: torch.zeros(2, 3, 4, 5), False),
+        (lambda: torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), False),
+        (lambda: torch.zeros(2, 3, 4, 10)[..., ::2], True),
+        (lambda: torch.zeros(6, 4).T, False),
+        (lambda: torch.zeros(1, 6, 1).transpose(0, 2), False),
+    ],
+)
+def test_what_is_dense_is_walked_in_the_order_of_memory(build, strided):
+    values = build()
+    assert (layouts.layout_of([values, values.clone() if not strided else values]) is not None) == strided
+    assert layouts.layout_of([values, torch.empty(0), values]) is None or strided
+
+
+def test_memory_in_the_gaps_of_other_memory_is_not_an_overlap():
+    wide = torch.zeros(6, 8)
+    layouts.check_overlaps([("a", True, [wide[:, ::2]]), ("b", True, [wide[:, 1::2]])])
+    layouts.check_overlaps([("a", True, [wide[:, :4]]), ("b", True, [wide[:, 4:]])])
+    layouts.check_overlaps([("a", True, [wide]), ("b", False, [wide])])
+    layouts.check_overlaps([("a", False, [wide[0]]), ("b", False, [wide[0, 1:]])])
+    with pytest.raises(ValueError, match=r"a\[0\] and b\[0\] must not overlap"):
+        layouts.check_overlaps([("a", True, [wide[:, :5]]), ("b", False, [wide[:, 4:]])])
+    with pytest.raises(ValueError, match=r"a\[0\] and b\[0\] must not overlap"):
+        layouts.check_overlaps([("a", True, [wide]), ("b", True, [wide])])
+    with pytest.raises(ValueError, match=r"a\[1\] and b\[0\] must not overlap"):
+        layouts.check_overlaps([("a", True, [torch.zeros(3), wide]), ("b", False, [wide, torch.zeros(3)])])
+
+
+def test_memory_that_was_taken_away_is_refused():
+    values = torch.zeros(8)
+    values.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a must have its elements in memory: its storage has 0 bytes of 32"):
+        layouts.check_plain("a", values, torch.device("cpu"), False)
+
+
+# Tuning
+
+
+def test_shapes_are_measured_only_where_that_is_asked_for(monkeypatch, tmp_path):
+    asked = []
+
+    def seconds(device, shape):
+        asked.append(shape)
+        return 1.0 if shape == tuning.CANDIDATES[2] else 2.0
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of a test")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
+    assert tuning.configuration_of(CUDA, seconds) == tuning.DEFAULT
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "1")
+    assert tuning.configuration_of(torch.device("cpu"), seconds) == tuning.DEFAULT
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.configuration_of(CUDA, seconds) == tuning.DEFAULT
+    assert asked == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        assert tuning.configuration_of(CUDA, seconds) == tuning.CANDIDATES[2]
+    monkeypatch.setattr(tuning, "_chosen", {})  # as in another process
+    assert tuning.configuration_of(CUDA, seconds) == tuning.CANDIDATES[2]
+    assert asked == list(tuning.CANDIDATES)
+    for path in tmp_path.rglob("gam_fast.json"):
+        path.write_text("{", encoding="utf-8")
+    monkeypatch.setattr(tuning, "_chosen", {})
+    assert tuning.configuration_of(CUDA, seconds) == tuning.CANDIDATES[2]
+    assert len(asked) == 2 * len(tuning.CANDIDATES)
+
+
+# Ahead of time
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_kernels_compile_and_use_the_widest_accesses(name):
+    """In fp32; `make aot` does all types."""
+    from bench import aot
+
+    found = aot.check(name, (tuning.DEFAULT,), (tables.PARAMETERS.index(torch.float32),))
+    assert {what.split()[0] for what, _, _ in found} == {
+        "square_norm", "inner_products", "totals", "perturb", "copy", "materialise", "sgd", "adam",
+    }  # fmt: skip
+    assert [what for what, _, wrong in found if wrong] == []
+
+
+def test_narrow_accesses_would_be_found(monkeypatch):
+    from bench import aot
+
+    narrow = tuning.Configuration(128, 128)
+    monkeypatch.setattr(aot, "vectors", lambda variant, code, shape: (variant.reads, variant.writes))
+    found = aot.check("sm_90", (narrow,), (tables.PARAMETERS.index(torch.float32),))
+    assert any("0 loads and 0 stores of 16 bytes" in wrong for _, _, wrong in found)
