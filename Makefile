@@ -23,7 +23,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench sanitize sass ptx gpu setup-demo setup-test setup-lint clean
+.PHONY: help demo test interpret lint bench sanitize sass ptx aot gpu setup-demo setup-test setup-lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -65,8 +65,18 @@ setup-lint: $(ENVIRONMENT)
 demo: setup-demo  ## train on handwritten digits by SGD, SAM and GAM, and write a report (4 minutes at most)
 	$(PY) examples/digits.py $(ARGS)
 
-test: setup-test  ## all tests and doctests
+test: setup-test  ## all tests and doctests; without ARGS those of the Triton kernels too
 	$(PY) -m pytest $(ARGS)
+	@$(if $(ARGS),,$(MAKE) --no-print-directory interpret)
+
+# A process of its own, because Triton decides when it is imported how kernels are run. Every other test that runs on each
+# backend runs on Triton here.
+INTERPRETED_TESTS ?= $(addprefix tests/,test_interpreted.py test_backends.py test_engine.py test_identities.py \
+  test_properties.py test_restore.py test_trajectories.py test_updates.py)
+interpret: setup-test  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
+	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "Triton is for Linux: not tested"; exit 0; }; \
+	  $(PY) -c 'import triton' || { echo "Triton cannot be imported: pip install triton"; exit 1; }; \
+	  TRITON_INTERPRET=1 $(PY) -m pytest -k "triton or interpreted" $(INTERPRETED_TESTS) $(ARGS)
 
 lint: setup-lint  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
@@ -100,6 +110,9 @@ sass: setup-test  ## registers, spills, vector accesses, occupancy of the CUDA k
 ptx:  ## PTX of the CUDA kernels for sm_90, with their names and arguments as JSON, in build/ptx (nvcc, no GPU)
 	$(PY) -m bench.ptx $(ARGS)
 
+aot: setup-test  ## the Triton kernels compiled for six GPUs, and checked (no GPU)
+	$(PY) -m bench.aot $(ARGS)
+
 # In less than ten minutes and, with PYTHON=<interpreter that has torch and the test packages>, without a network. Built
 # for the GPU at hand only; results go to bench/results/<gpu>*.json.
 gpu: $(ENVIRONMENT)  ## what waits for a real GPU: tests, compute-sanitizer, benchmarks (results in bench/results)
@@ -115,7 +128,7 @@ gpu: $(ENVIRONMENT)  ## what waits for a real GPU: tests, compute-sanitizer, ben
 	      tests/test_cuda.py -k "lengths or bits" || exit 1; \
 	  done; else echo "compute-sanitizer is not found: it comes with a CUDA toolkit; memcheck and racecheck left out"; fi
 	@gpu="$$($(PY) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')" && \
-	  $(PY) -m bench.kernels --device cuda --json "bench/results/$${gpu}_kernels.json" && \
+	  $(PY) -m bench.kernels --device cuda --backends eager,native,triton --json "bench/results/$${gpu}_kernels.json" && \
 	  $(PY) -m bench.overhead --device cuda --json "bench/results/$${gpu}_overhead.json" && \
 	  $(PY) -m bench.throughput --device cuda --json "bench/results/$${gpu}.json"
 

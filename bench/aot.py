@@ -81,7 +81,6 @@ VARIANTS = [
             (True, True, False, False, 2),
         )
     ),
-    Variant(moves.copy, {}, 2, 1, 1),
     Variant(moves.materialise, {"TERMS": 3, "PARTLY": False, "RESTORE": True, **ALONG}, 6, 4, 2),
     Variant(moves.materialise, {"TERMS": 2, "PARTLY": True, "RESTORE": False, **ALONG}, 5, 2, 1),
     *(
@@ -172,8 +171,13 @@ def vectors(variant: Variant, code: int, shape: Configuration) -> tuple[int, int
     )
 
 
-def check(name: str, shapes: tuple[Configuration, ...], codes: tuple[int, ...]) -> list[tuple[str, Compiled, str]]:
-    """Compiles every kernel for one target: what it was, what came of it, and what is wrong with that, if anything."""
+def check(
+    name: str, shapes: tuple[Configuration, ...], codes: tuple[int, ...], mixed: bool = True
+) -> list[tuple[str, Compiled, str]]:
+    """Compiles every kernel for one target: what it was, what came of it, and what is wrong with that, if anything.
+
+    With ``mixed`` also, of each kernel, the one for all types and layouts at once, which takes longest.
+    """
     target = TARGETS[name]
     result = []
     for variant in VARIANTS:
@@ -189,7 +193,7 @@ def check(name: str, shapes: tuple[Configuration, ...], codes: tuple[int, ...]) 
                     wrong += f" has {found.loads} loads and {found.stores} stores of 16 bytes, not {loads} and {stores}"
                 result.append((f"{variant.name}, {_types(code)}, {shape.block}/{shape.threads}", found, wrong))
     last = {variant.kernel.__name__: variant for variant in VARIANTS}  # of each kernel, the one with most to do
-    for variant in last.values():
+    for variant in last.values() if mixed else ():
         shape = OF_SUMS if variant.kernel.__module__ == sums.__name__ else MIXED
         constants = {**variant.constants, "WIDTH": HEADER + variant.lists, "BLOCK": shape.block}
         found = compile_for(variant.kernel, {**constants, "AMONG": ALL_CODES, "STRIDED": True}, shape.threads, target)

@@ -26,7 +26,7 @@ from gam_fast.backends import base
 from .contenders import FLOOR, Contender, machine, measure
 from .models import MODELS, Shapes, numel, quick
 
-BACKENDS = ("eager", "native", "compile")
+BACKENDS = ("eager", "native", "triton", "compile")
 STEPS = (
     ("torch", "SGD", torch.float32),
     ("SAM", "SGD", torch.float32),
@@ -253,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--models", default="resnet50,vit_small,small,single", help="comma-separated (default: all)")
-    parser.add_argument("--backends", default="eager,native", help=f"of {', '.join(BACKENDS)} (default: eager,native)")
+    parser.add_argument(
+        "--backends", "--backend", default="eager,native", help=f"of {', '.join(BACKENDS)} (default: eager,native)"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds; medians are taken over them (default: 9)")
@@ -264,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
     names, models = arguments.backends.split(","), arguments.models.split(",")
     if arguments.repeats < 7:
         parser.error(f"--repeats must be at least 7 for a median to mean something, got {arguments.repeats}")
+    if "triton" in names and arguments.device == "cpu":
+        parser.error("--backends triton needs --device cuda: on a CPU Triton only interprets its kernels")
     for given, known, option in ((names, BACKENDS, "--backends"), (models, MODELS, "--models")):
         if not set(given) <= set(known):
             parser.error(f"{option} must be of {', '.join(known)}, got {','.join(given)}")

@@ -9,10 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import table as host
 from .elements import array, flag, place, read, read_some
 from .formulas import clip_factor, ratio, square_of_direction
 
-OF_TERM = tl.constexpr(3)
+P = tl.constexpr(host.TERM.index("p"))
+Q = tl.constexpr(host.TERM.index("q"))
+USED = tl.constexpr(host.TERM.index("used"))
+OF_TERM = tl.constexpr(len(host.TERM))
 
 
 @triton.jit
@@ -41,15 +45,20 @@ def kappa_and_scale(products, clipping, rows, PROJECT: tl.constexpr, CLIP: tl.co
 
 
 @triton.jit
+def factor_of(term, kappa, scale):
+    return scale * (kappa * tl.load(term + Q) + tl.load(term + P))
+
+
+@triton.jit
 def factors_of(terms, kappa, scale, TERMS: tl.constexpr, TYPE: tl.constexpr):
     """``s (p + κ q)`` of each term, rounded to the working precision; those beyond ``TERMS`` are not used"""
-    first = (scale * (kappa * tl.load(terms + 1) + tl.load(terms))).to(TYPE)
+    first = factor_of(terms, kappa, scale).to(TYPE)
     second = first
     third = first
     if TERMS > 1:
-        second = (scale * (kappa * tl.load(terms + 4) + tl.load(terms + 3))).to(TYPE)
+        second = factor_of(terms + OF_TERM, kappa, scale).to(TYPE)
     if TERMS > 2:
-        third = (scale * (kappa * tl.load(terms + 7) + tl.load(terms + 6))).to(TYPE)
+        third = factor_of(terms + 2 * OF_TERM, kappa, scale).to(TYPE)
     return first, second, third
 
 
@@ -84,7 +93,7 @@ def read_term(
 ):
     offset = place(table, row, LIST + TERM, index, STRIDED)
     if PARTLY:
-        return read_some(pointer, offset, inside, flag(terms + (OF_TERM * TERM + 2)), MASKED)
+        return read_some(pointer, offset, inside, flag(terms + (OF_TERM * TERM + USED)), MASKED)
     else:
         return read(pointer, offset, inside, MASKED)
 
@@ -120,7 +129,7 @@ def read_terms(
 @triton.jit
 def add_term(total, factor, x, terms, TERM: tl.constexpr, PARTLY: tl.constexpr):
     if PARTLY:
-        return tl.where(flag(terms + (OF_TERM * TERM + 2)), tl.fma(factor, x, total), total)
+        return tl.where(flag(terms + (OF_TERM * TERM + USED)), tl.fma(factor, x, total), total)
     else:
         return tl.fma(factor, x, total)
 

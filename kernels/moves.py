@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import table as host
 from .combine import OF_TERM, arrays_of, combine, factors_of, kappa_and_scale, read_terms
 from .elements import (
     CODES,
@@ -33,7 +34,14 @@ BACKUP = tl.constexpr(1)
 A = tl.constexpr(2)
 B = tl.constexpr(3)
 FOLDS = tl.constexpr(4)
-OF_PERTURB = tl.constexpr(6)  # the numbers of a group: radius, η, and k and l of each fold
+
+RADIUS = tl.constexpr(host.PERTURB.index("radius"))
+ETA = tl.constexpr(host.PERTURB.index("eta"))
+K1 = tl.constexpr(host.PERTURB.index("k1"))
+L1 = tl.constexpr(host.PERTURB.index("l1"))
+K2 = tl.constexpr(host.PERTURB.index("k2"))
+L2 = tl.constexpr(host.PERTURB.index("l2"))
+OF_PERTURB = tl.constexpr(len(host.PERTURB))
 
 
 @triton.jit(do_not_specialize=["ticket"])
@@ -59,7 +67,7 @@ def perturb(
     leaf, begin, length = piece_of(pieces)
     row = table + leaf * WIDTH
     group = numbers + tl.load(row + GROUP) * OF_PERTURB
-    factor = inverse_norm(tl.load(square)) * tl.load(group)
+    factor = inverse_norm(tl.load(square)) * tl.load(group + RADIUS)
     if SAVE:
         tl.store(mark, ticket, mask=tl.program_id(0) == 0)
     whole = whole_blocks(row, length, BLOCK)
@@ -99,11 +107,21 @@ def _perturb(
     WORK: tl.constexpr = WORKING[CODE]
     FROM_BACKUP: tl.constexpr = FROM_START and not SAVE
     factor = factor.to(WORK)
-    eta = tl.load(group + 1).to(WORK)
+    eta = tl.load(group + ETA).to(WORK)
     params = array(row, PARAMS, begin, TYPE, MASKED, STRIDED)
     backup = array(row, BACKUP, begin, TYPE, MASKED, STRIDED)
     a = array(row, A, begin, TYPE, MASKED, STRIDED)
     b = array(row, B, begin, TYPE, MASKED, STRIDED)
+    if FOLDED > 0:
+        into = array(row, FOLDS, begin, TYPE, MASKED, STRIDED)
+        other = array(row, FOLDS + 1, begin, TYPE, MASKED, STRIDED)
+        k = tl.load(group + K1).to(WORK)
+        l = tl.load(group + L1).to(WORK)  # noqa: E741
+    if FOLDED > 1:
+        into2 = array(row, FOLDS + 2, begin, TYPE, MASKED, STRIDED)
+        other2 = array(row, FOLDS + 3, begin, TYPE, MASKED, STRIDED)
+        k2 = tl.load(group + K2).to(WORK)
+        l2 = tl.load(group + L2).to(WORK)
     for at in range(start, stop, BLOCK):
         index = indices(begin, at, BLOCK, STRIDED)
         inside = inside_of(at, stop, BLOCK)
@@ -122,37 +140,24 @@ def _perturb(
             if not (SAVE or FROM_START):  # the origin is not θ
                 theta = read(backup, of_backup, inside, MASKED).to(WORK)
             v = weigh(weigh(v, theta, eta), theta, eta)
+        # The folds may overwrite a and b: all is read by all threads before anything is written.
+        if FOLDED > 0:
+            of_first = place(table, row, FOLDS, index, STRIDED)
+            x = read(into, of_first, inside, MASKED).to(WORK)
+            y = read(other, place(table, row, FOLDS + 1, index, STRIDED), inside, MASKED).to(WORK)
+        if FOLDED > 1:
+            of_second = place(table, row, FOLDS + 2, index, STRIDED)
+            z = read(into2, of_second, inside, MASKED).to(WORK)
+            w = read(other2, place(table, row, FOLDS + 3, index, STRIDED), inside, MASKED).to(WORK)
+        if FOLDED > 0:
+            tl.debug_barrier()
         if SAVE:
             write(backup, of_backup, stored, inside, MASKED)
         write(params, of_params, perturbed(stored.to(WORK), v, factor), inside, MASKED)
-        for k in tl.static_range(FOLDED):
-            into = array(row, FOLDS + 2 * k, begin, TYPE, MASKED, STRIDED)
-            other = array(row, FOLDS + 2 * k + 1, begin, TYPE, MASKED, STRIDED)
-            of_into = place(table, row, FOLDS + 2 * k, index, STRIDED)
-            x = read(into, of_into, inside, MASKED).to(WORK)
-            y = read(other, place(table, row, FOLDS + 2 * k + 1, index, STRIDED), inside, MASKED).to(WORK)
-            x = folded(x, y, tl.load(group + 2 + 2 * k).to(WORK), tl.load(group + 3 + 2 * k).to(WORK))
-            write(into, of_into, x, inside, MASKED)
-
-
-@triton.jit
-def copy(
-    pieces,
-    table,
-    AMONG: tl.constexpr,
-    STRIDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The second list ``←`` the first"""
-    leaf, begin, length = piece_of(pieces)
-    row = table + leaf * WIDTH
-    whole = whole_blocks(row, length, BLOCK)
-    for CODE in tl.static_range(CODES):
-        if AMONG & (1 << CODE):
-            if has_types(row, CODE, AMONG):
-                _copy(table, row, begin, 0, whole, CODE, 0, BLOCK, False, False)
-                _copy(table, row, begin, whole, length, CODE, 0, BLOCK, True, STRIDED)
+        if FOLDED > 0:
+            write(into, of_first, folded(x, y, k, l), inside, MASKED)
+        if FOLDED > 1:
+            write(into2, of_second, folded(z, w, k2, l2), inside, MASKED)
 
 
 @triton.jit

@@ -37,3 +37,12 @@ GROUP, OPTION, TYPES, PACKED, LAYOUT, HEADER = range(6)
 
 SUMS = 3
 """Numbers of a piece's products: ‖u‖², ⟨m,u⟩, ‖m‖²."""
+
+PERTURB = ("radius", "eta", "k1", "l1", "k2", "l2")
+SGD = ("lr", "sign", "weight_decay", "momentum", "undamped", "nesterov")
+ADAM = ("sign", "weight_decay", "shrink", "beta1_to_1", "beta2", "beta2_to_1", "eps", "amsgrad")
+TERM = ("p", "q", "used")
+"""Names of the numbers of a group, in their order: of each kernel, and of each term that follows.
+
+``undamped`` is 1 − τ; ``shrink`` is 1 − lr λ where the decay is decoupled, and ``weight_decay`` then 0; ``beta1_to_1``
+is 1 − β₁; flags are 0 and 1."""

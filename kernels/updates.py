@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import table as host
 from .combine import OF_TERM, arrays_of, combine, factors_of, kappa_and_scale, read_terms
 from .elements import (
     CODES,
@@ -43,8 +44,24 @@ SQUARE = tl.constexpr(3)
 LARGEST = tl.constexpr(4)
 ADAM_TERM = tl.constexpr(5)
 
-OF_SGD = tl.constexpr(6)  # lr, sign, λ, μ, 1 − τ, whether Nesterov's; then the terms
-OF_ADAM = tl.constexpr(8)  # sign, λ if coupled, 1 − lr λ if decoupled, 1 − β₁, β₂, 1 − β₂, ε, amsgrad; then the terms
+# The numbers of a group: these, and then those of the terms.
+SGD_LR = tl.constexpr(host.SGD.index("lr"))
+SGD_SIGN = tl.constexpr(host.SGD.index("sign"))
+SGD_DECAY = tl.constexpr(host.SGD.index("weight_decay"))
+SGD_MOMENTUM = tl.constexpr(host.SGD.index("momentum"))
+SGD_UNDAMPED = tl.constexpr(host.SGD.index("undamped"))
+SGD_NESTEROV = tl.constexpr(host.SGD.index("nesterov"))
+OF_SGD = tl.constexpr(len(host.SGD))
+
+ADAM_SIGN = tl.constexpr(host.ADAM.index("sign"))
+ADAM_DECAY = tl.constexpr(host.ADAM.index("weight_decay"))
+ADAM_SHRINK = tl.constexpr(host.ADAM.index("shrink"))
+ADAM_BETA1_TO_1 = tl.constexpr(host.ADAM.index("beta1_to_1"))
+ADAM_BETA2 = tl.constexpr(host.ADAM.index("beta2"))
+ADAM_BETA2_TO_1 = tl.constexpr(host.ADAM.index("beta2_to_1"))
+ADAM_EPS = tl.constexpr(host.ADAM.index("eps"))
+ADAM_AMSGRAD = tl.constexpr(host.ADAM.index("amsgrad"))
+OF_ADAM = tl.constexpr(len(host.ADAM))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -107,18 +124,18 @@ def _sgd(
     WORK: tl.constexpr = WORKING[CODE]
     terms = group + OF_SGD
     f1, f2, f3 = factors_of(terms, kappa, scale, TERMS, WORK)
-    lr = tl.load(group).to(WORK)
-    sign = tl.load(group + 1).to(WORK)
-    weight_decay = tl.load(group + 2).to(WORK)
+    lr = tl.load(group + SGD_LR).to(WORK)
+    sign = tl.load(group + SGD_SIGN).to(WORK)
+    weight_decay = tl.load(group + SGD_DECAY).to(WORK)
     params = array(row, PARAMS, begin, TYPE, MASKED, STRIDED)
     theta = array(row, THETA, begin, TYPE, MASKED, STRIDED)
     first, second, third = arrays_of(row, SGD_TERM, begin, TERMS, TYPE, MASKED, STRIDED)
     if MOMENTUM:
         has_buffer = tl.load(row + (HEADER + BUFFER)) != 0
         is_first = tl.load(row + OPTION) != 0
-        momentum = tl.load(group + 3).to(WORK)
-        of_direction = tl.where(is_first, 1.0, tl.load(group + 4)).to(WORK)
-        nesterov = flag(group + 5)
+        momentum = tl.load(group + SGD_MOMENTUM).to(WORK)
+        of_direction = tl.where(is_first, 1.0, tl.load(group + SGD_UNDAMPED)).to(WORK)
+        nesterov = flag(group + SGD_NESTEROV)
         buffer = array(row, BUFFER, begin, STATE[CODE], MASKED, STRIDED)
     for at in range(start, stop, BLOCK):
         index = indices(begin, at, BLOCK, STRIDED)
@@ -201,13 +218,13 @@ def _adam(
     WORK: tl.constexpr = WORKING[CODE]
     terms = group + OF_ADAM
     f1, f2, f3 = factors_of(terms, kappa, scale, TERMS, WORK)
-    sign = tl.load(group).to(WORK)
-    weight_decay = tl.load(group + 1).to(WORK)
-    shrink = tl.load(group + 2).to(WORK)
-    beta1_to_1 = tl.load(group + 3)
-    beta2 = tl.load(group + 4).to(WORK)
-    beta2_to_1 = tl.load(group + 5).to(WORK)
-    eps = tl.load(group + 6).to(WORK)
+    sign = tl.load(group + ADAM_SIGN).to(WORK)
+    weight_decay = tl.load(group + ADAM_DECAY).to(WORK)
+    shrink = tl.load(group + ADAM_SHRINK).to(WORK)
+    beta1_to_1 = tl.load(group + ADAM_BETA1_TO_1)
+    beta2 = tl.load(group + ADAM_BETA2).to(WORK)
+    beta2_to_1 = tl.load(group + ADAM_BETA2_TO_1).to(WORK)
+    eps = tl.load(group + ADAM_EPS).to(WORK)
     step_size = tl.load(correction).to(WORK)
     root_correction = tl.load(correction + 1).to(WORK)
     params = array(row, PARAMS, begin, TYPE, MASKED, STRIDED)
@@ -216,7 +233,7 @@ def _adam(
     square = array(row, SQUARE, begin, STATE[CODE], MASKED, STRIDED)
     first, second, third = arrays_of(row, ADAM_TERM, begin, TERMS, TYPE, MASKED, STRIDED)
     if AMSGRAD:
-        amsgrad = flag(group + 7)
+        amsgrad = flag(group + ADAM_AMSGRAD)
         largest = array(row, LARGEST, begin, STATE[CODE], MASKED, STRIDED)
     for at in range(start, stop, BLOCK):
         index = indices(begin, at, BLOCK, STRIDED)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, THREADS_OF_SUMS
-from .base import Leaves
 from .tables import Argument, Prepared
 from .tuning import Configuration
 
@@ -26,10 +25,12 @@ def start(kernel: Any, programs: int, *arguments: object, warps: int, **constant
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
 
-def launch(kernel: Any, prepared: Prepared, *arguments: object, shape: Configuration, **constants: object) -> None:
-    """Starts a kernel with one program a piece."""
+def launch(
+    kernel: Any, prepared: Prepared, *arguments: object, shape: Configuration, is_sum: bool = False, **constants: object
+) -> None:
+    """Starts a kernel with one program a piece; the shape of one that adds up is kept to."""
     rows = prepared.rows
-    if shape is not OF_SUMS and (rows.strided or rows.among & (rows.among - 1)):
+    if not is_sum and (rows.strided or rows.among & (rows.among - 1)):
         shape = MIXED
     start(
         kernel,
@@ -53,10 +54,14 @@ def launch_totals(kernel: Any, prepared: Prepared, parts: Tensor, starts: Tensor
     start(kernel, groups, parts, starts, found, SUMS=found.size(1), BLOCK=BLOCK_OF_TOTALS, warps=warps)
 
 
-def guard(leaves: Leaves) -> AbstractContextManager[object]:
-    """Makes the device of the leaves the current one, on whose current stream kernels are started."""
-    device = leaves.params[0].device
+def guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a device the current one, on whose current stream kernels are started."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be tried or waited for."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) -> None:

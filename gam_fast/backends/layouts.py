@@ -63,6 +63,7 @@ def check_plain(name: str, tensor: Tensor, device: torch.device, written: bool) 
     """Raises unless a kernel may take ``tensor`` by its address.
 
     Raises:
+        RuntimeError: it requires grad, would be written, and gradients are enabled.
         TypeError: it is not strided, or a subclass or lazy view without memory of its own.
         ValueError: it is on another device, its storage is too small, or it would be written and overlaps itself.
     """
@@ -70,7 +71,8 @@ def check_plain(name: str, tensor: Tensor, device: torch.device, written: bool) 
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be strided, got {tensor.layout}")
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.is_neg() or tensor._is_zerotensor():
+    is_subclass = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if is_subclass or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _is_lazy(tensor):
         raise TypeError(f"{name} must be a plain tensor with memory of its own, not a subclass or a lazy view")
     needed = (tensor.storage_offset() + span(tensor)) * tensor.element_size()
     if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
@@ -78,8 +80,14 @@ def check_plain(name: str, tensor: Tensor, device: torch.device, written: bool) 
             f"{name} must have its elements in memory: its storage has {tensor.untyped_storage().nbytes()} bytes of "
             f"{needed}"
         )
+    if written and tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name} requires grad and would be written: call under torch.no_grad()")
     if written and overlaps_itself(tensor.size(), tensor.stride()):
         raise ValueError(f"{name} must not overlap itself in memory: give it memory of its own with clone()")
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return tensor.is_neg() or tensor._is_zerotensor()
 
 
 def layout_of(tensors: Sequence[Tensor]) -> list[int] | None:

@@ -4,16 +4,19 @@ For kernels that are launched from Python; the compiled core does the same in C+
 ``csrc/cuda/tables.cpp``). What a table holds is described in ``kernels/table.py``.
 
 A table is made and copied to the device, asynchronously, when addresses, shapes or strides have changed since the step
-before, and numbers when they have: one copy a launch at most, and none in most steps. While a CUDA graph is captured
-each launch has a copy of its own, of memory that is kept for good, because the graph repeats it.
+before, and numbers when they have (Adam's corrections do in each step): one copy a launch at most, and mostly none.
+While a CUDA graph is captured each launch has a copy of its own, from memory that is kept for good, because the graph
+repeats it.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ from .base import Leaves
 from .layouts import check_overlaps, check_plain, layout_of
 
 KEPT = 32
-"""Tables that are kept on each stream. A step has about eight; the memory of gradients may alternate between places."""
+"""Tables that are kept. A step has about eight; the memory of gradients may alternate between a few places."""
 
 PARAMETERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float16)
 STATES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.float32)
@@ -31,6 +34,8 @@ STATES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.flo
 
 _CODES = {pair: code for code, pair in enumerate(zip(PARAMETERS, STATES, strict=True))}
 _ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")  # its address is 0
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -83,19 +88,20 @@ class Tables:
     def __init__(self, leaves: Leaves) -> None:
         self.device = leaves.params[0].device
         self.group = list(leaves.group)
+        if min(self.group) < 0:
+            raise ValueError(f"group must be indices of parameter groups, got {min(self.group)}")
         self.groups = max(self.group) + 1
         self.sizes = [param.size() for param in leaves.params]
         self.dtypes = [param.dtype for param in leaves.params]
         pieces, starts = self._pieces()
         self.programs = len(pieces) // 3
         self._fixed = torch.tensor([*pieces, *starts, 0, self.programs], dtype=torch.int64, device="cpu")
-        self._rows: OrderedDict[Hashable, Rows] = OrderedDict()
-        self._copies: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._rows: Kept[Rows] = Kept(KEPT)
+        self._copies: dict[int, Kept[Tensor]] = {}  # by stream
+        self._pieces_for_graphs: Tensor | None = None
         self.warp = 32
         if self.device.type == "cuda":
             self.warp = getattr(torch.cuda.get_device_properties(self.device), "warp_size", 32)
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            graph_memory.reserve()
 
     def fits(self, leaves: Leaves) -> bool:
         """Whether these are leaves of the same shapes, dtypes, groups and device."""
@@ -121,6 +127,18 @@ class Tables:
                     pieces += (leaf, begin, min(CHUNK, numel - begin))
         return pieces, [*starts, len(pieces) // 3]
 
+    def by_group(self, name: str, values: Sequence[Value]) -> Sequence[Value]:
+        """The first of ``values``, one for each group that has leaves; raises ValueError where there are fewer."""
+        if len(values) < self.groups:
+            raise ValueError(f"{name} must have one entry a parameter group, that is {self.groups}, got {len(values)}")
+        return values[: self.groups]
+
+    def by_leaf(self, name: str, values: Sequence[Value]) -> Sequence[Value]:
+        """``values``, one for each leaf; raises ValueError where there are others."""
+        if len(values) != len(self.sizes):
+            raise ValueError(f"{name} must have one entry a parameter, that is {len(self.sizes)}, got {len(values)}")
+        return values
+
     def prepare(
         self, arguments: Sequence[Argument], numbers: Sequence[Sequence[float]] = (), option: Sequence[int] = ()
     ) -> Prepared:
@@ -132,25 +150,21 @@ class Tables:
             option: what else an update must know of each leaf.
 
         Raises:
+            RuntimeError: a tensor requires grad and would be written.
             TypeError: a tensor has another dtype than its parameter, or is sparse or a subclass without memory.
             ValueError: it has another shape or device, or written memory overlaps other memory of the launch.
         """
         lists = [self._present(argument) for argument in arguments]
-        key = (tuple(option), *map(_fingerprint, arguments, lists))
-        rows = self._rows.get(key) or self._make_rows(arguments, lists, option)
-        self._rows[key] = rows
-        self._rows.move_to_end(key)
-        if len(self._rows) > KEPT:
-            self._rows.popitem(last=False)
+        try:
+            key = Key((tuple(option), *map(_fingerprint, arguments, lists)))
+        except RuntimeError:  # a tensor without an address: say which
+            self._codes(arguments, lists)
+            raise
+        rows = self._rows.get(key, lambda: self._make_rows(arguments, lists, option))
         padded = [[*row, *[0.0] * (len(row) % 2)] for row in numbers]  # each begins at a multiple of 16 bytes
         flat = [number for row in padded for number in row]
-        fixed, table, values = self._on_device(
-            [
-                ("pieces", lambda: self._fixed),
-                (key, lambda: rows.words),
-                (("numbers", *flat), lambda: torch.tensor(flat, dtype=torch.float64, device="cpu").view(torch.int64)),
-            ]
-        )
+        values = torch.tensor(flat, dtype=torch.float64, device="cpu").view(torch.int64)
+        fixed, table, values = self._on_device([(_PIECES, self._fixed), (key, rows.words), (Key((flat,)), values)])
         pieces, starts, whole = fixed.split([3 * self.programs, self.groups + 1, 2])
         split = list(values.view(torch.float64).split([len(row) for row in padded])) if padded else []
         return Prepared(self.programs, self.warp, pieces, starts, whole, table, rows, split)
@@ -210,29 +224,80 @@ class Tables:
             raise TypeError(f"parameters must be of dtype float64, float32, bfloat16 or float16, got {unknown}")
         return [_CODES[pair] for pair in zip(self.dtypes, states, strict=True)]
 
-    def _on_device(self, wanted: Sequence[tuple[Hashable, Callable[[], Tensor]]]) -> list[Tensor]:
-        """The tensors of these keys on the current stream's device; what is not there yet is copied, all at once."""
+    def _on_device(self, wanted: Sequence[tuple[Key, Tensor]]) -> list[Tensor]:
+        """Copies of these tensors on the current stream's device: those of before, the others made by one transfer."""
         if self.device.type == "cpu":
-            return [make() for _, make in wanted]
+            return [tensor for _, tensor in wanted]
         capturing = torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        keys = [(stream, key) for key, _ in wanted]
-        new = [i for i, key in enumerate(keys) if capturing or key not in self._copies]
-        copied = dict(zip(new, copies([wanted[i][1]() for i in new], self.device, capturing), strict=True))
-        found = [copied[i] if i in copied else self._copies[key] for i, key in enumerate(keys)]
-        if not capturing:
-            for key, tensor in zip(keys, found, strict=True):
-                self._copies[key] = tensor
-                self._copies.move_to_end(key)
-            while len(self._copies) > 3 * KEPT:
-                self._copies.popitem(last=False)
+        kept = self._copies.setdefault(stream, Kept(3 * KEPT))
+        # A graph gets copies of its own, but for the pieces, which never change: those of any stream will do.
+        before = [self._pieces_for_graphs] if capturing else [kept.find(key) for key, _ in wanted]
+        before += [None] * (len(wanted) - len(before))
+        new = [i for i, tensor in enumerate(before) if tensor is None]
+        if new and not capturing:
+            graph_memory.reserve(LAUNCHES_AHEAD * sum(tensor.numel() + 1 for _, tensor in wanted[1:]))
+        made = iter(copies([wanted[i][1] for i in new], self.device, capturing))
+        found = [next(made) if tensor is None else tensor for tensor in before]
+        if capturing:
+            graph_memory.keep(found[0])
+        else:
+            self._pieces_for_graphs = found[0]
+            for (key, _), tensor in zip(wanted, found, strict=True):
+                kept.keep(key, tensor)
         return found
 
 
-class GraphMemory:
-    """Pinned memory that CUDA graphs copy from, each time they are replayed: it is never used again.
+class Key:
+    """A key of many parts, hashed once."""
 
-    It is asked for ahead of time, because that may be forbidden while a graph is captured.
+    __slots__ = ("_hash", "parts")
+
+    def __init__(self, parts: tuple[object, ...]) -> None:
+        self.parts = tuple(tuple(part) if isinstance(part, list) else part for part in parts)
+        self._hash = hash(self.parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self._hash == other._hash and self.parts == other.parts
+
+
+_PIECES = Key(("pieces",))
+
+
+class Kept(Generic[Value]):
+    """At most so many values, of which the one used longest ago makes room."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def find(self, key: Key) -> Value | None:
+        return self._values.get(key)
+
+    def keep(self, key: Key, value: Value) -> None:
+        self._values[key] = value
+        self._values.move_to_end(key)
+        if len(self._values) > self._most:
+            self._values.popitem(last=False)
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of a key, made where there is none."""
+        value = self.find(key)
+        value = make() if value is None else value
+        self.keep(key, value)
+        return value
+
+
+class GraphMemory:
+    """What CUDA graphs read each time they are replayed: it is never used again, nor given back.
+
+    The pinned memory that they copy tables from is asked for ahead of time, because a capture may forbid that.
     """
 
     WORDS = 1 << 17
@@ -240,20 +305,31 @@ class GraphMemory:
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._used = 0
+        self._kept: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
 
-    def reserve(self, words: int = 0) -> None:
+    def keep(self, tensor: Tensor) -> None:
+        """Holds on to a tensor."""
+        self._kept[tensor.data_ptr()] = tensor
+
+    def reserve(self, words: int) -> None:
+        """Sees to it that so many words can be taken."""
         if not self._blocks or self._used + words > self._blocks[-1].numel():
             size = max(words, self.WORDS)
-            self._blocks.append(torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True))
+            self._blocks.append(pinned(size))
             self._used = 0
 
     def take(self, words: int) -> Tensor:
-        self.reserve(words)
-        begin, self._used = self._used, self._used + words
-        return self._blocks[-1][begin : self._used]
+        """Pinned memory of so many words."""
+        with self._lock:
+            self.reserve(words)
+            begin, self._used = self._used, self._used + words
+            return self._blocks[-1][begin : self._used]
 
 
 graph_memory = GraphMemory()
+LAUNCHES_AHEAD = 32
+"""Launches whose tables fit what is reserved for graphs: two steps, and more of most methods."""
 
 
 def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> list[Tensor]:
@@ -263,10 +339,7 @@ def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> l
     total = sum(even)
     if not total:
         return [value.to(device) for value in values]
-    if capturing:
-        host = graph_memory.take(total)
-    else:
-        host = torch.empty(total, dtype=torch.int64, device="cpu", pin_memory=True)
+    host = graph_memory.take(total) if capturing else pinned(total)
     for part, value in zip(host.split(even), values, strict=True):
         part[: value.numel()].copy_(value)
     target = torch.empty(total, dtype=torch.int64, device=device)
@@ -274,12 +347,18 @@ def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> l
     return [part[:size] for part, size in zip(target.split(even), sizes, strict=True)]
 
 
-def _fingerprint(argument: Argument, tensors: Sequence[Tensor]) -> Hashable:
+def pinned(words: int) -> Tensor:
+    """Memory of the host that copies need not wait for."""
+    return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+def _fingerprint(argument: Argument, tensors: Sequence[Tensor]) -> tuple[object, ...]:
     """All that the table depends on."""
     return (
         argument.written,
         tuple(map(Tensor.data_ptr, tensors)),
         tuple(map(Tensor.size, tensors)),
         tuple(map(Tensor.stride, tensors)),
+        tuple(map(Tensor.is_neg, tensors)),
         tuple([tensor.dtype for tensor in tensors]),
     )

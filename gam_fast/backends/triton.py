@@ -5,11 +5,11 @@ Formulas, order and rounding are those of the compiled core: the same bits, but 
 the device; kernels read norms and products where they lie. What the core does in C++ before a launch is done in Python
 here, which takes the processor longer, not the GPU.
 
-On CPU tensors the kernels run in Triton's interpreter, where ``TRITON_INTERPRET=1`` was set before Triton was imported:
-thousands of times slower, to test them.
+On CPU tensors the kernels run in Triton's interpreter, where ``TRITON_INTERPRET=1`` was set before anything imported
+Triton: thousands of times slower, to test them.
 
-Importing this module raises ``ImportError``, with the reason, where there is no Triton, or one that is too old. Triton
-itself is imported when a tensor needs it.
+Importing this module raises ``ImportError``, with the reason, where there is no Triton. Triton itself is imported when
+a tensor needs it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.table import SUMS
+from ..kernels.table import ADAM, BLOCK_OF_TOTALS, PERTURB, SGD, SUMS
 from . import scalars
 from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, takes_state
 from .eager import EagerBackend
-from .launches import OF_SUMS, after, guard, launch, launch_totals
+from .launches import OF_SUMS, after, guard, is_capturing, launch, launch_totals, start
 from .tables import Argument, Prepared, Tables
 from .terms import Terms, terms_of
 from .tuning import Configuration, configuration_of
@@ -38,8 +38,9 @@ from .tuning import Configuration, configuration_of
 if util.find_spec("triton") is None:
     raise ImportError("Triton is not installed: pip install triton on Linux, or a build of torch for CUDA or ROCm")
 
-OLDEST = (3, 4)
-"""The first release of Triton that compiles the kernels."""
+OLDEST = (3, 6)
+OLDEST_ON_ROCM = (3, 7)
+"""The first releases of Triton that round roots and quotients as IEEE 754 says, also of numbers below 2⁻¹²⁶."""
 
 MAX_FOLDS = 2
 
@@ -48,8 +49,8 @@ MAX_PLANS = 4
 
 
 def interprets() -> bool:
-    """Whether this process is one of Triton's interpreter, which works on CPU tensors only."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether the environment asks for Triton's interpreter, which works on CPU tensors only."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @cache
@@ -60,18 +61,32 @@ def _kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
 
 
 @cache
-def _why_unusable() -> str | None:
-    """Why Triton, once imported, is of no use."""
+def _why_unusable(device: torch.device) -> str | None:
+    """Why Triton, once imported, is of no use for a device: found out by a small sum."""
     try:
         import triton
 
         version: str = triton.__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-            return f"Triton {version} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"
-        _kernels()
-    except Exception as error:  # a Triton that does not fit this torch or Python fails in many ways
-        return f"Triton cannot be imported: {type(error).__name__}: {error}"
-    return None
+        oldest = OLDEST_ON_ROCM if torch.version.hip else OLDEST
+        if tuple(int(part) for part in version.split(".")[:2]) < oldest:
+            return f"Triton {version} is too old: {'.'.join(map(str, oldest))} or newer is needed"
+        sums, _, _ = _kernels()
+        kinds = {type(kernel).__name__ == "InterpretedFunction" for kernel in (sums.totals, triton.language.sum)}
+        if kinds != {interprets()}:
+            return "TRITON_INTERPRET was changed after Triton had been imported: set it before the process starts"
+        return None if _adds_up(device) else f"Triton {version} computes a wrong sum there"
+    except Exception as error:  # a Triton that does not fit this machine fails in many ways, as without a C compiler
+        return f"Triton does not work there: {type(error).__name__}: {f'{error}'.splitlines()[0] if f'{error}' else ''}"
+
+
+def _adds_up(device: torch.device) -> bool:
+    sums, _, _ = _kernels()
+    parts = torch.ones(3, 1, dtype=torch.float64, device=device)
+    found = torch.zeros(1, 1, dtype=torch.float64, device=device)
+    starts = torch.tensor([0, 3], device=device)
+    with guard(device):
+        start(sums.totals, 1, parts, starts, found, SUMS=1, BLOCK=BLOCK_OF_TOTALS, warps=4)
+    return torch.equal(found, parts.sum().view(1, 1))
 
 
 class TritonBackend:
@@ -104,7 +119,8 @@ class TritonBackend:
         elif device.type != "cuda":
             also = "; with TRITON_INTERPRET=1 in the environment on CPU tensors, slowly" if device.type == "cpu" else ""
             return f"the Triton kernels run on tensors of NVIDIA and AMD GPUs{also}"
-        return _why_unusable()
+        # a capture forbids to try
+        return None if is_capturing(device) else _why_unusable(device)
 
     def _tables_for(self, leaves: Leaves) -> Tables:
         """The tables of a step before where they fit; looked at once a step, and when leaves were added."""
@@ -117,9 +133,7 @@ class TritonBackend:
         return found
 
     def _shape_on(self, device: torch.device) -> Configuration:
-        if self._shape is None:
-            self._shape = configuration_of(device, _seconds_of_a_step)
-        return self._shape
+        return self._shape or configuration_of(device, _seconds_of_a_step)
 
     def allocate(self, like: TensorList) -> TensorList:
         return [torch.empty_like(tensor) for tensor in like]
@@ -129,23 +143,28 @@ class TritonBackend:
     ) -> Tensor:
         sums, _, _ = _kernels()
         theta = None if eta is None else _theta(leaves)
-        with guard(leaves):
+        with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             lists = [Argument("a", a), Argument("b", b), Argument("theta", theta)]
-            prepared = tables.prepare(lists, [[0.0] * tables.groups if eta is None else eta[: tables.groups]])
+            by_group = [0.0] * tables.groups if eta is None else tables.by_group("eta", eta)
+            prepared = tables.prepare(lists, [by_group])
             constants = {"DIFFERENCE": b is not None, "WEIGHTED": eta is not None}
             return _add_up(sums.square_norm, prepared, prepared.whole, 1, 1, constants).view(())
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
         sums, _, _ = _kernels()
-        with guard(leaves):
+        with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
+            if groups < tables.groups:
+                raise ValueError(f"groups must be {tables.groups} or more, got {groups}")
             of_u = terms_of(u, tables.groups, m)
             of_m = of_u if m is None else terms_of(Direction(u.terms, m.p), tables.groups, u)
             numbers = [x for rows in zip(of_u.numbers, of_m.numbers, strict=True) for row in rows for x in row]
             prepared = tables.prepare(of_u.arguments(), [numbers])
             constants = {"TERMS": len(of_u.lists), "PARTLY": of_u.partly, "WITH_M": m is not None}
-            return _add_up(sums.inner_products, prepared, prepared.starts, groups, SUMS, constants)
+            found = _add_up(sums.inner_products, prepared, prepared.starts, groups, SUMS, constants)
+            after([], *of_u.lists)
+            return found
 
     def perturb(
         self,
@@ -162,10 +181,10 @@ class TritonBackend:
         _, moves, _ = _kernels()
         if len(folds) > MAX_FOLDS:
             raise ValueError(f"folds must be at most {MAX_FOLDS}, got {len(folds)}")
-        with guard(leaves):
+        with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             if not leaves.saved and self._saves_apart(tables.device):
-                self._copy(leaves, Argument("params", leaves.params), Argument("backup", leaves.backup, written=True))
+                torch._foreach_copy_(leaves.backup, leaves.params)
                 leaves.saved = True
             save = not leaves.saved
             needs_backup = save or from_start or eta is not None
@@ -177,12 +196,14 @@ class TritonBackend:
             ]
             for fold in folds:
                 lists += (Argument("into", fold.into, written=True), Argument("other", fold.other))
-            numbers: list[float] = []
-            for g in range(tables.groups):
-                of_folds = [x for fold in folds for x in (fold.k[g], fold.l[g])]
-                numbers += (radius[g], 0.0 if eta is None else eta[g], *of_folds, *[0.0] * (4 - len(of_folds)))
+            columns = {"radius": radius, "eta": [0.0] * tables.groups if eta is None else eta}
+            for number, fold in enumerate(folds, 1):
+                columns |= {f"k{number}": fold.k, f"l{number}": fold.l}
+            absent = [0.0] * tables.groups
+            rows = zip(*(tables.by_group(name, columns.get(name, absent)) for name in PERTURB), strict=True)
+            numbers = [x for row in rows for x in row]
             prepared = tables.prepare(lists, [numbers])
-            constants = {
+            constants: dict[str, Any] = {
                 "DIFFERENCE": b is not None,
                 "WEIGHTED": eta is not None,
                 "SAVE": save,
@@ -192,13 +213,11 @@ class TritonBackend:
             total, mark = scalars.on_device(square, tables.device), self._mark_on(tables.device)
             self._launches_that_save += save
             ticket = self._launches_that_save
+            if save:  # an interrupt may come before the launch, or after it: restore() finds out
+                leaves.cache["ticket"] = ticket
             shape = self._shape_on(tables.device)
-            try:
-                launch(moves.perturb, prepared, *prepared.numbers, total, mark, ticket, shape=shape, **constants)
-                leaves.saved = True
-            except BaseException:  # it came before the launch, or after it
-                leaves.saved = leaves.saved or _has_run(mark, ticket)
-                raise
+            launch(moves.perturb, prepared, *prepared.numbers, total, mark, ticket, shape=shape, **constants)
+            leaves.saved = True
             after(lists, a, b)
 
     @staticmethod
@@ -213,19 +232,18 @@ class TritonBackend:
         return self._mark
 
     def restore(self, leaves: Leaves) -> None:
+        """Done by torch, in one call that nothing interrupts, compiles or needs memory: it is the way back."""
+        ticket = leaves.cache.get("ticket")
+        if not leaves.saved and isinstance(ticket, int) and not is_capturing(leaves.params[0].device):
+            mark = self._mark_on(leaves.params[0].device)
+            leaves.saved = torch.equal(mark, torch.full_like(mark, ticket))  # waits for the device
         if leaves.saved:
-            with guard(leaves):
-                self._copy(leaves, Argument("backup", leaves.backup), Argument("params", leaves.params, written=True))
-
-    def _copy(self, leaves: Leaves, source: Argument, target: Argument) -> None:
-        _, moves, _ = _kernels()
-        tables = self._tables_for(leaves)
-        launch(moves.copy, tables.prepare([source, target]), shape=self._shape_on(tables.device))
-        after([source, target], source.tensors)
+            torch._foreach_copy_(leaves.params, leaves.backup)
+            after([], leaves.backup)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
         _, moves, _ = _kernels()
-        with guard(leaves):
+        with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
             lists = [
@@ -250,9 +268,10 @@ class TritonBackend:
             EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
             return
         _, _, updates = _kernels()
-        with guard(leaves):
+        with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
+            groups = tables.by_group("groups", groups)
             has_momentum = [groups[g].momentum != 0.0 for g in leaves.group]
             buffers = [b if has else None for b, has in zip(momentum_buffer, has_momentum, strict=True)]
             lists = [
@@ -261,12 +280,10 @@ class TritonBackend:
                 Argument("momentum_buffer", buffers, written=True, is_state=True),
                 *terms.arguments(),
             ]
-            numbers = [
-                [h.lr, -1.0 if h.maximize else 1.0, h.weight_decay, h.momentum, 1.0 - h.dampening, h.nesterov, *row]
-                for h, row in zip(groups, terms.numbers, strict=False)
-            ]
+            numbers = [[*_numbers_of_sgd(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]
+            option = tables.by_leaf("first", first)
             momentum = {"MOMENTUM": any(has_momentum)}
-            self._launch_along(updates.sgd, tables, lists, d, terms, numbers, option=first, constants=momentum)
+            self._launch_along(updates.sgd, tables, lists, d, terms, numbers, option=option, constants=momentum)
             after(lists, _theta(leaves), *terms.lists)
 
     def adam(
@@ -283,9 +300,10 @@ class TritonBackend:
             EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
             return
         _, _, updates = _kernels()
-        with guard(leaves):
+        with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
+            groups = tables.by_group("groups", groups)
             has_largest = [groups[g].amsgrad for g in leaves.group]
             largest = [t if has else None for t, has in zip(max_exp_avg_sq, has_largest, strict=True)]
             lists = [
@@ -296,22 +314,12 @@ class TritonBackend:
                 Argument("max_exp_avg_sq", largest, written=True, is_state=True),
                 *terms.arguments(),
             ]
-            numbers = [
-                [
-                    -1.0 if h.maximize else 1.0,
-                    0.0 if h.decoupled else h.weight_decay,
-                    1.0 - h.lr * h.weight_decay if h.decoupled else 1.0,
-                    1.0 - h.beta1,
-                    h.beta2,
-                    1.0 - h.beta2,
-                    h.eps,
-                    h.amsgrad,
-                    *row,
-                ]
-                for h, row in zip(groups, terms.numbers, strict=False)
-            ]
+            numbers = [[*_numbers_of_adam(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]
             places: dict[tuple[int, float], int] = {}  # of each group and step in the corrections
-            option = [places.setdefault(key, len(places)) for key in zip(leaves.group, step, strict=True)]
+            option = [
+                places.setdefault(key, len(places))
+                for key in zip(leaves.group, tables.by_leaf("step", step), strict=True)
+            ]
             corrections: list[float] = []
             for g, t in places:
                 corrections += (
@@ -349,6 +357,8 @@ class TritonBackend:
                 raise TypeError("products must be given where q or limit is, got None")
             products = scalars.on_device(d.products, tables.device)
             rows = products.numel() // SUMS
+            if not rows or products.numel() % SUMS:
+                raise ValueError(f"products must be {SUMS} numbers a parameter group, got {products.numel()} numbers")
             if project and clip and len(d.gamma) != rows:
                 raise ValueError(f"gamma must have one number a row of products, that is {rows}, got {len(d.gamma)}")
         launch(
@@ -369,6 +379,32 @@ class TritonBackend:
         )
 
 
+def _numbers_of_sgd(h: SGDGroup) -> list[float]:
+    named = {
+        "lr": h.lr,
+        "sign": -1.0 if h.maximize else 1.0,
+        "weight_decay": h.weight_decay,
+        "momentum": h.momentum,
+        "undamped": 1.0 - h.dampening,
+        "nesterov": h.nesterov,
+    }
+    return [named[name] for name in SGD]
+
+
+def _numbers_of_adam(h: AdamGroup) -> list[float]:
+    named = {
+        "sign": -1.0 if h.maximize else 1.0,
+        "weight_decay": 0.0 if h.decoupled else h.weight_decay,
+        "shrink": 1.0 - h.lr * h.weight_decay if h.decoupled else 1.0,
+        "beta1_to_1": 1.0 - h.beta1,
+        "beta2": h.beta2,
+        "beta2_to_1": 1.0 - h.beta2,
+        "eps": h.eps,
+        "amsgrad": h.amsgrad,
+    }
+    return [named[name] for name in ADAM]
+
+
 def _theta(leaves: Leaves) -> TensorList:
     return leaves.backup if leaves.saved else leaves.params
 
@@ -381,14 +417,9 @@ def _add_up(
     parts = starts.new_empty((prepared.programs, count), dtype=torch.float64)
     make = starts.new_zeros if groups >= starts.numel() else starts.new_empty
     found = make((groups, count), dtype=torch.float64)
-    launch(kernel, prepared, *prepared.numbers, parts, shape=OF_SUMS, **constants)
+    launch(kernel, prepared, *prepared.numbers, parts, shape=OF_SUMS, is_sum=True, **constants)
     launch_totals(sums.totals, prepared, parts, starts, found)
     return found
-
-
-def _has_run(mark: Tensor, ticket: int) -> bool:
-    """Whether the launch with this number was started. Waits for the device."""
-    return torch.equal(mark, torch.full_like(mark, ticket))
 
 
 def _seconds_of_a_step(device: torch.device, shape: Configuration) -> float:

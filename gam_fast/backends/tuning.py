@@ -56,17 +56,21 @@ def configuration_of(device: torch.device, seconds: Callable[[torch.device, Conf
 
 
 def _fastest(kind: str, device: torch.device, seconds: Callable[[torch.device, Configuration], float]) -> Configuration:
-    found = min(CANDIDATES, key=lambda shape: seconds(device, shape))
-    _cache(kind).put(json.dumps(asdict(found)), _FILE, binary=False)
+    """Measures them all; the default where the GPU's memory does not suffice for that, or it cannot be kept."""
+    try:
+        found = min(CANDIDATES, key=lambda shape: seconds(device, shape))
+        _cache(kind).put(json.dumps(asdict(found)), _FILE, binary=False)
+    except (OSError, torch.OutOfMemoryError):
+        return DEFAULT
     return found
 
 
 def _stored(kind: str) -> Configuration | None:
     """What an earlier process found; ``None`` where there is nothing, or nothing that can be read."""
-    path = _cache(kind).get_file(_FILE)
-    if path is None:
-        return None
     try:
+        path = _cache(kind).get_file(_FILE)
+        if path is None:
+            return None
         found = Configuration(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
         return None
