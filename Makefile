@@ -1,8 +1,10 @@
 # `make demo` and `make test` set everything up by themselves, in .venv. To use an environment of your own:
 #   make test PYTHON=/path/to/python          (it must have torch and pip)
 #   make test TORCH="torch==2.13.0"           (what to install into a new .venv)
+#   make test TRITON="triton==3.6.0"          (the same, where torch does not bring a Triton of its own)
 
 TORCH ?= torch>=2.6
+TRITON ?=
 BOOTSTRAP ?= python3
 VENV := .venv
 CXX ?= g++
@@ -44,7 +46,8 @@ define install
 	  $(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel
 	@$(PY) -m ninja --version >/dev/null 2>&1 || $(PY) -m pip install --quiet ninja
 	@GAM_FAST_BUILD=none $(PY) -m pip install --quiet --no-build-isolation -e ".[$(1)]" \
-	    "torch==$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch"))')" || \
+	    "torch==$$($(PY) -c 'import importlib.metadata as m; print(m.version("torch"))')" \
+	    $(if $(filter test,$(1)),$(if $(TRITON),"$(TRITON)")) || \
 	  { echo "gam_fast could not be installed into $(PY): the message above says what is missing"; exit 1; }
 	@mkdir -p build && { $(PY) setup.py -q build_ext --inplace >build/core.log 2>&1 || \
 	  { cat build/core.log; echo "the compiled core could not be built; on Debian and Ubuntu: apt install g++"; exit 1; }; }

@@ -384,9 +384,7 @@ def test_numbers_for_too_few_groups_or_leaves_are_refused(launches):
     clipped = base.Direction([grads], [[1.0, 1.0]], None, torch.ones(2).double(), [], 1.0)
     with pytest.raises(ValueError, match="products must be 3 numbers a parameter group, got 2 numbers"):
         backend.direction(leaves, clipped, [p.clone() for p in params])
-    with pytest.raises(
-        ValueError, match="p and q must have a list of 2 numbers, one a parameter group, for each of 1 "
-    ):
+    with pytest.raises(ValueError, match="p and q must have 2 numbers, one a parameter group, for each of 1 terms"):
         backend.direction(leaves, base.Direction([grads], [[1.0]]), [p.clone() for p in params])
     with pytest.raises(ValueError, match="group must be indices of parameter groups, got -1"):
         backend.square_norm(base.Leaves(params, [0, -1]), grads)

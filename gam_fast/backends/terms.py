@@ -35,9 +35,7 @@ def terms_of(d: Direction, groups: int, m: Direction | None = None) -> Terms:
         raise ValueError(f"terms must be 1 to {MAX_TERMS} lists of tensors, got {count}")
     coefficients = [d.p, *([d.q] if d.q else []), *([m.p] if m else [])]
     if any(len(rows) != count or min(map(len, rows)) < groups for rows in coefficients):
-        raise ValueError(
-            f"p and q must have a list of {groups} numbers, one a parameter group, for each of {count} terms"
-        )
+        raise ValueError(f"p and q must have {groups} numbers, one a parameter group, for each of {count} terms")
     used = [[any(c[t][g] != 0.0 for c in coefficients) for t in range(count)] for g in range(groups)]
     for row in used:
         row[0] = row[0] or not any(row)
