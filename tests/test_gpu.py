@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, MODELS, closure_of, make
+from cases import DTYPES, METHODS, MODELS, closure_of, make
+from primitives import run_all, same_bits
 from torch import nn
 
 import gam_fast
+from gam_fast import backends
+from gam_fast.backends import launches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU")]
 
@@ -23,6 +26,12 @@ def _device_types():
 
 
 UNCHECKED = {"on_nonfinite": "ignore"}
+
+
+@pytest.fixture(autouse=True, params=["native", "triton"])
+def backend_name(_same_start, request, monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("model_name", MODELS)
@@ -43,6 +52,23 @@ def test_trajectories_are_those_of_the_cpu(method_name, base, model_name):
             optimizers[1].step(closure_of(twin, x.cuda(), y.cuda()))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(q.cpu(), p, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.skipif(not _device_types(), reason="needs a real GPU, and the compiled core to compare with")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_primitives_have_the_bits_of_the_cpu_but_for_sums(backend_name, dtype, monkeypatch):
+    shapes = [(n,) for n in (1, 1023, 1024, 8193, 70_001)] + [(), (0,), (5, 7)]
+    found = run_all(backends.select(backend_name, torch.device("cuda")), dtype, shapes, device="cuda")
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE)
+    expected = run_all(backends.select("native", torch.device("cpu")), dtype, shapes)
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        if name in ("norm", "norm of difference", "products"):
+            rtol = 1e-13 if dtype == torch.float64 else 2e-6
+            atol = rtol * float(expected[name][0].abs().max())
+            torch.testing.assert_close(values[0].cpu(), expected[name][0], rtol=rtol, atol=atol)
+        else:
+            assert same_bits(values, expected[name]), name
 
 
 def parabola():
@@ -70,16 +96,33 @@ def test_nothing_waits_for_the_device(method_name, base):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif("cuda" not in _device_types(), reason="needs a real GPU, and a core built for CUDA")
-def test_a_step_of_gam_is_twelve_launches():
-    from gam_fast import _C
+def test_a_step_of_gam_is_twelve_launches(backend_name, monkeypatch):
+    started = []
+    if backend_name == "native":
+        from gam_fast import _C
 
+        count = _C.launches
+    else:
+        start = launches.start
+        monkeypatch.setattr(launches, "start", lambda *a, **k: (started.append(a[0]), start(*a, **k)))
+        count = lambda: len(started)  # noqa: E731
     weight, closure = parabola()
     optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=1e-2, momentum=0.9)
     for _ in range(3):
-        before = _C.launches()
+        before = count()
         optimizer.step(closure)
-        assert _C.launches() - before == 12
+        assert count() - before == 12
+
+
+def test_a_step_copies_no_table_while_addresses_stay():
+    weight, closure = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=1e-2, momentum=0.9, **UNCHECKED)
+    for _ in range(4):
+        optimizer.step(closure)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step(closure)
+    copied = [event for event in profile.events() if "memcpy htod" in event.name.lower()]
+    assert copied == []
 
 
 @pytest.mark.parametrize("method_name", METHODS)
