@@ -79,7 +79,7 @@ INTERPRETED_TESTS ?= $(addprefix tests/,test_interpreted.py test_backends.py tes
 interpret: setup-test  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "Triton is for Linux: not tested"; exit 0; }; \
 	  $(PY) -c 'import triton' || { echo "Triton cannot be imported: pip install triton"; exit 1; }; \
-	  TRITON_INTERPRET=1 $(PY) -m pytest -k "triton or interpreted" $(INTERPRETED_TESTS) $(ARGS)
+	  TRITON_INTERPRET=1 $(PY) -m pytest -k "(triton or interpreted) and not any_torch_optimizer" $(INTERPRETED_TESTS) $(ARGS)
 
 lint: setup-lint  ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

@@ -125,6 +125,6 @@ def on_device(value: Scalar | Products, device: torch.device) -> Tensor:
     >>> on_device(2.0, torch.device("cpu"))
     tensor(2., dtype=torch.float64)
     """
-    if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device.type == device.type:
+    if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device == device:
         return value.contiguous()
     return torch.as_tensor(value, dtype=torch.float64, device=device)
