@@ -7,6 +7,7 @@ import torch
 from cases import DTYPES, METHODS, WITHOUT_CORE
 from primitives import run_all, same_bits, tensors
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gam_fast
 from gam_fast import backends
@@ -344,6 +345,8 @@ def primitives_of(backend, params, grads, **options):
         ),
         (lambda p, g: (p, [g[0], g[1].to("meta")]), ValueError, r"a\[1\] must be on cpu, got meta"),
         (lambda p, g: (p, [g[0], torch._neg_view(g[1])]), TypeError, r"a\[1\] must be a plain tensor"),
+        (lambda p, g: (p, [g[0], TwoTensor(g[1], g[1])]), TypeError, r"a\[1\] must be a plain tensor"),
+        (lambda p, g: (p, [g[0], g[1].to_sparse()]), TypeError, r"a\[1\] must be strided, got torch.sparse_coo"),
         (lambda p, g: ([p[0], WIDE[:5]], [g[0], WIDE[1:]]), ValueError, r"params\[1\] and a\[1\] must not overlap"),
         (
             lambda p, g: ([p[0], p[0][1:4]], [g[0], g[1][:3]]),

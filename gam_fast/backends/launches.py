@@ -79,7 +79,8 @@ def after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) 
         if tensor is not None and not tensor.is_inference()
     ]
     torch.autograd.graph.increment_version(written)
-    for tensors in last:
-        for tensor in tensors or ():
-            if tensor is not None and tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    read = [tensor for tensors in last for tensor in tensors or () if tensor is not None and tensor.is_cuda]
+    if read:
+        stream = torch.cuda.current_stream(read[0].device)
+        for tensor in read:
+            tensor.record_stream(stream)
