@@ -1,1 +1,1 @@
-"""The primitives as Triton kernels, for NVIDIA and AMD GPUs. What a launch gets is described in :mod:`.elements`."""
+"""The primitives as Triton kernels, for NVIDIA and AMD GPUs. What a launch gets is described in :mod:`.table`."""

@@ -184,7 +184,10 @@ def test_the_benchmark_of_primitives_runs(tmp_path, capsys):
     assert (tmp_path / "figures.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="2"):
         kernels.main(["--backends", "fast"])
-    assert "--backends must be of eager, native, compile, got fast" in capsys.readouterr().err
+    assert "--backends must be of eager, native, triton, compile, got fast" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        kernels.main(["--backend", "triton"])
+    assert "--backends triton needs --device cuda" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_throughput_runs(tmp_path, capsys):
