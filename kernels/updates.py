@@ -246,14 +246,15 @@ def _adam(
         of_square = place(table, row, SQUARE, index, STRIDED)
         m = read(average, of_average, inside, MASKED).to(WORK)
         v = read(square, of_square, inside, MASKED).to(WORK)
+        if AMSGRAD:
+            of_largest = place(table, row, LARGEST, index, STRIDED)
+            top = read_some(largest, of_largest, inside, amsgrad, MASKED).to(WORK)
         d = sgd_gradient(combine(x, y, z, f1, f2, f3, terms, TERMS, PARTLY), origin, sign, weight_decay)
         m = adam_average(d, m, beta1_to_1)
         v = adam_square(d, v, beta2, beta2_to_1)
         write(average, of_average, m, inside, MASKED)
         write(square, of_square, v, inside, MASKED)
         if AMSGRAD:
-            of_largest = place(table, row, LARGEST, index, STRIDED)
-            top = read_some(largest, of_largest, inside, amsgrad, MASKED).to(WORK)
             top = tl.where(amsgrad, tl.where(top >= v, top, v), v)
             write_some(largest, of_largest, top, inside, amsgrad, MASKED)
             v = top

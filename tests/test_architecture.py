@@ -27,6 +27,7 @@ LAYERS = [
     {"backends.scalars", "backends.layouts", "backends.tuning", "_C"},
     {"backends.eager", "backends.tables"},
     {"backends.terms", "backends.launches"},
+    {"backends.trial"},
     {"backends.native", "backends.triton"},
     {"backends"},
     {"rng", "batchnorm", "ownership", "updates"},

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("triton", minversion="3.6", reason="needs Triton 3.6 or newer")
+
 from gam_fast import backends
-from gam_fast.backends import base, layouts, tables, triton, tuning
+from gam_fast.backends import base, layouts, tables, trial, triton, tuning
 
 CUDA = torch.device("cuda", 0)
 
@@ -73,7 +75,7 @@ print(backends._classes()["eager"].refusal(torch.device("cuda")))
 def test_a_gpu_without_the_core_gets_triton(monkeypatch):
     classes = {**backends._classes(), "native": "not built"}
     monkeypatch.setattr(backends, "_classes", lambda: classes)
-    monkeypatch.setattr(triton, "_why_unusable", lambda device: None)
+    monkeypatch.setattr(triton, "why_unusable", lambda device: None)
     assert backends.select("auto", CUDA).name == "triton"
     assert backends.select("auto", torch.device("cpu")).name == "eager"
     assert backends.select("auto", torch.device("mps")).name == "eager"
@@ -110,14 +112,34 @@ print(backends._classes()["triton"].refusal(torch.device({device!r})))
 
 
 def test_a_gpu_where_no_kernel_can_be_run_is_refused(monkeypatch):
-    def fail(*_, **__):
+    tried = []
+
+    def fail(device):
+        tried.append(device)
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
-    triton._why_unusable.cache_clear()
-    monkeypatch.setattr(triton, "_adds_up", fail)
-    reason = triton.TritonBackend.refusal(CUDA)
-    triton._why_unusable.cache_clear()
-    assert reason == "Triton does not work there: RuntimeError: Failed to find C compiler."
+    monkeypatch.setattr(trial, "_reasons", {})
+    monkeypatch.setattr(trial, "_adds_up", fail)
+    for _ in range(2):
+        assert triton.TritonBackend.refusal(CUDA) == (
+            "Triton does not work there: RuntimeError: Failed to find C compiler."
+        )
+    assert tried == [CUDA]
+
+
+def test_a_gpu_that_is_full_for_the_moment_is_tried_again(monkeypatch):
+    found = iter([torch.OutOfMemoryError("full"), True])
+
+    def adds_up(device):
+        result = next(found)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(trial, "_reasons", {})
+    monkeypatch.setattr(trial, "_adds_up", adds_up)
+    assert triton.TritonBackend.refusal(CUDA) == "Triton could not be tried: full"
+    assert triton.TritonBackend.refusal(CUDA) is None
 
 
 # Tables
@@ -189,9 +211,9 @@ def test_a_captured_launch_has_a_table_of_its_own(device):
     assert device.copies == [True, True]
     assert first.table is not second.table
     assert first.pieces.data_ptr() == second.pieces.data_ptr() == kept.pieces.data_ptr()  # which never change
-    for _ in range(20):  # two steps of GAM
-        tables.graph_memory.take(first.table.numel() + 2)
-    assert device.pinned == [False]  # and nothing is asked for while capturing
+    blocks = [tables.graph_memory.take(first.table.numel() + 2) for _ in range(10_000)]  # more than was reserved
+    assert device.pinned == [False]  # nothing is asked for while capturing
+    assert len({block.data_ptr() for block in blocks}) == 10_000  # and nothing is handed out twice
     device.capturing = False
     device.copies.clear()
     assert table.prepare(lists).table is kept.table
@@ -290,6 +312,8 @@ def test_shapes_are_measured_only_where_that_is_asked_for(monkeypatch, tmp_path)
 
     def seconds(device, shape):
         asked.append(shape)
+        if shape == tuning.CANDIDATES[3]:
+            raise RuntimeError("out of resources")
         return 1.0 if shape == tuning.CANDIDATES[2] else 2.0
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of a test")
@@ -314,6 +338,9 @@ def test_shapes_are_measured_only_where_that_is_asked_for(monkeypatch, tmp_path)
     monkeypatch.setattr(tuning, "_chosen", {})
     assert tuning.configuration_of(CUDA, seconds) == tuning.CANDIDATES[2]
     assert len(asked) == 2 * len(tuning.CANDIDATES)
+    assert (
+        tuning._fastest("another", CUDA, lambda device, shape: 1.0 - 0.01 * (shape != tuning.DEFAULT)) == tuning.DEFAULT
+    )
 
 
 # Ahead of time

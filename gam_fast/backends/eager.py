@@ -248,6 +248,18 @@ def _flat_parts(value: Tensor) -> Sequence[Tensor]:
     return in_memory_order.view(-1).split(NORM_PART) if in_memory_order.is_contiguous() else (value,)
 
 
+def copy_bits(target: TensorList, source: TensorList) -> None:
+    """``target ← source`` bit for bit: on a GPU torch copies 16-bit numbers by way of fp32, which alters a NaN."""
+    if target and target[0].is_cuda:
+        target, source = [_as_integers(tensor) for tensor in target], [_as_integers(tensor) for tensor in source]
+    torch._foreach_copy_(target, source)
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return tensor.view(torch.int16) if plain and tensor.dtype.itemsize == 2 else tensor
+
+
 class EagerBackend:
     """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
 
@@ -289,10 +301,10 @@ class EagerBackend:
         folds: Sequence[FoldInto] = (),
     ) -> None:
         if not leaves.saved:
-            torch._foreach_copy_(leaves.backup, leaves.params)
+            copy_bits(leaves.backup, leaves.params)
             leaves.saved = True
         elif from_start:
-            torch._foreach_copy_(leaves.params, leaves.backup)
+            copy_bits(leaves.params, leaves.backup)
         factor = scalars.steps(radius, square)
         for chunk in _each(leaves):
             step = chunk.difference(a, b)
@@ -328,7 +340,7 @@ class EagerBackend:
 
     def restore(self, leaves: Leaves) -> None:
         if leaves.saved:
-            torch._foreach_copy_(leaves.params, leaves.backup)
+            copy_bits(leaves.params, leaves.backup)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
         factors = scalars.factors(d)

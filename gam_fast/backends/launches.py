@@ -61,7 +61,10 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, in which nothing can be tried or waited for."""
-    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    with guard(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) -> None:

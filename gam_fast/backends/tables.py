@@ -12,6 +12,7 @@ repeats it.
 from __future__ import annotations
 
 import math
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ class Tables:
         """
         lists = [self._present(argument) for argument in arguments]
         try:
-            key = Key((tuple(option), *map(_fingerprint, arguments, lists)))
+            key = Key((torch.is_grad_enabled(), tuple(option), *map(_fingerprint, arguments, lists)))
         except RuntimeError:  # a tensor without an address: say which
             self._codes(arguments, lists)
             raise
@@ -164,7 +165,8 @@ class Tables:
         padded = [[*row, *[0.0] * (len(row) % 2)] for row in numbers]  # each begins at a multiple of 16 bytes
         flat = [number for row in padded for number in row]
         values = torch.tensor(flat, dtype=torch.float64, device="cpu").view(torch.int64)
-        fixed, table, values = self._on_device([(_PIECES, self._fixed), (key, rows.words), (Key((flat,)), values)])
+        of_numbers = Key((struct.pack(f"{len(flat)}d", *flat),))  # bytes tell −0 from 0
+        fixed, table, values = self._on_device([(_PIECES, self._fixed), (key, rows.words), (of_numbers, values)])
         pieces, starts, whole = fixed.split([3 * self.programs, self.groups + 1, 2])
         split = list(values.view(torch.float64).split([len(row) for row in padded])) if padded else []
         return Prepared(self.programs, self.warp, pieces, starts, whole, table, rows, split)
@@ -254,8 +256,8 @@ class Key:
     __slots__ = ("_hash", "parts")
 
     def __init__(self, parts: tuple[object, ...]) -> None:
-        self.parts = tuple(tuple(part) if isinstance(part, list) else part for part in parts)
-        self._hash = hash(self.parts)
+        self.parts = parts
+        self._hash = hash(parts)
 
     def __hash__(self) -> int:
         return self._hash
@@ -306,7 +308,7 @@ class GraphMemory:
         self._blocks: list[Tensor] = []
         self._used = 0
         self._kept: dict[int, Tensor] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def keep(self, tensor: Tensor) -> None:
         """Holds on to a tensor."""
@@ -314,22 +316,27 @@ class GraphMemory:
 
     def reserve(self, words: int) -> None:
         """Sees to it that so many words can be taken."""
-        if not self._blocks or self._used + words > self._blocks[-1].numel():
-            size = max(words, self.WORDS)
-            self._blocks.append(pinned(size))
-            self._used = 0
+        with self._lock:
+            if self._room() < words:
+                self._blocks.append(pinned(max(words, self.WORDS)))
+                self._used = 0
+
+    def _room(self) -> int:
+        return self._blocks[-1].numel() - self._used if self._blocks else 0
 
     def take(self, words: int) -> Tensor:
-        """Pinned memory of so many words."""
+        """Memory of so many words; once what was reserved is used up, pageable memory, which a capture allows."""
         with self._lock:
-            self.reserve(words)
+            if self._room() < words:
+                self._blocks.append(torch.empty(max(words, self.WORDS), dtype=torch.int64, device="cpu"))
+                self._used = 0
             begin, self._used = self._used, self._used + words
             return self._blocks[-1][begin : self._used]
 
 
 graph_memory = GraphMemory()
-LAUNCHES_AHEAD = 32
-"""Launches whose tables fit what is reserved for graphs: two steps, and more of most methods."""
+LAUNCHES_AHEAD = 128
+"""Launches whose tables fit what is reserved for graphs: sixteen steps of GAM."""
 
 
 def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> list[Tensor]:

@@ -16,77 +16,30 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Sequence
-from functools import cache
 from importlib import util
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.table import ADAM, BLOCK_OF_TOTALS, PERTURB, SGD, SUMS
+from ..kernels.table import ADAM, PERTURB, SGD, SUMS
 from . import scalars
 from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, takes_state
-from .eager import EagerBackend
-from .launches import OF_SUMS, after, guard, is_capturing, launch, launch_totals, start
+from .eager import EagerBackend, copy_bits
+from .launches import OF_SUMS, after, guard, is_capturing, launch, launch_totals
 from .tables import Argument, Prepared, Tables
 from .terms import Terms, terms_of
+from .trial import interprets, kernels, why_unusable
 from .tuning import Configuration, configuration_of
 
 if util.find_spec("triton") is None:
     raise ImportError("Triton is not installed: pip install triton on Linux, or a build of torch for CUDA or ROCm")
 
-OLDEST = (3, 6)
-OLDEST_ON_ROCM = (3, 7)
-"""The first releases of Triton that round roots and quotients as IEEE 754 says, also of numbers below 2⁻¹²⁶."""
-
 MAX_FOLDS = 2
 
 MAX_PLANS = 4
 """Sets of leaves whose tables an optimizer keeps on each device."""
-
-
-def interprets() -> bool:
-    """Whether the environment asks for Triton's interpreter, which works on CPU tensors only."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-@cache
-def _kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
-    from ..kernels import moves, sums, updates
-
-    return sums, moves, updates
-
-
-@cache
-def _why_unusable(device: torch.device) -> str | None:
-    """Why Triton, once imported, is of no use for a device: found out by a small sum."""
-    try:
-        import triton
-
-        version: str = triton.__version__
-        oldest = OLDEST_ON_ROCM if torch.version.hip else OLDEST
-        if tuple(int(part) for part in version.split(".")[:2]) < oldest:
-            return f"Triton {version} is too old: {'.'.join(map(str, oldest))} or newer is needed"
-        sums, _, _ = _kernels()
-        kinds = {type(kernel).__name__ == "InterpretedFunction" for kernel in (sums.totals, triton.language.sum)}
-        if kinds != {interprets()}:
-            return "TRITON_INTERPRET was changed after Triton had been imported: set it before the process starts"
-        return None if _adds_up(device) else f"Triton {version} computes a wrong sum there"
-    except Exception as error:  # a Triton that does not fit this machine fails in many ways, as without a C compiler
-        return f"Triton does not work there: {type(error).__name__}: {f'{error}'.splitlines()[0] if f'{error}' else ''}"
-
-
-def _adds_up(device: torch.device) -> bool:
-    sums, _, _ = _kernels()
-    parts = torch.ones(3, 1, dtype=torch.float64, device=device)
-    found = torch.zeros(1, 1, dtype=torch.float64, device=device)
-    starts = torch.tensor([0, 3], device=device)
-    with guard(device):
-        start(sums.totals, 1, parts, starts, found, SUMS=1, BLOCK=BLOCK_OF_TOTALS, warps=4)
-    return torch.equal(found, parts.sum().view(1, 1))
 
 
 class TritonBackend:
@@ -102,7 +55,8 @@ class TritonBackend:
         self._plans: list[Tables] = []  # the last one used first
         self._shape = shape
         self._mark: Tensor | None = None
-        self._launches_that_save = 0
+        # Above all that 32 bits hold, so that the type of the argument stays; no other's, as memory is not cleared.
+        self._ticket = (1 << 40) + int.from_bytes(os.urandom(7), "little")
 
     @staticmethod
     def describe() -> str:
@@ -119,8 +73,7 @@ class TritonBackend:
         elif device.type != "cuda":
             also = "; with TRITON_INTERPRET=1 in the environment on CPU tensors, slowly" if device.type == "cpu" else ""
             return f"the Triton kernels run on tensors of NVIDIA and AMD GPUs{also}"
-        # a capture forbids to try
-        return None if is_capturing(device) else _why_unusable(device)
+        return None if is_capturing(device) else why_unusable(device)  # a capture forbids to try
 
     def _tables_for(self, leaves: Leaves) -> Tables:
         """The tables of a step before where they fit; looked at once a step, and when leaves were added."""
@@ -141,7 +94,7 @@ class TritonBackend:
     def square_norm(
         self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
-        sums, _, _ = _kernels()
+        sums, _, _ = kernels()
         theta = None if eta is None else _theta(leaves)
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
@@ -152,7 +105,7 @@ class TritonBackend:
             return _add_up(sums.square_norm, prepared, prepared.whole, 1, 1, constants).view(())
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
-        sums, _, _ = _kernels()
+        sums, _, _ = kernels()
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             if groups < tables.groups:
@@ -178,13 +131,13 @@ class TritonBackend:
         eta: PerGroup | None = None,
         folds: Sequence[FoldInto] = (),
     ) -> None:
-        _, moves, _ = _kernels()
+        _, moves, _ = kernels()
         if len(folds) > MAX_FOLDS:
             raise ValueError(f"folds must be at most {MAX_FOLDS}, got {len(folds)}")
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             if not leaves.saved and self._saves_apart(tables.device):
-                torch._foreach_copy_(leaves.backup, leaves.params)
+                copy_bits(leaves.backup, leaves.params)
                 leaves.saved = True
             save = not leaves.saved
             needs_backup = save or from_start or eta is not None
@@ -211,12 +164,11 @@ class TritonBackend:
                 "FOLDED": len(folds),
             }
             total, mark = scalars.on_device(square, tables.device), self._mark_on(tables.device)
-            self._launches_that_save += save
-            ticket = self._launches_that_save
+            self._ticket += 1
             if save:  # an interrupt may come before the launch, or after it: restore() finds out
-                leaves.cache["ticket"] = ticket
+                leaves.cache["ticket"] = self._ticket
             shape = self._shape_on(tables.device)
-            launch(moves.perturb, prepared, *prepared.numbers, total, mark, ticket, shape=shape, **constants)
+            launch(moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, shape=shape, **constants)
             leaves.saved = True
             after(lists, a, b)
 
@@ -226,9 +178,11 @@ class TritonBackend:
         return device.type == "cpu"
 
     def _mark_on(self, device: torch.device) -> Tensor:
-        """Where a launch that saves leaves its number, so that one can tell whether it came to it."""
+        """Where a launch that saves leaves its ticket, so that one can tell whether it came to it."""
+        if is_capturing(device):  # nothing is run
+            return torch.empty(1, dtype=torch.int64, device=device)
         if self._mark is None:
-            self._mark = torch.zeros(1, dtype=torch.int64, device=device)
+            self._mark = torch.empty(1, dtype=torch.int64, device=device)
         return self._mark
 
     def restore(self, leaves: Leaves) -> None:
@@ -238,11 +192,11 @@ class TritonBackend:
             mark = self._mark_on(leaves.params[0].device)
             leaves.saved = torch.equal(mark, torch.full_like(mark, ticket))  # waits for the device
         if leaves.saved:
-            torch._foreach_copy_(leaves.params, leaves.backup)
+            copy_bits(leaves.params, leaves.backup)
             after([], leaves.backup)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
-        _, moves, _ = _kernels()
+        _, moves, _ = kernels()
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
@@ -267,7 +221,7 @@ class TritonBackend:
         if not takes_state(leaves, momentum_buffer, wider=True):
             EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
             return
-        _, _, updates = _kernels()
+        _, _, updates = kernels()
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
@@ -299,7 +253,7 @@ class TritonBackend:
         if not takes_state(leaves, exp_avg, exp_avg_sq, max_exp_avg_sq, wider=True):
             EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
             return
-        _, _, updates = _kernels()
+        _, _, updates = kernels()
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
@@ -413,7 +367,7 @@ def _add_up(
     kernel: Any, prepared: Prepared, starts: Tensor, groups: int, count: int, constants: dict[str, Any]
 ) -> Tensor:
     """``(groups, count)``: the sums of what ``kernel`` finds of each piece, by group; 0 where there are no starts."""
-    sums, _, _ = _kernels()
+    sums, _, _ = kernels()
     parts = starts.new_empty((prepared.programs, count), dtype=torch.float64)
     make = starts.new_zeros if groups >= starts.numel() else starts.new_empty
     found = make((groups, count), dtype=torch.float64)
@@ -423,21 +377,24 @@ def _add_up(
 
 
 def _seconds_of_a_step(device: torch.device, shape: Configuration) -> float:
-    """How long SGD along three terms takes with programs of this shape, on 2²⁴ elements of its own."""
+    """How long SGD along three terms takes with programs of this shape, on 2²⁵ elements of its own."""
 
     def make() -> TensorList:
-        return [torch.zeros(1 << 24, device=device)]
+        return [torch.zeros(1 << 25, device=device)]
 
     backend = TritonBackend(shape)
     leaves = Leaves(make(), [0], make(), saved=True)
     d = Direction([make(), make(), make()], [[1.0], [1.0], [1.0]])
     buffers: list[Tensor | None] = [*make()]
     groups = [SGDGroup(0.1, 0.9, 0.0, 0.0, nesterov=False, maximize=False)]
-    best = math.inf
-    for _ in range(8):  # the first of which compiles
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        backend.sgd(leaves, d, buffers, [False], groups)
-        torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+    with guard(device):
+        rounds: list[float] = []
+        for _ in range(8):  # the first of which compiles; launches queue up, so that the processor does not count
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(8):
+                backend.sgd(leaves, d, buffers, [False], groups)
+            end.record()
+            torch.cuda.synchronize(device)
+            rounds.append(begin.elapsed_time(end) / 8e3)
+    return min(rounds)

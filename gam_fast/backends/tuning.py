@@ -8,8 +8,10 @@ that write in place are not given to ``triton.autotune``, which runs a kernel se
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,6 +37,9 @@ arrays of an update that is enough under way to keep memory busy, and takes 60 t
 
 CANDIDATES = (DEFAULT, Configuration(2048, 128), Configuration(2048, 256), Configuration(4096, 256))
 
+MARGIN = 0.03
+"""By how much of the default's time another shape must be faster."""
+
 _FILE = "gam_fast.json"
 _chosen: dict[str, Configuration] = {}
 
@@ -56,13 +61,22 @@ def configuration_of(device: torch.device, seconds: Callable[[torch.device, Conf
 
 
 def _fastest(kind: str, device: torch.device, seconds: Callable[[torch.device, Configuration], float]) -> Configuration:
-    """Measures them all; the default where the GPU's memory does not suffice for that, or it cannot be kept."""
+    """Measures them all; the default, unless another is faster by more than chance, and where that cannot be known."""
+    found = {shape: _measured(device, shape, seconds) for shape in CANDIDATES}
+    fastest = min(CANDIDATES, key=lambda shape: found[shape])
+    fastest = fastest if found[fastest] < (1.0 - MARGIN) * found[DEFAULT] else DEFAULT
+    with contextlib.suppress(OSError):  # the next process measures again
+        _cache(kind).put(json.dumps(asdict(fastest)), _FILE, binary=False)
+    return fastest
+
+
+def _measured(
+    device: torch.device, shape: Configuration, seconds: Callable[[torch.device, Configuration], float]
+) -> float:
     try:
-        found = min(CANDIDATES, key=lambda shape: seconds(device, shape))
-        _cache(kind).put(json.dumps(asdict(found)), _FILE, binary=False)
-    except (OSError, torch.OutOfMemoryError):
-        return DEFAULT
-    return found
+        return seconds(device, shape)
+    except Exception:  # too little memory, or more registers than there are
+        return math.inf
 
 
 def _stored(kind: str) -> Configuration | None:
