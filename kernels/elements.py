@@ -20,10 +20,10 @@ LAYOUT = tl.constexpr(host.LAYOUT)
 HEADER = tl.constexpr(host.HEADER)
 
 # By the code of a row: the types of a parameter, of the state of its base optimizer, and of the arithmetic.
-PARAMETER = tl.constexpr((tl.float64, tl.float32, tl.bfloat16, tl.float16, tl.bfloat16, tl.float16))
-STATE = tl.constexpr((tl.float64, tl.float32, tl.bfloat16, tl.float16, tl.float32, tl.float32))
-WORKING = tl.constexpr((tl.float64, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32))
-CODES = tl.constexpr(6)
+PARAMETER = tl.constexpr(tuple(getattr(tl, name) for name in host.PARAMETERS))
+STATE = tl.constexpr(tuple(getattr(tl, name) for name in host.STATES))
+WORKING = tl.constexpr(tuple(tl.float64 if name == "float64" else tl.float32 for name in host.PARAMETERS))
+CODES = tl.constexpr(len(host.PARAMETERS))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The primitives that move parameters, or write a combination.
 
-Of a block everything is read before anything is written, so an argument may be the very array that is written; it may
-not overlap it otherwise.
+Of a block everything is read before anything that may be the same array is written: an argument may be the very array
+that is written, but may not overlap it otherwise.
 """
 
 from __future__ import annotations

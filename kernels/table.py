@@ -35,6 +35,10 @@ BLOCK_OF_TOTALS = 1024
 
 GROUP, OPTION, TYPES, PACKED, LAYOUT, HEADER = range(6)
 
+PARAMETERS = ("float64", "float32", "bfloat16", "float16", "bfloat16", "float16")
+STATES = ("float64", "float32", "bfloat16", "float16", "float32", "float32")
+"""By the code of a row, the types of a parameter and of the state of its base optimizer: names in torch and Triton."""
+
 SUMS = 3
 """Numbers of a piece's products: ‖u‖², ⟨m,u⟩, ‖m‖²."""
 

@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels import table
 from ..kernels.table import CHUNK, HEADER
 from .base import Leaves
 from .layouts import check_overlaps, check_plain, layout_of
@@ -29,8 +30,8 @@ from .layouts import check_overlaps, check_plain, layout_of
 KEPT = 32
 """Tables that are kept. A step has about eight; the memory of gradients may alternate between a few places."""
 
-PARAMETERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float16)
-STATES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.float32)
+PARAMETERS: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in table.PARAMETERS)
+STATES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in table.STATES)
 """By the code of a row: dtypes of a parameter, and of the state of its base optimizer."""
 
 _CODES = {pair: code for code, pair in enumerate(zip(PARAMETERS, STATES, strict=True))}
@@ -166,10 +167,10 @@ class Tables:
         flat = [number for row in padded for number in row]
         values = torch.tensor(flat, dtype=torch.float64, device="cpu").view(torch.int64)
         of_numbers = Key((struct.pack(f"{len(flat)}d", *flat),))  # bytes tell −0 from 0
-        fixed, table, values = self._on_device([(_PIECES, self._fixed), (key, rows.words), (of_numbers, values)])
+        fixed, words, values = self._on_device([(_PIECES, self._fixed), (key, rows.words), (of_numbers, values)])
         pieces, starts, whole = fixed.split([3 * self.programs, self.groups + 1, 2])
         split = list(values.view(torch.float64).split([len(row) for row in padded])) if padded else []
-        return Prepared(self.programs, self.warp, pieces, starts, whole, table, rows, split)
+        return Prepared(self.programs, self.warp, pieces, starts, whole, words, rows, split)
 
     def _present(self, argument: Argument) -> list[Tensor]:
         """The tensors of a list, with one of address 0 in place of those that are missing."""
