@@ -1,10 +1,10 @@
 # `make demo` and `make test` set everything up by themselves, in .venv. To use an environment of your own:
 #   make test PYTHON=/path/to/python          (it must have torch and pip)
 #   make test TORCH="torch==2.13.0"           (what to install into a new .venv)
-#   make test TRITON="triton==3.6.0"          (the same, where torch does not bring a Triton of its own)
+#   make test TRITON="triton==3.6.0"          (the same, where torch does not bring a Triton; 3.6 to 3.8 are tested)
 
 TORCH ?= torch>=2.6
-TRITON ?= triton>=3.6
+TRITON ?= triton>=3.6,<3.9
 BOOTSTRAP ?= python3
 VENV := .venv
 CXX ?= g++
