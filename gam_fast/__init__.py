@@ -13,14 +13,17 @@ from ._version import __version__
 require_torch()
 
 from . import backends, batchnorm, recipes, rng, schedules  # noqa: E402
-from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, GradientNormPenalty  # noqa: E402
-from .optimizer import FlatOptimizer, Turn  # noqa: E402
+from .hvp import SecondDerivativeError  # noqa: E402
+from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
+from .optimizer import FlatOptimizer  # noqa: E402
+from .turn import Turn  # noqa: E402
 from .walk import NonFiniteGradientError  # noqa: E402
 
 __all__ = [
     "ASAM",
     "Base",
     "CFlat",
+    "ExactGAM",
     "FAD",
     "FlatOptimizer",
     "GAM",
@@ -28,6 +31,7 @@ __all__ = [
     "GradientNormPenalty",
     "NonFiniteGradientError",
     "SAM",
+    "SecondDerivativeError",
     "Turn",
     "__version__",
     "backends",

@@ -191,6 +191,66 @@ class GAM(FlatOptimizer):
         super().__init__(params, base_optimizer, **own, **options)
 
 
+class ExactGAM(FlatOptimizer):
+    r"""Gradient norm Aware Minimization with Hessian-vector products (Algorithm 1). Two passes, three with ``sam_rho``.
+
+    .. math::
+        f &= H(θ)\, g(θ)/‖g(θ)‖, \qquad θ' = θ + ρ\, f/‖f‖, \\
+        d &= g(θ) + α ρ\, H(θ')\, g(θ')/‖g(θ')‖ .
+
+    With ``sam_rho`` the first term is SAM's gradient, :math:`g(θ + ρ_s\, g/‖g‖)`.
+
+    The loss of a pass is differentiated twice, by the optimizer: **the closure returns the loss and does not call
+    backward**, and in the loop form the body calls ``turn.backward(loss)``. After a step ``param.grad`` is ``None``.
+    What a step costs in time and memory: ``python -m bench.curvature``. :class:`GAM` approximates it by four gradients.
+
+    Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. The defaults are ours: with ρ = .2 and α = .1 the
+    weight of the gradient norm, αρ, is the ρ' = .02 of :class:`GAM`. Options and further errors:
+    :class:`FlatOptimizer`.
+
+    Args:
+        rho: ρ, radius: how far along the gradient of the gradient norm.
+        alpha: α, weight of the first-order flatness :math:`ρ‖∇L(θ')‖` beside the loss.
+        sam_rho: :math:`ρ_s`, radius of SAM's perturbation; ``None`` for none.
+
+    Raises:
+        SecondDerivativeError: an operation of the model has no second derivative (fused attention, a compiled model).
+        RuntimeError: backward was called on the loss.
+        TypeError: the loss is not a tensor of one element; ``model`` is a DistributedDataParallel, which averages
+            gradients in a backward that does not take place.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = ExactGAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, alpha=0.5)
+    >>> optimizer.step(lambda: weight.square().sum())     # the gradient 2, and ρα times the curvature 2
+    tensor(1.)
+    >>> weight.item()
+    0.375
+    """
+
+    recipe = recipes.EXACT_GAM
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.2,
+        alpha: float = 0.1,
+        sam_rho: float | None = None,
+        **options: Any,
+    ) -> None:
+        own: dict[str, Any] = {"rho": rho, "alpha": alpha}
+        if sam_rho is not None:
+            self.recipe = recipes.EXACT_GAM_WITH_SAM  # type: ignore[misc]  # of this instance
+            own["sam_rho"] = sam_rho
+        if isinstance(options.get("model"), torch.nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                "ExactGAM differentiates the loss without the backward in which DistributedDataParallel averages "
+                "gradients, so replicas would drift apart: use GAM, which needs gradients only"
+            )
+        super().__init__(params, base_optimizer, **own, **options)
+
+
 class CFlat(FlatOptimizer):
     r"""C-Flat: :math:`g_1 + λ (g_3 − g_2)` on the walk of GAM with one radius. Four passes.
 

@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,28 +17,11 @@ from torch import Tensor, nn
 from .backends import Backend, select
 from .backends.base import Direction
 from .recipes import BASE, Recipe, fold_plan
+from .turn import Turn
 from .updates import fused_update
 from .walk import Settings, Shard, SkipStep, Walk
 
 _ON_NONFINITE = ("raise", "skip", "ignore")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One pass of a step, as :meth:`FlatOptimizer.passes` yields it.
-
-    Attributes:
-        index: 0 for the pass at θ, then 1, 2, ….
-        passes: how many there are.
-    """
-
-    index: int
-    passes: int
-
-    @property
-    def last(self) -> bool:
-        """Whether this is the last pass of the step."""
-        return self.index == self.passes - 1
 
 
 class FlatOptimizer(torch.optim.Optimizer):
@@ -182,6 +164,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
 
+        For ``ExactGAM`` it returns the loss and does not call backward.
+
         Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
         returns nothing, which is allowed). Without a closure, a recipe of one pass uses the gradients there are, as any
         torch optimizer; the others refuse.
@@ -210,6 +194,9 @@ class FlatOptimizer(torch.optim.Optimizer):
             for turn in turns:
                 with torch.enable_grad():
                     loss = closure()
+                if self.recipe.second_order:
+                    turn.backward(loss)
+                    loss = loss.detach()  # its graph would live as long as the loss does
                 if turn.index == 0:
                     first = loss
         return first
@@ -220,10 +207,10 @@ class FlatOptimizer(torch.optim.Optimizer):
         with self._open() as walk:
             for index in range(n):
                 walk.begin()
-                yield Turn(index, n)
-                walk.collect(index)
+                yield Turn(index, n, walk.backward)
+                walk.collect()
                 if index < n - 1:
-                    walk.move(index)
+                    walk.move()
             walk.complete = True
             if hooked:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
                 self.step()
@@ -237,7 +224,7 @@ class FlatOptimizer(torch.optim.Optimizer):
                 "called once a pass, or run forward and backward in `for turn in optimizer.passes():`"
             )
         with self._open() as walk:
-            walk.collect(0)
+            walk.collect()
             walk.finish(self._update)
 
     @contextlib.contextmanager
@@ -324,8 +311,18 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_nesting("pickling or copying")
-        names = ("base", "defaults", "_keys", "_own_defaults", "_backend_name", "_model", "_options", "skipped_steps")
-        return {name: self.__dict__[name] for name in names}
+        names = (
+            "recipe",
+            "base",
+            "defaults",
+            "_keys",
+            "_own_defaults",
+            "_backend_name",
+            "_model",
+            "_options",
+            "skipped_steps",
+        )
+        return {name: self.__dict__[name] for name in names if name in self.__dict__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._backends = {}

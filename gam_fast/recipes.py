@@ -8,6 +8,9 @@ parameters :math:`θ`, and hands the base optimizer one direction
 A :class:`Recipe` states the walk, the coefficients ``c`` and ``d`` and the hyper-parameters they are made of. It
 knows nothing of tensors: the engine (:mod:`gam_fast.optimizer`) reads it. Adding a published method of the family is
 adding one table here and one class in :mod:`gam_fast.methods`.
+
+A recipe of second order has, besides gradients, Hessian-vector products :math:`H g_i / ‖g_i‖` among its vectors: they
+are counted with the gradients, in the order in which they are made.
 """
 
 from __future__ import annotations
@@ -71,6 +74,18 @@ class Move:
 
 
 @dataclass(frozen=True)
+class HessianProduct:
+    r"""No step, but one more vector at the same point: ``H g / (‖g‖ + ξ)``, the gradient of ``‖g‖``.
+
+    ``g`` is the gradient of the pass just made, whose loss is differentiated a second time. Its direction does not
+    depend on whether a base optimizer descends the loss or (``maximize``) ascends it.
+    """
+
+
+Step: TypeAlias = "Move | HessianProduct"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One method: its walk, its coefficients and its hyper-parameters.
 
@@ -78,45 +93,81 @@ class Recipe:
         name: how it is called in messages.
         citation: where it was published.
         defaults: hyper-parameter names and default values; radii are non-negative numbers in units of the parameters.
-        walk: one :class:`Move` between each pass and the next; ``len(walk) + 1`` passes.
-        u: the coefficient ``c_i`` of each gradient; ``None`` where the gradient takes no part.
-        m: the coefficient ``d_i`` of each gradient, or an empty tuple where the method has no second combination.
+        walk: a :class:`Move` between each pass and the next, and a :class:`HessianProduct` after a pass that needs one;
+            ``len(walk) + 1`` vectors.
+        u: the coefficient ``c_i`` of each vector; ``None`` where it takes no part.
+        m: the coefficient ``d_i`` of each vector, or an empty tuple where the method has no second combination.
         gamma: name of the hyper-parameter γ, needed with ``m``.
         adaptive: name of the hyper-parameter η of the elementwise radius (see :class:`Move`), or ``None``.
 
     Raises:
         ValueError: when the table contradicts itself (a move along a gradient not yet taken, a coefficient missing).
 
-    >>> SAM.passes, GAM.passes
-    (2, 4)
+    >>> SAM.passes, GAM.passes, EXACT_GAM.passes
+    (2, 4, 2)
     """
 
     name: str
     citation: str
     defaults: Hyperparameters = field(hash=False)
-    walk: tuple[Move, ...]
+    walk: tuple[Step, ...]
     u: tuple[Coefficient, ...]
     m: tuple[Coefficient, ...] = ()
     gamma: str | None = None
     adaptive: str | None = None
 
     def __post_init__(self) -> None:
-        n = self.passes
+        n = self.vectors
         if len(self.u) != n or self.u[-1] is None:
             raise ValueError(f"recipe {self.name}: u needs {n} coefficients, the last not None, got {self.u!r}")
         if len(self.m) not in (0, n) or bool(self.m) != (self.gamma is not None):
             raise ValueError(f"recipe {self.name}: m needs {n} coefficients and a gamma, or neither")
         for i, move in enumerate(self.walk):
+            if isinstance(move, HessianProduct):
+                if self.is_product(i):
+                    raise ValueError(f"recipe {self.name}: step {i} would differentiate a Hessian-vector product")
+                continue
             if not (0 <= move.along <= i and (move.minus is None or 0 <= move.minus <= i)):
                 raise ValueError(f"recipe {self.name}: move {i} goes along a gradient that is not taken yet: {move}")
-        names = {move.radius for move in self.walk} | {name for name in (self.gamma, self.adaptive) if name}
+        names = {move.radius for move in self.moves} | {name for name in (self.gamma, self.adaptive) if name}
         if not names <= set(self.defaults):
             raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
 
     @property
-    def passes(self) -> int:
-        """Forward and backward passes in one step."""
+    def moves(self) -> tuple[Move, ...]:
+        """The steps of the walk that go to another point."""
+        return tuple(step for step in self.walk if isinstance(step, Move))
+
+    @property
+    def vectors(self) -> int:
+        """Gradients and Hessian-vector products in one step."""
         return len(self.walk) + 1
+
+    @property
+    def passes(self) -> int:
+        """Points of the walk, at each of which the loss is evaluated once."""
+        return len(self.moves) + 1
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the loss is differentiated twice."""
+        return len(self.moves) < len(self.walk)
+
+    def is_product(self, vector: int) -> bool:
+        """Whether the vector is a Hessian-vector product, and not a gradient."""
+        return vector > 0 and isinstance(self.walk[vector - 1], HessianProduct)
+
+    def has_product(self, vector: int) -> bool:
+        """Whether a Hessian-vector product is made of this gradient."""
+        return vector < len(self.walk) and isinstance(self.walk[vector], HessianProduct)
+
+    def pass_of(self, vector: int) -> int:
+        """The pass that a vector comes from.
+
+        >>> [EXACT_GAM.pass_of(i) for i in range(EXACT_GAM.vectors)]
+        [0, 0, 1, 1]
+        """
+        return sum(isinstance(step, Move) for step in self.walk[:vector])
 
     def coefficients(self, hyper: Hyperparameters) -> tuple[list[float], list[float], float]:
         """``(c, d, γ)`` for one parameter group; 0.0 where a gradient takes no part, ``d`` empty without ``m``.
@@ -142,7 +193,7 @@ class Recipe:
             raise TypeError(f"{self.name}: {name} must be a number{hint}, got {value!r} ({type(value).__name__})")
         if not _is_finite(value):
             raise ValueError(f"{self.name}: {name} must be finite, got {value!r}")
-        radii = {move.radius for move in self.walk} | {self.adaptive}
+        radii = {move.radius for move in self.moves} | {self.adaptive}
         if name in radii and value < 0:
             raise ValueError(f"{self.name}: {name} must not be negative, got {value!r}")
 
@@ -175,6 +226,10 @@ def _minus_rest_product(hyper: Hyperparameters) -> float:
 
 def _minus_lam(hyper: Hyperparameters) -> float:
     return -float(hyper["lam"])
+
+
+def _weight_of_flatness(hyper: Hyperparameters) -> float:
+    return float(hyper["alpha"]) * float(hyper["rho"])
 
 
 _SAM_WALK = (Move(along=0, radius="rho"),)
@@ -251,8 +306,26 @@ FAD = Recipe(
     u=(_one_minus_product, _product, _minus_rest_product, _rest_product),
 )
 
+EXACT_GAM = Recipe(
+    name="ExactGAM",
+    citation=GAM.citation.replace("Algorithm 2", "Algorithm 1"),
+    defaults={"rho": 0.2, "alpha": 0.1},
+    walk=(HessianProduct(), Move(1, "rho", from_start=True), HessianProduct()),
+    u=(1.0, None, None, _weight_of_flatness),
+)
+"""The vectors are g0, f = H g0/‖g0‖, the gradient at θ + ρ f/‖f‖, and its product."""
+
+EXACT_GAM_WITH_SAM = Recipe(
+    name="ExactGAM",
+    citation=f"{EXACT_GAM.citation}; with the gradient of SAM: {SAM.citation}",
+    defaults={"rho": 0.2, "alpha": 0.1, "sam_rho": 0.05},
+    walk=(HessianProduct(), Move(0, "sam_rho", from_start=True), Move(1, "rho", from_start=True), HessianProduct()),
+    u=(None, None, 1.0, None, _weight_of_flatness),
+)
+"""As :data:`EXACT_GAM`, with the gradient of SAM in place of g0."""
+
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (BASE, SAM, ASAM, GSAM, GRADIENT_NORM_PENALTY, GAM, CFLAT, FAD)
+    recipe.name: recipe for recipe in (BASE, SAM, ASAM, GSAM, GRADIENT_NORM_PENALTY, GAM, EXACT_GAM, CFLAT, FAD)
 }
 """All recipes by name."""
 
@@ -268,9 +341,9 @@ class Fold:
 
 @cache
 def fold_plan(recipe: Recipe) -> tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]:
-    """What happens to the gradients after each move: the folds, and the gradients that stay live.
+    """What happens to the vectors after each step of the walk: the folds, and the vectors that stay live.
 
-    A gradient that no later move goes along is folded into the first live one that belongs to the same combination
+    A vector that no later move goes along is folded into the first live one that belongs to the same combination
     (u or m), so that never more than two gradients besides the newest are live: with the backup of θ the three
     buffers of the engine.
 
@@ -284,19 +357,22 @@ def fold_plan(recipe: Recipe) -> tuple[tuple[tuple[Fold, ...], tuple[int, ...]],
     plan = []
     parts = {
         i: ("u" if recipe.u[i] is not None else "") + ("m" if recipe.m and recipe.m[i] is not None else "")
-        for i in range(recipe.passes)
+        for i in range(recipe.vectors)
     }
     live: list[int] = []
-    for i in range(len(recipe.walk)):
+    for i, step in enumerate(recipe.walk):
         live.append(i)
-        later = {k for move in recipe.walk[i + 1 :] for k in (move.along, move.minus)}
+        moves = [move for move in recipe.walk[i + 1 :] if isinstance(move, Move)]
+        later = {k for move in moves for k in (move.along, move.minus)}
         live = [k for k in live if parts[k] or k in later]
         folds = []
-        for part in ("u", "m"):
+        for part in ("u", "m") if isinstance(step, Move) else ():  # folds are carried out with a move
             same = [k for k in live if k not in later and parts[k] == part]
             folds += [Fold(same[0], k, part) for k in same[1:]]
             live = [k for k in live if k not in same[1:]]
         if len(live) > 2:
-            raise ValueError(f"recipe {recipe.name}: gradients {live} are live after pass {i}; at most two can be kept")
+            raise ValueError(
+                f"recipe {recipe.name}: vectors {live} are live after step {i} of the walk; at most two can be kept"
+            )
         plan.append((tuple(folds), tuple(live)))
     return tuple(plan)

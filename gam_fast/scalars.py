@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .backends.base import Products, Scalar, accumulate_dtype
@@ -47,3 +48,24 @@ def is_finite(values: Sequence[Scalar | Products]) -> bool:
 def _numbers(value: Scalar | Products) -> list[float]:
     found = value.tolist() if isinstance(value, Tensor) else value
     return [x for row in found for x in row] if isinstance(found, list) else [found]
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a tensor there can be read without waiting for anything: norms and products then become numbers."""
+    return device.type == "cpu"
+
+
+def on(value: Scalar, device: torch.device) -> Scalar:
+    """The scalar for a backend on ``device``: a number on a CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device)
+    return float(value) if reads_are_free(device) else value
+
+
+def products_on(products: Products, device: torch.device) -> Products:
+    """The products for a backend on ``device``: numbers on a CPU."""
+    if not isinstance(products, Tensor):
+        return products
+    products = products.to(device)
+    return products.tolist() if reads_are_free(device) else products

@@ -1,7 +1,8 @@
 """One step in progress: the passes, the three buffers, and the way back.
 
 Notation: g0 … g3 are the gradients of the passes, θ the parameters at the start, u and m the two combinations of
-:mod:`gam_fast.recipes`. Only the backup of θ and at most two gradients are held besides the newest gradient.
+:mod:`gam_fast.recipes`. Only the backup of θ and at most two vectors are held besides the newest. A recipe of second
+order counts its Hessian-vector products among the vectors, each after the gradient it is made of.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import scalars
+from . import hvp, scalars
 from .backends.base import Backend, Direction, FoldInto, Leaves, Products, Scalar, TensorList
+from .backends.scalars import steps
 from .batchnorm import FreezeRunningStatistics
 from .ownership import take, take_sole
-from .recipes import Recipe, fold_plan
+from .recipes import Move, Recipe, fold_plan
 from .rng import ReplayRNG
 
 RECYCLE_BYTES = 1 << 16
@@ -75,17 +77,27 @@ class Walk:
         self.plan = fold_plan(recipe)
         coefficients = [recipe.coefficients(h) for h in hyper]
         self.gamma = [gamma for _, _, gamma in coefficients]
-        self.c = [[c[i] for c, _, _ in coefficients] for i in range(recipe.passes)]
-        self.d = [[d[i] if d else 0.0 for _, d, _ in coefficients] for i in range(recipe.passes)]
-        # A base optimizer with maximize=True ascends L, that is, descends −L, whose gradients point the other way.
+        # A base optimizer with maximize=True ascends L, that is, descends −L, whose gradients point the other way. The
+        # norm of a gradient is the same for both, and so is its own gradient, a Hessian-vector product.
         self.sign = [-1.0 if group.get("maximize", False) else 1.0 for group in groups]
+        signs = [self.sign if recipe.is_product(i) else [1.0] * len(groups) for i in range(recipe.vectors)]
+        self.c = [
+            [s * c[i] for s, (c, _, _) in zip(signs[i], coefficients, strict=True)] for i in range(recipe.vectors)
+        ]
+        self.d = [
+            [s * d[i] if d else 0.0 for s, (_, d, _) in zip(signs[i], coefficients, strict=True)]
+            for i in range(recipe.vectors)
+        ]
         self.params = [(param, g) for g, group in enumerate(groups) for param in group["params"]]
         self.shards: dict[torch.device, Shard] = {}
         self.active: dict[Tensor, Shard] = {}
         self.complete = False
         self.finished = False
-        self._on_host = all(reads_are_free(param.device) for param, _ in self.params)
+        self._losses: list[Tensor] = []
+        self._newest = -1  # the index of the vector made last
+        self._on_host = all(scalars.reads_are_free(param.device) for param, _ in self.params)
         self._totals: list[Scalar | Products] = []
+        self._known_finite: set[int] = set()
         self._spare: dict[Tensor, Tensor] = {}
         self._versions: list[int] = []
         self._grad_enabled = True
@@ -165,42 +177,126 @@ class Walk:
                 "construct the optimizer with on_nonfinite='ignore' to capture it"
             )
 
+    def backward(self, loss: Tensor) -> None:
+        """What :meth:`gam_fast.turn.Turn.backward` does."""
+        if self.recipe.second_order:
+            self._losses.append(hvp.check_loss(loss, self.recipe.name))
+        else:
+            loss.backward()
+
     @torch.no_grad()
-    def collect(self, index: int) -> None:
-        """After pass ``index``: take its gradients in.
+    def collect(self) -> None:
+        """After a pass: take its gradient in, and the Hessian-vector product that the recipe makes of it.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or a parameter was written to during the pass.
+            RuntimeError: no parameter has a gradient, a parameter was written to during the pass, or, for a recipe of
+                second order, there is no loss, or backward was called on it.
+            SecondDerivativeError: a loss that cannot be differentiated twice.
             TypeError: a sparse gradient.
         """
+        index = self._newest + 1
+        graph = self._differentiate(index) if self.recipe.second_order else []
+        self._take_in(index)
+        if self.recipe.has_product(index):
+            self._multiply(index, graph)
+
+    def _differentiate(self, index: int) -> list[Tensor | None]:
+        """The gradient of the losses handed over, into ``param.grad``; as it can be differentiated again, for all."""
+        losses, self._losses = self._losses, []
+        called = any(param.grad is not None for param, _ in self.params)
+        if called or not losses:
+            wrong = "backward() was called in it" if called else "it ended without a loss"
+            name = self.recipe.name
+            raise RuntimeError(
+                f"pass {self.recipe.pass_of(index)} of {name}: {wrong}. {name} differentiates the loss itself, twice: "
+                f"{hvp.HOW_TO_GIVE_A_LOSS}"
+            )
+        twice = self.recipe.has_product(index)
+        params = [param for param, _ in self.params if param.requires_grad]
+        found = dict(zip(params, hvp.gradient(losses, params, twice=twice), strict=True))
+        for param, grad in found.items():
+            param.grad = None if grad is None else _as(grad.detach(), param.dtype)
+        return [found.get(param) for param, _ in self.params]
+
+    def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
+        """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector.
+
+        Scaled before and not after, so that a half-precision backward neither overflows nor underflows, whatever the
+        scale of the loss.
+        """
+        shards = list(self.shards.values())
+        squares = [shard.backend.square_norm(shard.leaves, shard.grads[index]) for shard in shards]
+        total = scalars.square_norm(squares, self._on_host)
+        self._check_finite(total, {index})
+        units: dict[Tensor, Tensor] = {}
+        for shard in shards:
+            scale = steps([1.0], scalars.on(total, shard.leaves.params[0].device))[0]
+            units.update(zip(shard.leaves.params, torch._foreach_mul(shard.grads[index], scale), strict=True))
+        pairs = [(param, grad) for (param, _), grad in zip(self.params, graph, strict=True) if grad is not None]
+        params = [param for param, _ in pairs]
+        edges = hvp.edges([grad for _, grad in pairs])
+        pairs.clear()
+        graph.clear()
+        keep = index in self.plan[index][1]
+        if not keep:  # its memory is free from here on: of the graph, only the edges are held
+            self._drop(index)
+        products = hvp.product(edges, params, [units[param] for param in params])
+        edges.clear()
+        units.clear()
+        for shard in shards if keep else ():
+            shard.grads[index] = [
+                torch.zeros_like(param) if param.grad is None else take(param) for param in shard.leaves.params
+            ]
+        for param, value in zip(params, products, strict=True):
+            param.grad = torch.zeros_like(param) if value is None else _as(value, param.dtype)
+        products.clear()
+        self._take_in(index + 1)
+
+    def _drop(self, index: int) -> None:
+        for shard in self.shards.values():
+            del shard.grads[index]
+        for param, _ in self.params:
+            param.grad = None
+
+    def _take_in(self, index: int) -> None:
+        """What is in ``param.grad`` becomes vector ``index``."""
         versions = self._versions or [param._version for param, _ in self.params]
         for (param, group), version in zip(self.params, versions, strict=True):
             if param._version != version:
                 raise RuntimeError(
-                    f"{self._name(param, group)} was modified during pass {index} of {self.recipe.name}; parameters "
-                    "must stay as the optimizer set them until the step is over"
+                    f"{self._name(param, group)} was modified during pass {self.recipe.pass_of(index)} of "
+                    f"{self.recipe.name}; parameters must stay as the optimizer set them until the step is over"
                 )
             if param.grad is not None:
                 self._check_gradient(param, group)
                 if param not in self.active:
                     self._activate(param, group)
         if not any(param.grad is not None for param in self.active):
-            raise RuntimeError(
-                f"pass {index} of {self.recipe.name} ended without a gradient for any parameter: call backward() on "
-                "the loss in every pass (in the closure, or in the body of the loop over passes())"
+            mend = (
+                "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
             )
-        keep = index < len(self.plan) and index in self.plan[index][1]
+            if self.recipe.second_order:
+                mend = "the loss does not depend on the parameters of this optimizer"
+            raise RuntimeError(
+                f"pass {self.recipe.pass_of(index)} of {self.recipe.name} ended without a gradient for any parameter: "
+                f"{mend}"
+            )
+        last = index == self.recipe.vectors - 1
+        keep = not last and index in self.plan[index][1] and not self.recipe.has_product(index)
         for shard in self.shards.values():
             missing = [param.grad is None for param in shard.leaves.params]
             shard.grads[index] = [
                 torch.zeros_like(param) if absent else _as(take(param) if keep else _gradient(param), param.dtype)
                 for param, absent in zip(shard.leaves.params, missing, strict=True)
             ]
+        self._newest = index
 
     @torch.no_grad()
-    def move(self, index: int) -> None:
-        """From pass ``index`` to the next point of the walk, and fold what is no longer needed."""
+    def move(self) -> None:
+        """From the pass just made to the next point of the walk, and fold what is no longer needed."""
+        index = self._newest
         move = self.recipe.walk[index]
+        assert isinstance(move, Move)
         folds, live = self.plan[index]
         eta = [float(h[self.recipe.adaptive]) for h in self.hyper] if self.recipe.adaptive else None
         minus = move.minus
@@ -212,8 +308,9 @@ class Walk:
             ],
             self._on_host,
         )
-        self._check_finite(total, index)
-        radius = [sign * float(h[move.radius]) for sign, h in zip(self.sign, self.hyper, strict=True)]
+        self._check_finite(total, {move.along} if minus is None else {move.along, minus})
+        sign = [1.0] * len(self.groups) if self.recipe.is_product(move.along) else self.sign
+        radius = [s * float(h[move.radius]) for s, h in zip(sign, self.hyper, strict=True)]
         for shard in shards:
             if not shard.leaves.saved:
                 shard.leaves.backup = self._allocate_backup(shard)
@@ -228,7 +325,7 @@ class Walk:
                 shard.grads[move.along],
                 None if minus is None else shard.grads[minus],
                 radius,
-                _on(total, shard.leaves.params[0].device),
+                scalars.on(total, shard.leaves.params[0].device),
                 from_start=move.from_start,
                 eta=eta,
                 folds=into,
@@ -241,7 +338,7 @@ class Walk:
     @torch.no_grad()
     def finish(self, update: Finish) -> None:
         """After the last pass: the direction of every shard, to ``update``, which restores θ and takes the step."""
-        last = self.recipe.passes - 1
+        last = self.recipe.vectors - 1
         gradients = [*(self.plan[-1][1] if self.plan else ()), last]
         projected = bool(self.recipe.m)
         c = [self.c[k] for k in gradients]
@@ -261,7 +358,7 @@ class Walk:
                 ],
                 self._on_host,
             )
-            self._check_finite(products, last)
+            self._check_finite(products, set(gradients))
         if projected:
             # u − γ (m − κ u) = Σ (c − γ d) X + κ Σ γ c X
             q = [[gamma * x for gamma, x in zip(self.gamma, row, strict=True)] for row in c]
@@ -272,23 +369,28 @@ class Walk:
         directions = []
         for device, shard in self.shards.items():
             terms = [shard.grads[k] for k in gradients]
-            seen = None if products is None else _products_on(products, device)
+            seen = None if products is None else scalars.products_on(products, device)
             directions.append((shard, Direction(terms, c, q, seen, self.gamma, self.settings.clip_grad_norm)))
         update(directions)
         self.finished = True
+        if self.recipe.second_order:  # what is there is no gradient of the loss
+            for param, _ in self.params:
+                param.grad = None
 
-    def _check_finite(self, total: Scalar | Products, index: int) -> None:
-        """Undo the step when a gradient is not finite. A CPU looks at once, an accelerator after the last pass only."""
+    def _check_finite(self, total: Scalar | Products, vectors: set[int]) -> None:
+        """Undo the step when a vector is not finite. A CPU looks at once, an accelerator after the last pass only."""
         if self.settings.on_nonfinite == "ignore":
             return
         self._totals.append(total)
-        if not self._on_host and index < self.recipe.passes - 1:
+        if not self._on_host and self._newest < self.recipe.vectors - 1:
             return
         if scalars.is_finite(self._totals):
+            self._known_finite |= vectors
             return
         if self.settings.on_nonfinite == "skip":
             raise SkipStep
-        where = f"pass {index}" if self._on_host else "a pass"
+        suspects = sorted({str(self.recipe.pass_of(vector)) for vector in vectors - self._known_finite})
+        where = f"pass {' or '.join(suspects)}" if self._on_host else "a pass"
         raise NonFiniteGradientError(
             f"{where} of {self.recipe.name} gave a gradient that is not finite; parameters, running statistics and "
             "random state are as before the step. on_nonfinite='skip' goes on with the next batch instead"
@@ -330,11 +432,6 @@ class Walk:
         return f"parameter {position} of group {group}{called}, of shape {tuple(param.shape)},"
 
 
-def reads_are_free(device: torch.device) -> bool:
-    """Whether a tensor there can be read without waiting for anything: norms and products then become numbers."""
-    return device.type == "cpu"
-
-
 def _gradient(param: Tensor) -> Tensor:
     """The gradient, to be read until the next pass."""
     assert param.grad is not None
@@ -351,19 +448,3 @@ def _is_alike(a: Tensor, b: Tensor) -> bool:
 
 def _is_large_on_cpu(param: Tensor) -> bool:
     return param.device.type == "cpu" and param.numel() * param.element_size() >= RECYCLE_BYTES
-
-
-def _on(value: Scalar, device: torch.device) -> Scalar:
-    """The scalar for a backend on ``device``: a number on a CPU."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device)
-    return float(value) if reads_are_free(device) else value
-
-
-def _products_on(products: Products, device: torch.device) -> Products:
-    """The products for a backend on ``device``: numbers on a CPU."""
-    if not isinstance(products, Tensor):
-        return products
-    products = products.to(device)
-    return products.tolist() if reads_are_free(device) else products

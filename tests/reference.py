@@ -130,3 +130,15 @@ def fad(gradient: Gradient, theta: Vector, *, rho, rho_prime, alpha, lam) -> Vec
         (1 - k * a) * w + k * a * x - k * (1 - a) * y + k * (1 - a) * z
         for w, x, y, z, a, k in zip(g0, g1, g2, g3, alphas, lams, strict=True)
     ]
+
+
+def exact_gam(gradient: Gradient, theta: Vector, *, rho, alpha, product, sam_rho=None) -> Vector:
+    """Algorithm 1. ``product(values, v)`` is the Hessian at the values times v."""
+    g = gradient(theta)
+    f = product(theta, combine((1 / (norm(g) + XI), g)))
+    theta_adv = climb(theta, f, rho)
+    g_adv = gradient(theta_adv)
+    h = product(theta_adv, combine((1 / (norm(g_adv) + XI), g_adv)))
+    g_loss = g if sam_rho is None else gradient(climb(theta, g, sam_rho))
+    rhos, alphas = per_parameter(rho, theta), per_parameter(alpha, theta)
+    return [x + a * r * y for x, y, a, r in zip(g_loss, h, alphas, rhos, strict=True)]

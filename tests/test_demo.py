@@ -17,7 +17,7 @@ import torch
 from cases import BACKENDS
 from torch import nn
 
-from bench import kernels, models, overhead, sass, throughput
+from bench import curvature, kernels, models, overhead, sass, throughput
 
 # raised inside a dependency of curvlinops
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -200,6 +200,26 @@ def test_the_benchmark_of_throughput_runs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         throughput.main(["--repeats", "1"])
     assert "must be at least 7" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_second_derivatives_runs(tmp_path, capsys):
+    options = ["--models", "mlp", "--batch", "4", "--repeats", "7", "--json", str(tmp_path / "figures.json")]
+    assert curvature.main(options) == 0
+    rows = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["what"] for row in rows] == ["gradient", *curvature.PRODUCTS, *curvature.METHODS]
+    assert rows[0]["gradients"] == 1.0
+    assert all(row["ms"] > 0 for row in rows)
+    assert all(row["memory"] > 1 for row in rows[3:])  # the gradient at least
+    with pytest.raises(SystemExit, match="2"):
+        curvature.main(["--models", "alexnet"])
+    assert "--models must be of mlp, resnet18, transformer, got alexnet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", curvature.MODELS)
+def test_both_ways_to_a_hessian_vector_product_agree(name):
+    task = curvature.Task(name, 2, "cpu")
+    for a, b in zip(*(task.product(way) for way in curvature.PRODUCTS), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
 def test_the_example_of_a_cuda_graph_runs_or_says_what_it_needs(capsys):

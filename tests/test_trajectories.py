@@ -9,7 +9,7 @@ import reference
 import torch
 from cases import BASES, DTYPES, INTERPRETED, METHODS, MODELS, closure_of, loss_of, make
 
-from gam_fast import walk
+from gam_fast import scalars
 
 pytestmark = pytest.mark.usefixtures("_on_each_backend")
 
@@ -51,7 +51,7 @@ def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name)
     theirs = copy.deepcopy(ours)
     optimizer = method.optimizer(ours.parameters(), build, model=ours, **method.hyper)
     plain = build([p for p in theirs.parameters() if p.requires_grad])
-    for k in range(STEPS if walk.reads_are_free(torch.device("cpu")) else min(STEPS, STEPS_EMULATED)):
+    for k in range(STEPS if scalars.reads_are_free(torch.device("cpu")) else min(STEPS, STEPS_EMULATED)):
         x, y = batches[k % len(batches)]
         if k % 2:
             optimizer.step(closure_of(ours, x, y))

@@ -1,0 +1,149 @@
+"""The loss differentiated twice: gradients that can be differentiated again, and Hessian-vector products.
+
+By reverse mode over reverse mode: the graph of the gradient is kept, and the gradient's product with a constant vector
+is differentiated. It serves any model whose operations have second derivatives, and needs no access to the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Differentiable: TypeAlias = "Tensor | GradientEdge | None"
+"""A gradient that can be differentiated: itself, its place in the graph, or ``None`` where nothing depends on it."""
+
+HINTS = {
+    r"scaled_dot_product|flash|efficient_attention|_fused_sdp": "its fused attention has none: run the model's forward "
+    "under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    r"_?cudnn_rnn|miopen_rnn": "the fused recurrent layers have none: run the model's forward under "
+    "torch.backends.cudnn.flags(enabled=False)",
+    r"aot_autograd|torch\.compile": "a compiled model has none: use the model that torch.compile was given",
+    r"[Cc]heckpoint": "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+    r"once_differentiable": "a torch.autograd.Function is marked @once_differentiable: its backward has to be written "
+    "in operations that can be differentiated",
+}
+"""By a pattern of torch's message: what in the model has no second derivative, and which switch helps."""
+
+CUTS = {"CheckpointFunctionBackward": r"[Cc]heckpoint", "torch::autograd::Error": "once_differentiable"}
+"""Nodes of a graph that torch passes over in silence, as if they were constant, and their pattern in ``HINTS``."""
+
+HOW_TO_GIVE_A_LOSS = "return it from the closure without calling backward(), or call turn.backward(loss) in the loop"
+
+
+class SecondDerivativeError(RuntimeError):
+    """The loss has no second derivative that torch knows; the message says which switch helps."""
+
+    def __init__(self, hint: str, found: object) -> None:
+        super().__init__(
+            f"the loss cannot be differentiated twice: {hint}. gam_fast.GAM needs gradients only. Found: {found}"
+        )
+
+
+def check_loss(loss: Tensor, method: str) -> Tensor:
+    """``loss``, if it is a tensor of one element that depends on something.
+
+    Raises:
+        TypeError, RuntimeError: it is not.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise TypeError(f"{method} needs the loss, a tensor of one element, got {given}: {HOW_TO_GIVE_A_LOSS}")
+    if not loss.requires_grad:
+        raise RuntimeError(
+            f"the loss given to {method} does not depend on a parameter that requires a gradient: it must not be "
+            "detached, nor computed under torch.no_grad()"
+        )
+    return loss
+
+
+def gradient(losses: Sequence[Tensor], params: Sequence[Tensor], *, twice: bool) -> list[Tensor | None]:
+    r""":math:`∇ \sum` of scalar losses, by parameter; ``None`` where a loss does not depend on it.
+
+    With ``twice`` the gradients can be differentiated again, and the graph of the losses is kept.
+
+    Raises:
+        SecondDerivativeError: an operation that cannot be part of it.
+
+    >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> gradient([(weight**3).sum()], [weight], twice=False)
+    [tensor([ 3., 12.])]
+    """
+    with _explained():
+        _refuse_cuts(losses)
+        grads = torch.autograd.grad(list(losses), list(params), create_graph=twice, allow_unused=True)
+        _refuse_cuts(grads)
+    return list(grads)
+
+
+def edges(grads: Sequence[Tensor | None]) -> list[Differentiable]:
+    """The places of gradients in the graph, for :func:`product`: they hold the graph, but not the gradients' memory.
+
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> g = gradient([(weight**3).sum()], [weight], twice=True)
+    >>> product(edges(g), [weight], [torch.ones(2)])
+    [tensor([6., 6.])]
+    """
+    return [None if grad is None or not grad.requires_grad else get_gradient_edge(grad) for grad in grads]
+
+
+def product(
+    grads: Sequence[Differentiable], params: Sequence[Tensor], vector: Sequence[Tensor], *, keep: bool = False
+) -> list[Tensor | None]:
+    r""":math:`H v`, the derivative of :math:`⟨g, v⟩`, for what :func:`gradient` gave ``twice``; then its graph is gone.
+
+    ``None`` stands for zero. ``vector`` has one tensor a gradient, of its shape; where the gradient is ``None`` it is
+    not looked at. ``keep`` keeps the graph for another product.
+
+    Raises:
+        SecondDerivativeError: an operation without a second derivative.
+
+    >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> g = gradient([(weight**3).sum()], [weight], twice=True)
+    >>> product(g, [weight], [torch.ones(2)])
+    [tensor([ 6., 12.])]
+    """
+    pairs = [(g, v) for g, v in zip(grads, vector, strict=True) if not _is_constant(g)]
+    if not pairs:  # a loss that is linear in the parameters
+        return [None] * len(params)
+    outputs, weights = zip(*pairs, strict=True)
+    with _explained():
+        return list(torch.autograd.grad(outputs, list(params), weights, retain_graph=keep, allow_unused=True))
+
+
+def _is_constant(grad: Differentiable) -> bool:
+    return grad is None or (isinstance(grad, Tensor) and not grad.requires_grad)
+
+
+def _refuse_cuts(tensors: Sequence[Tensor | None]) -> None:
+    """Look through the graph for nodes that would make a second derivative wrong in silence: 1 µs a node."""
+    seen = set()
+    stack = [tensor.grad_fn for tensor in tensors if tensor is not None]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in CUTS:
+            raise SecondDerivativeError(HINTS[CUTS[node.name()]], node.name())
+        stack += [following for following, _ in node.next_functions]
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """torch's errors about what cannot be differentiated twice, with what helps."""
+    try:
+        yield
+    except SecondDerivativeError:
+        raise
+    except RuntimeError as error:
+        hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, str(error))), None)
+        missing = re.search(r"derivative for .* is not implemented|no autograd formula|not differentiable", str(error))
+        if hint is None and missing is None:
+            raise
+        raise SecondDerivativeError(hint or "an operation of the model has no second derivative", error) from error

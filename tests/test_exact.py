@@ -1,0 +1,604 @@
+"""ExactGAM: Algorithm 1 by double backward, against torch.func; and the rules of the engine, which hold for it too."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import weakref
+
+import pytest
+import reference
+import torch
+from cases import BASES, DTYPES, INTERPRETED, MODELS, loss_of, make
+from snapshots import assert_same, everything
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gam_fast
+from gam_fast import scalars
+
+pytestmark = [
+    pytest.mark.usefixtures("_on_each_backend"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # by torch.func.jvp itself
+]
+
+HYPER = {"rho": 0.2, "alpha": 0.4}
+KINDS = {"exact": HYPER, "exact_sam": {**HYPER, "sam_rho": 0.1}}
+STEPS = 2 if INTERPRETED else 10
+
+
+def passes_of(kind):
+    return 3 if "sam_rho" in KINDS[kind] else 2
+
+
+def closure_of(model, x, y):
+    return lambda: loss_of(model, x, y)
+
+
+def without_statistics(model):
+    """A BatchNorm of a functional model must not write to buffers; in train mode it does not read them either."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model
+
+
+class Functional:
+    """Gradient and Hessian-vector product of a model's loss as functions of its weights, by torch.func."""
+
+    def __init__(self, model, x, y, sign=1.0):
+        self.model = without_statistics(copy.deepcopy(model))
+        # tied weights have one name, that of their first place
+        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.data = (x, y)
+        self.sign = sign
+
+    def loss(self, values):
+        weights = dict(zip(self.names, values, strict=True))
+        x, y = self.data
+        logits = torch.func.functional_call(self.model, weights, x)
+        return self.sign * nn.functional.cross_entropy(logits, y)
+
+    def gradient(self, values):
+        return list(torch.func.grad(self.loss)(list(values)))
+
+    def product(self, values, v):
+        return list(torch.func.jvp(torch.func.grad(self.loss), (list(values),), (list(v),))[1])
+
+
+def reference_step(model, optimizer, hyper, x, y):
+    sign = -1.0 if optimizer.param_groups[0].get("maximize") else 1.0
+    f = Functional(model, x, y, sign)
+    named = [p for p in model.parameters() if p.requires_grad]
+    theta = [p.detach().clone() for p in named]
+    direction = reference.exact_gam(f.gradient, theta, product=f.product, **hyper)
+    used = torch.autograd.grad(loss_of(model, x, y), named, allow_unused=True)
+    with torch.no_grad():
+        for p, d, g in zip(named, direction, used, strict=True):
+            p.grad = None if g is None else sign * d
+    optimizer.step()
+
+
+@pytest.mark.parametrize("base_name", ["sgd_nesterov", "rmsprop"] if INTERPRETED else BASES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_name", ["mlp"] if INTERPRETED else MODELS)
+def test_trajectories_are_those_of_torch_func(model_name, kind, base_name):
+    build = BASES[base_name]
+    ours, batches = make(model_name)
+    theirs = copy.deepcopy(ours)
+    optimizer = gam_fast.ExactGAM(ours.parameters(), build, model=ours, **KINDS[kind])
+    plain = build([p for p in theirs.parameters() if p.requires_grad])
+    for k in range(STEPS):
+        x, y = batches[k % len(batches)]
+        if k % 2:
+            optimizer.step(closure_of(ours, x, y))
+        else:
+            for turn in optimizer.passes():
+                turn.backward(loss_of(ours, x, y))
+        reference_step(theirs, plain, KINDS[kind], x, y)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_groups_may_differ_in_every_hyper_parameter():
+    hyper = KINDS["exact_sam"]
+    ours, batches = make("mlp")
+    theirs = copy.deepcopy(ours)
+    half = {name: 0.5 * value for name, value in hyper.items()}
+    big = [p for p in ours.parameters() if p.dim() > 1]
+    small = [p for p in ours.parameters() if p.dim() == 1]
+    groups = [{"params": big}, {"params": small, "lr": 0.3, **half}]
+    optimizer = gam_fast.ExactGAM(groups, torch.optim.SGD, lr=0.1, momentum=0.9, **hyper)
+    big = [p for p in theirs.parameters() if p.dim() > 1]
+    small = [p for p in theirs.parameters() if p.dim() == 1]
+    plain = torch.optim.SGD([{"params": big}, {"params": small, "lr": 0.3}], lr=0.1, momentum=0.9)
+    each = {n: [(1.0 if p.dim() > 1 else 0.5) * hyper[n] for p in theirs.parameters()] for n in hyper}
+    for k in range(STEPS):
+        x, y = batches[k % len(batches)]
+        optimizer.step(closure_of(ours, x, y))
+        reference_step(theirs, plain, each, x, y)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+def quartic(values, dtype=torch.float64):
+    """L = Σ x⁴/4: g = x³, H = 3 diag(x²)."""
+    weight = nn.Parameter(torch.tensor(values, dtype=dtype))
+    return weight, lambda: (weight**4).sum() / 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_in_closed_form(kind, dtype):
+    """In low precision three points, three gradients and two products are rounded, each to half an eps of itself.
+
+    Points are below 2, gradients below 4 and their derivative by the point (3x²) below 8; the step is 0.01 of them and
+    what is added to the parameter is rounded with it.
+    """
+    start = [1.0, -1.25, 0.5]
+    weight, loss = quartic(start, dtype)
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01, **KINDS[kind])
+    optimizer.step(loss)
+    x = torch.tensor(start, dtype=torch.float64)
+    direction = reference.exact_gam(
+        lambda values: [v**3 for v in values],
+        [x],
+        product=lambda values, v: [3 * a**2 * b for a, b in zip(values, v, strict=True)],
+        **KINDS[kind],
+    )[0]
+    working = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 0.0)
+    bound = 0.01 * working * (3 * 8 * 2 + 3 * 4 + 2 * 8) + torch.finfo(dtype).eps * 1.25
+    assert (weight.detach().double() - (x - 0.01 * direction)).abs().max() <= bound
+    assert bound < 0.05 * float(direction.abs().max()) or dtype == torch.bfloat16
+
+
+def test_the_gradient_of_the_gradient_norm_is_what_the_step_descends():
+    """With ρ small, d → g + α ∇(ρ‖g‖), checked against finite differences of the penalised loss."""
+    weight, loss = quartic([1.0, -1.25, 0.5])
+    rho, alpha, lr = 1e-6, 1e5, 1.0
+    start = weight.detach().clone()
+    gam_fast.ExactGAM([weight], torch.optim.SGD, lr=lr, rho=rho, alpha=alpha).step(loss)
+
+    def penalised(x):
+        return float((x**4).sum() / 4 + alpha * rho * (x**3).norm())
+
+    unit = 1e-6 * torch.eye(3, dtype=torch.float64)
+    expected = torch.tensor([(penalised(start + e) - penalised(start - e)) / 2e-6 for e in unit], dtype=torch.float64)
+    torch.testing.assert_close(start - weight.detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing of it runs on a kernel of its own")
+def test_the_first_move_of_algorithm_2_approaches_that_of_algorithm_1_at_first_order():
+    """(g1 − g0)/ρ' → H g0/‖g0‖: the angle between the directions of ascent falls in proportion to ρ'."""
+    model, batches = make("batchnorm_cnn")
+    x, y = batches[0]
+    params = list(model.parameters())
+    f = Functional(model, x, y)
+    theta = [p.detach().clone() for p in params]
+    g = f.gradient(theta)
+    exact = reference.combine((1 / reference.norm(g), f.product(theta, g)))
+    seen = []
+
+    def second_point(rho_prime):
+        """The displacement with which GAM's third pass is taken."""
+        optimizer = gam_fast.GAM(params, torch.optim.SGD, lr=0.0, rho=0.1, rho_prime=rho_prime, replay_rng=False)
+        for turn in optimizer.passes():
+            if turn.index == 2:
+                seen.append([p.detach() - s for p, s in zip(params, theta, strict=True)])
+            loss_of(model, x, y).backward()
+        return seen[-1]
+
+    errors = []
+    for rho_prime in (1e-2, 1e-3, 1e-4):
+        move = second_point(rho_prime)
+        target = reference.combine((0.1 / reference.norm(exact), exact))
+        errors.append(float(reference.norm(reference.combine((1.0, move), (-1.0, target)))) / 0.1)
+    assert errors[0] < 0.1
+    for coarse, fine in itertools.pairwise(errors):
+        assert fine == pytest.approx(coarse / 10, rel=0.2)
+
+
+class Stochastic(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.dropout = nn.Dropout(0.2)
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(self.dropout(x))
+
+
+def setting(kind, dtype=torch.float64, **options):
+    inner, batches = make("batchnorm_cnn", dtype)
+    model = Stochastic(inner)
+    options = {"lr": 0.1, "momentum": 0.9} | options
+    optimizer = gam_fast.ExactGAM(model.parameters(), torch.optim.SGD, model=model, **KINDS[kind], **options)
+    for x, y in batches[:2]:
+        optimizer.step(closure_of(model, x, y))
+    return model, optimizer, batches[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_with_lr_zero_change_no_bit(kind, dtype):
+    model, optimizer, (x, y) = setting(kind, dtype, lr=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(4 if INTERPRETED else 30):
+        optimizer.step(closure_of(model, x, y))
+    for p, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+
+
+@pytest.mark.parametrize("how", ["raise", "break", "interrupt", "nan", "skip"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_ends_a_step_early_undoes_it(kind, how):
+    for at in range(passes_of(kind)):
+        model, optimizer, (x, y) = setting(kind, on_nonfinite="skip" if how == "skip" else "raise")
+        twin_model, twin = copy.deepcopy((model, optimizer))
+        before = everything(model, optimizer)
+
+        def interrupted(model=model, optimizer=optimizer, at=at, x=x, y=y):
+            for turn in optimizer.passes():
+                loss = loss_of(model, x, y)
+                if turn.index == at:
+                    if how == "break":
+                        break
+                    if how in ("nan", "skip"):
+                        loss = loss * float("nan")
+                    else:
+                        raise {"raise": ValueError, "interrupt": KeyboardInterrupt}[how]
+                turn.backward(loss)
+
+        if how in ("break", "skip"):
+            interrupted()
+            gc.collect()
+        else:
+            error = {"raise": ValueError, "interrupt": KeyboardInterrupt, "nan": gam_fast.NonFiniteGradientError}[how]
+            with pytest.raises(error) as caught:
+                interrupted()
+            if how == "nan" and scalars.reads_are_free(torch.device("cpu")):
+                # of SAM's gradient no norm is needed before the end
+                where = "pass 1 or 2" if kind == "exact_sam" and at == 1 else f"pass {at}"
+                assert str(caught.value).startswith(f"{where} of ExactGAM gave a gradient that is not finite")
+        assert_same(before, everything(model, optimizer))
+        assert optimizer.skipped_steps == (how == "skip")
+        optimizer.step(closure_of(model, x, y))
+        torch.set_rng_state(before[5])
+        twin.step(closure_of(twin_model, x, y))
+        for p, q in zip(model.state_dict().values(), twin_model.state_dict().values(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_passes_see_the_same_function_and_statistics_move_once(kind):
+    model, _, (x, y) = setting(kind)
+    masks = []
+    model.dropout.register_forward_hook(lambda module, args, out: masks.append(out == 0))
+    optimizer = gam_fast.ExactGAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model, **KINDS[kind])
+    tracked = int(model.inner.net[1].num_batches_tracked)
+    optimizer.step(closure_of(model, x, y))
+    assert len(masks) == passes_of(kind)
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+    assert int(model.inner.net[1].num_batches_tracked) == tracked + 1
+
+
+def test_losses_of_one_pass_add_up():
+    whole, batches = make("mlp")
+    parts = copy.deepcopy(whole)
+    x, y = batches[0]
+    one = gam_fast.ExactGAM(whole.parameters(), torch.optim.SGD, lr=0.1, **HYPER)
+    many = gam_fast.ExactGAM(parts.parameters(), torch.optim.SGD, lr=0.1, **HYPER)
+    one.step(closure_of(whole, x, y))
+    for turn in many.passes():
+        for xs, ys in zip(x.chunk(3), y.chunk(3), strict=True):
+            turn.backward(loss_of(parts, xs, ys) / 3)
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loss_comes_back_without_its_graph_and_no_gradient_stays():
+    weight, loss = quartic([1.0, -1.25, 0.5])
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+    expected = loss().item()
+    returned = optimizer.step(loss)
+    assert returned.item() == expected
+    assert not returned.requires_grad
+    assert weight.grad is None
+
+
+def test_turn_backward_serves_every_method():
+    results = []
+    for call in (lambda turn, loss: turn.backward(loss), lambda turn, loss: loss.backward()):
+        model, batches = make("mlp")
+        optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        for turn in optimizer.passes():
+            call(turn, loss_of(model, *batches[0]))
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "state_dict"])
+def test_copies_and_checkpoints_go_on_alike(kind, how):
+    model, optimizer, (x, y) = setting(kind)
+    if how == "deepcopy":
+        twin_model, twin = copy.deepcopy((model, optimizer))
+    elif how == "pickle":
+        twin_model, twin = pickle.loads(pickle.dumps((model, optimizer)))
+    else:
+        twin_model = copy.deepcopy(model)
+        twin = gam_fast.ExactGAM(
+            twin_model.parameters(), torch.optim.SGD, lr=9.0, model=twin_model, **dict.fromkeys(KINDS[kind], 7.0)
+        )
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        twin.load_state_dict(torch.load(file, weights_only=True))
+    assert repr(twin) == repr(optimizer)
+    state = torch.get_rng_state()
+    optimizer.step(closure_of(model, x, y))
+    torch.set_rng_state(state)
+    twin.step(closure_of(twin_model, x, y))
+    for p, q in zip(model.state_dict().values(), twin_model.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    # a checkpoint is that of the base optimizer
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    plain.load_state_dict(optimizer.state_dict())
+
+
+def test_hooks_and_schedulers_take_notice():
+    weight, loss = quartic([1.0, -1.25, 0.5])
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.step(loss)
+    for turn in optimizer.passes():
+        turn.backward(loss())
+    scheduler.step()
+    assert calls == ["pre", "post"] * 2
+    assert optimizer.param_groups[0]["lr"] == 0.005
+
+
+def test_the_final_direction_is_clipped():
+    weight, loss = quartic([1.0, -1.25, 0.5])
+    start = weight.detach().clone()
+    gam_fast.ExactGAM([weight], torch.optim.SGD, lr=1.0, clip_grad_norm=0.125).step(loss)
+    assert float((weight.detach() - start).norm()) == pytest.approx(0.125, rel=1e-5)
+
+
+def test_gradients_that_are_shared_or_expanded_are_not_written_to():
+    a, b = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0, 5.0]))
+    optimizer = gam_fast.ExactGAM([a, b], torch.optim.RMSprop, lr=0.01, sam_rho=0.1)
+    before = [a.detach().clone(), b.detach().clone()]
+    optimizer.step(lambda: (a + b).sum() ** 2)  # one tensor is the gradient of both, one number for both elements
+    steps = [x.detach() - y for x, y in zip((a, b), before, strict=True)]
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(steps[0], steps[0][:1].expand(2), rtol=1e-4, atol=1e-6)
+
+
+def test_a_linear_loss_has_no_curvature():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.5, sam_rho=0.1).step(lambda: (weight * torch.ones(2)).sum())
+    assert weight.tolist() == [0.5, 1.5]
+
+
+def test_a_parameter_that_takes_part_in_some_passes_only():
+    a, b = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(1.0))
+    optimizer = gam_fast.ExactGAM([a, b], torch.optim.SGD, lr=0.1, rho=0.5, alpha=0.5)
+    for turn in optimizer.passes():
+        turn.backward(a**2 if turn.index == 0 else a**2 + b**2)
+    # pass 1 is at (1.5, 1): g = (3, 2), H g/‖g‖ = 2 g/‖g‖, of which αρ = 1/4; b's gradient in pass 0 counts as zero
+    expected = [1 - 0.1 * (2 + 0.5 * 3 / 13**0.5), 1 - 0.1 * 0.5 * 2 / 13**0.5]
+    torch.testing.assert_close(torch.stack([a, b]).detach(), torch.tensor(expected))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="memory is the engine's, whatever the backend")
+def test_no_more_than_three_buffers_are_held():
+    """Besides the product being made, which is the newest: the backup, SAM's gradient and the unit gradient."""
+    rows = 400_000
+    weight = nn.Parameter(torch.randn(rows))
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1, momentum=0.9, sam_rho=0.1)
+
+    class Cubic(torch.autograd.Function):
+        """Σ w³/3, its gradient w², its product 2 w v: keeps nothing but the parameter."""
+
+        @staticmethod
+        def forward(ctx, w):
+            ctx.save_for_backward(w)
+            return torch.linalg.vector_norm(w, 3) ** 3 / 3
+
+        @staticmethod
+        def backward(ctx, grad):
+            return Square.apply(ctx.saved_tensors[0], grad)
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w, grad):
+            ctx.save_for_backward(w)
+            return torch.square(w).mul_(grad)
+
+        @staticmethod
+        def backward(ctx, v):
+            held.append(live())
+            return torch.mul(ctx.saved_tensors[0], v).mul_(2), None
+
+    def live():
+        gc.collect()
+        sizes = {}
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, nn.Parameter) and thing.numel() == rows:
+                sizes[thing.untyped_storage().data_ptr()] = True
+        return len(sizes)
+
+    held = []
+    for _ in range(3):
+        optimizer.step(lambda: Cubic.apply(weight))
+    # of the parameter's size: itself, momentum, backup, SAM's gradient, the unit gradient (v); then the product is made
+    assert max(held[2:]) <= 2 + 3
+    assert live() == 2
+
+
+def test_buffers_die_with_the_step():
+    weight, loss = quartic([1.0, -1.25, 0.5])
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01, sam_rho=0.1)
+    alive = []
+    original = gam_fast.walk.Walk.finish
+
+    def spying(self, update):
+        for shard in self.shards.values():
+            alive.extend(weakref.ref(t) for t in shard.leaves.backup)
+            alive.extend(weakref.ref(t) for tensors in shard.grads.values() for t in tensors)
+        return original(self, update)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gam_fast.walk.Walk, "finish", spying)
+        optimizer.step(loss)
+    gc.collect()
+    assert len(alive) == 3  # θ, SAM's gradient and the product
+    assert all(ref() is None for ref in alive)
+
+
+# What cannot be done, and what the message says
+
+
+@pytest.mark.parametrize("form", ["closure", "loop"])
+def test_backward_on_the_loss_is_an_error_and_undone(form):
+    weight, loss = quartic([1.0, -1.25, 0.5])
+    start = weight.detach().clone()
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+
+    def closure():
+        value = loss()
+        value.backward()
+        return value
+
+    def loop():
+        for _ in optimizer.passes():
+            closure()
+
+    with pytest.raises(RuntimeError, match="pass 0 of ExactGAM: backward.. was called in it.*without calling backward"):
+        optimizer.step(closure) if form == "closure" else loop()
+    assert torch.equal(weight, start)
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "error", "message"),
+    [
+        (lambda w: None, TypeError, "tensor of one element, got None: return it from the closure"),
+        (lambda w: 3.0, TypeError, "tensor of one element, got 3.0"),
+        (lambda w: w**2, TypeError, r"got a tensor of shape \(3,\)"),
+        (lambda w: (w**2).sum().detach(), RuntimeError, "does not depend on a parameter"),
+        (lambda w: torch.ones(1, requires_grad=True) * 2, RuntimeError, "does not depend on the parameters of this"),
+    ],
+)
+def test_a_loss_that_is_none_is_named(make_loss, error, message):
+    weight, _ = quartic([1.0, -1.25, 0.5])
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+    with pytest.raises(error, match=message):
+        optimizer.step(lambda: make_loss(weight))
+    assert weight.tolist() == [1.0, -1.25, 0.5]
+
+
+def test_a_loop_that_hands_over_no_loss_is_an_error():
+    weight, loss = quartic([1.0, -1.25, 0.5])
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+
+    def forgetful():
+        for turn in optimizer.passes():
+            if turn.index == 0:
+                turn.backward(loss())
+
+    with pytest.raises(RuntimeError, match=r"pass 1 of ExactGAM: it ended without a loss.*turn.backward\(loss\)"):
+        forgetful()
+    assert weight.tolist() == [1.0, -1.25, 0.5]
+
+
+def test_a_step_without_closure_refuses():
+    weight, _ = quartic([1.0])
+    with pytest.raises(RuntimeError, match="ExactGAM takes 2 passes a step"):
+        gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01).step()
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(4, 3, sparse=True)
+    start = embedding.weight.detach().clone()
+    optimizer = gam_fast.ExactGAM(embedding.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="construct the module with sparse=False"):
+        optimizer.step(lambda: embedding(torch.tensor([1, 2])).square().sum())
+    assert torch.equal(embedding.weight, start)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+def attention(x):
+    return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+
+def reentrant(x):
+    return checkpoint(torch.tanh, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # looked at by torch.compile
+@pytest.mark.parametrize(
+    ("operation", "hint"),
+    [
+        (attention, r"sdpa_kernel\(torch.nn.attention.SDPBackend.MATH\)"),
+        (Once.apply, "marked @once_differentiable: its backward has to be written"),
+        (reentrant, r"checkpoint\(..., use_reentrant=False\)"),
+        (torch.compile(torch.tanh, backend="aot_eager"), "use the model that torch.compile was given"),
+    ],
+    ids=["attention", "once_differentiable", "checkpoint", "compile"],
+)
+def test_what_has_no_second_derivative_says_which_switch_helps(operation, hint):
+    layer = nn.Linear(8, 8)
+    start = layer.weight.detach().clone()
+    x = torch.randn(2, 5, 8)
+    optimizer = gam_fast.ExactGAM(layer.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(gam_fast.SecondDerivativeError, match=hint):
+        optimizer.step(lambda: operation(layer(x)).square().mean())
+    assert torch.equal(layer.weight, start)
+
+
+@pytest.mark.parametrize("switch", ["math attention", "checkpoint"])
+def test_the_switches_help(switch):
+    layer = nn.Linear(8, 8)
+    x = torch.randn(2, 5, 8)
+    optimizer = gam_fast.ExactGAM(layer.parameters(), torch.optim.SGD, lr=0.1)
+    if switch == "checkpoint":
+        optimizer.step(lambda: checkpoint(torch.tanh, layer(x), use_reentrant=False).square().mean())
+    else:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            optimizer.step(lambda: attention(layer(x)).square().mean())
+
+
+def test_replicas_that_would_drift_are_refused(monkeypatch):
+    class Replicated(nn.Module):
+        pass
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Replicated)
+    weight, _ = quartic([1.0])
+    with pytest.raises(TypeError, match="replicas would drift apart: use GAM"):
+        gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1, model=Replicated())
+
+
+@pytest.mark.parametrize("name", ["rho", "sam_rho"])
+def test_negative_radii_are_refused(name):
+    weight, _ = quartic([1.0])
+    with pytest.raises(ValueError, match=f"ExactGAM: {name} must not be negative, got -0.1"):
+        gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1, **{name: -0.1})
