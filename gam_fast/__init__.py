@@ -12,7 +12,7 @@ from ._version import __version__
 
 require_torch()
 
-from . import backends, batchnorm, recipes, rng, schedules  # noqa: E402
+from . import backends, batchnorm, flatness, recipes, rng, schedules  # noqa: E402
 from .hvp import SecondDerivativeError  # noqa: E402
 from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
 from .optimizer import FlatOptimizer  # noqa: E402
@@ -36,6 +36,7 @@ __all__ = [
     "__version__",
     "backends",
     "batchnorm",
+    "flatness",
     "recipes",
     "rng",
     "schedules",

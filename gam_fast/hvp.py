@@ -41,7 +41,8 @@ class SecondDerivativeError(RuntimeError):
 
     def __init__(self, hint: str, found: object) -> None:
         super().__init__(
-            f"the loss cannot be differentiated twice: {hint}. gam_fast.GAM needs gradients only. Found: {found}"
+            f"the loss cannot be differentiated twice: {hint}. (GAM and zeroth-order flatness need gradients only.) "
+            f"Found: {found}"
         )
 
 

@@ -6,6 +6,7 @@ Without it the difference of two gradients of a step, from which GAM takes the c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,8 @@ def _device_module(device: torch.device) -> Any:
     return torch.get_device_module(device.type)
 
 
-def _get_state(device: torch.device) -> Tensor:
+def get_state(device: torch.device) -> Tensor:
+    """The state of torch's default generator of ``device``."""
     if device.type == "cpu":
         return torch.get_rng_state()
     module = _device_module(device)
@@ -25,13 +27,24 @@ def _get_state(device: torch.device) -> Tensor:
     return state
 
 
-def _set_state(device: torch.device, state: Tensor) -> None:
+def set_state(device: torch.device, state: Tensor) -> None:
+    """Put torch's default generator of ``device`` into ``state``."""
     if device.type == "cpu":
         torch.set_rng_state(state)
     elif device.type == "mps":
         _device_module(device).set_rng_state(state)
     else:
         _device_module(device).set_rng_state(state, device)
+
+
+def seed(device: torch.device, value: int) -> None:
+    """Seed torch's default generator of ``device``, and no other (``torch.manual_seed`` seeds those of all devices)."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(value)
+        return
+    module = _device_module(device)
+    with module.device(device) if hasattr(module, "device") else nullcontext():
+        module.manual_seed(value)
 
 
 def _capturing(devices: Iterable[torch.device]) -> bool:
@@ -72,7 +85,7 @@ class ReplayRNG:
                 "random numbers cannot be replayed inside a CUDA graph capture: construct the optimizer with "
                 "replay_rng=False, which is exact for a model without dropout or other randomness"
             )
-        self._start = [_get_state(device) for device in self.devices]
+        self._start = [get_state(device) for device in self.devices]
         self._after_first = None
         self._begun = False
         return self
@@ -84,7 +97,7 @@ class ReplayRNG:
             self._begun = True
             return
         if self._after_first is None:
-            self._after_first = [_get_state(device) for device in self.devices]
+            self._after_first = [get_state(device) for device in self.devices]
         self._set(self._start)
 
     def __exit__(
@@ -98,4 +111,4 @@ class ReplayRNG:
 
     def _set(self, states: list[Tensor] | None) -> None:
         for device, state in zip(self.devices, states or (), strict=False):
-            _set_state(device, state)
+            set_state(device, state)

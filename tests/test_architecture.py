@@ -36,8 +36,13 @@ LAYERS = [
     {"optimizer"},
     {"methods"},
     {"schedules"},
+    {"flatness.extra", "flatness.vectors"},
+    {"flatness.loss"},
+    {"flatness.ascent", "flatness.curvature", "flatness.slices"},
+    {"flatness.plots", "flatness.measure"},
+    {"flatness"},
     {""},
-    {"__main__"},
+    {"__main__", "flatness.__main__"},
 ]
 """From the bottom to the top: a module may import those below it only. The empty name is the package itself."""
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from cases import DTYPES, METHODS, MODELS, closure_of, make
+from cases import DTYPES, METHODS, MODELS, closure_of, loss_of, make
 from primitives import run_all, same_bits
 from torch import nn
 
 import gam_fast
-from gam_fast import backends
+from gam_fast import backends, flatness
 from gam_fast.backends import launches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU")]
@@ -98,6 +98,47 @@ def test_nothing_waits_for_the_device(method_name, base):
         optimizer.step(closure)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("hyper", [{}, {"sam_rho": 0.05}])
+def test_exact_gam_is_that_of_the_cpu_and_waits_for_nothing(hyper):
+    model, batches = make("batchnorm_cnn")
+    twin = copy.deepcopy(model).cuda()
+    optimizers = [
+        gam_fast.ExactGAM(m.parameters(), torch.optim.SGD, lr=1e-2, momentum=0.9, model=m, **hyper, **UNCHECKED)
+        for m in (model, twin)
+    ]
+    for k, (x, y) in enumerate(batches):
+        on_device = x.cuda(), y.cuda()
+        optimizers[0].step(lambda x=x, y=y: loss_of(model, x, y))
+        if k == 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizers[1].step(lambda batch=on_device: loss_of(twin, *batch))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.cpu(), p, rtol=1e-8, atol=1e-9)
+
+
+def test_flatness_is_that_of_the_cpu(backend_name):
+    if backend_name != "native":
+        pytest.skip("a measure uses no backend: once is enough")
+    model, batches = make("batchnorm_cnn")
+    state = torch.cuda.get_rng_state()
+    found = []
+    for device in ("cpu", "cuda"):
+        loss = flatness.Loss(copy.deepcopy(model).to(device), nn.CrossEntropyLoss(), batches)
+        options = {"eigenvalues": 2, "trace_samples": loss.size, "density_steps": 40, "tolerance": 1e-4}
+        found.append(flatness.measure(loss, 0.1, **options))
+    one, other = found
+    assert other.loss == pytest.approx(one.loss, rel=1e-9)
+    assert other.zeroth_order[0].value == pytest.approx(one.zeroth_order[0].value, rel=1e-5)
+    assert other.first_order[0].value == pytest.approx(one.first_order[0].value, rel=1e-5)
+    assert other.eigenvalues.values == pytest.approx(one.eigenvalues.values, rel=1e-5)
+    assert other.trace.value == pytest.approx(one.trace.value, rel=1e-7)
+    assert other.density.extremes == pytest.approx(one.density.extremes, rel=1e-3)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
 def test_a_step_of_gam_is_twelve_launches(backend_name, monkeypatch):

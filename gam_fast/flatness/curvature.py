@@ -1,0 +1,320 @@
+"""The Hessian of a loss: eigenvalues, trace, spectral density, by curvlinops and SciPy on Hessian-vector products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .extra import counting, require
+from .loss import Loss
+from .vectors import flat, norm, plus, random, split, wide
+
+DENSE = 32
+"""Up to this many parameters the whole Hessian is computed: Krylov methods want more dimensions than they take."""
+
+WHICH = ("LA", "SA", "LM")
+TRACE_METHODS = ("hutchinson", "xtrace")
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """Eigenvalues of the Hessian, and how well they are known.
+
+    Attributes:
+        values: in descending order (``"LM"``: of the absolute value), in units of the loss by parameters squared.
+        residuals: ‖H v − λ v‖ for each: there is an eigenvalue within that distance of λ.
+        products: Hessian-vector products made.
+        vectors: unit eigenvectors, each with one tensor a parameter.
+    """
+
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+    products: int
+    vectors: tuple[tuple[Tensor, ...], ...] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An estimate of the trace.
+
+    Attributes:
+        value: the estimate, in units of the loss by parameters squared.
+        error: its standard error, 0 where the trace is exact; ``None`` where the method gives none.
+        products: Hessian-vector products made.
+    """
+
+    value: float
+    error: float | None
+    products: int
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    r"""A smoothed density of eigenvalues, :math:`\frac1N \sum_i δ(λ − λ_i)`: its integral is 1.
+
+    Attributes:
+        grid: λ.
+        density: at each, per unit of λ.
+        extremes: the smallest and the largest eigenvalue that Lanczos' method saw: those at the ends are found first.
+        steps: of Lanczos' method.
+        products: Hessian-vector products made.
+    """
+
+    grid: tuple[float, ...] = field(repr=False)
+    density: tuple[float, ...] = field(repr=False)
+    extremes: tuple[float, float]
+    steps: int
+    products: int
+
+
+def hessian(loss: Loss, tick: Callable[[], None] = lambda: None) -> Any:
+    """The Hessian as a ``curvlinops`` linear operator, for its and SciPy's methods (``.to_scipy()``).
+
+    Unlike ``curvlinops.HessianLinearOperator`` it takes what :class:`Loss` takes: any ``loss_fn``, closures, frozen
+    statistics. Use it inside ``with loss.measuring():`` where many products are made.
+
+    Args:
+        loss: see :class:`Loss`.
+        tick: called after each product.
+
+    Raises:
+        ImportError: curvlinops is not installed.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> loss = Loss.from_closure(lambda: (weight**3).sum(), [weight])
+    >>> hessian(loss) @ torch.tensor([1.0, 1.0])
+    tensor([ 6., 12.])
+    """
+    base = require("curvlinops._torch_base", "the Hessian as a linear operator").PyTorchLinearOperator
+    shapes = [tuple(param.shape) for param in loss.params]
+
+    class Hessian(base):  # type: ignore[misc, valid-type]  # an optional package
+        SELF_ADJOINT = True
+        device = loss.params[0].device
+        dtype = wide(loss.params[0].dtype)
+        products = 0
+
+        def _matmat(self, matrix: list[Tensor]) -> list[Tensor]:
+            columns = []
+            for k in range(matrix[0].shape[-1]):
+                columns.append(loss.product([x[..., k] for x in matrix]))
+                self.products += 1
+                tick()
+            kept = (torch.stack(entries, -1) for entries in zip(*columns, strict=True))
+            return [x.to(self.device, self.dtype) for x in kept]
+
+    return Hessian(shapes, shapes)
+
+
+def hessian_eigenvalues(
+    loss: Loss,
+    k: int = 1,
+    *,
+    which: str = "LA",
+    tolerance: float = 1e-3,
+    max_iterations: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Eigenvalues:
+    """``k`` eigenvalues of the Hessian of ``loss`` with their eigenvectors, by Lanczos' method (ARPACK).
+
+    Args:
+        loss: see :class:`Loss`.
+        k: how many.
+        which: ``"LA"``, the largest; ``"SA"``, the smallest; ``"LM"``, the largest in absolute value.
+        tolerance: of the residual, relative to the eigenvalue (or to a typical one, where it is near 0).
+        max_iterations: of ARPACK, before it gives up; ``None``: its default, ten times the number of parameters.
+        seed: of the vector it starts with.
+        progress: show a bar (needs tqdm).
+
+    Raises:
+        ImportError: curvlinops or SciPy is not installed.
+        RuntimeError: ARPACK did not converge.
+        SecondDerivativeError: the loss cannot be differentiated twice.
+        ValueError: an argument out of range.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))
+    >>> loss = Loss.from_closure(lambda: (weight**3).sum(), [weight])
+    >>> [round(value, 6) for value in hessian_eigenvalues(loss, 2).values]
+    [12.0, 6.0]
+    """
+    if which not in WHICH:
+        raise ValueError(f"which must be one of {', '.join(map(repr, WHICH))}, got {which!r}")
+    if not 1 <= k <= loss.size:
+        raise ValueError(f"k must be between 1 and {loss.size}, the number of parameters, got {k}")
+    with loss.measuring(), counting(progress, "Hessian eigenvalues") as tick:
+        operator = hessian(loss, tick)
+        if loss.size <= DENSE or k > loss.size - 2:
+            found, vectors = torch.linalg.eigh(_dense(operator))
+        else:
+            found, vectors = _lanczos(loss, operator, k, which, tolerance, max_iterations, seed)
+        key = found.abs() if which == "LM" else -found if which == "SA" else found
+        order = torch.argsort(key, descending=True)[:k]
+        values = found[order].tolist()
+        if which == "SA":
+            order, values = order.flip(0), values[::-1]
+        kept = [split(vectors[:, i], loss.params) for i in order.tolist()]
+        residuals = [norm(plus(loss.product(v), v, -value)) for v, value in zip(kept, values, strict=True)]
+        return Eigenvalues(tuple(values), tuple(residuals), operator.products + k, tuple(map(tuple, kept)))
+
+
+def hessian_trace(
+    loss: Loss, *, samples: int = 30, method: str = "hutchinson", seed: int = 0, progress: bool = False
+) -> Trace:
+    """The trace of the Hessian of ``loss``; exact where ``samples`` is at least the number of parameters.
+
+    Args:
+        loss: see :class:`Loss`.
+        samples: Hessian-vector products to spend.
+        method: ``"hutchinson"``, the mean of ``samples`` products with random signs, with its standard error; or
+            ``"xtrace"`` (Epperly, Tropp, Webber 2024), usually much more precise where few eigenvalues dominate, which
+            holds ``2 · samples`` vectors at once.
+        seed: of the random vectors.
+        progress: show a bar (needs tqdm).
+
+    Raises:
+        ImportError: curvlinops is not installed.
+        SecondDerivativeError: the loss cannot be differentiated twice.
+        ValueError: an argument out of range.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))
+    >>> loss = Loss.from_closure(lambda: (weight**3).sum(), [weight])
+    >>> hessian_trace(loss)
+    Trace(value=0.0, error=0.0, products=3)
+    """
+    if method not in TRACE_METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, TRACE_METHODS))}, got {method!r}")
+    if samples < 2 or (method == "xtrace" and samples % 2):
+        rule = "at least 2" + (" and even for xtrace" if method == "xtrace" else "")
+        raise ValueError(f"samples must be {rule}, got {samples}")
+    with loss.measuring(), counting(progress, "Hessian trace", min(samples, loss.size)) as tick:
+        operator = hessian(loss, tick)
+        if samples >= loss.size:
+            return Trace(float(_dense(operator).trace()), 0.0, operator.products)
+        curvlinops = require("curvlinops", "the trace")
+        loss.seed_generators(seed)
+        if method == "xtrace":
+            return Trace(float(curvlinops.xtrace(operator, samples)), None, operator.products)
+        values = [float(curvlinops.hutchinson_trace(operator, 1)) for _ in range(samples)]
+        mean = math.fsum(values) / samples
+        variance = math.fsum((value - mean) ** 2 for value in values) / (samples - 1)
+        return Trace(mean, math.sqrt(variance / samples), operator.products)
+
+
+def spectral_density(
+    loss: Loss,
+    *,
+    steps: int = 64,
+    repeats: int = 1,
+    points: int = 1024,
+    kappa: float = 3.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> SpectralDensity:
+    """The density of the eigenvalues of the Hessian of ``loss``, by stochastic Lanczos quadrature (Papyan 2020).
+
+    Each peak is drawn as a Gaussian, so that the width of a feature is at least about ``1 / steps`` of the whole range.
+
+    Args:
+        loss: see :class:`Loss`.
+        steps: of Lanczos' method, each one Hessian-vector product: the resolution.
+        repeats: random vectors to average over.
+        points: of the grid.
+        kappa: the larger, the narrower the Gaussians.
+        seed: of the random vectors.
+        progress: show a bar (needs tqdm).
+
+    Raises:
+        ImportError: curvlinops or SciPy is not installed.
+        RuntimeError, SecondDerivativeError: as :func:`hessian_eigenvalues`.
+        ValueError: an argument out of range.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    >>> loss = Loss.from_closure(lambda: (torch.tensor([1.0, 1.0, 4.0]) * weight**2).sum() / 2, [weight])
+    >>> found = spectral_density(loss)
+    >>> [round(value, 6) for value in found.extremes]
+    [1.0, 4.0]
+    """
+    for name, value, least in (("steps", steps, 2), ("repeats", repeats, 1), ("points", points, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not kappa > 1:
+        raise ValueError(f"kappa must be greater than 1, got {kappa}")
+    spectrum = require("curvlinops.papyan2020traces.spectrum", "the spectral density")
+    with loss.measuring(), counting(progress, "spectral density") as tick:
+        operator = hessian(loss, tick)
+        if loss.size <= DENSE:
+            found = torch.linalg.eigvalsh(_dense(operator))
+            # as if Lanczos' method had found all eigenvalues, each with the same weight
+            iterations = [(found, torch.full((1, loss.size), loss.size**-0.5, dtype=found.dtype, device=found.device))]
+        else:
+            loss.seed_generators(seed)
+            iterations = [_quadrature(spectrum, operator, min(steps, loss.size)) for _ in range(repeats)]
+        extremes = (
+            min(float(values.min()) for values, _ in iterations),
+            max(float(values.max()) for values, _ in iterations),
+        )
+        margin = 0.0 if extremes[0] < extremes[1] else 1e-3 * max(abs(extremes[0]), 1.0)
+        bounds = extremes[0] - margin, extremes[1] + margin
+        draw = spectrum.lanczos_approximate_spectrum_from_iter
+        taken = min(len(values) for values, _ in iterations)
+        # room for three standard deviations of the Gaussians, whose width is relative to the range with its margins
+        sigma = min(2 / max(taken - 1, 1) / math.sqrt(8 * math.log(kappa)), 0.3)
+        drawn = [draw(one, bounds, points, kappa, max(0.05, 1.5 * sigma / (1 - 3 * sigma))) for one in iterations]
+        density = torch.stack([values for _, values in drawn]).mean(0)
+        return SpectralDensity(tuple(drawn[0][0].tolist()), tuple(density.tolist()), extremes, taken, operator.products)
+
+
+def _quadrature(spectrum: Any, operator: Any, steps: int) -> tuple[Tensor, Tensor]:
+    """Lanczos' method; with fewer steps where the Hessian has fewer eigenvalues that differ."""
+    while steps >= 2:
+        values, vectors = spectrum.fast_lanczos(operator, steps)
+        if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
+            return values, vectors
+        steps //= 2
+    raise RuntimeError("Lanczos' method found no two different eigenvalues: is the loss linear in the parameters?")
+
+
+def _dense(operator: Any) -> Tensor:
+    """The whole matrix."""
+    identity = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    matrix = torch.stack([operator @ column for column in identity])
+    return (matrix + matrix.T) / 2
+
+
+def _lanczos(
+    loss: Loss, operator: Any, k: int, which: str, tolerance: float, max_iterations: int | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """By ARPACK, of the shifted Hessian: its tolerance is relative to each eigenvalue, so it misses those near 0."""
+    linalg = require("scipy.sparse.linalg", "eigenvalues of the Hessian")
+    start = flat(random(loss.params, torch.Generator().manual_seed(seed))).to(operator.dtype)
+    # the root mean square of the eigenvalues, about; none of the largest is 3 times as far below 0, nor vice versa
+    size = float(torch.linalg.vector_norm(operator @ start) / torch.linalg.vector_norm(start))
+    if size == 0.0:  # a loss that is linear in the parameters
+        return start.new_zeros(k), torch.eye(loss.size, k, dtype=start.dtype, device=start.device)
+    shift = {"LA": 3.0, "SA": -3.0, "LM": 0.0}[which] * size
+    plain = operator.to_scipy()
+    shifted = linalg.LinearOperator(plain.shape, dtype=plain.dtype, matvec=lambda v: plain @ v + shift * v)
+    basis = min(loss.size, max(2 * k + 1, 12))  # SciPy's 20 for k = 1 costs more products than it saves
+    try:
+        values, vectors = linalg.eigsh(
+            shifted,
+            k=k,
+            which=which,
+            v0=start.cpu().numpy(),
+            tol=tolerance,
+            ncv=basis,
+            maxiter=max_iterations,
+        )
+    except linalg.ArpackNoConvergence as error:
+        raise RuntimeError(
+            f"ARPACK found {len(error.eigenvalues)} of {k} eigenvalues after {operator.products} products: raise "
+            f"tolerance (now {tolerance}) or max_iterations"
+        ) from error
+    options = {"dtype": operator.dtype, "device": operator.device}
+    return torch.as_tensor(values - shift, **options), torch.as_tensor(vectors.copy(), **options)

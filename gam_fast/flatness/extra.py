@@ -1,0 +1,43 @@
+"""Optional packages: imported when they are needed, with an error that says how to install them."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+INSTALL = "pip install 'gam-fast[flatness]' (from a checkout: pip install -e '.[flatness]')"
+
+
+def require(name: str, purpose: str) -> ModuleType:
+    """The module ``name``.
+
+    Raises:
+        ImportError: it, or something it needs, is not installed; the message says what to install.
+
+    >>> require("math", "arithmetic").pi
+    3.141592653589793
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dependencies use what torch has deprecated
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs {name} ({error}): {INSTALL}") from error
+
+
+@contextmanager
+def counting(show: bool, description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Gives a function to call once for each evaluation; with ``show`` it moves a progress bar.
+
+    >>> with counting(False, "products") as tick:
+    ...     tick()
+    """
+    if not show:
+        yield lambda: None
+        return
+    tqdm = require("tqdm", "a progress bar").tqdm
+    with tqdm(total=total, desc=description, leave=False) as bar:
+        yield lambda: bar.update() and None

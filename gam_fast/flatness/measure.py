@@ -1,0 +1,169 @@
+"""All measures at once, as a table and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .ascent import Flatness, first_order_flatness, zeroth_order_flatness
+from .curvature import (
+    Eigenvalues,
+    SpectralDensity,
+    Trace,
+    hessian_eigenvalues,
+    hessian_trace,
+    spectral_density,
+)
+from .loss import Loss
+from .vectors import norm
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What :func:`measure` found.
+
+    Attributes:
+        parameters: how many numbers the loss is a function of.
+        loss: L(θ), and
+        gradient_norm: ‖∇L(θ)‖.
+        zeroth_order: R0 for each radius.
+        first_order: R1 for each radius.
+        eigenvalues: the largest of the Hessian; ``None`` where not asked for.
+        trace: of the Hessian; ``None`` where not asked for.
+        density: of its eigenvalues; ``None`` where not asked for.
+    """
+
+    parameters: int
+    loss: float
+    gradient_norm: float
+    zeroth_order: tuple[Flatness, ...]
+    first_order: tuple[Flatness, ...]
+    eigenvalues: Eigenvalues | None
+    trace: Trace | None
+    density: SpectralDensity | None
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, value and remark of each quantity, for a table."""
+        rows = [
+            ("loss", f"{self.loss:.6g}", f"{self.parameters:,} parameters"),
+            ("gradient norm", f"{self.gradient_norm:.4g}", ""),
+        ]
+        for name, found in (("R0", self.zeroth_order), ("R1", self.first_order)):
+            rows += [(f"{name}, ρ = {one.rho:g}", f"{one.value:.6g}", _facts(one)) for one in found]
+        if self.eigenvalues is not None:
+            pairs = zip(self.eigenvalues.values, self.eigenvalues.residuals, strict=True)
+            for i, (value, residual) in enumerate(pairs, start=1):
+                rows.append((f"λ{i}", f"{value:.6g}", f"residual {residual:.1e}"))
+        if self.trace is not None:
+            error = "no error estimate" if self.trace.error is None else f"± {self.trace.error:.2g}"
+            rows.append(("trace", f"{self.trace.value:.6g}", "exact" if self.trace.error == 0 else error))
+        if self.density is not None:
+            low, high = self.density.extremes
+            rows.append(("spectrum", f"{low:.4g} … {high:.4g}", f"{self.density.steps} steps of Lanczos' method"))
+        return rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures, for JSON; without points and eigenvectors."""
+
+        def plain(value: Any, leave_out: str) -> Any:
+            if value is None:
+                return None
+            kept = {k: v for k, v in vars(value).items() if k != leave_out}
+            return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in kept.items()}
+
+        return {
+            "parameters": self.parameters,
+            "loss": self.loss,
+            "gradient_norm": self.gradient_norm,
+            "zeroth_order_flatness": [plain(found, "point") for found in self.zeroth_order],
+            "first_order_flatness": [plain(found, "point") for found in self.first_order],
+            "hessian_eigenvalues": plain(self.eigenvalues, "vectors"),
+            "hessian_trace": plain(self.trace, ""),
+            "spectral_density": plain(self.density, ""),
+        }
+
+
+def measure(
+    loss: Loss,
+    rho: float | Sequence[float] = 0.1,
+    *,
+    eigenvalues: int = 1,
+    trace_samples: int = 30,
+    density_steps: int = 0,
+    restarts: int = 3,
+    max_iterations: int = 100,
+    tolerance: float = 1e-2,
+    seed: int = 0,
+    progress: bool = False,
+) -> Measurement:
+    """Flatness for each radius, top eigenvalues, trace and, with ``density_steps``, the spectral density.
+
+    The first-order ascents start from where the zeroth-order ascent ended, besides the ``restarts`` of their own.
+
+    Args:
+        loss: see :class:`Loss`.
+        rho: one radius or several, in units of the parameters.
+        eigenvalues: how many; 0 leaves them out. They and what follows need ``gam-fast[flatness]``.
+        trace_samples: Hessian-vector products for the trace; 0 leaves it out.
+        density_steps: steps of Lanczos' method for the spectral density; 0 leaves it out.
+        restarts: see :func:`zeroth_order_flatness`; so for ``max_iterations`` and ``tolerance``.
+        seed: of all random numbers.
+        progress: show bars (needs tqdm).
+
+    Raises:
+        ValueError: an argument out of range; or a loss that differs between two evaluations at the same parameters.
+        ImportError, SecondDerivativeError, RuntimeError: as the functions it calls.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    >>> loss = Loss.from_closure(lambda: (torch.tensor([4.0, 1.0]) * weight**2).sum() / 2, [weight])
+    >>> found = measure(loss, rho=0.5)
+    >>> print(f"{found.first_order[0].value:.3f} {found.eigenvalues.values[0]:.3f} {found.trace.value:.3f}")
+    1.000 4.000 5.000
+    """
+    radii = tuple(rho) if isinstance(rho, Sequence) else (rho,)
+    for name, count in (
+        ("eigenvalues", eigenvalues),
+        ("trace_samples", trace_samples),
+        ("density_steps", density_steps),
+    ):
+        if count < 0:
+            raise ValueError(f"{name} must not be negative, got {count}")
+    value, grads = loss.gradient()
+    again = loss.value()
+    if abs(again - value) > 1e-4 * max(abs(value), 1e-8):
+        raise ValueError(
+            f"the loss is {value} and, at the same parameters, {again}: something random in model or data does not "
+            "come from torch's generators; seed it, or give data as a list of batches"
+        )
+    options = {"restarts": restarts, "max_iterations": max_iterations, "tolerance": tolerance}
+    common = {"seed": seed, "progress": progress}
+    zeroth = tuple(zeroth_order_flatness(loss, r, **options, **common) for r in radii)  # type: ignore[arg-type]
+    first = tuple(
+        first_order_flatness(loss, found.rho, starts=[found.point], **options, **common)  # type: ignore[arg-type]
+        for found in zeroth
+    )
+
+    def wanted(number: int, make: Callable[[], Any]) -> Any:
+        return make() if number else None
+
+    k = min(eigenvalues, loss.size)
+    return Measurement(
+        loss.size,
+        value,
+        norm(grads),
+        zeroth,
+        first,
+        wanted(k, lambda: hessian_eigenvalues(loss, k, seed=seed, progress=progress)),
+        wanted(trace_samples, lambda: hessian_trace(loss, samples=trace_samples, seed=seed, progress=progress)),
+        wanted(density_steps, lambda: spectral_density(loss, steps=density_steps, seed=seed, progress=progress)),
+    )
+
+
+def _facts(found: Flatness) -> str:
+    state = "converged" if found.converged else f"residual {found.residual:.1e}"
+    if len(found.starts) < 2 or not found.value > 0:
+        return state
+    return f"{state}, {len(found.starts)} starts within {100 * (1 - min(found.starts) / found.value):.2g} %"

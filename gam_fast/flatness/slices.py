@@ -1,0 +1,121 @@
+"""The loss and the norm of its gradient along directions through θ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .extra import counting
+from .loss import Loss
+from .vectors import Vector, norm, plus, random, scaled, wide
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Along one direction: L(θ + t d) and ‖∇L(θ + t d)‖ for each offset t."""
+
+    offsets: tuple[float, ...]
+    loss: tuple[float, ...]
+    gradient_norm: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Over a plane: entry [i][j] is at offset i along the first direction and offset j along the second."""
+
+    offsets: tuple[tuple[float, ...], tuple[float, ...]]
+    loss: tuple[tuple[float, ...], ...]
+    gradient_norm: tuple[tuple[float, ...], ...]
+
+
+def filter_normalised_direction(loss: Loss, seed: int = 0) -> Vector:
+    """A random direction in which each filter, or row of a matrix, is as long as that of the weights; 0 for vectors.
+
+    So slices of networks whose weights differ in scale can be compared. Source: Li et al., Visualizing the Loss
+    Landscape of Neural Nets, NeurIPS 2018, arXiv 1712.09913.
+
+    Args:
+        loss: whose parameters.
+        seed: of the random numbers, the same on every device.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    >>> direction = filter_normalised_direction(Loss.from_closure(lambda: weight.sum(), [weight]))
+    >>> direction[0].norm(dim=1)
+    tensor([5., 1.])
+    """
+    found = []
+    for param, d in zip(loss.params, random(loss.params, torch.Generator().manual_seed(seed)), strict=True):
+        if param.dim() > 1:
+            size = param.detach().to(d.dtype).flatten(1).norm(dim=1) / d.flatten(1).norm(dim=1)
+            found.append(d * size.view(-1, *[1] * (param.dim() - 1)))
+        else:
+            found.append(torch.zeros_like(d))
+    return found
+
+
+def slice_1d(
+    loss: Loss, direction: Sequence[Tensor], offsets: Sequence[float] | None = None, *, progress: bool = False
+) -> Slice:
+    """L(θ + t d) and ‖∇L(θ + t d)‖ for each t in ``offsets`` (31 from −1 to 1 unless given).
+
+    Args:
+        loss: see :class:`Loss`.
+        direction: d, one tensor a parameter.
+        offsets: t.
+        progress: show a bar (needs tqdm).
+
+    Raises:
+        ValueError: a direction of another shape than the parameters.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> slice_1d(Loss.from_closure(lambda: weight.square().sum(), [weight]), [torch.ones(1)], [-1.0, 0.0, 2.0])
+    Slice(offsets=(-1.0, 0.0, 2.0), loss=(1.0, 0.0, 4.0), gradient_norm=(2.0, 0.0, 4.0))
+    """
+    d = _checked(loss, direction)
+    ts = tuple(map(float, [(i - 15) / 15 for i in range(31)] if offsets is None else offsets))
+    with loss.measuring() as theta, counting(progress, "slice", len(ts)) as tick:
+        found = [_at(loss, theta, scaled(d, t), tick) for t in ts]
+    return Slice(ts, tuple(value for value, _ in found), tuple(size for _, size in found))
+
+
+def slice_2d(
+    loss: Loss,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    offsets: tuple[Sequence[float], Sequence[float]] | None = None,
+    *,
+    progress: bool = False,
+) -> Surface:
+    """As :func:`slice_1d` over the plane of two directions; 15 offsets from −1 to 1 along each unless given.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> loss = Loss.from_closure(lambda: weight.square().sum(), [weight])
+    >>> slice_2d(loss, [torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 1.0])], ([0.0, 1.0], [0.0, 2.0])).loss
+    ((0.0, 4.0), (1.0, 5.0))
+    """
+    a, b = _checked(loss, first), _checked(loss, second)
+    line = [(i - 7) / 7 for i in range(15)]
+    rows, columns = (tuple(map(float, ts)) for ts in ((line, line) if offsets is None else offsets))
+    with loss.measuring() as theta, counting(progress, "surface", len(rows) * len(columns)) as tick:
+        found = [[_at(loss, theta, plus(scaled(a, s), b, t), tick) for t in columns] for s in rows]
+    values = tuple(tuple(value for value, _ in row) for row in found)
+    return Surface((rows, columns), values, tuple(tuple(size for _, size in row) for row in found))
+
+
+def _checked(loss: Loss, direction: Sequence[Tensor]) -> Vector:
+    if [x.shape for x in direction] != [p.shape for p in loss.params]:
+        raise ValueError(
+            f"a direction must have a tensor a parameter, of its shape, got {[tuple(x.shape) for x in direction]}"
+        )
+    return [x.detach().to(p.device, wide(p.dtype)) for x, p in zip(direction, loss.params, strict=True)]
+
+
+def _at(loss: Loss, theta: Vector, delta: Vector, tick: Callable[[], None]) -> tuple[float, float]:
+    loss.move(theta, delta)
+    value, grads = loss.gradient()
+
+    tick()
+    return value, norm(grads)

@@ -1,0 +1,70 @@
+"""Vectors of the parameters' shape, as lists of tensors: those in half precision are held in fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Vector: TypeAlias = "list[Tensor]"
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which vectors are held: fp32 for half precision.
+
+    >>> wide(torch.bfloat16), wide(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def dot(a: Vector, b: Vector) -> float:
+    """⟨a, b⟩.
+
+    >>> dot([torch.ones(2), torch.ones(1)], [torch.ones(2), 3 * torch.ones(1)])
+    5.0
+    """
+    return math.fsum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+
+
+def norm(a: Vector) -> float:
+    """‖a‖.
+
+    >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
+    5.0
+    """
+    return math.hypot(*(float(torch.linalg.vector_norm(x)) for x in a))
+
+
+def scaled(a: Vector, factor: float) -> Vector:
+    """factor · a"""
+    return list(torch._foreach_mul(a, factor))
+
+
+def plus(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
+    """a + factor · b"""
+    return list(torch._foreach_add(a, b, alpha=factor))
+
+
+def random(like: Sequence[Tensor], generator: torch.Generator) -> Vector:
+    """Normal entries, from a generator on the CPU: the same on every device."""
+    return [torch.randn(x.shape, generator=generator, dtype=wide(x.dtype)).to(x.device) for x in like]
+
+
+def flat(a: Vector) -> Tensor:
+    """One vector on the device of the first tensor."""
+    return torch.cat([x.flatten().to(a[0].device, a[0].dtype) for x in a])
+
+
+def split(a: Tensor, like: Iterable[Tensor]) -> Vector:
+    """The inverse of :func:`flat`.
+
+    >>> split(torch.arange(3.0), [torch.zeros(1, 2), torch.zeros(1)])
+    [tensor([[0., 1.]]), tensor([2.])]
+    """
+    like = list(like)
+    parts = a.split([x.numel() for x in like])
+    return [part.view(x.shape).to(x.device, wide(x.dtype)) for part, x in zip(parts, like, strict=True)]
