@@ -24,8 +24,8 @@ from .measure import Measurement, measure
 from .plots import plot_slice, plot_spectrum
 from .slices import slice_1d
 
-DESCRIPTION = """Measure how flat a minimum is: zeroth- and first-order flatness (R0, R1), top eigenvalues of the Hessian,
-its trace and spectral density."""
+DESCRIPTION = """Measure how flat a minimum is: zeroth- and first-order flatness (R0, R1), top eigenvalues of the
+Hessian, its trace and spectral density."""
 
 EPILOG = """The factory is a function, named as module:function (from this folder or installed) or file.py:function. It
 returns (model, loss_fn, data), where loss_fn(model(x), y) is a number and data an iterable of pairs (x, y) that can be

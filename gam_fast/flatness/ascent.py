@@ -31,8 +31,7 @@ Evaluate: TypeAlias = "Callable[[Vector | None], tuple[float, Vector]]"
 """From a displacement δ (``None``: 0) to the value there and its gradient."""
 
 LONGEST, SHORTEST = 1e4, 1e-6
-"""Lengths of a step before projection, in radii, where the slope is the steepest yet: the longest is as good as infinite.
-"""
+"""Lengths of a step before projection, in radii, where the slope is the steepest yet: the longest is endless."""
 
 
 HALVINGS = 20
@@ -48,9 +47,9 @@ class Flatness:
         rho: ρ, the radius of the ball.
         loss: L(θ).
         converged: whether the ascent that reached it ended at a stationary point: ``residual`` is below the tolerance.
-        residual: distance, in radii, between the point found and the point of the ball that a gradient step from it leads
-            to, a step that would be ρ long where the ascent was steepest: 0 at a stationary point. On a quadratic the value is off, relatively, by
-            about its square over the relative gap between the two largest eigenvalues.
+        residual: distance, in radii, between the point found and where a gradient step from it leads, projected into
+            the ball; a step that would be ρ long where the ascent was steepest. 0 at a stationary point. On a quadratic
+            the value is off, relatively, by about its square over the relative gap of the two largest eigenvalues.
         iterations: of the ascent that reached the value.
         evaluations: of value and gradient, of all ascents.
         starts: the bound that each start reached, in their order: if they differ, there are several local maxima.
