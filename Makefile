@@ -77,7 +77,7 @@ test: setup-test  ## all tests and doctests; without ARGS those of the Triton ke
 # A process of its own, because Triton decides when it is imported how kernels are run. Every other test that runs on each
 # backend runs on Triton here.
 INTERPRETED_TESTS ?= $(addprefix tests/,test_interpreted.py test_backends.py test_engine.py test_identities.py \
-  test_properties.py test_restore.py test_trajectories.py test_updates.py)
+  test_exact.py test_properties.py test_restore.py test_trajectories.py test_updates.py)
 interpret: setup-test  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "Triton is for Linux: not tested"; exit 0; }; \
 	  $(PY) -c 'import sys, triton; sys.exit(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6))' || \
@@ -136,7 +136,8 @@ gpu: $(ENVIRONMENT)  ## what waits for a real GPU: tests, compute-sanitizer, ben
 	@gpu="$$($(PY) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')" && \
 	  $(PY) -m bench.kernels --device cuda --backends eager,native,triton --json "bench/results/$${gpu}_kernels.json" && \
 	  $(PY) -m bench.overhead --device cuda --json "bench/results/$${gpu}_overhead.json" && \
-	  $(PY) -m bench.throughput --device cuda --json "bench/results/$${gpu}.json"
+	  $(PY) -m bench.throughput --device cuda --json "bench/results/$${gpu}.json" && \
+	  $(PY) -m bench.curvature --device cuda --json "bench/results/$${gpu}_curvature.json"
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build dist *.egg-info .venv-cuda

@@ -171,7 +171,6 @@ def test_the_gradient_of_the_gradient_norm_is_what_the_step_descends():
     torch.testing.assert_close(start - weight.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="nothing of it runs on a kernel of its own")
 def test_the_first_move_of_algorithm_2_approaches_that_of_algorithm_1_at_first_order():
     """(g1 − g0)/ρ' → H g0/‖g0‖: the angle between the directions of ascent falls in proportion to ρ'."""
     model, batches = make("batchnorm_cnn")
@@ -398,7 +397,6 @@ def test_a_parameter_that_takes_part_in_some_passes_only():
     torch.testing.assert_close(torch.stack([a, b]).detach(), torch.tensor(expected))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="memory is the engine's, whatever the backend")
 def test_no_more_than_three_buffers_are_held():
     """Besides the product being made, which is the newest: the backup, SAM's gradient and the unit gradient."""
     rows = 400_000
