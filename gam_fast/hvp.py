@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeAlias
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,20 +19,28 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 Differentiable: TypeAlias = "Tensor | GradientEdge | None"
 """A gradient that can be differentiated: itself, its place in the graph, or ``None`` where nothing depends on it."""
 
+_CHECKPOINT = (
+    r"heckpoint.*incompatible with \.grad|heckpointing is not compatible with \.grad|CheckpointFunctionBackward"
+)
 HINTS = {
-    r"scaled_dot_product|flash|efficient_attention|_fused_sdp": "its fused attention has none: run the model's forward "
-    "under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
-    r"_?cudnn_rnn|miopen_rnn": "the fused recurrent layers have none: run the model's forward under "
+    r"derivative for .*(scaled_dot_product|flash|efficient_attention)": "its fused attention has none: run the model's "
+    "forward under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    r"derivative for .*(cudnn|miopen)_rnn": "the fused recurrent layers have none: run the model's forward under "
     "torch.backends.cudnn.flags(enabled=False)",
-    r"aot_autograd|torch\.compile": "a compiled model has none: use the model that torch.compile was given",
-    r"[Cc]heckpoint": "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
-    r"once_differentiable": "a torch.autograd.Function is marked @once_differentiable: its backward has to be written "
-    "in operations that can be differentiated",
+    r"does not currently support double backward": "a compiled model has none: use the model given to torch.compile",
+    _CHECKPOINT: "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+    r"once_differentiable|autograd::Error": "a torch.autograd.Function is marked @once_differentiable: its backward "
+    "has to be written in operations that can be differentiated",
 }
 """By a pattern of torch's message: what in the model has no second derivative, and which switch helps."""
 
-CUTS = {"CheckpointFunctionBackward": r"[Cc]heckpoint", "torch::autograd::Error": "once_differentiable"}
-"""Nodes of a graph that torch passes over in silence, as if they were constant, and their pattern in ``HINTS``."""
+CUTS = ("CheckpointFunctionBackward", "torch::autograd::Error")
+"""Nodes of a graph that torch passes over in silence, as if they were constant."""
+
+CUSTOM = (
+    "the backward of the torch.autograd.Function {name} does not keep its graph: it has to be written in operations "
+    "that can be differentiated, on what ctx.save_for_backward kept"
+)
 
 HOW_TO_GIVE_A_LOSS = "return it from the closure without calling backward(), or call turn.backward(loss) in the loop"
 
@@ -75,11 +84,42 @@ def gradient(losses: Sequence[Tensor], params: Sequence[Tensor], *, twice: bool)
     >>> gradient([(weight**3).sum()], [weight], twice=False)
     [tensor([ 3., 12.])]
     """
-    with _explained():
-        _refuse_cuts(losses)
+    with _explained(), ExitStack() as watched:
+        custom = _refuse_cuts(losses)
+        for node in custom if twice else ():
+            watched.callback(node.register_hook(partial(_check_custom, type(node).__name__)).remove)
         grads = torch.autograd.grad(list(losses), list(params), create_graph=twice, allow_unused=True)
         _refuse_cuts(grads)
     return list(grads)
+
+
+def _check_custom(name: str, grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
+    """A backward is linear in what it is given, so what it gives depends on that: if not, it left the graph."""
+    given = [grad for grad in grad_inputs if grad is not None]
+    differentiable = any(grad is not None and grad.requires_grad for grad in grad_outputs)
+    if given and differentiable and not any(grad.requires_grad for grad in given):
+        raise SecondDerivativeError(CUSTOM.format(name=name.removesuffix("Backward")), name)
+
+
+def scaled(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """``factor · tensors``, computed in fp32 (fp64 for float64) and rounded once; the factor a number, or 0-dim.
+
+    On an accelerator torch would first round a 0-dim factor to the dtype of the tensors, and 1/‖g‖ is soon too large
+    for half precision.
+
+    >>> scaled([torch.tensor([2.0**-14], dtype=torch.float16)], torch.tensor(2.0**17, dtype=torch.float64))
+    [tensor([8.], dtype=torch.float16)]
+    """
+    if not isinstance(factor, Tensor):
+        return list(torch._foreach_mul(list(tensors), factor))
+    found: list[Tensor] = list(tensors)
+    for dtype in {tensor.dtype for tensor in tensors}:
+        working = torch.float32 if dtype.itemsize == 2 else dtype
+        places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        products = torch._foreach_mul([tensors[i].to(working) for i in places], factor.to(working))
+        for i, value in zip(places, products, strict=True):
+            found[i] = value.to(dtype)
+    return found
 
 
 def edges(grads: Sequence[Tensor | None]) -> list[Differentiable]:
@@ -121,18 +161,26 @@ def _is_constant(grad: Differentiable) -> bool:
     return grad is None or (isinstance(grad, Tensor) and not grad.requires_grad)
 
 
-def _refuse_cuts(tensors: Sequence[Tensor | None]) -> None:
-    """Look through the graph for nodes that would make a second derivative wrong in silence: 1 µs a node."""
+def _refuse_cuts(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """Look through the graph for nodes that would make a second derivative wrong in silence: 1 µs a node.
+
+    Returns the nodes of custom functions, which may do so as well.
+    """
     seen = set()
+    custom = []
     stack = [tensor.grad_fn for tensor in tensors if tensor is not None]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() in CUTS:
-            raise SecondDerivativeError(HINTS[CUTS[node.name()]], node.name())
+        name = node.name()
+        if name in CUTS:
+            raise SecondDerivativeError(next(hint for pattern, hint in HINTS.items() if re.search(pattern, name)), name)
+        if issubclass(type(node), torch.autograd.function.BackwardCFunction):
+            custom.append(node)
         stack += [following for following, _ in node.next_functions]
+    return custom
 
 
 @contextmanager
@@ -143,6 +191,8 @@ def _explained() -> Iterator[None]:
     except SecondDerivativeError:
         raise
     except RuntimeError as error:
+        if type(error).__name__ == "CheckpointError":  # of a recomputation that differs
+            raise
         hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, str(error))), None)
         missing = re.search(r"derivative for .* is not implemented|no autograd formula|not differentiable", str(error))
         if hint is None and missing is None:

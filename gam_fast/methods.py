@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import torch
+from torch import distributed
 
 from . import recipes
 from .optimizer import FlatOptimizer
@@ -215,9 +216,10 @@ class ExactGAM(FlatOptimizer):
 
     Raises:
         SecondDerivativeError: an operation of the model has no second derivative (fused attention, a compiled model).
-        RuntimeError: backward was called on the loss.
-        TypeError: the loss is not a tensor of one element; ``model`` is a DistributedDataParallel, which averages
-            gradients in a backward that does not take place.
+        RuntimeError: backward was called on the loss; or torch.distributed has several processes, whose gradients are
+            averaged in a backward that does not take place.
+        TypeError: the loss is not a tensor of one element.
+        ValueError: a group, or a state that is loaded, has ``sam_rho`` where the constructor was given none.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = ExactGAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, alpha=0.5)
@@ -243,12 +245,23 @@ class ExactGAM(FlatOptimizer):
         if sam_rho is not None:
             self.recipe = recipes.EXACT_GAM_WITH_SAM  # type: ignore[misc]  # of this instance
             own["sam_rho"] = sam_rho
-        if isinstance(options.get("model"), torch.nn.parallel.DistributedDataParallel):
-            raise TypeError(
-                "ExactGAM differentiates the loss without the backward in which DistributedDataParallel averages "
-                "gradients, so replicas would drift apart: use GAM, which needs gradients only"
-            )
         super().__init__(params, base_optimizer, **own, **options)
+
+    def _check_can_step(self) -> None:
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "ExactGAM differentiates the loss without the backward in which gradients are averaged over the "
+                f"{distributed.get_world_size()} processes of torch.distributed, so replicas would drift apart: use "
+                "GAM, which needs gradients only"
+            )
+
+    def _check_hyper(self, group: dict[str, Any]) -> None:
+        if "sam_rho" in group and "sam_rho" not in self._keys:
+            raise ValueError(
+                f"a parameter group has sam_rho={group['sam_rho']!r}, but this ExactGAM was constructed without "
+                "sam_rho=, which decides whether it takes SAM's pass"
+            )
+        super()._check_hyper(group)
 
 
 class CFlat(FlatOptimizer):

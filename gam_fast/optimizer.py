@@ -229,6 +229,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Walk]:
+        self._check_can_step()
         settings = Settings(self.recipe, self._select, self._model, **self._options)
         hyper = [
             {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()}
@@ -342,6 +343,9 @@ class FlatOptimizer(torch.optim.Optimizer):
         if device not in self._backends:
             self._backends[device] = select(self._backend_name, device)
         return self._backends[device]
+
+    def _check_can_step(self) -> None:
+        """For a method that cannot work in every process."""
 
     def _refuse_nesting(self, what: str) -> None:
         if self._walk is not None:

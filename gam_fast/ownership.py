@@ -10,6 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+RECYCLE_BYTES = 1 << 16
+"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
+
 References: TypeAlias = "tuple[int, int, int, int, bool]"
 
 
@@ -69,3 +72,18 @@ def _measure(param: Tensor) -> References:
     assert grad is not None
     param.grad = None
     return _references(grad)
+
+
+def as_dtype(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in the parameter's dtype: itself, where it has that."""
+    return grad if grad.dtype == dtype else grad.to(dtype)
+
+
+def is_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether one can take the other's place in memory."""
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
+
+
+def is_large_on_cpu(param: Tensor) -> bool:
+    """Whether memory for it had better be recycled."""
+    return param.device.type == "cpu" and param.numel() * param.element_size() >= RECYCLE_BYTES

@@ -29,7 +29,7 @@ class Turn:
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``, for a loop that serves every method: ExactGAM differentiates the loss itself, twice.
 
-        Called several times in one pass, the losses add up.
+        Called several times in one pass, the losses add up; ExactGAM then holds the graphs of all of them at once.
 
         Raises:
             TypeError, RuntimeError: for ExactGAM, a loss that is not one number in a tensor, or a constant.

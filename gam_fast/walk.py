@@ -19,12 +19,9 @@ from . import hvp, scalars
 from .backends.base import Backend, Direction, FoldInto, Leaves, Products, Scalar, TensorList
 from .backends.scalars import steps
 from .batchnorm import FreezeRunningStatistics
-from .ownership import take, take_sole
+from .ownership import as_dtype, is_alike, is_large_on_cpu, take, take_sole
 from .recipes import Move, Recipe, fold_plan
 from .rng import ReplayRNG
-
-RECYCLE_BYTES = 1 << 16
-"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -94,6 +91,7 @@ class Walk:
         self.complete = False
         self.finished = False
         self._losses: list[Tensor] = []
+        self._over = False
         self._newest = -1  # the index of the vector made last
         self._on_host = all(scalars.reads_are_free(param.device) for param, _ in self.params)
         self._totals: list[Scalar | Products] = []
@@ -128,6 +126,8 @@ class Walk:
                     self._rng.__exit__(undo, value, traceback)
             finally:
                 torch.set_grad_enabled(grad_enabled)
+                self._over = True
+                self._losses.clear()
                 self.shards.clear()
                 self.active.clear()
                 self._spare.clear()
@@ -157,9 +157,9 @@ class Walk:
             self._statistics.__enter__()
         recycle = self.recipe.passes > 1 and not self.active
         for param, _ in self.params:
-            if recycle and param.grad is not None and _is_large_on_cpu(param):
+            if recycle and param.grad is not None and is_large_on_cpu(param):
                 spare = take_sole(param)
-                if spare is not None and _is_alike(spare, param):
+                if spare is not None and is_alike(spare, param):
                     self._spare[param] = spare
             param.grad = None
         if self._rng is not None:
@@ -180,6 +180,10 @@ class Walk:
     def backward(self, loss: Tensor) -> None:
         """What :meth:`gam_fast.turn.Turn.backward` does."""
         if self.recipe.second_order:
+            if self.complete or not self._begun or self._over:
+                raise RuntimeError(
+                    f"turn.backward(loss) outside the pass of {self.recipe.name} that the turn belongs to"
+                )
             self._losses.append(hvp.check_loss(loss, self.recipe.name))
         else:
             loss.backward()
@@ -196,8 +200,10 @@ class Walk:
         """
         index = self._newest + 1
         graph = self._differentiate(index) if self.recipe.second_order else []
+        if not self.recipe.has_product(index):
+            graph.clear()
         self._take_in(index)
-        if self.recipe.has_product(index):
+        if graph:
             self._multiply(index, graph)
 
     def _differentiate(self, index: int) -> list[Tensor | None]:
@@ -213,9 +219,13 @@ class Walk:
             )
         twice = self.recipe.has_product(index)
         params = [param for param, _ in self.params if param.requires_grad]
+        if not params:
+            raise RuntimeError(
+                f"no parameter of this {self.recipe.name} requires a gradient: there is nothing to optimize"
+            )
         found = dict(zip(params, hvp.gradient(losses, params, twice=twice), strict=True))
         for param, grad in found.items():
-            param.grad = None if grad is None else _as(grad.detach(), param.dtype)
+            param.grad = None if grad is None else as_dtype(grad.detach(), param.dtype)
         return [found.get(param) for param, _ in self.params]
 
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
@@ -231,7 +241,7 @@ class Walk:
         units: dict[Tensor, Tensor] = {}
         for shard in shards:
             scale = steps([1.0], scalars.on(total, shard.leaves.params[0].device))[0]
-            units.update(zip(shard.leaves.params, torch._foreach_mul(shard.grads[index], scale), strict=True))
+            units.update(zip(shard.leaves.params, hvp.scaled(shard.grads[index], scale), strict=True))
         pairs = [(param, grad) for (param, _), grad in zip(self.params, graph, strict=True) if grad is not None]
         params = [param for param, _ in pairs]
         edges = hvp.edges([grad for _, grad in pairs])
@@ -244,11 +254,12 @@ class Walk:
         edges.clear()
         units.clear()
         for shard in shards if keep else ():
+            shard.grads[index].clear()  # a reference less, so that they can be taken over
             shard.grads[index] = [
                 torch.zeros_like(param) if param.grad is None else take(param) for param in shard.leaves.params
             ]
         for param, value in zip(params, products, strict=True):
-            param.grad = torch.zeros_like(param) if value is None else _as(value, param.dtype)
+            param.grad = torch.zeros_like(param) if value is None else as_dtype(value, param.dtype)
         products.clear()
         self._take_in(index + 1)
 
@@ -286,7 +297,7 @@ class Walk:
         for shard in self.shards.values():
             missing = [param.grad is None for param in shard.leaves.params]
             shard.grads[index] = [
-                torch.zeros_like(param) if absent else _as(take(param) if keep else _gradient(param), param.dtype)
+                torch.zeros_like(param) if absent else as_dtype(take(param) if keep else _gradient(param), param.dtype)
                 for param, absent in zip(shard.leaves.params, missing, strict=True)
             ]
         self._newest = index
@@ -436,15 +447,3 @@ def _gradient(param: Tensor) -> Tensor:
     """The gradient, to be read until the next pass."""
     assert param.grad is not None
     return param.grad
-
-
-def _as(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad if grad.dtype == dtype else grad.to(dtype)
-
-
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _is_large_on_cpu(param: Tensor) -> bool:
-    return param.device.type == "cpu" and param.numel() * param.element_size() >= RECYCLE_BYTES

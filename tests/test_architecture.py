@@ -36,7 +36,7 @@ LAYERS = [
     {"optimizer"},
     {"methods"},
     {"schedules"},
-    {"flatness.extra", "flatness.vectors"},
+    {"flatness.extra", "flatness.vectors", "flatness.batches"},
     {"flatness.loss"},
     {"flatness.ascent", "flatness.curvature", "flatness.slices"},
     {"flatness.plots", "flatness.measure"},

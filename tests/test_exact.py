@@ -559,7 +559,7 @@ def reentrant(x):
         (attention, r"sdpa_kernel\(torch.nn.attention.SDPBackend.MATH\)"),
         (Once.apply, "marked @once_differentiable: its backward has to be written"),
         (reentrant, r"checkpoint\(..., use_reentrant=False\)"),
-        (torch.compile(torch.tanh, backend="aot_eager"), "use the model that torch.compile was given"),
+        (torch.compile(torch.tanh, backend="aot_eager"), "use the model given to torch.compile"),
     ],
     ids=["attention", "once_differentiable", "checkpoint", "compile"],
 )
@@ -586,13 +586,115 @@ def test_the_switches_help(switch):
 
 
 def test_replicas_that_would_drift_are_refused(monkeypatch):
-    class Replicated(nn.Module):
+    weight, loss = quartic([1.0])
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    optimizer.step(loss)
+    before = weight.item()
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="averaged over the 2 processes .* replicas would drift apart: use GAM"):
+        optimizer.step(loss)
+    assert weight.item() == before
+
+
+def test_sam_rho_in_a_group_alone_is_refused():
+    weight, _ = quartic([1.0])
+    with pytest.raises(ValueError, match="sam_rho=0.5, but this ExactGAM was constructed without sam_rho="):
+        gam_fast.ExactGAM([{"params": [weight], "sam_rho": 0.5}], torch.optim.SGD, lr=0.1)
+    state = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1, sam_rho=0.3).state_dict()
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"sam_rho=0.3, but this ExactGAM"):
+        optimizer.load_state_dict(state)
+    assert "sam_rho" not in optimizer.param_groups[0]
+
+
+def test_no_parameter_that_requires_a_gradient_is_an_error():
+    weight = nn.Parameter(torch.ones(1), requires_grad=False)
+    other = torch.ones(1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no parameter of this ExactGAM requires a gradient"):
+        gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1).step(lambda: (weight * other).sum())
+
+
+def test_a_turn_that_is_over_holds_nothing_and_takes_nothing():
+    weight, loss = quartic([1.0, 2.0])
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+
+    class Mark:
+        def __call__(self, grad):
+            return grad
+
+    for turn in optimizer.passes():
+        value, mark = loss(), Mark()
+        value.register_hook(mark)  # lives as long as the graph
+        graph = weakref.ref(mark)
+        turn.backward(value)
+        break
+    del value, mark
+    gc.collect()
+    assert graph() is None
+    with pytest.raises(RuntimeError, match="outside the pass of ExactGAM that the turn belongs to"):
+        turn.backward(loss())
+
+
+class OutsideAutograd(torch.autograd.Function):
+    """A backward that computes on numbers autograd does not see, and does not say so."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.x = x.detach()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.detach() * ctx.x.cos()
+
+
+def test_a_backward_outside_autograd_is_found():
+    weight = nn.Parameter(torch.tensor([0.3, 0.7]))
+    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1)
+    with pytest.raises(gam_fast.SecondDerivativeError, match="OutsideAutograd does not keep its graph"):
+        optimizer.step(lambda: OutsideAutograd.apply(weight).square().sum())
+    assert weight.tolist() == pytest.approx([0.3, 0.7])
+
+
+def test_an_error_of_the_model_is_not_explained_away():
+    class CheckpointError(RuntimeError):
         pass
 
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Replicated)
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise CheckpointError(
+                "torch.utils.checkpoint: recomputed values have different metadata, use torch.compile"
+            )
+
     weight, _ = quartic([1.0])
-    with pytest.raises(TypeError, match="replicas would drift apart: use GAM"):
-        gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1, model=Replicated())
+    with pytest.raises(CheckpointError, match="different metadata"):
+        gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1).step(lambda: Failing.apply(weight).sum())
+
+
+def test_gradients_are_taken_over_and_not_copied(monkeypatch):
+    original = gam_fast.walk.take
+    copied = []
+
+    def spying(param):
+        address = param.grad.data_ptr()
+        taken = original(param)
+        copied.append(taken.data_ptr() != address)
+        return taken
+
+    monkeypatch.setattr(gam_fast.walk, "take", spying)
+    model, batches = make("mlp")
+    optimizer = gam_fast.ExactGAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    for _ in range(2):
+        optimizer.step(closure_of(model, *batches[0]))
+    assert len(copied) == 2 * len(list(model.parameters()))
+    assert not any(copied)
 
 
 @pytest.mark.parametrize("name", ["rho", "sam_rho"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from functools import partial
 
 import hypothesis
 import numpy as np
@@ -138,6 +139,42 @@ def test_a_region_without_a_finite_loss_is_stepped_back_from():
     assert found.value > 0
 
 
+def banana(a=50.0, slope=0.1, at=(0.0, 0.0)):
+    """A curved ridge: −a (y − x²)² + slope · x, whose maximum in a ball is off the straight line along the gradient."""
+    weight = nn.Parameter(torch.tensor(at, dtype=torch.float64))
+    return flatness.Loss.from_closure(lambda: -a * (weight[1] - weight[0] ** 2) ** 2 + slope * weight[0], [weight])
+
+
+def on_a_grid(function, rho, n=1201):
+    """The maximum over the disk by brute force."""
+    axis = np.linspace(-rho, rho, n)
+    x, y = np.meshgrid(axis, axis)
+    inside = x**2 + y**2 <= rho**2
+    edge = np.linspace(0, 2 * np.pi, 20_000)
+    return max(function(x, y)[inside].max(), function(rho * np.cos(edge), rho * np.sin(edge)).max())
+
+
+@pytest.mark.parametrize("rho", [0.2, 0.5, 1.0])
+def test_a_curved_ridge_is_climbed(rho):
+    loss = banana()
+    exact = on_a_grid(lambda x, y: -50 * (y - x**2) ** 2 + 0.1 * x, rho)
+    found = flatness.zeroth_order_flatness(loss, rho, max_iterations=3000, tolerance=1e-4)
+    assert found.value <= exact * (1 + 1e-3)
+    if found.converged:
+        assert found.value >= 0.99 * exact
+    assert found.value >= 0.9 * exact
+
+
+def test_flatness_never_falls_as_the_ball_grows():
+    found = flatness.measure(banana(), [0.1, 0.2, 0.5, 1.0], eigenvalues=0, trace_samples=0, max_iterations=300)
+    values = [one.value for one in found.zeroth_order]
+    assert values == sorted(values)
+    assert values[0] > 0
+    one_step = flatness.zeroth_order_flatness(banana(), 0.2, max_iterations=1, restarts=1)
+    assert not one_step.converged
+    assert one_step.iterations <= 1
+
+
 @hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(seed=st.integers(0, 1000), rho=st.sampled_from([0.01, 0.1, 0.5]))
 def test_zeroth_order_flatness_is_at_most_first_order_flatness(seed, rho):
@@ -227,8 +264,9 @@ def test_the_spectral_density_is_a_density_with_the_moments_of_the_spectrum(name
     found = flatness.spectral_density(loss, steps=30, repeats=8)
     grid, density = np.array(found.grid), np.array(found.density)
     assert found.extremes == pytest.approx((min(spectrum), max(spectrum)), rel=1e-3, abs=1e-3)
-    assert np.trapezoid(density, grid) == pytest.approx(1.0, abs=0.05)  # the Gaussians' tails leave the grid
-    assert np.trapezoid(density * grid, grid) == pytest.approx(np.mean(spectrum), abs=0.1 * np.ptp(spectrum))
+    step = grid[1] - grid[0]
+    assert density.sum() * step == pytest.approx(1.0, abs=0.05)  # the Gaussians' tails leave the grid
+    assert (density * grid).sum() * step == pytest.approx(np.mean(spectrum), abs=0.1 * np.ptp(spectrum))
     again = flatness.spectral_density(loss, steps=30, repeats=8)
     assert found == again
     assert density.min() >= 0
@@ -439,6 +477,152 @@ def test_low_precision_parameters(dtype):
     assert not weight.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rise_below_the_rounding_of_the_loss_is_not_said_to_have_converged(dtype):
+    torch.manual_seed(1)
+    model = nn.Linear(64, 10).to(dtype)
+    data = [(torch.randn(32, 64, dtype=dtype), torch.randint(10, (32,)))]
+    loss = flatness.Loss(model, nn.CrossEntropyLoss(), data)
+    assert not flatness.zeroth_order_flatness(loss, 1e-3).converged
+    wide = flatness.Loss(copy.deepcopy(model).float(), nn.CrossEntropyLoss(), [(data[0][0].float(), data[0][1])])
+    exact = flatness.zeroth_order_flatness(wide, 1e-3)
+    assert exact.converged
+    coarse = flatness.zeroth_order_flatness(loss, 1.0)
+    assert coarse.value == pytest.approx(flatness.zeroth_order_flatness(wide, 1.0).value, rel=0.1)
+
+
+def test_a_loss_may_take_gradients_itself():
+    """As those of physics-informed networks do."""
+    weight = nn.Parameter(torch.tensor([0.5, -0.25], dtype=torch.float64))
+
+    def closure():
+        x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        inner = torch.autograd.grad((weight * x**2).sum(), x, create_graph=True)[0]  # 2 w
+        return inner.square().sum()
+
+    loss = flatness.Loss.from_closure(closure, [weight])
+    assert loss.value() == pytest.approx(4 * 0.3125)
+    assert flatness.hessian_eigenvalues(loss).values == pytest.approx([8.0])
+    assert flatness.first_order_flatness(loss, 0.1).value > 0
+
+
+def test_value_and_gradient_are_of_one_function():
+    """Without gradients torch takes another path through its transformer layers."""
+    torch.manual_seed(0)
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+        def forward(self, x, mask):
+            return self.encoder(x, src_key_padding_mask=mask).mean(1)
+
+    mask = torch.tensor([[False, False, True], [False, True, True]])
+    data = [((torch.randn(2, 3, 8), mask), torch.randn(2, 8))]
+    loss = flatness.Loss(Masked(), nn.MSELoss(), data)
+    assert loss.value() == loss.gradient()[0]
+
+
+class Remembering(nn.Module):
+    """A buffer that moves at each call, and one that is replaced, in front of a layer that reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3).double()
+        self.register_buffer("average", torch.zeros(6, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.average.mul_(0.5).add_(0.5 * x.mean(0))
+        self.calls = self.calls + 1
+        return self.layer(x - self.average)
+
+
+def test_buffers_of_every_kind_stay_and_each_reading_starts_from_them():
+    model = Remembering()
+    calls = model.calls
+    data = unequal_batches()
+    loss = flatness.Loss(model, nn.CrossEntropyLoss(), data, mode="frozen")
+    assert loss.value() == loss.value() == loss.gradient()[0]
+    flatness.measure(loss, 0.1, max_iterations=3)
+    assert not model.average.any()
+    assert model.calls is calls
+    assert calls == 0
+
+
+def test_a_loader_with_a_generator_of_its_own_gives_the_same_batches_and_keeps_its_state():
+    model, _ = make("batchnorm_cnn")
+    x, y = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.randint(3, (20,))
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(TensorDataset(x, y), batch_size=7, shuffle=True, generator=generator)
+    state = generator.get_state()
+    loss = flatness.Loss(model, nn.CrossEntropyLoss(), loader, mode="frozen")
+    assert len({loss.value() for _ in range(3)}) == 1
+    assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 10.0, 0.5], dtype=torch.float64)])
+@pytest.mark.parametrize("kind", [nn.CrossEntropyLoss, nn.NLLLoss])
+def test_weights_of_classes_and_ignored_targets_are_counted_as_the_loss_does(kind, weight):
+    model, _ = make("mlp")
+    data = [(x, torch.where(torch.arange(len(y)) == 2, -100, y)) for x, y in unequal_batches()]
+    data.append((data[0][0], torch.full((5,), -100)))  # a batch without a target
+    whole = [tuple(torch.cat(parts) for parts in zip(*data, strict=True))]
+    model = nn.Sequential(model, nn.LogSoftmax(1))
+    criterion = kind(weight=weight)
+    streamed, at_once = (flatness.Loss(model, criterion, d) for d in (data, whole))
+    assert streamed.value() == pytest.approx(at_once.value(), rel=1e-12)
+    torch.testing.assert_close(streamed.gradient()[1], at_once.gradient()[1], rtol=1e-10, atol=1e-12)
+
+
+def test_reductions_by_partial_and_batchmean():
+    model, _ = make("mlp")
+    data = [(x, torch.rand(len(y), 3, dtype=torch.float64).softmax(1)) for x, y in unequal_batches()]
+    whole = [tuple(torch.cat(parts) for parts in zip(*data, strict=True))]
+    summed = flatness.Loss(model, partial(nn.functional.mse_loss, reduction="sum"), data)
+    by_hand = (model(whole[0][0]) - whole[0][1]).square().sum().item() / 14
+    assert summed.value() == pytest.approx(by_hand, rel=1e-12)
+    model = nn.Sequential(model, nn.LogSoftmax(1))
+    streamed, at_once = (flatness.Loss(model, nn.KLDivLoss(reduction="batchmean"), d) for d in (data, whole))
+    assert streamed.value() == pytest.approx(at_once.value(), rel=1e-12)
+
+
+def test_a_length_that_lies_does_no_harm():
+    class Lying(list):
+        def __len__(self):
+            return 1
+
+    model, _ = make("mlp")
+    data = unequal_batches()
+    one, other = (flatness.Loss(model, nn.CrossEntropyLoss(), d).norm_gradient() for d in (data, Lying(data)))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_measure_that_could_not_begin_leaves_the_loss_usable(monkeypatch):
+    model = Noisy()
+    data = [(torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.randint(3, (6,)))]
+    loss = flatness.Loss(model, nn.CrossEntropyLoss(), data)
+    expected = loss.value()
+    with monkeypatch.context() as patch:
+        patch.setattr(gam_fast.rng, "get_state", lambda device: pytest.fail("out of memory"))
+        with pytest.raises(pytest.fail.Exception):
+            loss.value()
+    before = everything(model)
+    assert loss.value() == expected
+    assert_untouched(before, model)
+    with loss.measuring():
+        part = loss.by_group()["all"]
+    assert part.value() == expected
+
+
+def test_under_inference_mode():
+    loss = small()
+    with torch.inference_mode():
+        assert flatness.zeroth_order_flatness(loss, 1.0).value == pytest.approx(2.5, rel=1e-6)
+
+
 def test_a_shuffling_loader_gives_the_same_batches_each_time():
     """Seen in frozen mode, where batches are normalised by themselves."""
     model, _ = make("batchnorm_cnn")
@@ -643,6 +827,16 @@ def test_data_that_does_not_fit_is_named(data, loss_fn, error, message):
         else:
             with pytest.raises(error, match=message):
                 call()
+
+
+def test_a_loss_without_a_gradient_and_vectors_of_other_shapes_are_named():
+    weight = nn.Parameter(torch.zeros(2))
+    loss = flatness.Loss.from_closure(lambda: torch.tensor(1.0), [weight])
+    for call in (loss.gradient, lambda: loss.product([torch.ones(2)]), loss.norm_gradient):
+        with pytest.raises(ValueError, match="the loss does not depend on a parameter"):
+            call()
+    with pytest.raises(ValueError, match=r"a vector must have a tensor a parameter, of its shape, got \[\(3,\)\]"):
+        loss.product([torch.ones(3)])
 
 
 def test_a_loss_that_is_not_finite_is_named():

@@ -36,6 +36,13 @@ def closure():
 def wrong():
     return 3
 
+def once():
+    model, loss_fn, data = build()
+    return model, loss_fn, iter(data)
+
+def broken():
+    raise RuntimeError("in the factory")
+
 number = 3
 """
 
@@ -131,6 +138,15 @@ def test_a_factory_may_return_a_loss(factory, tmp_path, capsys):
         (["{}:build", "--rho", "x"], "must be numbers with commas between, got 'x'"),
         (["{}:build", "--rho", "-1"], "must not be negative, got '-1'"),
         (["{}:build", "--restarts", "0"], "must be at least 1, got 0"),
+        (["{}:build", "--trace-samples", "1"], "must be at least 2, got 1"),
+        (["{}:build", "--density-steps", "1"], "must be at least 2, got 1"),
+        (["{}:build", "--batches", "-1"], "must be at least 1, got -1"),
+        (["{}:build", "--tolerance", "0"], "must be positive, got '0'"),
+        (["{}:build", "--tolerance", "x"], "must be a number, got 'x'"),
+        (["{}:build", "--arguments", '{{"seeds": 1}}'], "unexpected keyword argument 'seeds'"),
+        (["{}:build", "--device", "nowhere"], "--device nowhere cannot be used"),
+        (["{}:build", "--checkpoint", "{}"], "is not a checkpoint that holds weights only"),
+        (["{}:once"], "data can be read once only"),
         (["{}:build", "--restarts", "x"], "must be a whole number, got 'x'"),
         (["{}:build", "--arguments", "{{"], "must be JSON"),
         (["{}:build", "--arguments", "[1]"], "must be a JSON object"),
@@ -141,6 +157,19 @@ def test_bad_arguments_are_named(factory, arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([argument.format(factory) for argument in arguments])
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_error_in_the_factory_keeps_its_traceback(factory):
+    with pytest.raises(RuntimeError, match="in the factory"):
+        main([f"{factory}:broken"])
+
+
+@pytest.mark.parametrize("missing", ["rich.table", "tqdm", "scipy.sparse.linalg", "matplotlib"])
+def test_a_missing_package_is_missed_before_anything_is_measured(factory, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("gam_fast.flatness.__main__.measure", lambda *_, **__: pytest.fail("measured already"))
+    with pytest.raises(ImportError, match=r"pip install 'gam-fast\[flatness\]'"):
+        main([f"{factory}:build", "--png", "picture.png"])
 
 
 def test_help_explains_every_option():

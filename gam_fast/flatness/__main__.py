@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
-import pickle
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -53,17 +53,36 @@ def radii(text: str) -> tuple[float, ...]:
     return found
 
 
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
+    return value
+
+
 def at_least(least: int) -> Any:
+    """A whole number from ``least`` on, or 0, which stands for none."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < least:
+        if value < least and value != 0:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
         return value
 
     return parse
+
+
+def whole(text: str) -> int:
+    value: int = at_least(1)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return value
 
 
 def mapping(text: str) -> dict[str, Any]:
@@ -92,16 +111,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", help="entry of the checkpoint that is the state dict, where it is not the whole")
     option("--rho", "radii, with commas between", type=radii, metavar="R[,R…]", default="0.1")
     option("--mode", "of the modules: running statistics, or those of each batch", choices=MODES, default="eval")
-    option("--eigenvalues", "how many of the largest; 0: none", type=at_least(0), metavar="K", default=1)
-    option("--trace-samples", "products for the trace; 0: no trace", type=at_least(0), metavar="N", default=30)
-    option("--density-steps", "of Lanczos' method for the spectrum; 0: none", type=at_least(0), metavar="N", default=0)
-    option("--restarts", "ascents for R0 and R1", type=at_least(1), metavar="N", default=3)
-    option("--max-iterations", "of each ascent", type=at_least(1), metavar="N", default=100)
-    option("--tolerance", "at which an ascent has converged", type=float, metavar="T", default=1e-2)
-    option("--batches", "the first N batches only; 0: all", type=at_least(0), metavar="N", default=0)
+    option("--eigenvalues", "how many of the largest; 0: none", type=at_least(1), metavar="K", default=1)
+    option("--trace-samples", "products for the trace; 0: no trace", type=at_least(2), metavar="N", default=30)
+    option("--density-steps", "of Lanczos' method for the spectrum; 0: none", type=at_least(2), metavar="N", default=0)
+    option("--restarts", "ascents for R0 and R1", type=whole, metavar="N", default=3)
+    option("--max-iterations", "of each ascent", type=whole, metavar="N", default=100)
+    option("--tolerance", "at which an ascent has converged", type=positive, metavar="T", default=1e-3)
+    option("--batches", "the first N batches only; 0: all", type=at_least(1), metavar="N", default=0)
     option("--seed", "of all random numbers", type=int, metavar="N", default=0)
     option("--device", "for model and data", default="cpu")
-    option("--threads", "CPU threads of torch; 0: its own choice", type=at_least(0), metavar="N", default=0)
+    option("--threads", "CPU threads of torch; 0: its own choice", type=at_least(1), metavar="N", default=0)
     parser.add_argument("--per-group", action="store_true", help="also measure each child of the model by itself")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to PATH")
     parser.add_argument("--png", type=Path, metavar="PATH", help="write a picture to PATH")
@@ -136,18 +155,20 @@ def load(name: str) -> Any:
     return getattr(module, function)
 
 
-def build(arguments: argparse.Namespace) -> Loss:
-    """The loss to measure, with the checkpoint loaded.
+def build(made: Any, arguments: argparse.Namespace) -> Loss:
+    """The loss to measure, of what the factory made, with the checkpoint loaded.
 
     Raises:
-        ValueError: a factory or checkpoint that does not fit.
+        ValueError, TypeError, RuntimeError, OSError: a factory, checkpoint or device that does not fit.
     """
-    made = load(arguments.factory)(**arguments.arguments)
     model: nn.Module | None
     if isinstance(made, Loss):
         model = made.model
     elif isinstance(made, tuple | list) and len(made) == 3 and isinstance(made[0], nn.Module):
-        model = made[0].to(arguments.device)
+        try:
+            model = made[0].to(arguments.device)
+        except (RuntimeError, AssertionError) as error:  # torch without that device asserts
+            raise ValueError(f"--device {arguments.device} cannot be used: {error}") from error
     else:
         raise ValueError(
             f"the factory must return (model, loss_fn, data) or a gam_fast.flatness.Loss, got {type(made).__name__}"
@@ -171,7 +192,12 @@ def build(arguments: argparse.Namespace) -> Loss:
 
 def state_dict(path: Path, key: str | None, device: str) -> Any:
     """The state dict in a checkpoint, or under ``key`` in it."""
-    found = torch.load(path, map_location=device, weights_only=True)
+    try:
+        found = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch and pickle raise whatever a file that is no checkpoint leads to
+        raise ValueError(f"{path} is not a checkpoint that holds weights only: {error!r}") from error
     if key is not None:
         if not isinstance(found, dict) or key not in found:
             names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
@@ -214,6 +240,19 @@ def picture(loss: Loss, found: Measurement, path: Path) -> None:
     pyplot.close(figure)
 
 
+def require_all(arguments: argparse.Namespace) -> None:
+    """Import what will be needed, so that nothing measured is lost for want of a package."""
+    require("rich.table", "the table")
+    if not arguments.quiet:
+        require("tqdm", "a progress bar (left out by --quiet)")
+    if arguments.eigenvalues or arguments.trace_samples or arguments.density_steps:
+        require("curvlinops", "curvature (left out by --eigenvalues 0 --trace-samples 0)")
+    if arguments.eigenvalues:
+        require("scipy.sparse.linalg", "eigenvalues (left out by --eigenvalues 0)")
+    if arguments.png is not None:
+        require("matplotlib", "a picture").use("Agg")
+
+
 def show(title: str, found: Measurement) -> None:
     """A table in the terminal."""
     table = require("rich.table", "the table").Table(title=title)
@@ -231,13 +270,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (arguments.json, arguments.png):
         if path is not None and not path.resolve().parent.is_dir():
             parser.error(f"the folder of {path} does not exist")
-    if arguments.png is not None:
-        require("matplotlib", "a picture").use("Agg")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    require_all(arguments)
     try:
-        loss = build(arguments)
-    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        factory = load(arguments.factory)
+        inspect.signature(factory).bind(**arguments.arguments)
+    except (ValueError, TypeError) as error:
+        parser.error(f"{arguments.factory}: {error}")
+    made = factory(**arguments.arguments)  # an error in it is shown with its traceback
+    try:
+        loss = build(made, arguments)
+        loss.check()
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.error(str(error))
     parts = {"all": loss} | (loss.by_group() if arguments.per_group else {})
     options = {name: getattr(arguments, name) for name in ("eigenvalues", "trace_samples", "density_steps", "restarts")}
@@ -246,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, part in parts.items():
         found[name] = measure(part, arguments.rho, progress=not arguments.quiet, **options)
         show(arguments.factory if name == "all" else name, found[name])
-    if arguments.json is not None:
+        if arguments.json is None:
+            continue
         figures = {
             "factory": arguments.factory,
             "arguments": arguments.arguments,
@@ -255,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "versions": {"gam_fast": __version__, "torch": str(torch.__version__)},
             "measures": {name: one.as_dict() for name, one in found.items()},
         }
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if arguments.json is not None:
         print(f"figures: {arguments.json}")
     if arguments.png is not None:
         picture(loss, found["all"], arguments.png)

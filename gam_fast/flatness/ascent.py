@@ -16,8 +16,8 @@ the power method, which momentum makes about as fast as Lanczos' method. When a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -47,12 +47,13 @@ class Flatness:
         rho: ρ, the radius of the ball.
         loss: L(θ).
         converged: whether the ascent that reached it ended at a stationary point: ``residual`` is below the tolerance.
-        residual: distance, in radii, between the point found and where a gradient step from it leads, projected into
-            the ball; a step that would be ρ long where the ascent was steepest. 0 at a stationary point. On a quadratic
-            the value is off, relatively, by about its square over the relative gap of the two largest eigenvalues.
+        residual: 0 at a stationary point. On the sphere, the distance, in radii, to where a gradient step of length ρ
+            leads, projected into the ball; inside, what a step of length ρ would gain to first order, relative to what
+            was gained so far. At the minimum of a quadratic the value is off, relatively, by about its square over the
+            relative gap of the two largest eigenvalues; elsewhere no such law holds.
         iterations: of the ascent that reached the value.
         evaluations: of value and gradient, of all ascents.
-        starts: the bound that each start reached, in their order: if they differ, there are several local maxima.
+        starts: the bound that each start reached, those given first: if they differ, there are several local maxima.
         point: δ, one tensor a parameter: where the maximum is.
     """
 
@@ -112,16 +113,19 @@ def zeroth_order_flatness(
 ) -> Flatness:
     r""":math:`R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ)`, what SAM minimises; a lower bound of it, by ascent.
 
-    The norm is over all parameters of ``loss``. Each evaluation is one gradient over the whole data set.
+    The norm is over all parameters of ``loss``. Each evaluation is one gradient over the whole data set. A rise of the
+    loss smaller than its rounding cannot be measured, and is never said to have converged: with weights or losses in
+    half precision convert the model to float32 first, for small ρ to float64.
 
     Args:
         loss: see :class:`Loss`.
         rho: ρ, in units of the parameters.
-        restarts: how many ascents. The first starts along the gradient, as SAM does, the others in random directions.
+        restarts: how many ascents. The first starts at θ, along the gradient as SAM does (unless that is 0), the others
+            at random points of the sphere.
         max_iterations: of each ascent.
         tolerance: an ascent has converged when its residual is below (see :class:`Flatness`).
         seed: of the random directions.
-        starts: further directions or points to start from, each with one tensor a parameter.
+        starts: displacements δ to start from besides, each with one tensor a parameter.
         progress: show a bar (needs tqdm).
 
     Raises:
@@ -134,6 +138,8 @@ def zeroth_order_flatness(
     (0.5, True)
     """
     ball = _Ball(rho, max_iterations, tolerance)
+    _check_starts(loss, restarts, starts)
+    loss.check()
     with loss.measuring() as theta, counting(progress, "zeroth-order flatness") as tick:
 
         def evaluate(delta: Vector | None) -> tuple[float, Vector]:
@@ -141,9 +147,14 @@ def zeroth_order_flatness(
             tick()
             return loss.gradient()
 
-        at_theta, slope = evaluate(None)
-        points = _starting_points(loss, slope, ball, restarts, seed, starts)
-        return _maximise(evaluate, at_theta, points, ball, at_theta, lambda value: value - at_theta)
+        at_zero = evaluate(None)
+        at_theta = at_zero[0]
+        points = _starting_points(loss, at_zero[1], ball, restarts, seed, starts)
+        found = _maximise(evaluate, at_zero, points, ball, at_theta, lambda value: value - at_theta, loss.resolution)
+        # a rise below the rounding of the loss is not known
+        flat = rho == 0 or norm(at_zero[1]) == 0
+        known = flat or found.value > 8 * loss.resolution * abs(at_theta)
+        return found if known else replace(found, converged=False)
 
 
 def first_order_flatness(
@@ -159,7 +170,7 @@ def first_order_flatness(
 ) -> Flatness:
     r""":math:`R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖`, what GAM minimises; a lower bound of it, by ascent.
 
-    As :func:`zeroth_order_flatness`, but that the first ascent starts along the gradient of the gradient norm, as GAM
+    As :func:`zeroth_order_flatness`, but that the first ascent sets out along the gradient of the gradient norm, as GAM
     does, and that each evaluation is a gradient and a Hessian-vector product over the whole data set.
 
     Raises:
@@ -173,6 +184,8 @@ def first_order_flatness(
     (1.0, True)
     """
     ball = _Ball(rho, max_iterations, tolerance)
+    _check_starts(loss, restarts, starts)
+    loss.check()
     with loss.measuring() as theta, counting(progress, "first-order flatness") as tick:
 
         def evaluate(delta: Vector | None) -> tuple[float, Vector]:
@@ -181,43 +194,50 @@ def first_order_flatness(
             return loss.norm_gradient()
 
         at_theta = loss.value()
-        length, slope = evaluate(None)
-        points = _starting_points(loss, slope, ball, restarts, seed, starts)
-        return _maximise(evaluate, length, points, ball, at_theta, lambda value: rho * value)
+        at_zero = evaluate(None)
+        points = _starting_points(loss, at_zero[1], ball, restarts, seed, starts)
+        return _maximise(evaluate, at_zero, points, ball, at_theta, lambda value: rho * value, loss.resolution)
 
 
 def _starting_points(
     loss: Loss, slope: Vector, ball: _Ball, restarts: int, seed: int, starts: Sequence[Sequence[Tensor]]
-) -> list[Vector]:
-    """Those given, the point of the sphere along ``slope``, and random points of the sphere."""
-    if restarts < 0 or not (restarts or starts):
-        raise ValueError(f"restarts must be at least 1, got {restarts}")
+) -> Iterator[Vector | None]:
+    """Those given; θ itself (``None``), unless nothing leads up from there; and random points of the sphere."""
     generator = torch.Generator().manual_seed(seed)
-    points = []
+    for start in starts:
+        yield ball.project([x.detach().to(p.device, wide(p.dtype)) for x, p in zip(start, loss.params, strict=True)])
+    if norm(slope) > 0:
+        yield None
+        restarts -= 1
+    for _ in range(restarts):
+        direction = random(loss.params, generator)
+        yield scaled(direction, ball.rho / norm(direction))
+
+
+def _check_starts(loss: Loss, restarts: int, starts: Sequence[Sequence[Tensor]]) -> None:
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
     for start in starts:
         if [x.shape for x in start] != [p.shape for p in loss.params]:
-            raise ValueError(
-                f"a start must have a tensor a parameter, of its shape, got {[tuple(x.shape) for x in start]}"
-            )
-        points.append([x.detach().to(p.device, wide(p.dtype)) for x, p in zip(start, loss.params, strict=True)])
-    directions = [slope] if restarts and norm(slope) > 0 else []
-    while len(directions) < restarts:
-        directions.append(random(loss.params, generator))
-    points += [scaled(direction, ball.rho / norm(direction)) for direction in directions]
-    return [ball.project(point) for point in points]
+            given = [tuple(x.shape) for x in start]
+            raise ValueError(f"a start must have a tensor a parameter, of its shape, got {given}")
 
 
 def _maximise(
     evaluate: Evaluate,
-    at_zero: float,
-    points: list[Vector],
+    at_zero: tuple[float, Vector],
+    points: Iterable[Vector | None],
     ball: _Ball,
     at_theta: float,
     bound: Callable[[float], float],
+    resolution: float,
 ) -> Flatness:
-    """The best of the ascents from ``points``, and of θ itself; ``bound`` makes the measure of a value."""
-    if not math.isfinite(at_zero):
-        raise ValueError(f"the loss or its gradient is not finite at the parameters given: {at_zero}")
+    """The best of the ascents from ``points``; ``bound`` makes the measure of a value.
+
+    ``resolution`` is the relative rounding of a value.
+    """
+    if not math.isfinite(at_zero[0]):
+        raise ValueError(f"the loss or its gradient is not finite at the parameters given: {at_zero[0]}")
     evaluations = 1
 
     def counted(delta: Vector | None) -> tuple[float, Vector]:
@@ -225,9 +245,13 @@ def _maximise(
         evaluations += 1
         return evaluate(delta)
 
-    ascents = [_ascend(counted, point, ball) for point in points] if ball.rho else []
-    still = _Ascent(at_zero, scaled(points[0], 0.0), math.inf if ball.rho else 0.0, 0)
-    best = max([*ascents, still], key=lambda ascent: ascent.value)
+    best = _Ascent(at_zero[0], scaled(at_zero[1], 0.0), 0.0 if norm(at_zero[1]) == 0 or ball.rho == 0 else math.inf, 0)
+    reached = []
+    for point in points if ball.rho else ():
+        found = _ascend(counted, at_zero, point, ball, resolution)
+        reached.append(bound(found.value))
+        if found.value > best.value or (found.value == best.value and found.residual < best.residual):
+            best = found
     return Flatness(
         value=bound(best.value),
         rho=ball.rho,
@@ -236,37 +260,43 @@ def _maximise(
         residual=best.residual,
         iterations=best.iterations,
         evaluations=evaluations,
-        starts=tuple(bound(ascent.value) for ascent in ascents),
+        starts=tuple(reached),
         point=tuple(best.point),
     )
 
 
-def _ascend(evaluate: Evaluate, point: Vector, ball: _Ball) -> _Ascent:
-    """One ascent. ``last`` and ``here`` are Nesterov's x and y."""
-    value, slope = evaluate(point)
+def _ascend(
+    evaluate: Evaluate, at_zero: tuple[float, Vector], point: Vector | None, ball: _Ball, resolution: float
+) -> _Ascent:
+    """One ascent from ``point``, or from 0 with what was found there. ``last`` and ``here`` are Nesterov's x and y."""
+    if point is None:
+        point, (value, slope) = scaled(at_zero[1], 0.0), at_zero
+    else:
+        value, slope = evaluate(point)
     for _ in range(HALVINGS):
         if math.isfinite(value):
             break
         point = scaled(point, 0.5)
         value, slope = evaluate(point)
+    if not (math.isfinite(value) and math.isfinite(norm(slope))):
+        return _Ascent(-math.inf, point, math.inf, 0)
     here = last = point
-    best = _Ascent(value if math.isfinite(value) else -math.inf, here, math.inf, 0)
-    length, momentum, steepest = LONGEST, 0, 0.0
-    for iteration in range(1, ball.max_iterations + 1):
-        steepest = max(steepest, norm(slope))
-        unit = ball.rho / steepest if steepest else 0.0
-        residual = norm(plus(ball.project(plus(here, slope, unit)), here, -1.0)) / ball.rho
+    best = _Ascent(value, here, math.inf, 0)
+    length, momentum, steepest = LONGEST, 0, norm(slope)
+    for iteration in range(ball.max_iterations + 1):
+        residual = _residual(here, slope, value - at_zero[0], ball)
         if value >= best.value:
             best = _Ascent(value, here, residual, iteration)
-        if residual <= ball.tolerance or not math.isfinite(residual):
+        if residual <= ball.tolerance or iteration == ball.max_iterations:
             break
-        ahead = ball.project(plus(here, slope, length * unit))
+        steepest = max(steepest, norm(slope))
+        ahead = ball.project(plus(here, slope, length * ball.rho / steepest))
         trial = ahead
         if momentum:
             trial = ball.project(plus(ahead, plus(ahead, last, -1.0), momentum / (momentum + 3.0)))
         found, slope_there = evaluate(trial)
-        noise = 8 * torch.finfo(here[0].dtype).eps * abs(value)
-        if math.isfinite(found) and found >= value - noise:
+        noise = 8 * resolution * abs(value)
+        if math.isfinite(found) and math.isfinite(norm(slope_there)) and found >= value - noise:
             last, here, value, slope = ahead, trial, found, slope_there
             momentum += 1
             length = min(LONGEST, 1.3 * length)
@@ -277,3 +307,13 @@ def _ascend(evaluate: Evaluate, point: Vector, ball: _Ball) -> _Ascent:
         else:
             break  # no step leads up: what is left is rounding
     return best
+
+
+def _residual(here: Vector, slope: Vector, gain: float, ball: _Ball) -> float:
+    """See :class:`Flatness`."""
+    size = norm(slope)
+    if size == 0.0:
+        return 0.0
+    if norm(here) >= ball.rho * (1 - 1e-6):
+        return norm(plus(ball.project(plus(here, slope, ball.rho / size)), here, -1.0)) / ball.rho
+    return size * ball.rho / gain if gain > 0 else math.inf

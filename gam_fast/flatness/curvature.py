@@ -117,7 +117,7 @@ def hessian_eigenvalues(
     *,
     which: str = "LA",
     tolerance: float = 1e-3,
-    max_iterations: int | None = None,
+    max_iterations: int = 300,
     seed: int = 0,
     progress: bool = False,
 ) -> Eigenvalues:
@@ -128,7 +128,7 @@ def hessian_eigenvalues(
         k: how many.
         which: ``"LA"``, the largest; ``"SA"``, the smallest; ``"LM"``, the largest in absolute value.
         tolerance: of the residual, relative to the eigenvalue (or to a typical one, where it is near 0).
-        max_iterations: of ARPACK, before it gives up; ``None``: its default, ten times the number of parameters.
+        max_iterations: of ARPACK, each of some ten products, before it gives up.
         seed: of the vector it starts with.
         progress: show a bar (needs tqdm).
 
@@ -147,6 +147,7 @@ def hessian_eigenvalues(
         raise ValueError(f"which must be one of {', '.join(map(repr, WHICH))}, got {which!r}")
     if not 1 <= k <= loss.size:
         raise ValueError(f"k must be between 1 and {loss.size}, the number of parameters, got {k}")
+    loss.check()
     with loss.measuring(), counting(progress, "Hessian eigenvalues") as tick:
         operator = hessian(loss, tick)
         if loss.size <= DENSE or k > loss.size - 2:
@@ -192,6 +193,7 @@ def hessian_trace(
     if samples < 2 or (method == "xtrace" and samples % 2):
         rule = "at least 2" + (" and even for xtrace" if method == "xtrace" else "")
         raise ValueError(f"samples must be {rule}, got {samples}")
+    loss.check()
     with loss.measuring(), counting(progress, "Hessian trace", min(samples, loss.size)) as tick:
         operator = hessian(loss, tick)
         if samples >= loss.size:
@@ -246,6 +248,7 @@ def spectral_density(
     if not kappa > 1:
         raise ValueError(f"kappa must be greater than 1, got {kappa}")
     spectrum = require("curvlinops.papyan2020traces.spectrum", "the spectral density")
+    loss.check()
     with loss.measuring(), counting(progress, "spectral density") as tick:
         operator = hessian(loss, tick)
         if loss.size <= DENSE:
@@ -288,7 +291,7 @@ def _dense(operator: Any) -> Tensor:
 
 
 def _lanczos(
-    loss: Loss, operator: Any, k: int, which: str, tolerance: float, max_iterations: int | None, seed: int
+    loss: Loss, operator: Any, k: int, which: str, tolerance: float, max_iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """By ARPACK, of the shifted Hessian: its tolerance is relative to each eigenvalue, so it misses those near 0."""
     linalg = require("scipy.sparse.linalg", "eigenvalues of the Hessian")
@@ -307,7 +310,7 @@ def _lanczos(
             k=k,
             which=which,
             v0=start.cpu().numpy(),
-            tol=tolerance,
+            tol=tolerance if which == "LM" else tolerance / 4,  # relative to an eigenvalue with its shift
             ncv=basis,
             maxiter=max_iterations,
         )

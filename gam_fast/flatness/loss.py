@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import hvp, rng
-from ..batchnorm import running_statistics
+from .batches import (
+    buffers_of,
+    checked,
+    count_of,
+    differentiable,
+    generators_of,
+    grouped,
+    loss_of,
+    put_back,
+    to_device,
+)
 from .vectors import Vector, norm, scaled, wide
 
 MODES = ("eval", "frozen")
@@ -39,7 +50,9 @@ class Loss:
         mode: of the modules: ``"eval"``, or ``"frozen"``: as they are, so that in train mode BatchNorm normalises by
             the batch and dropout draws the same masks each time, but running statistics do not move.
         reduction: ``"mean"`` or ``"sum"`` over the examples of a batch; ``None``: that of ``loss_fn``, or ``"mean"``.
-        count: :math:`n_b` of a batch; ``None``: the length of its target.
+        count: :math:`n_b` of a batch; ``None``: the length of its target, but for ``CrossEntropyLoss`` and ``NLLLoss``,
+            what they divide by: the classes of the target that are not ``ignore_index``, each with its ``weight``. Any
+            other loss that divides by something else than examples needs it.
         seed: of the random state in which each reading of the data starts.
 
     Raises:
@@ -76,18 +89,21 @@ class Loss:
             raise TypeError(
                 f"data can be read once only ({type(data).__name__}), but is needed again: give a list or a DataLoader"
             )
-        reduction = reduction or getattr(loss_fn, "reduction", "mean")
-        if reduction not in ("mean", "sum"):
+        if reduction is None:
+            given = loss_fn.keywords.get("reduction") if isinstance(loss_fn, partial) else None
+            reduction = given or getattr(loss_fn, "reduction", "mean")
+        if reduction not in ("mean", "batchmean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}: the loss of a batch is one number")
 
         def terms() -> Iterator[tuple[Callable[[], Tensor], float]]:
             for batch in data:
                 x, target = self._pair(batch)
-                n = count(batch) if count is not None else _length(target, x)
-                yield partial(_loss_of, model, loss_fn, x, target), n
+                n = count(batch) if count is not None else count_of(loss_fn, target, x)
+                yield partial(loss_of, model, loss_fn, x, target), n
 
         params = (p for p in model.parameters() if p.requires_grad) if params is None else params
-        self._build(terms, params, model, mode, seed, mean=reduction == "mean")
+        self._build(terms, params, model, mode, seed, mean=reduction != "sum")
+        self._generators: list[torch.Generator] = generators_of(data)
         try:
             self._one_batch = len(data) == 1  # type: ignore[arg-type]
         except TypeError:
@@ -120,7 +136,7 @@ class Loss:
     def _build(self, terms: Terms, params: Any, model: nn.Module | None, mode: str, seed: int, mean: bool) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        self.groups = _grouped(params)
+        self.groups = grouped(params)
         self.params = [param for group in self.groups.values() for param in group]
         if not self.params:
             raise ValueError("there are no parameters that require a gradient: nothing to measure")
@@ -140,6 +156,9 @@ class Loss:
         self._terms = terms
         self._mean = mean
         self._open = False
+        self._known_steady = False
+        self._generators = []
+        self.resolution = max(torch.finfo(wide(param.dtype)).eps for param in self.params)
         kinds = {param.device for param in self.params if param.device.type not in ("cpu", "meta")}
         self._devices = [torch.device("cpu"), *sorted(kinds, key=str)]
 
@@ -160,7 +179,7 @@ class Loss:
         for name, group in self.groups.items():
             part = Loss.__new__(Loss)
             part.__dict__.update(self.__dict__)
-            part.groups, part.params = {name: group}, group
+            part.groups, part.params, part._open = {name: group}, group, False
             parts[name] = part
         return parts
 
@@ -169,30 +188,30 @@ class Loss:
         """While it is open parameters may be moved; gives θ. At the end everything is as before, bit for bit."""
         if self._open:
             raise RuntimeError("a measurement of this loss is under way already")
-        self._open = True
         theta = [param.detach().clone(memory_format=torch.preserve_format) for param in self.params]
         modules = [] if self.model is None else list(self.model.modules())
         training = [module.training for module in modules]
-        buffers = [] if self.model is None else running_statistics(self.model)
-        statistics = [buffer.clone() for buffer in buffers]
+        buffers = buffers_of(self.model)
         grads = [(param, param.grad) for param in self.params]
         states = [(device, rng.get_state(device)) for device in self._devices]
+        self._open = True
         try:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 if self.model is not None and self.mode == "eval":
                     self.model.eval()
                 yield theta
         finally:
+            self._open = False
             with torch.no_grad():
-                for module, flag in zip(modules, training, strict=True):
-                    module.training = flag
-                for target, saved in zip([*self.params, *buffers], [*theta, *statistics], strict=True):
+                for target, saved in zip(self.params, theta, strict=True):
                     target.copy_(saved)
+            put_back(buffers)
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
             for param, grad in grads:
                 param.grad = grad
             for device, state in states:
                 rng.set_state(device, state)
-            self._open = False
 
     @torch.no_grad()
     def move(self, theta: Vector, delta: Vector | None) -> None:
@@ -207,10 +226,12 @@ class Loss:
             ValueError: there is no batch.
             TypeError: a loss that is not a tensor of one element.
         """
-        with self._within(), torch.no_grad():
+        with (
+            self._within()
+        ):  # with gradients, which a loss may take itself, and without which torch takes other kernels
             total, weight = 0.0, 0.0
             for term, n in self._read():
-                total += self._factor(n) * float(_checked(term()))
+                total += self._factor(n) * self._number(term())
                 weight += n
             return total / self._positive(weight)
 
@@ -220,11 +241,11 @@ class Loss:
             total, weight = 0.0, 0.0
             sums = self._zeros()
             for term, n in self._read():
-                loss = _checked(term())
-                grads = hvp.gradient([loss], self.params, twice=False)
-                self._add(sums, grads, self._factor(n))
-                total += self._factor(n) * float(loss.detach())
+                loss = differentiable(term())
+                self._add(sums, hvp.gradient([loss], self.params, twice=False), self._factor(n))
+                total += self._factor(n) * self._number(loss)
                 weight += n
+                del loss  # and its graph, before the next batch
             return total / self._positive(weight), scaled(sums, 1.0 / weight)
 
     def product(self, vector: Sequence[Tensor]) -> Vector:
@@ -232,15 +253,20 @@ class Loss:
 
         Raises:
             SecondDerivativeError: the loss cannot be differentiated twice; besides as :meth:`value`.
+            ValueError: a vector of other shapes than the parameters.
         """
+        if [x.shape for x in vector] != [p.shape for p in self.params]:
+            given = [tuple(x.shape) for x in vector]
+            raise ValueError(f"a vector must have a tensor a parameter, of its shape, got {given}")
         with self._within():
             weight = 0.0
             sums = self._zeros()
             v = [x.to(param.device, param.dtype) for x, param in zip(vector, self.params, strict=True)]
             for term, n in self._read():
-                grads = hvp.gradient([_checked(term())], self.params, twice=True)
+                grads = hvp.gradient([differentiable(term())], self.params, twice=True)
                 self._add(sums, hvp.product(grads, self.params, v), self._factor(n))
                 weight += n
+                del grads
             self._positive(weight)
             return scaled(sums, 1.0 / weight)
 
@@ -252,13 +278,15 @@ class Loss:
         (5.0, [tensor([0.6000, 0.8000])])
         """
         with self._within():
-            if not self._one_batch:
+            batches = list(itertools.islice(self._read(), 2)) if self._one_batch else []
+            if len(batches) != 1:
                 _, grads = self.gradient()
                 length = norm(grads)
                 return length, self.product(scaled(grads, 1.0 / length)) if length else self._zeros()
-            for term, n in self._read():
-                factor = self._factor(n) / self._positive(n)
-                found = hvp.gradient([_checked(term())], self.params, twice=True)
+            with self._same_state():
+                ((term, n),) = batches
+                factor = self._factor(n) / n
+                found = hvp.gradient([differentiable(term())], self.params, twice=True)
                 plain = self._zeros()
                 self._add(plain, [None if grad is None else grad.detach() for grad in found], factor)
                 length = norm(plain)
@@ -268,8 +296,6 @@ class Loss:
                     unit = [x.to(param.dtype) for x, param in pairs]
                     self._add(sums, hvp.product(found, self.params, unit), factor)
                 return length, sums
-            self._positive(0.0)
-            raise AssertionError
 
     def _within(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._open else self.measuring()
@@ -280,14 +306,50 @@ class Loss:
             rng.seed(device, seed)
 
     def _read(self) -> Iterator[tuple[Callable[[], Tensor], float]]:
-        """One reading of the data, from the same random state each time; afterwards the state is as before."""
+        """One reading of the data, the same each time. Batches without an example are left out."""
+        with self._same_state():
+            yield from (term for term in self._terms() if term[1] != 0)
+
+    @contextlib.contextmanager
+    def _same_state(self) -> Iterator[None]:
+        """The same random state and buffers each time; afterwards they are as before."""
         states = [rng.get_state(device) for device in self._devices]
+        own = [(generator, generator.get_state()) for generator in self._generators]
+        buffers = buffers_of(self.model)
         try:
             self.seed_generators(self.seed)
-            yield from self._terms()
+            for generator, _ in own:
+                generator.manual_seed(self.seed)
+            yield
         finally:
             for device, state in zip(self._devices, states, strict=True):
                 rng.set_state(device, state)
+            for generator, state in own:
+                generator.set_state(state)
+            put_back(buffers)
+
+    def _number(self, loss: Tensor) -> float:
+        loss = checked(loss).detach()
+        if loss.dtype.is_floating_point:
+            self.resolution = max(self.resolution, torch.finfo(loss.dtype).eps)
+        return float(loss)
+
+    def check(self) -> None:
+        """Evaluate L twice, if that was not done before.
+
+        Raises:
+            ValueError: it differs between the two.
+        """
+        if self._known_steady:
+            return
+        first, second = self.value(), self.value()
+        if abs(first - second) > 1e-4 * max(abs(first), abs(second)):
+            raise ValueError(
+                f"the loss is {first} and, at the same parameters, {second}: something random in model or data does "
+                "not come from torch's generators, or is kept from one reading to the next (by persistent_workers of a "
+                "DataLoader); seed it, or give data as a list of batches"
+            )
+        self._known_steady = True
 
     def _factor(self, n: float) -> float:
         return n if self._mean else 1.0
@@ -315,50 +377,4 @@ class Loss:
                 "Loss.from_closure"
             )
         device = self.params[0].device
-        return _to(batch[0], device), _to(batch[1], device)
-
-
-def _grouped(params: Any) -> dict[str, list[Tensor]]:
-    if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors, got one tensor: write [tensor]")
-    if isinstance(params, Mapping):
-        return {str(name): list(group) for name, group in params.items()}
-    entries = list(params)
-    if entries and all(isinstance(entry, Mapping) for entry in entries):
-        return {str(entry.get("name", i)): list(entry["params"]) for i, entry in enumerate(entries)}
-    return {"all": [entry[1] if isinstance(entry, tuple) else entry for entry in entries]}
-
-
-def _loss_of(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], x: Any, target: Any) -> Tensor:
-    if isinstance(x, Mapping):
-        return loss_fn(model(**x), target)
-    return loss_fn(model(*x) if isinstance(x, tuple | list) else model(x), target)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(entry, device) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)([_to(entry, device) for entry in value]) if type(value) in (tuple, list) else value
-    return value
-
-
-def _length(*values: Any) -> float:
-    """The length of the first tensor in ``values`` that has one."""
-    for value in values:
-        if isinstance(value, Tensor) and value.dim():
-            return float(len(value))
-        if isinstance(value, Mapping):
-            value = list(value.values())
-        if isinstance(value, tuple | list) and value:
-            return _length(*value)
-    raise ValueError("the number of examples in a batch cannot be told from its tensors: give count=")
-
-
-def _checked(loss: Tensor) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise TypeError(f"the loss of a batch must be a tensor of one element, got {given}")
-    return loss
+        return to_device(batch[0], device), to_device(batch[1], device)

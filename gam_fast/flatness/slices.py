@@ -76,6 +76,7 @@ def slice_1d(
     """
     d = _checked(loss, direction)
     ts = tuple(map(float, [(i - 15) / 15 for i in range(31)] if offsets is None else offsets))
+    loss.check()
     with loss.measuring() as theta, counting(progress, "slice", len(ts)) as tick:
         found = [_at(loss, theta, scaled(d, t), tick) for t in ts]
     return Slice(ts, tuple(value for value, _ in found), tuple(size for _, size in found))
@@ -99,6 +100,7 @@ def slice_2d(
     a, b = _checked(loss, first), _checked(loss, second)
     line = [(i - 7) / 7 for i in range(15)]
     rows, columns = (tuple(map(float, ts)) for ts in ((line, line) if offsets is None else offsets))
+    loss.check()
     with loss.measuring() as theta, counting(progress, "surface", len(rows) * len(columns)) as tick:
         found = [[_at(loss, theta, plus(scaled(a, s), b, t), tick) for t in columns] for s in rows]
     values = tuple(tuple(value for value, _ in row) for row in found)

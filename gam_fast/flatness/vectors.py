@@ -21,15 +21,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
-def dot(a: Vector, b: Vector) -> float:
-    """⟨a, b⟩.
-
-    >>> dot([torch.ones(2), torch.ones(1)], [torch.ones(2), 3 * torch.ones(1)])
-    5.0
-    """
-    return math.fsum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
-
-
 def norm(a: Vector) -> float:
     """‖a‖.
 
