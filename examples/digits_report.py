@@ -30,6 +30,9 @@ HEADINGS = (
     "ms/step",
     "cost ÷ SGD",
 )
+SHORT = ("method", "passes", "test acc., %", "loss", "R0", "R1", "λmax", "trace", "ms", "÷ SGD")
+"""The same for a terminal of 80 columns."""
+
 COLORS = {"SGD": "#8a8f98", "SAM": "#d9822b", "GAM": "#1f77c9", "ExactGAM": "#2a9d5c", "ExactGAM+SAM": "#9b4dca"}
 
 STYLE = """
