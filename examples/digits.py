@@ -281,7 +281,7 @@ def summarise(results: Sequence[Result], methods: Sequence[Method]) -> list[dict
 def table(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Table:
     """The summary for a terminal."""
     title = f"Handwritten digits with wrong labels, seeds {', '.join(map(str, seeds))}"
-    out = Table(title=title, box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    out = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
     for heading in digits_report.SHORT:
         out.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows:
