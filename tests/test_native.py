@@ -856,12 +856,16 @@ def test_no_memory_is_lost_over_ten_thousand_steps():
 
     for _ in range(1000):
         optimizer.step(closure)
-    before = resident()
-    for _ in range(10_000):
-        optimizer.step(closure)
-    print(resident() - before)
+    grown = []
+    for _ in range(3):
+        before = resident()
+        for _ in range(4_000):
+            optimizer.step(closure)
+        grown.append(resident() - before)
+    print(min(grown))
     """
-    assert int(in_a_fresh_process(program)) < 2**20
+    # What grows once, the allocator's own memory, is no loss: in one of three spells there is none. 65 bytes a step.
+    assert int(in_a_fresh_process(program)) < 2**18
 
 
 def test_a_step_takes_three_buffers_at_most_and_keeps_none():
