@@ -68,6 +68,7 @@ class Setting:
     momentum: float = 0.9
     wrong_labels: float = 0.3
     radius: float = 0.1  # ρ of R0 and R1
+    lanczos_steps: int = 32
     seeds: tuple[int, ...] = (0, 1, 2)
     backend: str = "auto"
     threads: int = 2
@@ -214,8 +215,9 @@ class Trainer:
         digits, result = self.digits, self.result
         loss = flatness.Loss(self.model, nn.CrossEntropyLoss(), [(digits.train_x, digits.train_y)])
         # with so little effort R0 and R1 are known to about a percent
+        steps = self.setting.lanczos_steps
         found = flatness.measure(
-            loss, self.setting.radius, restarts=1, max_iterations=15, trace_samples=20, density_steps=32
+            loss, self.setting.radius, restarts=1, max_iterations=15, trace_samples=20, density_steps=steps
         )
         assert found.eigenvalues is not None
         assert found.trace is not None

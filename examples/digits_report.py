@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gam_fast import flatness
+
 HEADINGS = (
     "method",
     "passes",
@@ -110,22 +112,27 @@ def _curvature(axes: Axes, figures: dict[str, Any]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _slice(axes: Axes, figures: dict[str, Any], key: str, label: str) -> None:
+def _slice(axes: Axes, figures: dict[str, Any], quantity: str, label: str) -> None:
     """Around the minimum of each method from the first seed."""
-    for name, runs in _by_method(figures).items():
-        axes.plot(runs[0]["offsets"], runs[0][key], color=COLORS[name], label=name)
-    axes.set(xlabel="offset along a random direction, in lengths of each filter", ylabel=label, yscale="log")
-    axes.legend(frameon=False)
+    firsts = {name: runs[0] for name, runs in _by_method(figures).items()}
+    axes.set_prop_cycle(color=[COLORS[name] for name in firsts])
+    slices = {
+        name: flatness.Slice(tuple(run["offsets"]), tuple(run["loss_slice"]), tuple(run["gradient_norm_slice"]))
+        for name, run in firsts.items()
+    }
+    flatness.plot_slice(slices, quantity, log=True, axes=axes)
+    axes.set(xlabel="offset along a random direction, in lengths of each filter", ylabel=label)
 
 
 def _spectra(axes: Axes, figures: dict[str, Any]) -> None:
     """The density of the Hessian's eigenvalues at the end, of each method from the first seed."""
-    floor = 1e-6
-    for name, runs in _by_method(figures).items():
-        density = [max(value, floor) for value in runs[0]["density"]]
-        axes.plot(runs[0]["eigenvalues"], density, color=COLORS[name], label=name)
-    axes.set(xlabel="eigenvalue", ylabel="density", yscale="log", ylim=(floor, None))
-    axes.legend(frameon=False)
+    firsts = {name: runs[0] for name, runs in _by_method(figures).items()}
+    axes.set_prop_cycle(color=[COLORS[name] for name in firsts])
+    spectra = {}
+    for name, run in firsts.items():
+        grid, steps = tuple(run["eigenvalues"]), figures["setting"]["lanczos_steps"]
+        spectra[name] = flatness.SpectralDensity(grid, tuple(run["density"]), (grid[0], grid[-1]), steps, steps)
+    flatness.plot_spectrum(spectra, axes=axes)
 
 
 def _figure(*draw: Callable[[Axes], None], dpi: int = 110) -> bytes:
@@ -145,7 +152,7 @@ def picture(figures: dict[str, Any]) -> bytes:
     """Accuracy and the slice of the gradient norm, as PNG."""
     return _figure(
         lambda axes: _accuracy(axes, figures),
-        lambda axes: _slice(axes, figures, "gradient_norm_slice", "gradient norm around the minimum"),
+        lambda axes: _slice(axes, figures, "gradient_norm", "gradient norm around the minimum"),
     )
 
 
@@ -188,10 +195,10 @@ def _pictures(figures: dict[str, Any]) -> str:
         lambda axes: _curves(axes, figures, "test_accuracy", "test accuracy, %"),
     )
     slices = _figure(
-        lambda axes: _slice(axes, figures, "loss_slice", "cross-entropy on the training set, nats"),
-        lambda axes: _slice(axes, figures, "gradient_norm_slice", "norm of its gradient"),
+        lambda axes: _slice(axes, figures, "loss", "cross-entropy on the training set, nats"),
+        lambda axes: _slice(axes, figures, "gradient_norm", "norm of its gradient"),
     )
-    flatness = _figure(
+    flat = _figure(
         lambda axes: _points(axes, figures, "R1, first-order flatness", lambda run: float(run["r1"])),
         lambda axes: _spectra(axes, figures),
     )
@@ -201,7 +208,7 @@ def _pictures(figures: dict[str, Any]) -> str:
     }
 <h2>Flatness</h2>{
         _image(
-            flatness,
+            flat,
             f"First-order flatness within ρ = {figures['setting']['radius']}, seed by seed; and the density of the "
             f"eigenvalues of the Hessian from seed {first}, every peak as wide as the resolution of the method.",
         )

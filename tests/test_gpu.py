@@ -121,9 +121,7 @@ def test_exact_gam_is_that_of_the_cpu_and_waits_for_nothing(hyper):
         torch.testing.assert_close(q.cpu(), p, rtol=1e-8, atol=1e-9)
 
 
-def test_flatness_is_that_of_the_cpu(backend_name):
-    if backend_name != "native":
-        pytest.skip("a measure uses no backend: once is enough")
+def test_flatness_is_that_of_the_cpu():
     model, batches = make("batchnorm_cnn")
     state = torch.cuda.get_rng_state()
     found = []

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .extra import counting
 from .loss import Loss
-from .vectors import Vector, norm, plus, random, scaled, wide
+from .vectors import Vector, checked, norm, plus, random, scaled
 
 Evaluate: TypeAlias = "Callable[[Vector | None], tuple[float, Vector]]"
 """From a displacement δ (``None``: 0) to the value there and its gradient."""
@@ -138,23 +138,12 @@ def zeroth_order_flatness(
     (0.5, True)
     """
     ball = _Ball(rho, max_iterations, tolerance)
-    _check_starts(loss, restarts, starts)
-    loss.check()
-    with loss.measuring() as theta, counting(progress, "zeroth-order flatness") as tick:
-
-        def evaluate(delta: Vector | None) -> tuple[float, Vector]:
-            loss.move(theta, delta)
-            tick()
-            return loss.gradient()
-
-        at_zero = evaluate(None)
-        at_theta = at_zero[0]
-        points = _starting_points(loss, at_zero[1], ball, restarts, seed, starts)
-        found = _maximise(evaluate, at_zero, points, ball, at_theta, lambda value: value - at_theta, loss.resolution)
-        # a rise below the rounding of the loss is not known
-        flat = rho == 0 or norm(at_zero[1]) == 0
-        known = flat or found.value > 8 * loss.resolution * abs(at_theta)
-        return found if known else replace(found, converged=False)
+    found, slope = _search(
+        loss, ball, loss.gradient, lambda value, at_theta: value - at_theta, restarts, seed, starts, progress
+    )
+    # a rise below the rounding of the loss is not known
+    known = rho == 0 or slope == 0 or found.value > 8 * loss.resolution * abs(found.loss)
+    return found if known else replace(found, converged=False)
 
 
 def first_order_flatness(
@@ -184,43 +173,56 @@ def first_order_flatness(
     (1.0, True)
     """
     ball = _Ball(rho, max_iterations, tolerance)
-    _check_starts(loss, restarts, starts)
+    return _search(loss, ball, loss.norm_gradient, lambda value, _: rho * value, restarts, seed, starts, progress)[0]
+
+
+def _search(
+    loss: Loss,
+    ball: _Ball,
+    read: Callable[[], tuple[float, Vector]],
+    bound: Callable[[float, float], float],
+    restarts: int,
+    seed: int,
+    starts: Sequence[Sequence[Tensor]],
+    progress: bool,
+) -> tuple[Flatness, float]:
+    """The largest value in the ball, and the length of its gradient at θ.
+
+    ``read`` gives value and gradient at the parameters as they are, ``bound`` the measure of a value and of L(θ).
+    """
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    given = [checked(start, loss.params, "a start") for start in starts]
     loss.check()
-    with loss.measuring() as theta, counting(progress, "first-order flatness") as tick:
+    with loss.measuring() as theta, counting(progress, "ascent in the ball") as tick:
 
         def evaluate(delta: Vector | None) -> tuple[float, Vector]:
             loss.move(theta, delta)
             tick()
-            return loss.norm_gradient()
+            return read()
 
         at_theta = loss.value()
         at_zero = evaluate(None)
-        points = _starting_points(loss, at_zero[1], ball, restarts, seed, starts)
-        return _maximise(evaluate, at_zero, points, ball, at_theta, lambda value: rho * value, loss.resolution)
+        points = _starting_points(loss, at_zero[1], ball, restarts, seed, given)
+        found = _maximise(
+            evaluate, at_zero, points, ball, at_theta, lambda value: bound(value, at_theta), loss.resolution
+        )
+        return found, norm(at_zero[1])
 
 
 def _starting_points(
-    loss: Loss, slope: Vector, ball: _Ball, restarts: int, seed: int, starts: Sequence[Sequence[Tensor]]
+    loss: Loss, slope: Vector, ball: _Ball, restarts: int, seed: int, starts: Sequence[Vector]
 ) -> Iterator[Vector | None]:
     """Those given; θ itself (``None``), unless nothing leads up from there; and random points of the sphere."""
     generator = torch.Generator().manual_seed(seed)
     for start in starts:
-        yield ball.project([x.detach().to(p.device, wide(p.dtype)) for x, p in zip(start, loss.params, strict=True)])
+        yield ball.project(start)
     if norm(slope) > 0:
         yield None
         restarts -= 1
     for _ in range(restarts):
         direction = random(loss.params, generator)
         yield scaled(direction, ball.rho / norm(direction))
-
-
-def _check_starts(loss: Loss, restarts: int, starts: Sequence[Sequence[Tensor]]) -> None:
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, got {restarts}")
-    for start in starts:
-        if [x.shape for x in start] != [p.shape for p in loss.params]:
-            given = [tuple(x.shape) for x in start]
-            raise ValueError(f"a start must have a tensor a parameter, of its shape, got {given}")
 
 
 def _maximise(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import hvp, rng
+from . import vectors
 from .batches import (
     buffers_of,
     checked,
@@ -255,13 +256,11 @@ class Loss:
             SecondDerivativeError: the loss cannot be differentiated twice; besides as :meth:`value`.
             ValueError: a vector of other shapes than the parameters.
         """
-        if [x.shape for x in vector] != [p.shape for p in self.params]:
-            given = [tuple(x.shape) for x in vector]
-            raise ValueError(f"a vector must have a tensor a parameter, of its shape, got {given}")
+        wide_vector = vectors.checked(vector, self.params, "a vector")
         with self._within():
             weight = 0.0
             sums = self._zeros()
-            v = [x.to(param.device, param.dtype) for x, param in zip(vector, self.params, strict=True)]
+            v = [x.to(param.dtype) for x, param in zip(wide_vector, self.params, strict=True)]
             for term, n in self._read():
                 grads = hvp.gradient([differentiable(term())], self.params, twice=True)
                 self._add(sums, hvp.product(grads, self.params, v), self._factor(n))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .extra import counting
 from .loss import Loss
-from .vectors import Vector, norm, plus, random, scaled, wide
+from .vectors import Vector, checked, norm, plus, random, scaled
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def slice_1d(
     >>> slice_1d(Loss.from_closure(lambda: weight.square().sum(), [weight]), [torch.ones(1)], [-1.0, 0.0, 2.0])
     Slice(offsets=(-1.0, 0.0, 2.0), loss=(1.0, 0.0, 4.0), gradient_norm=(2.0, 0.0, 4.0))
     """
-    d = _checked(loss, direction)
+    d = checked(direction, loss.params, "a direction")
     ts = tuple(map(float, [(i - 15) / 15 for i in range(31)] if offsets is None else offsets))
     loss.check()
     with loss.measuring() as theta, counting(progress, "slice", len(ts)) as tick:
@@ -97,7 +97,7 @@ def slice_2d(
     >>> slice_2d(loss, [torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 1.0])], ([0.0, 1.0], [0.0, 2.0])).loss
     ((0.0, 4.0), (1.0, 5.0))
     """
-    a, b = _checked(loss, first), _checked(loss, second)
+    a, b = (checked(d, loss.params, "a direction") for d in (first, second))
     line = [(i - 7) / 7 for i in range(15)]
     rows, columns = (tuple(map(float, ts)) for ts in ((line, line) if offsets is None else offsets))
     loss.check()
@@ -105,14 +105,6 @@ def slice_2d(
         found = [[_at(loss, theta, plus(scaled(a, s), b, t), tick) for t in columns] for s in rows]
     values = tuple(tuple(value for value, _ in row) for row in found)
     return Surface((rows, columns), values, tuple(tuple(size for _, size in row) for row in found))
-
-
-def _checked(loss: Loss, direction: Sequence[Tensor]) -> Vector:
-    if [x.shape for x in direction] != [p.shape for p in loss.params]:
-        raise ValueError(
-            f"a direction must have a tensor a parameter, of its shape, got {[tuple(x.shape) for x in direction]}"
-        )
-    return [x.detach().to(p.device, wide(p.dtype)) for x, p in zip(direction, loss.params, strict=True)]
 
 
 def _at(loss: Loss, theta: Vector, delta: Vector, tick: Callable[[], None]) -> tuple[float, float]:

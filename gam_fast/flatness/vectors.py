@@ -21,6 +21,22 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize == 2 else dtype
 
 
+def checked(given: Sequence[Tensor], params: Sequence[Tensor], name: str) -> Vector:
+    """``given`` as a vector of the parameters' shape, on their devices.
+
+    Raises:
+        ValueError: it has other shapes.
+
+    >>> checked([torch.ones(2)], [torch.zeros(3)], "a start")
+    Traceback (most recent call last):
+    ValueError: a start must have a tensor a parameter, of its shape, got [(2,)]
+    """
+    if [x.shape for x in given] != [p.shape for p in params]:
+        shapes = [tuple(x.shape) for x in given]
+        raise ValueError(f"{name} must have a tensor a parameter, of its shape, got {shapes}")
+    return [x.detach().to(p.device, wide(p.dtype)) for x, p in zip(given, params, strict=True)]
+
+
 def norm(a: Vector) -> float:
     """‖a‖.
 
