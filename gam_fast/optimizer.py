@@ -1,13 +1,12 @@
 """The engine: a torch optimizer that takes every step by a recipe around a base optimizer.
 
-The transient part of a step is in :mod:`gam_fast.walk`; here is what lasts: parameter groups, state, options.
+Its steps are in :mod:`gam_fast.stepping`; here is what lasts: parameter groups, state, options.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from typing import Any, ClassVar
 
@@ -15,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Backend, select
-from .backends.base import Direction
+from .bases import build_base
+from .distributed import SYNC, check_supported
 from .recipes import BASE, Recipe, fold_plan
-from .turn import Turn
-from .updates import fused_update
-from .walk import Settings, Shard, SkipStep, Walk
+from .stepping import Progress, Stepper
 
 _ON_NONFINITE = ("raise", "skip", "ignore")
 
 
-class FlatOptimizer(torch.optim.Optimizer):
+class FlatOptimizer(Stepper):
     """A torch optimizer that hands its base optimizer the direction of a :class:`~gam_fast.recipes.Recipe`.
 
     The classes of :mod:`gam_fast.methods` (GAM, SAM, …) are this class with a recipe each.
@@ -44,6 +42,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass.
         freeze_running_statistics: switch for what ``model`` does.
         clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
+        sync: in several processes of data parallelism, ``"global"``: each pass averages its gradient, as
+            DistributedDataParallel does, and all processes go to the same points. ``"local"``: each process walks along
+            its own gradients (m-sharpness), and only the final direction is averaged, once; pass the
+            DistributedDataParallel as ``model``. It is what it says at the end of a step: the processes agree on which
+            parameters take part, and no process takes a step that another has left or found not finite.
         on_nonfinite: ``"raise"`` :class:`~gam_fast.walk.NonFiniteGradientError`, or ``"skip"`` the step and count it in
             :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking
             costs an accelerator one wait for the device at the end of a step, and a norm of the last gradient.
@@ -71,10 +74,11 @@ class FlatOptimizer(torch.optim.Optimizer):
         freeze_running_statistics: bool = True,
         clip_grad_norm: float | None = None,
         on_nonfinite: str = "raise",
+        sync: str = "global",
         **hyper: Any,
     ) -> None:
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        if sync not in SYNC:
+            raise ValueError(f"sync must be one of {', '.join(SYNC)}, got {sync!r}")
         if on_nonfinite not in _ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(_ON_NONFINITE)}, got {on_nonfinite!r}")
         if clip_grad_norm is not None and not (math.isfinite(clip_grad_norm) and clip_grad_norm > 0):
@@ -83,7 +87,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
         for name, value in own.items():
             self.recipe.check(name, value)
-        self.base = _build_base(params, base_optimizer, hyper)
+        self.base = build_base(params, base_optimizer, hyper)
         prefix = self.recipe.name.lower()
         self._keys = {name: f"{prefix}_{name}" if name in self.base.defaults else name for name in own}
         self._own_defaults = {self._keys[name]: value for name, value in own.items()}
@@ -91,8 +95,9 @@ class FlatOptimizer(torch.optim.Optimizer):
             self._check_group(group)
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
-        self._model = model
+        self.model = model
         self._options: dict[str, Any] = {
+            "sync": sync,
             "replay_rng": bool(replay_rng),
             "freeze_running_statistics": bool(freeze_running_statistics),
             "clip_grad_norm": clip_grad_norm,
@@ -100,8 +105,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         }
         for param in self._parameters():
             self._select(param.device)
-        self.skipped_steps = 0
-        self._walk: Walk | None = None
+        self._progress = Progress()
         for group in self.base.param_groups:
             self._complete_group(group)
         # torch's constructor would make groups and state of its own. Ours are those of the base optimizer (see the
@@ -127,6 +131,22 @@ class FlatOptimizer(torch.optim.Optimizer):
     def state(self, state: Any) -> None:
         self.base.state = state
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The module being trained. Set it where a wrapper is put around it later (by ``Accelerator.prepare``).
+
+        Raises:
+            TypeError: no module; a module of FSDP1 or DeepSpeed, which are not supported.
+        """
+        return self._model
+
+    @model.setter
+    def model(self, model: nn.Module | None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        check_supported(model, list(self._parameters()))
+        self._model = model
+
     def key(self, name: str) -> str:
         """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has a hyper-parameter so named.
 
@@ -138,133 +158,6 @@ class FlatOptimizer(torch.optim.Optimizer):
                 f"{self.recipe.name} has no hyper-parameter {name!r}; it has {', '.join(self._keys) or 'none'}"
             )
         return self._keys[name]
-
-    def passes(self) -> Iterator[Turn]:
-        """The passes of one step: run forward and backward once in the body for each.
-
-        The update happens when the loop asks for a pass after the last. Leaving the loop early undoes the step. The
-        hooks of ``register_step_pre_hook`` and ``register_step_post_hook`` run around the update.
-
-        Raises:
-            RuntimeError: a pass ended without a gradient; a parameter was modified during a pass (modified in the first
-                pass, it stays so; later, it is restored); or a step of this optimizer is already under way.
-            TypeError: a sparse gradient.
-            NonFiniteGradientError: a gradient with NaN or infinity, unless ``on_nonfinite`` says otherwise.
-
-        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-        >>> optimizer = FlatOptimizer([weight], torch.optim.SGD, lr=0.5)
-        >>> for turn in optimizer.passes():
-        ...     (weight**2).sum().backward()
-        >>> weight.tolist()
-        [0.0, 0.0]
-        """
-        self._refuse_nesting("passes()")
-        return self._run(hooked=True)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
-
-        For ``ExactGAM`` it returns the loss and does not call backward.
-
-        Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
-        returns nothing, which is allowed). Without a closure, a recipe of one pass uses the gradients there are, as any
-        torch optimizer; the others refuse.
-
-        Raises:
-            RuntimeError, TypeError, NonFiniteGradientError: as :meth:`passes`.
-
-        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-        >>> optimizer = FlatOptimizer([weight], torch.optim.SGD, lr=0.5)
-        >>> def closure():
-        ...     loss = (weight**2).sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> optimizer.step(closure).item()
-        25.0
-        """
-        if self._walk is not None and self._walk.complete and closure is None:
-            self._walk.finish(self._update)
-            return None
-        self._refuse_nesting("step()")
-        if closure is None:
-            self._step_without_closure()
-            return None
-        first = None
-        with contextlib.closing(self._run(hooked=False)) as turns:
-            for turn in turns:
-                with torch.enable_grad():
-                    loss = closure()
-                if self.recipe.second_order:
-                    turn.backward(loss)
-                    loss = loss.detach()  # its graph would live as long as the loss does
-                if turn.index == 0:
-                    first = loss
-        return first
-
-    def _run(self, hooked: bool) -> Generator[Turn, None, None]:
-        self._refuse_nesting("passes()")
-        n = self.recipe.passes
-        with self._open() as walk:
-            for index in range(n):
-                walk.begin()
-                yield Turn(index, n, walk.backward)
-                walk.collect()
-                if index < n - 1:
-                    walk.move()
-            walk.complete = True
-            if hooked:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
-                self.step()
-            else:
-                walk.finish(self._update)
-
-    def _step_without_closure(self) -> None:
-        if self.recipe.passes > 1:
-            raise RuntimeError(
-                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
-                "called once a pass, or run forward and backward in `for turn in optimizer.passes():`"
-            )
-        with self._open() as walk:
-            walk.collect()
-            walk.finish(self._update)
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Walk]:
-        self._check_can_step()
-        settings = Settings(self.recipe, self._select, self._model, **self._options)
-        hyper = [
-            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()}
-            for group in self.param_groups
-        ]
-        walk = self._walk = Walk(settings, self.param_groups, hyper)
-        try:
-            with walk:
-                try:
-                    yield walk
-                except SkipStep:
-                    self.skipped_steps += 1
-                    self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
-                    raise
-        finally:
-            self._walk = None
-
-    def _update(self, directions: list[tuple[Shard, Direction]]) -> None:
-        """Restore θ and let the base optimizer step along the directions, one a device."""
-        update = fused_update(self.base)
-        if update is not None:
-            for shard, direction in directions:
-                update(self.base, shard.backend, shard.leaves, direction)
-            self.base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
-            return
-        grads = [(param, param.grad) for group in self.param_groups for param in group["params"]]
-        try:
-            for shard, direction in directions:
-                for param, grad in zip(shard.leaves.params, _materialise(shard, direction), strict=True):
-                    param.grad = grad
-            with torch.enable_grad():
-                self.base.step()
-        finally:
-            for param, grad in grads:
-                param.grad = grad
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; hyper-parameters it does not set get the constructor's values.
@@ -321,14 +214,14 @@ class FlatOptimizer(torch.optim.Optimizer):
             "_backend_name",
             "_model",
             "_options",
-            "skipped_steps",
         )
-        return {name: self.__dict__[name] for name in names if name in self.__dict__}
+        found = {name: self.__dict__[name] for name in names if name in self.__dict__}
+        return {**found, "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._backends = {}
-        self._walk = None
-        super().__setstate__(state)
+        self._progress = Progress(state.get("skipped_steps", 0))
+        super().__setstate__({name: value for name, value in state.items() if name != "skipped_steps"})
 
     def __repr__(self) -> str:
         backends = sorted({self._select(param.device).name for param in self._parameters()})
@@ -343,16 +236,6 @@ class FlatOptimizer(torch.optim.Optimizer):
         if device not in self._backends:
             self._backends[device] = select(self._backend_name, device)
         return self._backends[device]
-
-    def _check_can_step(self) -> None:
-        """For a method that cannot work in every process."""
-
-    def _refuse_nesting(self, what: str) -> None:
-        if self._walk is not None:
-            raise RuntimeError(
-                f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
-                "end, or close() the iterator to undo the step"
-            )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyper(group)
@@ -372,59 +255,3 @@ class FlatOptimizer(torch.optim.Optimizer):
     def _complete_group(self, group: dict[str, Any]) -> None:
         for key, value in self._own_defaults.items():
             group.setdefault(key, value)
-
-
-def _build_base(
-    params: Iterable[Any] | None,
-    base_optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer],
-    arguments: dict[str, Any],
-) -> torch.optim.Optimizer:
-    if isinstance(base_optimizer, torch.optim.Optimizer):
-        base = base_optimizer
-        if arguments:
-            raise TypeError(
-                f"unexpected arguments {', '.join(sorted(arguments))}: base_optimizer is an instance, which has its own"
-            )
-        if params is not None and _ids(params) != _ids(base.param_groups):
-            raise ValueError("base_optimizer is an instance over other parameters than params; pass params=None")
-    elif callable(base_optimizer):
-        if params is None:
-            raise TypeError("params may be None only with an instance of an optimizer as base_optimizer")
-        base = base_optimizer(params, **arguments)
-    else:
-        raise TypeError(f"base_optimizer must be a torch optimizer class or instance, got {base_optimizer!r}")
-    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, FlatOptimizer):
-        raise TypeError(f"base_optimizer must make a torch optimizer that is not one of gam_fast, got {base!r}")
-    if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
-        why = "evaluates its own closure" if isinstance(base, torch.optim.LBFGS) else "needs sparse gradients"
-        raise TypeError(
-            f"{type(base).__name__} cannot be the base optimizer, because it {why}; use SGD, AdamW or another"
-        )
-    return base
-
-
-def _ids(params: Iterable[Any]) -> set[int]:
-    found = set()
-    for entry in params:
-        values = entry["params"] if isinstance(entry, dict) else [entry]
-        values = [values] if isinstance(values, Tensor) else values
-        found |= {id(value[1] if isinstance(value, tuple) else value) for value in values}
-    return found
-
-
-@torch.no_grad()
-def _materialise(shard: Shard, direction: Direction) -> list[Tensor]:
-    """The direction as tensors, and θ restored; in the storage of a gradient the engine holds, if it holds one."""
-    last = direction.terms[-1]
-    plain = (
-        len(direction.terms) == 1
-        and direction.q is None
-        and direction.limit is None
-        and all(p == 1.0 for p in direction.p[0])
-    )
-    if plain:
-        shard.backend.restore(shard.leaves)
-        return last
-    out = direction.terms[0] if len(direction.terms) > 1 else [torch.empty_like(param) for param in shard.leaves.params]
-    shard.backend.direction(shard.leaves, direction, out)
-    return out

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .backends.base import AdamGroup, Backend, Direction, Leaves, SGDGroup
+from .backends.base import AdamGroup, Backend, Direction, Leaves, SGDGroup, TensorList
+from .participants import Shard, materialise
+from .sharded import local, spread
 
-FusedUpdate: TypeAlias = Callable[[Optimizer, Backend, Leaves, Direction], None]
+FusedUpdate: TypeAlias = "Callable[[Optimizer, Backend, TensorList, Leaves, Direction], None]"
+"""By the base optimizer, the backend, the parameters that the leaves are (or are local parts of), the direction."""
 
 _SGD_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 _ADAM_NUMBERS = ("lr", "eps", "weight_decay")
@@ -51,11 +54,45 @@ def fused_update(base: Optimizer) -> FusedUpdate | None:
     return None
 
 
+def apply(base: Optimizer, directions: list[tuple[Shard, Direction]]) -> None:
+    """Restore θ and let the base optimizer step along the directions, one a device."""
+    update = fused_update(base)
+    if update is not None:
+        for shard, direction in directions:
+            update(base, shard.backend, shard.owners, shard.leaves, direction)
+        base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
+        return
+    grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
+    try:
+        for shard, direction in directions:
+            for param, grad in zip(shard.owners, materialise(shard, direction), strict=True):
+                param.grad = spread(grad, param)
+        with torch.enable_grad():
+            base.step()
+    finally:
+        for param, grad in grads:
+            param.grad = grad
+
+
+def only_makes_state(base: Optimizer) -> bool:
+    """Whether lr and all gradients are 0: so torch.distributed.checkpoint lets an optimizer make its state.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.zeros(2)
+    >>> only_makes_state(torch.optim.SGD([weight], lr=0.0)), only_makes_state(torch.optim.SGD([weight], lr=0.1))
+    (True, False)
+    """
+    if any(group.get("lr") != 0.0 for group in base.param_groups):
+        return False
+    grads = [param.grad for group in base.param_groups for param in group["params"]]
+    return not any(grad is None or bool(local(grad).any()) for grad in grads)
+
+
 def _all_numbers(groups: Sequence[dict[str, Any]], names: tuple[str, ...]) -> bool:
     return not any(isinstance(group[name], Tensor) for group in groups for name in names)
 
 
-def sgd_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) -> None:
+def sgd_update(base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction) -> None:
     """Restore, and one step of :class:`torch.optim.SGD` along ``d`` (formula: :meth:`Backend.sgd`)."""
     groups = [
         SGDGroup(
@@ -69,20 +106,20 @@ def sgd_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) 
         for group in base.param_groups
     ]
     buffers: list[Tensor | None] = []
-    for param, group in zip(leaves.params, leaves.group, strict=True):
+    for param, group in zip(owners, leaves.group, strict=True):
         has_momentum = groups[group].momentum != 0.0
         buffers.append(base.state.get(param, {}).get("momentum_buffer") if has_momentum else None)
     first = [buffer is None for buffer in buffers]
-    for i, param in enumerate(leaves.params):
+    for i, param in enumerate(owners):
         if first[i] and groups[leaves.group[i]].momentum != 0.0:
             buffers[i] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    backend.sgd(leaves, d, buffers, first, groups)
-    for param, buffer in zip(leaves.params, buffers, strict=True):
+    backend.sgd(leaves, d, [None if buffer is None else local(buffer) for buffer in buffers], first, groups)
+    for param, buffer in zip(owners, buffers, strict=True):
         if buffer is not None:
             base.state[param]["momentum_buffer"] = buffer
 
 
-def adam_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction) -> None:
+def adam_update(base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction) -> None:
     """Restore, and one step of :class:`torch.optim.Adam` or AdamW along ``d`` (formula: :meth:`Backend.adam`).
 
     Raises:
@@ -107,7 +144,7 @@ def adam_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction)
         for group in base.param_groups
     ]
     states = []
-    for param, group in zip(leaves.params, leaves.group, strict=True):
+    for param, group in zip(owners, leaves.group, strict=True):
         state = dict(base.state.get(param, {}))
         if not state:
             step_dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -122,12 +159,12 @@ def adam_update(base: Optimizer, backend: Backend, leaves: Leaves, d: Direction)
     backend.adam(
         leaves,
         d,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [state.get("max_exp_avg_sq") for state in states],
+        [local(state["exp_avg"]) for state in states],
+        [local(state["exp_avg_sq"]) for state in states],
+        [local(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None for state in states],
         steps,
         groups,
     )
-    for param, state in zip(leaves.params, states, strict=True):
+    for param, state in zip(owners, states, strict=True):
         base.state[param] = state
     torch._foreach_add_([state["step"] for state in states], 1.0)

@@ -7,21 +7,24 @@ order counts its Hessian-vector products among the vectors, each after the gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from . import hvp, scalars
-from .backends.base import Backend, Direction, FoldInto, Leaves, Products, Scalar, TensorList
-from .backends.scalars import steps
+from . import hvp, scalars, second_order
+from .amp import LossScale
+from .backends.base import Backend, Direction, FoldInto, Products, Scalar
 from .batchnorm import FreezeRunningStatistics
-from .ownership import as_dtype, is_alike, is_large_on_cpu, take, take_sole
+from .distributed import LocalSync, reshard, without_last_sync
+from .participants import Participants, Shard, materialise
 from .recipes import Move, Recipe, fold_plan
 from .rng import ReplayRNG
+from .sharded import Layout, add_up_over_processes
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -43,15 +46,7 @@ class Settings:
     freeze_running_statistics: bool = True
     clip_grad_norm: float | None = None
     on_nonfinite: str = "raise"
-
-
-@dataclass(eq=False)
-class Shard:
-    """The leaves of one device, and the gradients being held for them, by pass."""
-
-    backend: Backend
-    leaves: Leaves = field(default_factory=Leaves)
-    grads: dict[int, TensorList] = field(default_factory=dict)
+    sync: str = "global"
 
 
 Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
@@ -64,9 +59,19 @@ class Walk:
         settings: what the optimizer was constructed with.
         groups: the parameter groups.
         hyper: the recipe's hyper-parameters, by group.
+        scale: the loss scaling of this step.
+        by_loop: whether a loop over ``passes()`` drives it, and not a closure.
     """
 
-    def __init__(self, settings: Settings, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        groups: Sequence[dict[str, Any]],
+        hyper: Sequence[dict[str, Any]],
+        scale: LossScale | None = None,
+        *,
+        by_loop: bool = False,
+    ) -> None:
         self.settings = settings
         self.recipe = recipe = settings.recipe
         self.groups = groups
@@ -85,9 +90,9 @@ class Walk:
             [s * d[i] if d else 0.0 for s, (_, d, _) in zip(signs[i], coefficients, strict=True)]
             for i in range(recipe.vectors)
         ]
-        self.params = [(param, g) for g, group in enumerate(groups) for param in group["params"]]
-        self.shards: dict[torch.device, Shard] = {}
-        self.active: dict[Tensor, Shard] = {}
+        self.shards = Participants(groups, settings.select, recipe.name)
+        self.params = self.shards.params
+        self.by_loop = by_loop
         self.complete = False
         self.finished = False
         self._losses: list[Tensor] = []
@@ -96,8 +101,14 @@ class Walk:
         self._on_host = all(scalars.reads_are_free(param.device) for param, _ in self.params)
         self._totals: list[Scalar | Products] = []
         self._known_finite: set[int] = set()
-        self._spare: dict[Tensor, Tensor] = {}
-        self._versions: list[int] = []
+        self._scale = scale
+        self._looks = scale is not None or settings.on_nonfinite != "ignore"
+        self._device = self.params[0][0].device if self.params else torch.device("cpu")
+        self._local: LocalSync | None = None
+        if settings.sync == "local" and LocalSync.is_needed():
+            self._local = LocalSync(settings.model, self._device)
+        self._micro_batches: list[Any] | None = None
+        self._on_exit = contextlib.ExitStack()
         self._grad_enabled = True
         self._begun = False
         self._rng: ReplayRNG | None = None
@@ -110,6 +121,8 @@ class Walk:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        if self._over:
+            return False
         # Once the update is done the step stands, whatever a hook raises afterwards.
         undo = None if self.finished else kind
         # A Ctrl-C inside torch.no_grad() itself, here or before, would leave gradients switched off.
@@ -128,18 +141,34 @@ class Walk:
                 torch.set_grad_enabled(grad_enabled)
                 self._over = True
                 self._losses.clear()
-                self.shards.clear()
-                self.active.clear()
-                self._spare.clear()
+                self.shards.release()
+                self._on_exit.close()
+                if undo is not None:
+                    self._leave()
         return kind is not None and issubclass(kind, SkipStep)
+
+    def _leave(self) -> None:
+        """The step was undone: of what was gathered nothing is kept, and the other processes are told."""
+        reshard(self.settings.model)
+        if self._local is not None and self._begun:
+            # an error of the network would hide the one that the step is left by
+            with contextlib.suppress(RuntimeError):
+                self._local.give_up(len(self.params))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put θ back, bit for bit."""
-        for shard in self.shards.values():
-            leaves = shard.leaves
-            del leaves.backup[len(leaves.params) :], leaves.group[len(leaves.params) :]  # of an interrupted _activate
-            shard.backend.restore(leaves)
+        self.shards.restore()
+
+    @property
+    def over(self) -> bool:
+        """Whether the step was taken or undone."""
+        return self._over
+
+    @property
+    def in_last_pass(self) -> bool:
+        """Whether the last pass is under way."""
+        return self._begun and not self.complete and self.recipe.pass_of(self._newest + 1) == self.recipe.passes - 1
 
     def begin(self) -> None:
         """Before a pass: no gradients, the same random numbers, and the parameters' versions noted.
@@ -155,17 +184,24 @@ class Walk:
                 self._rng = ReplayRNG({param.device for param, _ in self.params})
                 self._rng.__enter__()
             self._statistics.__enter__()
-        recycle = self.recipe.passes > 1 and not self.active
-        for param, _ in self.params:
-            if recycle and param.grad is not None and is_large_on_cpu(param):
-                spare = take_sole(param)
-                if spare is not None and is_alike(spare, param):
-                    self._spare[param] = spare
-            param.grad = None
+            if self._local is not None:
+                self._on_exit.callback(self._local.close)
+                self._local.begin()
+        self.shards.clear_gradients(recycle=self.recipe.passes > 1)
         if self._rng is not None:
             self._rng.begin()
         self._statistics.begin()
-        self._versions = [param._version for param, _ in self.params]
+        self.shards.note_versions()
+
+    def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """What :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches` does."""
+        if self._micro_batches is None:
+            self._micro_batches = list(batches)
+            if not self._micro_batches:
+                raise ValueError("micro_batches() got none: the loader is at its end")
+        found = without_last_sync(self.settings.model, self._micro_batches)
+        self._on_exit.callback(found.close)  # its no_sync() ends with the step, however that ends
+        return found
 
     def _check_capture(self) -> None:
         """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
@@ -184,9 +220,12 @@ class Walk:
                 raise RuntimeError(
                     f"turn.backward(loss) outside the pass of {self.recipe.name} that the turn belongs to"
                 )
-            self._losses.append(hvp.check_loss(loss, self.recipe.name))
+            hvp.check_loss(loss, self.recipe.name)
+        scaled = loss if self._scale is None else self._scale.scale(loss)
+        if self.recipe.second_order:
+            self._losses.append(scaled)
         else:
-            loss.backward()
+            scaled.backward()
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -199,108 +238,44 @@ class Walk:
             TypeError: a sparse gradient.
         """
         index = self._newest + 1
-        graph = self._differentiate(index) if self.recipe.second_order else []
+        if self._scale is not None:
+            self._scale.check_pass(f"pass {self.recipe.pass_of(index)} of {self.recipe.name}")
+        graph: list[Tensor | None] = []
+        if self.recipe.second_order:
+            losses, self._losses = self._losses, []
+            graph = second_order.differentiate(self.recipe, self.shards, losses, index)
         if not self.recipe.has_product(index):
             graph.clear()
         self._take_in(index)
         if graph:
             self._multiply(index, graph)
 
-    def _differentiate(self, index: int) -> list[Tensor | None]:
-        """The gradient of the losses handed over, into ``param.grad``; as it can be differentiated again, for all."""
-        losses, self._losses = self._losses, []
-        called = any(param.grad is not None for param, _ in self.params)
-        if called or not losses:
-            wrong = "backward() was called in it" if called else "it ended without a loss"
-            name = self.recipe.name
-            raise RuntimeError(
-                f"pass {self.recipe.pass_of(index)} of {name}: {wrong}. {name} differentiates the loss itself, twice: "
-                f"{hvp.HOW_TO_GIVE_A_LOSS}"
-            )
-        twice = self.recipe.has_product(index)
-        params = [param for param, _ in self.params if param.requires_grad]
-        if not params:
-            raise RuntimeError(
-                f"no parameter of this {self.recipe.name} requires a gradient: there is nothing to optimize"
-            )
-        found = dict(zip(params, hvp.gradient(losses, params, twice=twice), strict=True))
-        for param, grad in found.items():
-            param.grad = None if grad is None else as_dtype(grad.detach(), param.dtype)
-        return [found.get(param) for param, _ in self.params]
-
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
-        """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector.
-
-        Scaled before and not after, so that a half-precision backward neither overflows nor underflows, whatever the
-        scale of the loss.
-        """
-        shards = list(self.shards.values())
-        squares = [shard.backend.square_norm(shard.leaves, shard.grads[index]) for shard in shards]
-        total = scalars.square_norm(squares, self._on_host)
+        """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector."""
+        total = self._square_norm(
+            [shard.backend.square_norm(shard.leaves, shard.grads[index]) for shard in self.shards]
+        )
         self._check_finite(total, {index})
-        units: dict[Tensor, Tensor] = {}
-        for shard in shards:
-            scale = steps([1.0], scalars.on(total, shard.leaves.params[0].device))[0]
-            units.update(zip(shard.leaves.params, hvp.scaled(shard.grads[index], scale), strict=True))
-        pairs = [(param, grad) for (param, _), grad in zip(self.params, graph, strict=True) if grad is not None]
-        params = [param for param, _ in pairs]
-        edges = hvp.edges([grad for _, grad in pairs])
-        pairs.clear()
-        graph.clear()
-        keep = index in self.plan[index][1]
-        if not keep:  # its memory is free from here on: of the graph, only the edges are held
-            self._drop(index)
-        products = hvp.product(edges, params, [units[param] for param in params])
-        edges.clear()
-        units.clear()
-        for shard in shards if keep else ():
-            shard.grads[index].clear()  # a reference less, so that they can be taken over
-            shard.grads[index] = [
-                torch.zeros_like(param) if param.grad is None else take(param) for param in shard.leaves.params
-            ]
-        for param, value in zip(params, products, strict=True):
-            param.grad = torch.zeros_like(param) if value is None else as_dtype(value, param.dtype)
-        products.clear()
+        second_order.multiply(self.shards, index, graph, total, keep=index in self.plan[index][1])
         self._take_in(index + 1)
-
-    def _drop(self, index: int) -> None:
-        for shard in self.shards.values():
-            del shard.grads[index]
-        for param, _ in self.params:
-            param.grad = None
 
     def _take_in(self, index: int) -> None:
         """What is in ``param.grad`` becomes vector ``index``."""
-        versions = self._versions or [param._version for param, _ in self.params]
-        for (param, group), version in zip(self.params, versions, strict=True):
-            if param._version != version:
-                raise RuntimeError(
-                    f"{self._name(param, group)} was modified during pass {self.recipe.pass_of(index)} of "
-                    f"{self.recipe.name}; parameters must stay as the optimizer set them until the step is over"
-                )
-            if param.grad is not None:
-                self._check_gradient(param, group)
-                if param not in self.active:
-                    self._activate(param, group)
-        if not any(param.grad is not None for param in self.active):
-            mend = (
-                "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
-            )
-            if self.recipe.second_order:
-                mend = "the loss does not depend on the parameters of this optimizer"
-            raise RuntimeError(
-                f"pass {self.recipe.pass_of(index)} of {self.recipe.name} ended without a gradient for any parameter: "
-                f"{mend}"
-            )
+        mend = "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
+        if self.recipe.second_order:
+            mend = "the loss does not depend on the parameters of this optimizer"
         last = index == self.recipe.vectors - 1
         keep = not last and index in self.plan[index][1] and not self.recipe.has_product(index)
-        for shard in self.shards.values():
-            missing = [param.grad is None for param in shard.leaves.params]
-            shard.grads[index] = [
-                torch.zeros_like(param) if absent else as_dtype(take(param) if keep else _gradient(param), param.dtype)
-                for param, absent in zip(shard.leaves.params, missing, strict=True)
-            ]
+        where = f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
+        self.shards.take_in(index, keep=keep, where=where, mend=mend)
         self._newest = index
+
+    def _square_norm(self, squares: Sequence[Tensor]) -> Scalar:
+        """The sum of what the shards gave, over devices and processes."""
+        return scalars.square_norm(add_up_over_processes(squares, self._layouts()), self._on_host)
+
+    def _layouts(self) -> list[Layout | None]:
+        return [shard.layout for shard in self.shards]
 
     @torch.no_grad()
     def move(self) -> None:
@@ -311,20 +286,19 @@ class Walk:
         folds, live = self.plan[index]
         eta = [float(h[self.recipe.adaptive]) for h in self.hyper] if self.recipe.adaptive else None
         minus = move.minus
-        shards = list(self.shards.values())
-        total = scalars.square_norm(
+        shards = list(self.shards)
+        total = self._square_norm(
             [
                 s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
                 for s in shards
-            ],
-            self._on_host,
+            ]
         )
         self._check_finite(total, {move.along} if minus is None else {move.along, minus})
         sign = [1.0] * len(self.groups) if self.recipe.is_product(move.along) else self.sign
         radius = [s * float(h[move.radius]) for s, h in zip(sign, self.hyper, strict=True)]
         for shard in shards:
             if not shard.leaves.saved:
-                shard.leaves.backup = self._allocate_backup(shard)
+                shard.leaves.backup = self.shards.allocate_backup(shard)
             into = []
             for fold in folds:
                 part = self.c if fold.part == "u" else self.d
@@ -351,23 +325,22 @@ class Walk:
         """After the last pass: the direction of every shard, to ``update``, which restores θ and takes the step."""
         last = self.recipe.vectors - 1
         gradients = [*(self.plan[-1][1] if self.plan else ()), last]
+        self._unscale(gradients)
         projected = bool(self.recipe.m)
         c = [self.c[k] for k in gradients]
         d = [self.d[k] for k in gradients]
         q: list[list[float]] | None = None
+        limit = self.settings.clip_grad_norm
         products: Products | None = None
-        if projected or self.settings.clip_grad_norm is not None or self.settings.on_nonfinite != "ignore":
-            products = scalars.inner_products(
+        if projected or limit is not None or self._looks:
+            products = self._inner_products(
                 [
-                    shard.backend.inner_products(
-                        shard.leaves,
+                    (
                         Direction([shard.grads[k] for k in gradients], list(c)),
                         Direction([shard.grads[k] for k in gradients], list(d)) if projected else None,
-                        len(self.groups),
                     )
-                    for shard in self.shards.values()
-                ],
-                self._on_host,
+                    for shard in self.shards
+                ]
             )
             self._check_finite(products, set(gradients))
         if projected:
@@ -377,73 +350,94 @@ class Walk:
                 [x - gamma * y for gamma, x, y in zip(self.gamma, cs, ds, strict=True)]
                 for cs, ds in zip(c, d, strict=True)
             ]
+        if self._local is not None:
+            self._agree()
+            limit = None  # what is clipped is the mean
         directions = []
-        for device, shard in self.shards.items():
+        for shard in self.shards:
             terms = [shard.grads[k] for k in gradients]
-            seen = None if products is None else scalars.products_on(products, device)
-            directions.append((shard, Direction(terms, c, q, seen, self.gamma, self.settings.clip_grad_norm)))
-        update(directions)
+            seen = None if products is None else scalars.products_on(products, shard.leaves.params[0].device)
+            directions.append((shard, Direction(terms, c, q, seen, self.gamma, limit)))
+        update(directions if self._local is None else self._averaged(directions))
         self.finished = True
+        if self._scale is not None:
+            self._scale.report(True, self._device)
         if self.recipe.second_order:  # what is there is no gradient of the loss
             for param, _ in self.params:
                 param.grad = None
 
+    def _unscale(self, gradients: Sequence[int]) -> None:
+        """Take the loss scaling out of what the direction is combined from."""
+        if self._scale is None:
+            return
+        for shard in self.shards:
+            inverse = self._scale.inverse(shard.leaves.params[0].device)
+            for k in gradients:
+                torch._foreach_mul_(shard.grads[k], inverse)
+
+    def _inner_products(self, combinations: Sequence[tuple[Direction, Direction | None]]) -> Products:
+        """The products of one pair of combinations a shard, over devices and processes."""
+        tables = [
+            shard.backend.inner_products(shard.leaves, u, m, len(self.groups))
+            for shard, (u, m) in zip(self.shards, combinations, strict=True)
+        ]
+        return scalars.inner_products(add_up_over_processes(tables, self._layouts()), self._on_host)
+
+    def _agree(self) -> None:
+        """With the other processes of a local step: all take it or none does, with the same parameters."""
+        assert self._local is not None
+        finite = not self._looks or scalars.is_finite(self._totals)
+        found = self._local.agree([param in self.shards for param, _ in self.params], nonfinite=not finite)
+        if found.failed:
+            raise RuntimeError(
+                f"this step of {self.recipe.name} was left by an exception on rank {_listed(found.failed)}; it is "
+                "undone on all ranks"
+            )
+        if found.nonfinite:
+            self._refuse(f"a pass of {self.recipe.name} on rank {_listed(found.nonfinite)}")
+        for (param, group), present in zip(self.params, found.present, strict=True):
+            if present and param not in self.shards:
+                self.shards.activate(param, group)
+
+    def _averaged(self, directions: Sequence[tuple[Shard, Direction]]) -> list[tuple[Shard, Direction]]:
+        """The mean of the directions over the processes of a local step, clipped."""
+        assert self._local is not None
+        limit = self.settings.clip_grad_norm
+        ones = [[1.0] * len(self.groups)]
+        made = [(shard, materialise(shard, direction)) for shard, direction in directions]
+        of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
+        self._local.average([of[param] for param, _ in self.params if param in of])
+        products = None if limit is None else self._inner_products([(Direction([xs], ones), None) for _, xs in made])
+        return [(shard, Direction([xs], ones, None, products, self.gamma, limit)) for shard, xs in made]
+
     def _check_finite(self, total: Scalar | Products, vectors: set[int]) -> None:
-        """Undo the step when a vector is not finite. A CPU looks at once, an accelerator after the last pass only."""
-        if self.settings.on_nonfinite == "ignore":
+        """Undo the step when a vector is not finite. A CPU looks at once, an accelerator after the last pass only.
+
+        A local step looks when the processes agree.
+        """
+        if not self._looks:
             return
         self._totals.append(total)
-        if not self._on_host and self._newest < self.recipe.vectors - 1:
+        if self._local is not None or (not self._on_host and self._newest < self.recipe.vectors - 1):
             return
         if scalars.is_finite(self._totals):
             self._known_finite |= vectors
             return
+        suspects = sorted({str(self.recipe.pass_of(vector)) for vector in vectors - self._known_finite})
+        self._refuse(f"{f'pass {_listed(suspects)}' if self._on_host else 'a pass'} of {self.recipe.name}")
+
+    def _refuse(self, where: str) -> None:
+        """Leave a step with a gradient that is not finite."""
+        if self._scale is not None:
+            self._scale.report(False, self._device)
+            raise SkipStep
         if self.settings.on_nonfinite == "skip":
             raise SkipStep
-        suspects = sorted({str(self.recipe.pass_of(vector)) for vector in vectors - self._known_finite})
-        where = f"pass {' or '.join(suspects)}" if self._on_host else "a pass"
         raise NonFiniteGradientError(
-            f"{where} of {self.recipe.name} gave a gradient that is not finite; parameters, running statistics and "
-            "random state are as before the step. on_nonfinite='skip' goes on with the next batch instead"
+            f"{where} gave a gradient that is not finite; parameters, running statistics and random state are as "
+            "before the step. on_nonfinite='skip' goes on with the next batch instead"
         )
 
-    def _allocate_backup(self, shard: Shard) -> TensorList:
-        params = shard.leaves.params
-        fresh = iter(shard.backend.allocate([param for param in params if param not in self._spare]))
-        return [self._spare.pop(param) if param in self._spare else next(fresh) for param in params]
 
-    def _activate(self, param: Tensor, group: int) -> None:
-        """Let a parameter take part from now on; in the passes before, its gradient counts as zero."""
-        shard = self.shards.get(param.device)
-        if shard is None:
-            held = next(iter(self.shards.values())).grads if self.shards else {}
-            shard = Shard(self.settings.select(param.device), grads={k: [] for k in held})
-            self.shards[param.device] = shard
-        if shard.leaves.saved:
-            shard.leaves.backup.append(param.clone(memory_format=torch.preserve_format))
-        shard.leaves.group.append(group)
-        shard.leaves.params.append(param)
-        for grads in shard.grads.values():
-            grads.append(torch.zeros_like(param))
-        self.active[param] = shard
-
-    def _check_gradient(self, param: Tensor, group: int) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"{self._name(param, group)} has a gradient of layout {grad.layout}; {self.recipe.name} needs dense "
-                "gradients: construct the module with sparse=False"
-            )
-
-    def _name(self, param: Tensor, group: int) -> str:
-        position = next(i for i, other in enumerate(self.groups[group]["params"]) if other is param)
-        names = self.groups[group].get("param_names")
-        called = f" ({names[position]})" if names else ""
-        return f"parameter {position} of group {group}{called}, of shape {tuple(param.shape)},"
-
-
-def _gradient(param: Tensor) -> Tensor:
-    """The gradient, to be read until the next pass."""
-    assert param.grad is not None
-    return param.grad
+def _listed(values: Iterable[object]) -> str:
+    return " or ".join(map(str, values))

@@ -1,0 +1,191 @@
+"""Data parallelism: averaging gradients in each pass, or the final direction once, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+SYNC = ("global", "local")
+
+BUCKET_BYTES = 25 << 20
+"""What is averaged at once, as in DistributedDataParallel; larger tensors are averaged in place."""
+
+
+def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that ``model`` is, or contains (a compiled model contains what it compiles)."""
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, DistributedDataParallel):
+            return module
+    return None
+
+
+def check_supported(model: nn.Module | None, params: Sequence[Tensor]) -> None:
+    """Refuse parameters that another library keeps in a way that a step cannot move and restore.
+
+    Raises:
+        TypeError: FSDP1 or DeepSpeed; the message says what to use.
+    """
+    modules = list(model.modules()) if model is not None else []
+    first_fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, first_fsdp) for module in modules) or any(
+        getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False) for param in params
+    ):
+        raise TypeError(
+            "FullyShardedDataParallel (FSDP1) is not supported: it flattens parameters, and its state is not that of "
+            "the optimizer. Use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    is_engine = any(type(module).__module__.split(".")[0] == "deepspeed" for module in modules)
+    if is_engine or any(hasattr(param, "ds_id") for param in params):
+        raise TypeError(
+            "DeepSpeed is not supported: it takes gradients away in the backward pass and steps by itself. Use "
+            "torch.distributed.fsdp.fully_shard (ZeRO-3), or DistributedDataParallel with "
+            "torch.distributed.optim.ZeroRedundancyOptimizer as base_optimizer (ZeRO-1)"
+        )
+
+
+def reshard(model: nn.Module | None) -> None:
+    """After a step was undone: no module of ``fully_shard`` keeps a gathered copy of parameters that were moved."""
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, kind):
+            module.reshard()
+
+
+def without_last_sync(model: nn.Module | None, batches: Sequence[Any]) -> Generator[Any, None, None]:
+    """The batches, gradients being averaged over processes with the last of them only."""
+    parallel = data_parallel(model)
+    for i, batch in enumerate(batches):
+        waits = parallel is not None and i < len(batches) - 1
+        with parallel.no_sync() if waits and parallel is not None else contextlib.nullcontext():
+            yield batch
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the processes told each other at the end of a step.
+
+    Attributes:
+        failed: the ranks that left the step by an exception.
+        nonfinite: the ranks on which a gradient was not finite.
+        present: for each parameter, whether any process has a gradient for it.
+    """
+
+    failed: list[int]
+    nonfinite: list[int]
+    present: list[bool]
+
+
+class LocalSync:
+    """A step whose passes stay on each process (m-sharpness): only the final direction is averaged.
+
+    Args:
+        model: the model; gradients of a DistributedDataParallel in it are not averaged during the passes, and its
+            buffers are those of rank 0 at the start of a step, as in its own forward.
+        device: where the processes talk.
+    """
+
+    def __init__(self, model: nn.Module | None, device: torch.device) -> None:
+        self._model = data_parallel(model)
+        self._group: Any = self._model.process_group if self._model is not None else distributed.group.WORLD
+        self._device = device
+        self._world = distributed.get_world_size(self._group)
+        self._rank = distributed.get_rank(self._group)
+        self._stack = contextlib.ExitStack()
+        self._agreed = False
+
+    @staticmethod
+    def is_needed() -> bool:
+        """Whether there are several processes."""
+        return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+    def begin(self) -> None:
+        """Before the first pass."""
+        if self._model is None:
+            return
+        self._stack.enter_context(self._model.no_sync())
+        if self._model.broadcast_buffers:
+            source = distributed.get_global_rank(self._group, 0)
+            for flat, parts in _buckets(list(self._model.module.buffers())):
+                distributed.broadcast(flat, source, group=self._group)
+                _scatter(flat, parts)
+
+    def agree(self, present: Sequence[bool], *, nonfinite: bool = False) -> Agreement:
+        """All processes learn what each has to say; each calls this once a step, or :meth:`give_up`."""
+        return self._tell(present, nonfinite, failed=False)
+
+    def give_up(self, count: int) -> None:
+        """This process leaves the step by an exception; the others, which have ``count`` parameters too, are told."""
+        if not self._agreed:
+            self._tell([False] * count, nonfinite=False, failed=True)
+
+    def _tell(self, present: Sequence[bool], nonfinite: bool, failed: bool) -> Agreement:
+        self._agreed = True
+        world = self._world
+        said = [0] * (2 * world)
+        said[self._rank], said[world + self._rank] = int(failed), int(nonfinite)
+        flags = torch.tensor([*said, *map(int, present)], dtype=torch.int32, device=self._device)
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self._group)
+        heard = flags.tolist()
+        ranks = range(world)
+        return Agreement(
+            [rank for rank in ranks if heard[rank]],
+            [rank for rank in ranks if heard[world + rank]],
+            [bool(flag) for flag in heard[2 * world :]],
+        )
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """The mean over the processes, in place; the tensors are in the same order on each. Same bits on all."""
+        pending: list[tuple[Any, Tensor, Sequence[Tensor]]] = []
+        for flat, parts in _buckets(tensors):
+            flat.mul_(1.0 / self._world)  # before the sum, which could overflow in half precision
+            pending.append((distributed.all_reduce(flat, group=self._group, async_op=True), flat, parts))
+            if len(pending) > 1:
+                self._finish(*pending.pop(0))
+        for entry in pending:
+            self._finish(*entry)
+
+    @staticmethod
+    def _finish(work: Any, flat: Tensor, parts: Sequence[Tensor]) -> None:
+        work.wait()
+        _scatter(flat, parts)
+
+    def close(self) -> None:
+        """After the step."""
+        self._stack.close()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    """Flat copies of tensors of one device and dtype, up to :data:`BUCKET_BYTES`; a large tensor itself."""
+    open_: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    filled: dict[tuple[torch.device, torch.dtype], int] = {}
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if size >= BUCKET_BYTES and tensor.is_contiguous():
+            yield tensor, ()
+            continue
+        key = (tensor.device, tensor.dtype)
+        if filled.get(key, 0) + size > BUCKET_BYTES and key in open_:
+            yield _flatten(open_[key]), open_.pop(key)
+            filled[key] = 0
+        open_.setdefault(key, []).append(tensor)
+        filled[key] = filled.get(key, 0) + size
+    for bucket in open_.values():
+        yield _flatten(bucket), bucket
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+@torch.no_grad()
+def _scatter(flat: Tensor, parts: Sequence[Tensor]) -> None:
+    """Copy a bucket back to where it came from."""
+    for part, values in zip(parts, flat.split([part.numel() for part in parts]), strict=True) if parts else ():
+        part.copy_(values.view(part.shape))

@@ -1,0 +1,259 @@
+"""One step, driven by a loop over its passes or by a closure.
+
+The transient part of a step is in :mod:`gam_fast.walk`; what lasts is in :mod:`gam_fast.optimizer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .amp import LossScale
+from .backends import Backend
+from .recipes import BASE, Recipe
+from .turn import Turn
+from .updates import apply, only_makes_state
+from .walk import Settings, SkipStep, Walk
+
+
+@dataclass(eq=False)
+class Progress:
+    """What moves in every step; one object, so that wrappers with a copy of the optimizer's attributes see it move."""
+
+    skipped_steps: int = 0
+    walk: Walk | None = None
+    turn: Turn | None = None
+
+
+class Stepper(torch.optim.Optimizer):
+    """The steps of :class:`gam_fast.optimizer.FlatOptimizer`, which has what lasts between them."""
+
+    recipe: ClassVar[Recipe] = BASE
+    base: torch.optim.Optimizer
+    _keys: dict[str, str]
+    _own_defaults: dict[str, Any]
+    _options: dict[str, Any]
+    _model: nn.Module | None
+    _progress: Progress
+
+    def _select(self, device: torch.device) -> Backend:
+        raise NotImplementedError
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were undone because a gradient was not finite (``on_nonfinite="skip"``, or a scaler)."""
+        return self._progress.skipped_steps
+
+    @property
+    def turn(self) -> Turn | None:
+        """The pass that is under way, for code that is called in it, such as a closure; ``None`` between steps."""
+        return self._progress.turn
+
+    @property
+    def _walk(self) -> Walk | None:
+        return self._progress.walk
+
+    def passes(self, scaler: Any = None) -> Iterator[Turn]:
+        """The passes of one step: run forward and backward once in the body for each.
+
+        The update happens when the loop asks for a pass after the last, or, where a framework wants to see it, when
+        :meth:`step` is called in the last. Leaving the loop early undoes the step. The hooks of
+        ``register_step_pre_hook`` and ``register_step_post_hook`` run around the update.
+
+        Args:
+            scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
+                in each pass, and neither ``scaler.unscale_``, ``scaler.step`` nor ``scaler.update``: the step does all
+                that. A gradient that is not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the
+                scale goes down, and :attr:`skipped_steps` up.
+
+        Raises:
+            RuntimeError: a pass ended without a gradient; a parameter was modified during a pass (modified in the first
+                pass, it stays so; later, it is restored); a step of this optimizer is already under way; the loss was
+                not scaled, or its gradient was unscaled, where there is a scaler; with ``sync="local"``, another
+                process left the step by an exception.
+            TypeError: a sparse gradient.
+            NonFiniteGradientError: a gradient with NaN or infinity, unless ``on_nonfinite`` says otherwise.
+
+        >>> from gam_fast import Base
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = Base([weight], torch.optim.SGD, lr=0.5)
+        >>> for turn in optimizer.passes():
+        ...     (weight**2).sum().backward()
+        >>> weight.tolist()
+        [0.0, 0.0]
+        """
+        self._refuse_nesting("passes()")
+        return self._run(self._loss_scale(scaler), by_loop=True)
+
+    def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:
+        """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
+
+        For ``ExactGAM`` it returns the loss and does not call backward.
+
+        Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
+        returns nothing, which is allowed). Without a closure, a recipe of one pass uses the gradients there are, as any
+        torch optimizer; the others refuse. Without one in the last pass of a loop over :meth:`passes`, it takes that
+        step there and then, and the loop ends.
+
+        Args:
+            closure: what evaluates the loss.
+            scaler: as for :meth:`passes`; the closure calls ``scaler.scale(loss).backward()``.
+
+        Raises:
+            RuntimeError, TypeError, NonFiniteGradientError: as :meth:`passes`.
+
+        >>> from gam_fast import Base
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = Base([weight], torch.optim.SGD, lr=0.5)
+        >>> def closure():
+        ...     loss = (weight**2).sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure).item()
+        25.0
+        """
+        walk = self._walk
+        if walk is not None and walk.by_loop and (walk.complete or (walk.in_last_pass and closure is None)):
+            return self._end(walk, closure)
+        self._refuse_nesting("step()")
+        scale = self._loss_scale(scaler)
+        if closure is None:
+            self._step_without_closure(scale)
+            return None
+        first = None
+        with contextlib.closing(self._run(scale)) as turns:
+            for turn in turns:
+                with torch.enable_grad():
+                    loss = closure()
+                if self.recipe.second_order:
+                    turn.backward(loss)
+                    loss = loss.detach()  # its graph would live as long as the loss does
+                if turn.index == 0:
+                    first = loss
+        return first
+
+    def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Accumulation: the same micro-batches in each pass of a step, whose gradients add up.
+
+        To be iterated over in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum
+        of the losses: divide each by their number for the mean. An iterator is read once, in the first pass. Gradients
+        of a DistributedDataParallel (``model``) are averaged over its processes with the last micro-batch only.
+
+        Args:
+            batches: the micro-batches of the step, such as ``itertools.islice(loader_iterator, 4)``.
+
+        Raises:
+            RuntimeError: outside a step.
+            ValueError: there is none.
+
+        >>> from gam_fast import Base
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = Base([weight], torch.optim.SGD, lr=0.5)
+        >>> for turn in optimizer.passes():
+        ...     for x in optimizer.micro_batches([0.25, 0.75]):
+        ...         (x * weight).sum().backward()
+        >>> weight.item()
+        0.5
+        """
+        if self._walk is None:
+            raise RuntimeError(
+                "micro_batches() outside a step: iterate over it in the body of `for turn in optimizer.passes():`, or "
+                "in the closure"
+            )
+        return self._walk.micro_batches(batches)
+
+    def _loss_scale(self, scaler: Any) -> LossScale | None:
+        scale = None if scaler is None else LossScale(scaler, self)
+        return scale if scale is not None and scale.enabled else None
+
+    def _run(self, scale: LossScale | None, *, by_loop: bool = False) -> Generator[Turn, None, None]:
+        self._refuse_nesting("passes()")
+        n = self.recipe.passes
+        with self._open(scale, by_loop=by_loop) as walk:
+            for index in range(n):
+                walk.begin()
+                self._progress.turn = turn = Turn(index, n, walk.backward)
+                yield turn
+                if walk.over:  # step() was called in the last pass
+                    return
+                walk.collect()
+                if index < n - 1:
+                    walk.move()
+            walk.complete = True
+            if by_loop:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
+                self.step()
+            else:
+                walk.finish(partial(apply, self.base))
+
+    def _end(self, walk: Walk, closure: Callable[[], Any] | None) -> Any:
+        """The update of a loop, all passes of which are made or in the last of which it is.
+
+        A wrapper that steps with a closure of its own, such as Lightning's, has it called.
+        """
+        if walk.complete:
+            result = None if closure is None else closure()
+            walk.finish(partial(apply, self.base))
+            return result
+        with self._closing(walk):
+            walk.collect()
+            walk.complete = True
+            walk.finish(partial(apply, self.base))
+        return None
+
+    def _step_without_closure(self, scale: LossScale | None) -> None:
+        if self.recipe.passes > 1:
+            if only_makes_state(self.base):
+                self.base.step()
+                return
+            raise RuntimeError(
+                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
+                "called once a pass, or run forward and backward in `for turn in optimizer.passes():`. Where a "
+                "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning with "
+                "precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs no scaler"
+            )
+        with self._open(scale) as walk:
+            walk.collect()
+            walk.finish(partial(apply, self.base))
+
+    @contextlib.contextmanager
+    def _open(self, scale: LossScale | None, *, by_loop: bool = False) -> Iterator[Walk]:
+        self._check_can_step()
+        settings = Settings(self.recipe, self._select, self._model, **self._options)
+        hyper = [
+            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()}
+            for group in self.param_groups
+        ]
+        walk = self._progress.walk = Walk(settings, self.param_groups, hyper, scale, by_loop=by_loop)
+        with self._closing(walk):
+            yield walk
+
+    @contextlib.contextmanager
+    def _closing(self, walk: Walk) -> Iterator[None]:
+        """To the end of a step, or back to its beginning."""
+        try:
+            with walk:
+                try:
+                    yield
+                except SkipStep:
+                    self._progress.skipped_steps += 1
+                    self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
+                    raise
+        finally:
+            if self._progress.walk is walk:
+                self._progress.walk = self._progress.turn = None
+
+    def _check_can_step(self) -> None:
+        """For a method that cannot work in every process."""
+
+    def _refuse_nesting(self, what: str) -> None:
+        if self._walk is not None:
+            raise RuntimeError(
+                f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
+                "end, or close() the iterator to undo the step"
+            )

@@ -1,0 +1,142 @@
+"""Several processes with one process group, for the tests of distributed training on a CPU.
+
+Processes are started once and used by many tests, each of which gets a process group of its own. One that does not
+answer in time is killed, with a message that says what each process was doing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+SECONDS = 120
+"""In which a function has to be done on all ranks."""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+class RankError(Exception):
+    """A function raised on a rank, or did not end."""
+
+
+def _serve(rank: int, world: int, pipe: Connection, stacks: str) -> None:
+    torch.set_num_threads(1)
+    log = Path(stacks).open("w")  # noqa: SIM115  # faulthandler writes to it as long as the process lives
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    while True:
+        try:
+            function, arguments, port, seconds = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
+        )
+        try:
+            distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+            torch.manual_seed(0)
+            try:
+                answer = (True, function(rank, world, *arguments))
+            finally:
+                distributed.destroy_process_group()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+class Ranks:
+    """A pool of ``world`` processes."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._context = multiprocessing.get_context("spawn")
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._folder = tempfile.TemporaryDirectory()
+
+    def _start(self) -> None:
+        for rank in range(self.world):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=_serve, args=(rank, self.world, theirs, self._stacks(rank)), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _stacks(self, rank: int) -> str:
+        return str(Path(self._folder.name, f"{rank}.txt"))
+
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
+        """What ``function(rank, world, *arguments)`` returns, by rank.
+
+        Raises:
+            RankError: it raised somewhere, or is not done in time.
+        """
+        answers = self.answers(function, *arguments, seconds=seconds)
+        failed = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
+        if failed:
+            raise RankError("\n".join(failed))
+        return [value for _, value in answers]
+
+    def answers(
+        self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS
+    ) -> list[tuple[bool, Any]]:
+        """As :meth:`run`; for each rank, whether it went well, and the result or the traceback."""
+        if not self._processes:
+            self._start()
+        port = free_port()
+        for pipe in self._pipes:
+            pipe.send((function, arguments, port, seconds))
+        deadline = time.monotonic() + seconds
+        answers: list[tuple[bool, Any] | None] = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                there = pipe.poll(max(0.0, deadline - time.monotonic()))
+                answers.append(pipe.recv() if there else None)
+            except (EOFError, ConnectionError):
+                self._processes[rank].join()
+                answers.append((False, f"the process ended with code {self._processes[rank].exitcode}"))
+        late = [rank for rank, answer in enumerate(answers) if answer is None]
+        if late:
+            where = self._where(late)
+            self.close()
+            raise RankError(f"{function.__name__}: ranks {late} of {self.world} not done in {seconds} s\n{where}")
+        if any(process.exitcode is not None for process in self._processes):
+            self.close()
+        return [answer for answer in answers if answer is not None]
+
+    def _where(self, late: list[int]) -> str:
+        for rank in late:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(1)
+        return "\n".join(f"rank {rank}:\n{Path(self._stacks(rank)).read_text()}" for rank in late)
+
+    def close(self) -> None:
+        """End the processes; the next :meth:`run` starts others."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
