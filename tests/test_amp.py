@@ -1,0 +1,323 @@
+"""Gradient scalers: the same trajectory as without, overflow in any pass undone and reported, misuse in words."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import torch
+from cases import METHODS, closure_of, loss_of, make
+from snapshots import assert_same, everything
+from torch import nn
+
+import gam_fast
+
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+PASSES = [(name, at) for name in ("base", "sam", "gam") for at in range(METHODS[name].passes)]
+
+
+def scaler_of(**options):
+    return torch.amp.GradScaler("cpu", **{"init_scale": 1024.0, "growth_interval": 3, **options})
+
+
+def setting(method_name="gam", dtype=torch.float64, base=torch.optim.SGD, model_name="mlp", **options):
+    method = METHODS[method_name]
+    model, batches = make(model_name, dtype)
+    arguments = {"lr": 0.1, "momentum": 0.9} if base is torch.optim.SGD else {"lr": 0.01, "eps": 1e-4}
+    return model, method.optimizer(model.parameters(), base, model=model, **arguments, **method.hyper, **options), batches
+
+
+def by_turn(model, optimizer, scaler, x, y):
+    for turn in optimizer.passes(scaler=scaler):
+        turn.backward(loss_of(model, x, y))
+
+
+def by_scale(model, optimizer, scaler, x, y):
+    for _ in optimizer.passes(scaler):
+        scaler.scale(loss_of(model, x, y)).backward()
+
+
+def by_closure(model, optimizer, scaler, x, y):
+    def closure():
+        loss = loss_of(model, x, y)
+        scaler.scale(loss).backward()
+        return loss
+
+    returned = optimizer.step(closure, scaler=scaler)
+    assert returned is None or returned < 100.0  # not scaled
+
+
+FORMS = {"turn": by_turn, "scale": by_scale, "closure": by_closure}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_the_trajectory_is_that_without_a_scaler(method_name, base, form):
+    model, optimizer, batches = setting(method_name, base=base)
+    plain, plain_optimizer, _ = setting(method_name, base=base)
+    scaler = scaler_of()
+    for x, y in batches:
+        FORMS[form](model, optimizer, scaler, x, y)
+        plain_optimizer.step(closure_of(plain, x, y))
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-11)
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-9)  # unscaled
+    assert scaler.get_scale() == 2048.0  # grown after three steps, whatever the number of passes
+    assert optimizer.skipped_steps == 0
+
+
+def sam_by_hand(model, base, scaler, x, y, rho):
+    """SAM with a scaler as one writes it by torch's own means: every gradient is unscaled by hand."""
+    params = list(model.parameters())
+
+    def gradient():
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model, x, y)
+        scaled = torch.autograd.grad(loss * scaler.get_scale(), params)
+        return [g / scaler.get_scale() for g in scaled]
+
+    start = [p.detach().clone() for p in params]
+
+    def at(theta):
+        with torch.no_grad():
+            for p, value in zip(params, theta, strict=True):
+                p.copy_(value)
+        return gradient()
+
+    direction = reference.sam(at, start, rho=rho)
+    with torch.no_grad():
+        for p, value, d in zip(params, start, direction, strict=True):
+            p.copy_(value)
+            p.grad = d
+    base.step()
+
+
+def test_fp16_autocast_against_a_loop_by_hand():
+    model, batches = make("mlp", torch.float32)
+    plain = copy.deepcopy(model)
+    optimizer = gam_fast.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.1)
+    base = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    scaler = scaler_of(growth_interval=1000)
+    for x, y in batches:
+        for turn in optimizer.passes(scaler=scaler):
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(model, x, y)
+            turn.backward(loss)
+        sam_by_hand(plain, base, scaler, x, y, rho=0.1)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_small_gradients_survive_half_precision_only_with_a_scaler():
+    def gradients(scaler):
+        model, batches = make("mlp", torch.float32)
+        optimizer = gam_fast.SAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.1)
+        x, y = batches[0]
+        for turn in optimizer.passes(scaler=scaler):
+            with torch.autocast("cpu", torch.float16):
+                out = model(x)
+            turn.backward(out.float().square().mean() * 1e-7)
+        return [p.grad.clone() for p in model.parameters()]
+
+    model, batches = make("mlp", torch.float32)
+    (model(batches[0][0]).square().mean() * 1e-7).backward()
+    size = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
+    kept = sum(g.square().sum() for g in gradients(scaler_of(init_scale=2.0**20))).sqrt()
+    lost = sum(g.square().sum() for g in gradients(None)).sqrt()
+    assert 0.8 < kept / size < 1.3
+    assert lost / size < 0.8
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_overflow_in_any_pass_undoes_the_step_and_lowers_the_scale(method_name, at, policy, form):
+    model, optimizer, batches = setting(method_name, model_name="batchnorm_cnn", on_nonfinite=policy)
+    scaler = scaler_of()
+    FORMS[form](model, optimizer, scaler, *batches[0])
+    before = everything(model, optimizer)
+    passes = []
+
+    def spoil(grad):
+        passes.append(None)
+        torch.rand(1)  # random state is undone too
+        return torch.full_like(grad, float("inf")) if len(passes) - 1 == at else grad
+
+    first = next(model.parameters())
+    handle = first.register_hook(spoil)
+    FORMS[form](model, optimizer, scaler, *batches[1])
+    handle.remove()
+    assert_same(before, everything(model, optimizer))
+    assert optimizer.skipped_steps == 1
+    assert scaler.get_scale() == 512.0
+    assert optimizer.turn is None
+    FORMS[form](model, optimizer, scaler, *batches[1])
+    assert optimizer.skipped_steps == 1
+    assert not torch.equal(before[0]["net.0.weight"], first)
+
+
+def test_a_scale_that_is_too_large_finds_its_way_down():
+    model, batches = make("mlp", torch.float32)
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    scaler = scaler_of(init_scale=2.0**40, growth_interval=1000)
+    losses = []
+    for _ in range(60):
+        for turn in optimizer.passes(scaler=scaler):
+            with torch.autocast("cpu", torch.float16):
+                loss = loss_of(model, *batches[0])
+            turn.backward(loss)
+            if turn.index == 0:
+                losses.append(loss.item())
+    assert 5 < optimizer.skipped_steps < 40
+    assert scaler.get_scale() == 2.0 ** (40 - optimizer.skipped_steps)
+    assert losses[-1] < losses[0]
+
+
+def test_clipping_is_of_the_unscaled_direction():
+    model, optimizer, batches = setting(clip_grad_norm=0.05)
+    plain, plain_optimizer, _ = setting(clip_grad_norm=0.05)
+    for x, y in batches:
+        by_turn(model, optimizer, scaler_of(), x, y)
+        plain_optimizer.step(closure_of(plain, x, y))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("sam_rho", [None, 0.05])
+def test_exact_gam(sam_rho):
+    def made():
+        model, batches = make("mlp")
+        options = {} if sam_rho is None else {"sam_rho": sam_rho}
+        return model, gam_fast.ExactGAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model, **options), batches
+
+    (model, optimizer, batches), (plain, plain_optimizer, _) = made(), made()
+    scaler = scaler_of()
+    for x, y in batches:
+        loss = optimizer.step(lambda x=x, y=y: loss_of(model, x, y), scaler=scaler)
+        assert loss < 100.0
+        plain_optimizer.step(lambda x=x, y=y: loss_of(plain, x, y))
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+    before = everything(model, optimizer)
+    optimizer.step(lambda: loss_of(model, *batches[0]) * float("inf"), scaler=scaler)
+    assert_same(before, everything(model, optimizer))
+    assert (optimizer.skipped_steps, scaler.get_scale()) == (1, 1024.0)
+
+
+def test_a_disabled_scaler_is_no_scaler():
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    model, optimizer, batches = setting()
+    plain, plain_optimizer, _ = setting()
+    for x, y in batches:
+        by_scale(model, optimizer, scaler, x, y)
+        plain_optimizer.step(closure_of(plain, x, y))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(gam_fast.NonFiniteGradientError):
+        optimizer.step(lambda: (loss_of(model, x, y) * float("nan")).backward(), scaler=scaler)
+
+
+def test_an_exception_leaves_the_scaler_alone():
+    model, optimizer, batches = setting()
+    scaler = scaler_of()
+    by_turn(model, optimizer, scaler, *batches[0])
+    before, state = everything(model, optimizer), scaler.state_dict()
+
+    def raising():
+        for turn in optimizer.passes(scaler=scaler):
+            turn.backward(loss_of(model, *batches[1]))
+            if turn.index == 2:
+                raise KeyError("in pass 2")
+
+    with pytest.raises(KeyError, match="in pass 2"):
+        raising()
+    assert_same(before, everything(model, optimizer))
+    assert scaler.state_dict() == state
+    by_turn(model, optimizer, scaler, *batches[1])
+    assert scaler.state_dict()["_growth_tracker"] == state["_growth_tracker"] + 1
+
+
+def misused(model, optimizer, scaler, how, batch):
+    for turn in optimizer.passes(scaler=scaler):
+        loss = loss_of(model, *batch)
+        if how == "not scaled":
+            loss.backward()
+            continue
+        turn.backward(loss)
+        if turn.index == 1 and how == "unscaled":
+            scaler.unscale_(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("not scaled", r"no loss was scaled in pass 0 of GAM: call turn.backward\(loss\)"),
+        ("unscaled", r"scaler.unscale_ was called in pass 1 of GAM.*clip_grad_norm="),
+    ],
+)
+def test_misuse_of_the_scaler_is_refused(how, message):
+    model, optimizer, batches = setting()
+    before = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match=message):
+        misused(model, optimizer, scaler_of(), how, batches[0])
+    assert_same(before, everything(model, optimizer))
+
+
+def test_the_scalers_own_step_says_what_to_do():
+    model, optimizer, batches = setting()
+    scaler = scaler_of()
+    scaler.scale(loss_of(model, *batches[0])).backward()
+    before = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"GAM takes 4 passes.*GradScaler.*passes\(scaler=scaler\)"):
+        scaler.step(optimizer)
+    assert_same(before, everything(model, optimizer))
+
+
+def test_the_scalers_own_step_serves_a_method_of_one_pass():
+    model, optimizer, batches = setting("base")
+    plain, plain_optimizer, _ = setting("base")
+    scaler = scaler_of()
+    for x, y in batches:
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, x, y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        plain_optimizer.step(closure_of(plain, x, y))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaler", [3, "cpu", nn.Linear(1, 1)])
+def test_what_is_no_scaler_is_refused(scaler):
+    _, optimizer, _ = setting()
+    with pytest.raises(TypeError, match="scaler must be a torch.amp.GradScaler or None, got"):
+        optimizer.passes(scaler=scaler)
+    with pytest.raises(TypeError, match="scaler must be a torch.amp.GradScaler or None, got"):
+        optimizer.step(lambda: None, scaler=scaler)
+
+
+def test_bf16_autocast_needs_nothing():
+    model, batches = make("mlp", torch.float32)
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.2, momentum=0.9, model=model)
+    losses = []
+    for _ in range(20):
+        for turn in optimizer.passes():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, *batches[0])
+            turn.backward(loss)
+            if turn.index == 0:
+                losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_two_optimizers_share_a_scaler():
+    one, first, batches = setting("sam")
+    two, second, _ = setting("gam")
+    scaler = scaler_of(growth_interval=2)
+    by_turn(one, first, scaler, *batches[0])
+    by_turn(two, second, scaler, *batches[0])
+    assert scaler.get_scale() == 2048.0
