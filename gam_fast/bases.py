@@ -38,6 +38,11 @@ def build_base(
         raise TypeError(
             f"{type(base).__name__} cannot be the base optimizer, because it {why}; use SGD, AdamW or another"
         )
+    if getattr(base, "_overlap_with_ddp", False):
+        raise TypeError(
+            f"{type(base).__name__} with overlap_with_ddp=True cannot be the base optimizer, because it steps in the "
+            "backward pass; leave that out"
+        )
     return base
 
 

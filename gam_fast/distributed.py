@@ -89,10 +89,18 @@ class LocalSync:
         model: the model; gradients of a DistributedDataParallel in it are not averaged during the passes, and its
             buffers are those of rank 0 at the start of a step, as in its own forward.
         device: where the processes talk.
+
+    Raises:
+        ValueError: a DistributedDataParallel with ``static_graph=True``, which records its graph while it averages.
     """
 
     def __init__(self, model: nn.Module | None, device: torch.device) -> None:
         self._model = data_parallel(model)
+        if self._model is not None and self._model.static_graph:
+            raise ValueError(
+                "sync='local' with DistributedDataParallel(static_graph=True): torch records the graph in a pass whose "
+                "gradients are averaged, and there is none; leave static_graph out, or use sync='global'"
+            )
         self._group: Any = self._model.process_group if self._model is not None else distributed.group.WORLD
         self._device = device
         self._world = distributed.get_world_size(self._group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -54,12 +55,11 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: str) -> None:
         try:
             distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
             torch.manual_seed(0)
-            try:
-                answer = (True, function(rank, world, *arguments))
-            finally:
-                distributed.destroy_process_group()
+            answer = (True, function(rank, world, *arguments))
+            distributed.destroy_process_group()
         except BaseException:
-            answer = (False, traceback.format_exc())
+            pipe.send((False, traceback.format_exc()))
+            os._exit(1)  # what others wait for will never come, and the group could not be left in order
         pipe.send(answer)
 
 
@@ -71,9 +71,10 @@ class Ranks:
         self._context = multiprocessing.get_context("spawn")
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = ""
 
     def _start(self) -> None:
+        self._folder = tempfile.mkdtemp()
         for rank in range(self.world):
             ours, theirs = self._context.Pipe()
             process = self._context.Process(
@@ -85,7 +86,7 @@ class Ranks:
             self._pipes.append(ours)
 
     def _stacks(self, rank: int) -> str:
-        return str(Path(self._folder.name, f"{rank}.txt"))
+        return str(Path(self._folder, f"{rank}.txt"))
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
         """What ``function(rank, world, *arguments)`` returns, by rank.
@@ -122,7 +123,7 @@ class Ranks:
             where = self._where(late)
             self.close()
             raise RankError(f"{function.__name__}: ranks {late} of {self.world} not done in {seconds} s\n{where}")
-        if any(process.exitcode is not None for process in self._processes):
+        if not all(answer is not None and answer[0] for answer in answers):
             self.close()
         return [answer for answer in answers if answer is not None]
 
@@ -139,4 +140,6 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        if self._processes:
+            shutil.rmtree(self._folder)
         self._processes, self._pipes = [], []

@@ -26,7 +26,11 @@ def setting(method_name="gam", dtype=torch.float64, base=torch.optim.SGD, model_
     method = METHODS[method_name]
     model, batches = make(model_name, dtype)
     arguments = {"lr": 0.1, "momentum": 0.9} if base is torch.optim.SGD else {"lr": 0.01, "eps": 1e-4}
-    return model, method.optimizer(model.parameters(), base, model=model, **arguments, **method.hyper, **options), batches
+    return (
+        model,
+        method.optimizer(model.parameters(), base, model=model, **arguments, **method.hyper, **options),
+        batches,
+    )
 
 
 def by_turn(model, optimizer, scaler, x, y):
