@@ -52,7 +52,7 @@ class Participants:
         self._shards: dict[tuple[torch.device, Layout | None], Shard] = {}
         self._active: dict[Tensor, Shard] = {}
         self._spare: dict[Tensor, Tensor] = {}
-        self._sharded = any(is_sharded(param) for param, _ in self.params)
+        self.sharded = any(is_sharded(param) for param, _ in self.params)
         self._versions: list[tuple[Tensor, int]] = []
 
     def __iter__(self) -> Iterator[Shard]:
@@ -66,7 +66,7 @@ class Participants:
 
     def clear_gradients(self, *, recycle: bool) -> None:
         """No parameter has a gradient. With ``recycle``, large ones on a CPU are kept to become the backup."""
-        recycle = recycle and not self._active and not self._sharded
+        recycle = recycle and not self._active and not self.sharded
         for param, _ in self.params:
             if recycle and param.grad is not None and is_large_on_cpu(param):
                 spare = take_sole(param)
@@ -80,7 +80,7 @@ class Participants:
 
     def _parts(self) -> TensorList:
         params = [param for param, _ in self.params]
-        return [local(param) for param in params] if self._sharded else params
+        return [local(param) for param in params] if self.sharded else params
 
     def take_in(self, index: int, *, keep: bool, where: str, mend: str) -> None:
         """What is in ``param.grad`` becomes vector ``index``, as the optimizer's own if it is to be kept.
@@ -113,7 +113,7 @@ class Participants:
 
     def _gradient(self, param: Tensor, keep: bool) -> Tensor:
         """The gradient, to be read until the next pass, or to be kept."""
-        if self._sharded:
+        if self.sharded:
             return take_local(param) if keep else local_gradient(param)
         if keep:
             return take(param)

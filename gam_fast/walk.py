@@ -106,6 +106,11 @@ class Walk:
         self._device = self.params[0][0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():
+            if self.shards.sharded:
+                raise TypeError(
+                    "sync='local' with sharded parameters: no process has a gradient of its own for all of them; use "
+                    "sync='global'"
+                )
             self._local = LocalSync(settings.model, self._device)
         self._micro_batches: list[Any] | None = None
         self._on_exit = contextlib.ExitStack()

@@ -119,7 +119,7 @@ def test_small_gradients_survive_half_precision_only_with_a_scaler():
     def gradients(scaler):
         model, batches = make("mlp", torch.float32)
         optimizer = gam_fast.SAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.1)
-        x, y = batches[0]
+        x, _ = batches[0]
         for turn in optimizer.passes(scaler=scaler):
             with torch.autocast("cpu", torch.float16):
                 out = model(x)
