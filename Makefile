@@ -91,9 +91,10 @@ lint: setup-lint  ## ruff, mypy, clang-format
 	@files="$$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')"; \
 	  if [ -n "$$files" ]; then $(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $$files; fi
 
-bench: setup-test  ## time of each method's step and of its primitives, against torch and memory (ARGS="--quick")
+bench: setup-test  ## time of each method's step and of its primitives, and peak memory (ARGS="--quick")
 	$(PY) -m bench.overhead $(ARGS)
 	$(PY) -m bench.kernels $(ARGS)
+	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || exit 0; $(PY) -m bench.memory $(ARGS)
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.
 SANITIZED_TESTS ?= test_backends.py test_native.py test_cuda.py test_properties.py
@@ -137,7 +138,8 @@ gpu: $(ENVIRONMENT)  ## what waits for a real GPU: tests, compute-sanitizer, ben
 	  $(PY) -m bench.kernels --device cuda --backends eager,native,triton --json "bench/results/$${gpu}_kernels.json" && \
 	  $(PY) -m bench.overhead --device cuda --json "bench/results/$${gpu}_overhead.json" && \
 	  $(PY) -m bench.throughput --device cuda --json "bench/results/$${gpu}.json" && \
-	  $(PY) -m bench.curvature --device cuda --json "bench/results/$${gpu}_curvature.json"
+	  $(PY) -m bench.curvature --device cuda --json "bench/results/$${gpu}_curvature.json" && \
+	  $(PY) -m bench.memory --device cuda --json "bench/results/$${gpu}_memory.json"
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build dist *.egg-info .venv-cuda

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch.nn import functional as F
 import gam_fast
 
 from .contenders import HYPER, machine
+from .memory import allocated, in_a_process
 from .throughput import mlp, resnet18
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -153,20 +152,6 @@ def peak(model: str, method: str, batch: int, device: str, threads: int, backend
     return (allocated(device, "VmHWM") - before) / size
 
 
-def allocated(device: str, entry: str) -> int:
-    """Bytes in use: now (``VmRSS``), or at most since the process began (``VmHWM``)."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated() if entry == "VmRSS" else torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(entry)).split()[1])
-
-
-def in_a_process(*arguments: Any) -> float:
-    """:func:`peak` in a process that has done nothing else."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak, *arguments).result()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
@@ -188,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = times(model, arguments)
         unit = seconds["gradient"]
         options = (arguments.batch, arguments.device, arguments.threads, arguments.backend)
-        peaks = {method: in_a_process(model, method, *options) for method in METHODS}
+        peaks = {method: in_a_process(peak, model, method, *options) for method in METHODS}
         for name, value in seconds.items():
             rows.append({"model": model, "what": name, "ms": 1e3 * value, "gradients": value / unit})
             if name in peaks:

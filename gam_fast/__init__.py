@@ -12,12 +12,12 @@ from ._version import __version__
 
 require_torch()
 
-from . import backends, batchnorm, flatness, recipes, rng, schedules  # noqa: E402
+from . import backends, batchnorm, flatness, integrations, recipes, rng, schedules  # noqa: E402
+from .finite import NonFiniteGradientError  # noqa: E402
 from .hvp import SecondDerivativeError  # noqa: E402
 from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
 from .optimizer import FlatOptimizer  # noqa: E402
 from .turn import Turn  # noqa: E402
-from .walk import NonFiniteGradientError  # noqa: E402
 
 __all__ = [
     "ASAM",
@@ -37,6 +37,7 @@ __all__ = [
     "backends",
     "batchnorm",
     "flatness",
+    "integrations",
     "recipes",
     "rng",
     "schedules",

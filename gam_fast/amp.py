@@ -19,8 +19,49 @@ class _Outcome:
         self.param_groups = [{"params": [param]}]
 
 
+class GivenScale:
+    """A step that ``scaler.step(optimizer)`` calls, as frameworks do.
+
+    torch then hands the scale over in the attributes ``grad_scale`` and ``found_inf``, as it does to its own fused
+    optimizers, and leaves it to the optimizer to unscale and to skip. The caller updates the scaler.
+
+    Args:
+        grad_scale: the scale of the gradients; ``None`` if they were unscaled already.
+    """
+
+    def __init__(self, grad_scale: Tensor | None) -> None:
+        self.unscaled = grad_scale is None
+        self._inverse = torch.ones(()) if grad_scale is None else grad_scale.float().reciprocal()
+
+    @staticmethod
+    def take(optimizer: object) -> GivenScale | None:
+        """What was handed to the optimizer, if anything was."""
+        given = vars(optimizer)
+        return GivenScale(given["grad_scale"]) if "found_inf" in given else None
+
+    @staticmethod
+    def drop(optimizer: object) -> None:
+        """After an error, which torch leaves the attributes behind at."""
+        for name in ("grad_scale", "found_inf"):
+            vars(optimizer).pop(name, None)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss: whoever calls ``scaler.step`` scales it."""
+        return loss
+
+    def check_pass(self, where: str) -> None:
+        """The gradients of a pass are scaled, as far as can be known."""
+
+    def inverse(self, device: torch.device) -> Tensor:
+        """What unscales a gradient, a 0-dim tensor."""
+        return self._inverse.to(device)
+
+    def report(self, finite: bool, device: torch.device) -> None:
+        """The scaler has looked for itself."""
+
+
 class LossScale:
-    """One step under a gradient scaler.
+    """One step under a gradient scaler, which it updates.
 
     All passes of a step have one scale, and what is made of their gradients is linear in it or does not depend on it.
     So the gradients stay scaled until the last of them is there; only what the direction is combined from is unscaled.

@@ -47,7 +47,7 @@ class FlatOptimizer(Stepper):
             its own gradients (m-sharpness), and only the final direction is averaged, once; pass the
             DistributedDataParallel as ``model``. It is what it says at the end of a step: the processes agree on which
             parameters take part, and no process takes a step that another has left or found not finite.
-        on_nonfinite: ``"raise"`` :class:`~gam_fast.walk.NonFiniteGradientError`, or ``"skip"`` the step and count it in
+        on_nonfinite: ``"raise"`` :class:`~gam_fast.NonFiniteGradientError`, or ``"skip"`` the step and count it in
             :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking
             costs an accelerator one wait for the device at the end of a step, and a norm of the last gradient.
         hyper: the recipe's hyper-parameters and, where ``base_optimizer`` is a class, its arguments. Where the base
@@ -81,8 +81,7 @@ class FlatOptimizer(Stepper):
             raise ValueError(f"sync must be one of {', '.join(SYNC)}, got {sync!r}")
         if on_nonfinite not in _ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(_ON_NONFINITE)}, got {on_nonfinite!r}")
-        if clip_grad_norm is not None and not (math.isfinite(clip_grad_norm) and clip_grad_norm > 0):
-            raise ValueError(f"clip_grad_norm must be a positive number or None, got {clip_grad_norm!r}")
+        _check_clip(clip_grad_norm)
         fold_plan(self.recipe)  # refuses a table that needs more than three buffers
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
         for name, value in own.items():
@@ -146,6 +145,23 @@ class FlatOptimizer(Stepper):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
         check_supported(model, list(self._parameters()))
         self._model = model
+
+    @property
+    def clip_grad_norm(self) -> float | None:
+        """The norm over all groups that the final direction is scaled down to, ``None`` for no limit; may be set.
+
+        Raises:
+            RuntimeError: set during a step.
+            ValueError: not positive and finite.
+        """
+        limit: float | None = self._options["clip_grad_norm"]
+        return limit
+
+    @clip_grad_norm.setter
+    def clip_grad_norm(self, limit: float | None) -> None:
+        self._refuse_nesting("setting clip_grad_norm")
+        _check_clip(limit)
+        self._options["clip_grad_norm"] = limit
 
     def key(self, name: str) -> str:
         """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has a hyper-parameter so named.
@@ -255,3 +271,8 @@ class FlatOptimizer(Stepper):
     def _complete_group(self, group: dict[str, Any]) -> None:
         for key, value in self._own_defaults.items():
             group.setdefault(key, value)
+
+
+def _check_clip(limit: float | None) -> None:
+    if limit is not None and not (math.isfinite(limit) and limit > 0):
+        raise ValueError(f"clip_grad_norm must be a positive number or None, got {limit!r}")

@@ -6,20 +6,23 @@ The transient part of a step is in :mod:`gam_fast.walk`; what lasts is in :mod:`
 from __future__ import annotations
 
 import contextlib
+import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .amp import LossScale
+from .amp import GivenScale, LossScale
 from .backends import Backend
+from .finite import SkipStep
 from .recipes import BASE, Recipe
 from .turn import Turn
 from .updates import apply, only_makes_state
-from .walk import Settings, SkipStep, Walk
+from .walk import Settings, Walk
 
 
 @dataclass(eq=False)
@@ -29,12 +32,15 @@ class Progress:
     skipped_steps: int = 0
     walk: Walk | None = None
     turn: Turn | None = None
+    left: Callable[[], Tensor | None] | None = None
+    """Gives the first gradient that the last step left behind, as long as it is there; ``None`` before any step."""
 
 
 class Stepper(torch.optim.Optimizer):
     """The steps of :class:`gam_fast.optimizer.FlatOptimizer`, which has what lasts between them."""
 
     recipe: ClassVar[Recipe] = BASE
+    _step_supports_amp_scaling: ClassVar[bool] = True  # asked for by GradScaler.step
     base: torch.optim.Optimizer
     _keys: dict[str, str]
     _own_defaults: dict[str, Any]
@@ -59,18 +65,19 @@ class Stepper(torch.optim.Optimizer):
     def _walk(self) -> Walk | None:
         return self._progress.walk
 
-    def passes(self, scaler: Any = None) -> Iterator[Turn]:
+    def passes(self, scaler: Any = None) -> Generator[Turn, None, None]:
         """The passes of one step: run forward and backward once in the body for each.
 
         The update happens when the loop asks for a pass after the last, or, where a framework wants to see it, when
-        :meth:`step` is called in the last. Leaving the loop early undoes the step. The hooks of
-        ``register_step_pre_hook`` and ``register_step_post_hook`` run around the update.
+        :meth:`step` or ``scaler.step(optimizer)`` is called in the last. Leaving the loop early undoes the step. The
+        hooks of ``register_step_pre_hook`` and ``register_step_post_hook`` run around the update.
 
         Args:
             scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
                 in each pass, and neither ``scaler.unscale_``, ``scaler.step`` nor ``scaler.update``: the step does all
-                that. A gradient that is not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the
-                scale goes down, and :attr:`skipped_steps` up.
+                that. (Where a framework calls ``scaler.step`` and ``scaler.update``, leave this out.) A gradient that is
+                not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the scale goes down, and
+                :attr:`skipped_steps` up.
 
         Raises:
             RuntimeError: a pass ended without a gradient; a parameter was modified during a pass (modified in the first
@@ -79,6 +86,9 @@ class Stepper(torch.optim.Optimizer):
                 process left the step by an exception.
             TypeError: a sparse gradient.
             NonFiniteGradientError: a gradient with NaN or infinity, unless ``on_nonfinite`` says otherwise.
+
+        Warns:
+            UserWarning: somebody called backward() since the last step; those gradients are not used.
 
         >>> from gam_fast import Base
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -118,14 +128,19 @@ class Stepper(torch.optim.Optimizer):
         >>> optimizer.step(closure).item()
         25.0
         """
-        walk = self._walk
-        if walk is not None and walk.by_loop and (walk.complete or (walk.in_last_pass and closure is None)):
-            return self._end(walk, closure)
-        self._refuse_nesting("step()")
-        scale = self._loss_scale(scaler)
-        if closure is None:
-            self._step_without_closure(scale)
-            return None
+        given = GivenScale.take(self)
+        try:
+            walk = self._walk
+            if walk is not None and walk.by_loop and (walk.complete or (walk.in_last_pass and closure is None)):
+                return self._end(walk, closure, given)
+            self._refuse_nesting("step()")
+            scale = self._loss_scale(scaler)
+            if closure is None:
+                self._step_without_closure(scale or given)
+                return None
+        except BaseException:
+            GivenScale.drop(self)
+            raise
         first = None
         with contextlib.closing(self._run(scale)) as turns:
             for turn in turns:
@@ -176,6 +191,7 @@ class Stepper(torch.optim.Optimizer):
         self._refuse_nesting("passes()")
         n = self.recipe.passes
         with self._open(scale, by_loop=by_loop) as walk:
+            self._warn_of_unused_gradients()
             for index in range(n):
                 walk.begin()
                 self._progress.turn = turn = Turn(index, n, walk.backward)
@@ -191,22 +207,26 @@ class Stepper(torch.optim.Optimizer):
             else:
                 walk.finish(partial(apply, self.base))
 
-    def _end(self, walk: Walk, closure: Callable[[], Any] | None) -> Any:
+    def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None) -> Any:
         """The update of a loop, all passes of which are made or in the last of which it is.
 
         A wrapper that steps with a closure of its own, such as Lightning's, has it called.
         """
         if walk.complete:
             result = None if closure is None else closure()
+            if given is not None:
+                walk.unscale_by(given)
             walk.finish(partial(apply, self.base))
             return result
         with self._closing(walk):
+            if given is not None:
+                walk.unscale_by(given)
             walk.collect()
             walk.complete = True
             walk.finish(partial(apply, self.base))
         return None
 
-    def _step_without_closure(self, scale: LossScale | None) -> None:
+    def _step_without_closure(self, scale: LossScale | GivenScale | None) -> None:
         if self.recipe.passes > 1:
             if only_makes_state(self.base):
                 self.base.step()
@@ -214,15 +234,16 @@ class Stepper(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
                 "called once a pass, or run forward and backward in `for turn in optimizer.passes():`. Where a "
-                "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning with "
-                "precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs no scaler"
+                "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning's "
+                "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
+                "no scaler"
             )
         with self._open(scale) as walk:
             walk.collect()
             walk.finish(partial(apply, self.base))
 
     @contextlib.contextmanager
-    def _open(self, scale: LossScale | None, *, by_loop: bool = False) -> Iterator[Walk]:
+    def _open(self, scale: LossScale | GivenScale | None, *, by_loop: bool = False) -> Iterator[Walk]:
         self._check_can_step()
         settings = Settings(self.recipe, self._select, self._model, **self._options)
         hyper = [
@@ -247,6 +268,29 @@ class Stepper(torch.optim.Optimizer):
         finally:
             if self._progress.walk is walk:
                 self._progress.walk = self._progress.turn = None
+                left = self._first_gradient()
+                self._progress.left = (lambda: None) if left is None else weakref.ref(left)
+
+    def _first_gradient(self) -> Tensor | None:
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param.grad for param in params if param.grad is not None), None)
+
+    def _warn_of_unused_gradients(self) -> None:
+        """Where somebody called backward() since the last step: each pass computes gradients of its own.
+
+        Before the first step what is there may well be another optimizer's.
+        """
+        found, left = self._first_gradient(), self._progress.left
+        self._progress.left = None  # until the end of this step, if it comes to one
+        if found is not None and left is not None and left() is not found:
+            warnings.warn(
+                f"the gradients that were there before this step of {type(self).__name__} are not used: each of its "
+                "passes computes its own. Call no backward() before step(closure) or passes(); to accumulate over "
+                "micro-batches, have all of them in every pass, by optimizer.micro_batches() (Lightning's "
+                "accumulate_grad_batches and accelerator.accumulate() show the step the last of them only). Where they "
+                "are of something else, zero_grad() says so",
+                stacklevel=4,
+            )
 
     def _check_can_step(self) -> None:
         """For a method that cannot work in every process."""

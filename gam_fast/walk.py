@@ -17,22 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from . import hvp, scalars, second_order
-from .amp import LossScale
+from .amp import GivenScale, LossScale
 from .backends.base import Backend, Direction, FoldInto, Products, Scalar
 from .batchnorm import FreezeRunningStatistics
 from .distributed import LocalSync, reshard, without_last_sync
+from .finite import FiniteWatch, SkipStep, listed
 from .participants import Participants, Shard, materialise
 from .recipes import Move, Recipe, fold_plan
 from .rng import ReplayRNG
 from .sharded import Layout, add_up_over_processes
-
-
-class NonFiniteGradientError(FloatingPointError):
-    """A pass gave a gradient with NaN or infinity; the step was undone."""
-
-
-class SkipStep(Exception):
-    """Leaves a :class:`Walk` and undoes the step without an error to the user."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class Walk:
         settings: Settings,
         groups: Sequence[dict[str, Any]],
         hyper: Sequence[dict[str, Any]],
-        scale: LossScale | None = None,
+        scale: LossScale | GivenScale | None = None,
         *,
         by_loop: bool = False,
     ) -> None:
@@ -99,10 +92,6 @@ class Walk:
         self._over = False
         self._newest = -1  # the index of the vector made last
         self._on_host = all(scalars.reads_are_free(param.device) for param, _ in self.params)
-        self._totals: list[Scalar | Products] = []
-        self._known_finite: set[int] = set()
-        self._scale = scale
-        self._looks = scale is not None or settings.on_nonfinite != "ignore"
         self._device = self.params[0][0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():
@@ -112,6 +101,10 @@ class Walk:
                     "sync='global'"
                 )
             self._local = LocalSync(settings.model, self._device)
+        self._watch = FiniteWatch(
+            recipe, settings.on_nonfinite, self._device, on_host=self._on_host, at_end=self._local is not None
+        )
+        self._watch.use(scale)
         self._micro_batches: list[Any] | None = None
         self._on_exit = contextlib.ExitStack()
         self._grad_enabled = True
@@ -198,6 +191,24 @@ class Walk:
         self._statistics.begin()
         self.shards.note_versions()
 
+    def unscale_by(self, scale: GivenScale) -> None:
+        """``scaler.step(optimizer)`` was called in the last pass, or after it.
+
+        Raises:
+            RuntimeError: the scaler is known already, or has unscaled the gradients of the last pass.
+        """
+        if self._watch.scale is not None:
+            raise RuntimeError(
+                "scaler.step(optimizer) in a step that was given the scaler, which unscales and updates by itself: "
+                "leave scaler.step and scaler.update out, or call passes() without scaler="
+            )
+        if scale.unscaled:
+            raise RuntimeError(
+                f"scaler.unscale_ was called for one pass of {self.recipe.name}, and the gradients of the others are "
+                "scaled: leave it out; to clip, construct the optimizer with clip_grad_norm="
+            )
+        self._watch.use(scale)
+
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """What :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches` does."""
         if self._micro_batches is None:
@@ -226,7 +237,7 @@ class Walk:
                     f"turn.backward(loss) outside the pass of {self.recipe.name} that the turn belongs to"
                 )
             hvp.check_loss(loss, self.recipe.name)
-        scaled = loss if self._scale is None else self._scale.scale(loss)
+        scaled = loss if self._watch.scale is None else self._watch.scale.scale(loss)
         if self.recipe.second_order:
             self._losses.append(scaled)
         else:
@@ -243,8 +254,8 @@ class Walk:
             TypeError: a sparse gradient.
         """
         index = self._newest + 1
-        if self._scale is not None:
-            self._scale.check_pass(f"pass {self.recipe.pass_of(index)} of {self.recipe.name}")
+        if self._watch.scale is not None:
+            self._watch.scale.check_pass(f"pass {self.recipe.pass_of(index)} of {self.recipe.name}")
         graph: list[Tensor | None] = []
         if self.recipe.second_order:
             losses, self._losses = self._losses, []
@@ -260,7 +271,7 @@ class Walk:
         total = self._square_norm(
             [shard.backend.square_norm(shard.leaves, shard.grads[index]) for shard in self.shards]
         )
-        self._check_finite(total, {index})
+        self._watch.check(total, {index}, last=False)
         second_order.multiply(self.shards, index, graph, total, keep=index in self.plan[index][1])
         self._take_in(index + 1)
 
@@ -298,7 +309,7 @@ class Walk:
                 for s in shards
             ]
         )
-        self._check_finite(total, {move.along} if minus is None else {move.along, minus})
+        self._watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         sign = [1.0] * len(self.groups) if self.recipe.is_product(move.along) else self.sign
         radius = [s * float(h[move.radius]) for s, h in zip(sign, self.hyper, strict=True)]
         for shard in shards:
@@ -337,7 +348,7 @@ class Walk:
         q: list[list[float]] | None = None
         limit = self.settings.clip_grad_norm
         products: Products | None = None
-        if projected or limit is not None or self._looks:
+        if projected or limit is not None or self._watch.looks:
             products = self._inner_products(
                 [
                     (
@@ -347,7 +358,7 @@ class Walk:
                     for shard in self.shards
                 ]
             )
-            self._check_finite(products, set(gradients))
+            self._watch.check(products, set(gradients), last=True)
         if projected:
             # u − γ (m − κ u) = Σ (c − γ d) X + κ Σ γ c X
             q = [[gamma * x for gamma, x in zip(self.gamma, row, strict=True)] for row in c]
@@ -365,18 +376,18 @@ class Walk:
             directions.append((shard, Direction(terms, c, q, seen, self.gamma, limit)))
         update(directions if self._local is None else self._averaged(directions))
         self.finished = True
-        if self._scale is not None:
-            self._scale.report(True, self._device)
+        if self._watch.scale is not None:
+            self._watch.scale.report(True, self._device)
         if self.recipe.second_order:  # what is there is no gradient of the loss
             for param, _ in self.params:
                 param.grad = None
 
     def _unscale(self, gradients: Sequence[int]) -> None:
         """Take the loss scaling out of what the direction is combined from."""
-        if self._scale is None:
+        if self._watch.scale is None:
             return
         for shard in self.shards:
-            inverse = self._scale.inverse(shard.leaves.params[0].device)
+            inverse = self._watch.scale.inverse(shard.leaves.params[0].device)
             for k in gradients:
                 torch._foreach_mul_(shard.grads[k], inverse)
 
@@ -391,17 +402,17 @@ class Walk:
     def _agree(self) -> None:
         """With the other processes of a local step: all take it or none does, with the same parameters."""
         assert self._local is not None
-        finite = not self._looks or scalars.is_finite(self._totals)
-        found = self._local.agree([param in self.shards for param, _ in self.params], nonfinite=not finite)
+        present = [param in self.shards for param, _ in self.params]
+        found = self._local.agree(present, nonfinite=not self._watch.is_finite())
         if found.failed:
             raise RuntimeError(
-                f"this step of {self.recipe.name} was left by an exception on rank {_listed(found.failed)}; it is "
+                f"this step of {self.recipe.name} was left by an exception on rank {listed(found.failed)}; it is "
                 "undone on all ranks"
             )
         if found.nonfinite:
-            self._refuse(f"a pass of {self.recipe.name} on rank {_listed(found.nonfinite)}")
-        for (param, group), present in zip(self.params, found.present, strict=True):
-            if present and param not in self.shards:
+            self._watch.refuse(f"a pass of {self.recipe.name} on rank {listed(found.nonfinite)}")
+        for (param, group), anywhere in zip(self.params, found.present, strict=True):
+            if anywhere and param not in self.shards:
                 self.shards.activate(param, group)
 
     def _averaged(self, directions: Sequence[tuple[Shard, Direction]]) -> list[tuple[Shard, Direction]]:
@@ -414,35 +425,3 @@ class Walk:
         self._local.average([of[param] for param, _ in self.params if param in of])
         products = None if limit is None else self._inner_products([(Direction([xs], ones), None) for _, xs in made])
         return [(shard, Direction([xs], ones, None, products, self.gamma, limit)) for shard, xs in made]
-
-    def _check_finite(self, total: Scalar | Products, vectors: set[int]) -> None:
-        """Undo the step when a vector is not finite. A CPU looks at once, an accelerator after the last pass only.
-
-        A local step looks when the processes agree.
-        """
-        if not self._looks:
-            return
-        self._totals.append(total)
-        if self._local is not None or (not self._on_host and self._newest < self.recipe.vectors - 1):
-            return
-        if scalars.is_finite(self._totals):
-            self._known_finite |= vectors
-            return
-        suspects = sorted({str(self.recipe.pass_of(vector)) for vector in vectors - self._known_finite})
-        self._refuse(f"{f'pass {_listed(suspects)}' if self._on_host else 'a pass'} of {self.recipe.name}")
-
-    def _refuse(self, where: str) -> None:
-        """Leave a step with a gradient that is not finite."""
-        if self._scale is not None:
-            self._scale.report(False, self._device)
-            raise SkipStep
-        if self.settings.on_nonfinite == "skip":
-            raise SkipStep
-        raise NonFiniteGradientError(
-            f"{where} gave a gradient that is not finite; parameters, running statistics and random state are as "
-            "before the step. on_nonfinite='skip' goes on with the next batch instead"
-        )
-
-
-def _listed(values: Iterable[object]) -> str:
-    return " or ".join(map(str, values))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision_operators  # noqa: F401  # a rank imports this module first
 from torch import distributed
 
 SECONDS = 120

@@ -270,6 +270,74 @@ def test_misuse_of_the_scaler_is_refused(how, message):
     assert_same(before, everything(model, optimizer))
 
 
+def by_scaler_step(model, optimizer, scaler, x, y):
+    """As frameworks do, whose own step is scaler.step(optimizer)."""
+    for turn in optimizer.passes():
+        scaler.scale(loss_of(model, x, y)).backward()
+        if turn.last:
+            scaler.step(optimizer)
+            scaler.update()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_the_scalers_own_step_in_the_last_pass(method_name, base):
+    model, optimizer, batches = setting(method_name, base=base)
+    twin, twin_optimizer, _ = setting(method_name, base=base)
+    scaler, other = scaler_of(), scaler_of()
+    for x, y in batches:
+        by_scaler_step(model, optimizer, scaler, x, y)
+        by_turn(twin, twin_optimizer, other, x, y)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert scaler.state_dict() == other.state_dict()
+    assert scaler.get_scale() > 1024.0
+
+
+def test_the_scalers_own_step_skips_an_overflow():
+    model, optimizer, batches = setting()
+    scaler = scaler_of()
+    before = everything(model, optimizer)
+    for turn in optimizer.passes():
+        loss = loss_of(model, *batches[0])
+        scaler.scale(loss * float("inf") if turn.last else loss).backward()
+        if turn.last:
+            scaler.step(optimizer)
+            scaler.update()
+    assert_same(before, everything(model, optimizer))
+    assert scaler.get_scale() == 512.0
+    assert optimizer.skipped_steps == 1
+    by_scaler_step(model, optimizer, scaler, *batches[0])
+    assert not any(torch.equal(before[0][name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "unscale", "message"),
+    [
+        (True, False, "in a step that was given the scaler.*leave scaler.step and scaler.update out"),
+        (False, True, "scaler.unscale_ was called for one pass of GAM.*clip_grad_norm="),
+    ],
+)
+def test_misuse_of_the_scalers_own_step_is_refused(given, unscale, message):
+    model, optimizer, batches = setting()
+    scaler = scaler_of()
+    before = everything(model, optimizer)
+
+    def misuse():
+        for turn in optimizer.passes(scaler=scaler if given else None):
+            scaler.scale(loss_of(model, *batches[0])).backward()
+            if turn.last:
+                if unscale:
+                    scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+
+    with pytest.raises(RuntimeError, match=message):
+        misuse()
+    assert_same(before, everything(model, optimizer))
+    assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+    by_scaler_step(model, optimizer, scaler_of(), *batches[0])
+
+
 def test_the_scalers_own_step_says_what_to_do():
     model, optimizer, batches = setting()
     scaler = scaler_of()
@@ -280,13 +348,16 @@ def test_the_scalers_own_step_says_what_to_do():
     assert_same(before, everything(model, optimizer))
 
 
-def test_the_scalers_own_step_serves_a_method_of_one_pass():
+@pytest.mark.parametrize("unscale", [False, True])
+def test_the_scalers_own_step_serves_a_method_of_one_pass(unscale):
     model, optimizer, batches = setting("base")
     plain, plain_optimizer, _ = setting("base")
     scaler = scaler_of()
     for x, y in batches:
         optimizer.zero_grad()
         scaler.scale(loss_of(model, x, y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
         plain_optimizer.step(closure_of(plain, x, y))

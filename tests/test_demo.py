@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import BACKENDS
 
-from bench import curvature, kernels, models, overhead, sass, throughput
+from bench import curvature, kernels, memory, models, overhead, sass, throughput
 
 # raised inside a dependency of curvlinops
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -226,6 +226,28 @@ def test_both_ways_to_a_hessian_vector_product_agree(name):
     task = curvature.Task(name, 2, "cpu")
     for a, b in zip(*(task.product(way) for way in curvature.PRODUCTS), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
+def test_gam_takes_three_sizes_of_the_model_more_than_sgd(tmp_path, monkeypatch, capsys):
+    """At 100 million parameters: what a smaller model takes is lost in the pages of the allocator."""
+    monkeypatch.setattr(memory, "LIMITED", [case for case in memory.LIMITED if case.method in ("torch", "GAM")])
+    assert memory.main(["--quick", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert figures["parameters"] == 100_712_448
+    torch_alone, gam = (row["peak"] for row in figures["rows"])
+    assert 2.0 < torch_alone < 4.5
+    assert 4.5 < gam < torch_alone + 3.05
+    monkeypatch.setattr(memory, "BUFFERS", 0)
+    monkeypatch.setattr(memory, "in_a_process", lambda measure, case, *size: {"torch": 2.0, "GAM": 5.0}[case.method])
+    assert memory.main(["--quick"]) == 1
+    assert "OVER IT: GAM, batch 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", memory.ADVICE, ids=lambda case: case.name)
+def test_every_row_of_the_memory_table_trains(case):
+    small = dataclasses.replace(case, batch=16)
+    assert memory.peak(small, "SGD", 16, 2, "cpu", 1, "auto") > 0.0
 
 
 def test_the_example_of_a_cuda_graph_runs_or_says_what_it_needs(capsys):

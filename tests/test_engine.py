@@ -95,6 +95,27 @@ def test_gradients_from_before_a_step_do_not_count():
     assert torch.equal(weight, torch.zeros(2, dtype=torch.float64))
 
 
+def test_gradients_that_somebody_made_between_steps_are_warned_of():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    for clear in (lambda: None, optimizer.zero_grad):  # what a step leaves behind is nobody's loss
+        optimizer.step(closure)
+        clear()
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    closure()
+    with pytest.warns(UserWarning, match=r"there before this step of SAM are not used.*micro_batches\(\).*zero_grad"):
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    closure()
+    turns = optimizer.passes()
+    with pytest.warns(UserWarning, match="not used"):
+        next(turns)
+    closure()
+    for _ in turns:
+        closure()
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_the_closure_may_clear_the_gradients_itself(set_to_none):
     weight, closure = parabola()
@@ -691,3 +712,21 @@ def test_no_warning_is_given_in_ordinary_use():
         optimizer = gam_fast.GAM(model.parameters(), torch.optim.AdamW, model=model)
         for x, y in batches:
             optimizer.step(closure_of(model, x, y))
+
+
+def test_the_limit_of_the_norm_may_be_set():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.5, clip_grad_norm=2.0)
+    assert optimizer.clip_grad_norm == 2.0
+    with pytest.raises(ValueError, match="clip_grad_norm must be a positive number or None, got -1.0"):
+        optimizer.clip_grad_norm = -1.0
+    optimizer.clip_grad_norm = 1e-3
+    before = weight.detach().clone()
+    optimizer.step(closure)
+    assert float((weight.detach() - before).norm()) == pytest.approx(0.5e-3, rel=1e-6)
+    for _ in optimizer.passes():
+        closure()
+        with pytest.raises(RuntimeError, match="setting clip_grad_norm while a step"):
+            optimizer.clip_grad_norm = None
+    optimizer.clip_grad_norm = None
+    assert optimizer.clip_grad_norm is None

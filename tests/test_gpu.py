@@ -38,6 +38,24 @@ def backend_name(_same_start, request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("method_name", ["sam", "gam"])
+def test_compiled_with_cuda_graphs(method_name):
+    """``mode="reduce-overhead"``: the graphs write their gradients to the same memory in every pass."""
+    method = METHODS[method_name]
+    model, batches = make("batchnorm_cnn", torch.float32)
+    twins = [model.cuda(), copy.deepcopy(model).cuda()]
+    compiled = torch.compile(twins[0], mode="reduce-overhead")
+    optimizers = [
+        method.optimizer(m.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, model=m, **method.hyper) for m in twins
+    ]
+    for k in range(8):
+        x, y = (t.cuda() for t in batches[k % len(batches)])
+        for module, optimizer in zip((compiled, twins[1]), optimizers, strict=True):
+            optimizer.step(closure_of(module, x, y))
+    for p, q in zip(*(twin.state_dict().values() for twin in twins), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("method_name", METHODS)

@@ -1,0 +1,72 @@
+"""Lightning: a callback that tells the optimizers about the run, and refuses what would go wrong in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ..optimizer import FlatOptimizer
+
+
+class FlatCallback(Callback):
+    """Add it to the callbacks of a ``Trainer`` whose module is optimized by gam_fast.
+
+    At the start of the run it sets ``model=`` of the optimizers to the model as the strategy has wrapped it, for
+    BatchNorm and DistributedDataParallel. It refuses, with what to use instead, settings under which Lightning shows
+    the optimizer something else than the gradients of its passes:
+
+    - ``gradient_clip_val`` with automatic optimization, which clips the gradient of each pass;
+    - ``accumulate_grad_batches`` with automatic optimization, which shows a step the last batch only;
+    - ``precision="16-mixed"`` with automatic optimization, which evaluates the closure once.
+
+    Lightning calls ``training_step`` once a pass. What it logs, and metrics that it updates, are of perturbed weights
+    in all passes but the first: write ``if self.optimizers().turn.index == 0:`` around them.
+
+    Raises:
+        MisconfigurationException: at the start of the run, or once they are there, for these settings.
+        TypeError: DeepSpeed or FSDP1 as strategy; use ``ModelParallelStrategy`` (FSDP2) or ``ddp``.
+
+    >>> import lightning.pytorch as pl
+    >>> from gam_fast.integrations import FlatCallback
+    >>> trainer = pl.Trainer(callbacks=[FlatCallback()], accelerator="cpu", logger=False, enable_checkpointing=False)
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the optimizers what is trained; check the settings."""
+        for optimizer in _flat(trainer):
+            optimizer.model = trainer.strategy.model
+        self._check(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Check the settings, which other callbacks may change (``GradientAccumulationScheduler``)."""
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = _flat(trainer)
+        if not found or not pl_module.automatic_optimization:
+            return
+        name = type(found[0]).__name__
+        if trainer.gradient_clip_val:
+            raise MisconfigurationException(
+                f"gradient_clip_val={trainer.gradient_clip_val} clips the gradient of each pass of {name}, and not its "
+                f"step: leave it out, and construct the optimizer with clip_grad_norm={trainer.gradient_clip_val}"
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches}: automatic optimization shows a step of "
+                f"{name} the last of its batches only. Use manual optimization: collect the batches in training_step, "
+                "and iterate over optimizer.micro_batches() in each pass"
+            )
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise MisconfigurationException(
+                f"precision={trainer.precision!r}: automatic optimization evaluates the closure once, and {name} has "
+                f"{found[0].recipe.passes} passes. Use precision='bf16-mixed', or manual optimization: `for turn in "
+                "self.optimizers().passes(): self.manual_backward(loss)`"
+            )
+
+
+def _flat(trainer: Any) -> list[FlatOptimizer]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, FlatOptimizer)]

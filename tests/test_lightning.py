@@ -1,0 +1,276 @@
+"""Lightning, the real package: automatic and manual optimization take the steps of a plain loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import lightning_automatic
+import lightning_manual
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from ranks import Ranks
+from test_distributed import same_on_all_ranks
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import gam_fast
+from gam_fast.integrations import FlatCallback
+
+# said by Lightning about loaders without workers and short epochs, and raised inside it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+GAM = {"lr": 0.05, "momentum": 0.9, "rho": 0.1, "rho_prime": 0.05}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def data(rows=48):
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(rows, 6, generator=generator), torch.randint(3, (rows,), generator=generator))
+
+
+def net():
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Tanh(), nn.Linear(16, 3))
+
+
+class Module(pl.LightningModule):
+    """Counts what it is called for."""
+
+    def __init__(self, automatic=True, accumulate=1, by_loop=True, method=gam_fast.GAM, **options):
+        super().__init__()
+        self.automatic_optimization = automatic
+        self.net = net()
+        self.by_loop, self.accumulate, self.method, self.options = by_loop, accumulate, method, options
+        self.batches, self.calls, self.losses, self.models = [], 0, [], []
+
+    def loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        optimizer = self.optimizers()
+        self.models = [optimizer.model]  # in a list, or it would become a submodule
+        if self.automatic_optimization:
+            loss = self.loss(batch)
+            if optimizer.turn is None or optimizer.turn.index == 0:
+                self.losses.append(float(loss.detach()))
+            return loss
+        self.batches.append(batch)
+        if len(self.batches) < self.accumulate:
+            return None
+        for turn in optimizer.passes():
+            for one in optimizer.micro_batches(self.batches):
+                loss = self.loss(one) / self.accumulate
+                self.manual_backward(loss)
+                if turn.index == 0:
+                    self.losses.append(float(loss.detach()))
+        self.batches = []
+        return None
+
+    def configure_optimizers(self):
+        return self.method(self.parameters(), torch.optim.SGD, **GAM, **self.options)
+
+
+def trainer_of(epochs=2, callbacks=(), **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks)}
+    return pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **quiet, **options)
+
+
+def fit(module, callbacks=None, loader=None, ckpt_path=None, **options):
+    trainer = trainer_of(callbacks=[FlatCallback()] if callbacks is None else callbacks, **options)
+    torch.manual_seed(9)
+    trainer.fit(module, loader or DataLoader(data(), 12), ckpt_path=ckpt_path)
+    return trainer
+
+
+def by_hand(epochs=2, accumulate=1, autocast=False, **options):
+    """The plain loop; the parameters and the losses at the weights."""
+    model = net()
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, **GAM, model=model, **options)
+    losses = []
+    torch.manual_seed(9)
+    for _ in range(epochs):
+        batches = list(DataLoader(data(), 12))  # which draws from the generator, as Lightning's loop does
+        for first in range(0, len(batches), accumulate):
+            for turn in optimizer.passes():
+                for x, y in optimizer.micro_batches(batches[first : first + accumulate]):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        loss = F.cross_entropy(model(x), y) / accumulate
+                    loss.backward()
+                    if turn.index == 0:
+                        losses.append(float(loss.detach()))
+    return model, losses
+
+
+def assert_same_model(ours, theirs):
+    for (name, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_automatic_optimization_takes_the_steps_of_the_loop(precision):
+    module = Module(clip_grad_norm=0.5)
+    trainer = fit(module, precision=precision)
+    model, losses = by_hand(autocast=precision == "bf16-mixed", clip_grad_norm=0.5)
+    assert_same_model(module.net, model)
+    assert module.losses == losses
+    assert trainer.global_step == 8
+    assert module.calls == 4 * 8
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_manual_optimization_takes_the_steps_of_the_loop(accumulate, precision):
+    module = Module(automatic=False, accumulate=accumulate)
+    trainer = fit(module, precision=precision)
+    model, losses = by_hand(accumulate=accumulate, autocast=precision == "bf16-mixed")
+    assert_same_model(module.net, model)
+    assert module.losses == losses
+    assert trainer.global_step == 8 // accumulate
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_checkpoint_resumes_with_the_same_bits(automatic, tmp_path):
+    straight, resumed = Module(automatic), Module(automatic)
+    for module in (straight, resumed):
+        module.net[2].p = 0.0  # Lightning does not keep the random state
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1)
+    fit(straight, callbacks=[FlatCallback(), keep])
+    (path,) = tmp_path.glob("epoch=0*.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert "momentum_buffer" in saved["optimizer_states"][0]["state"][0]
+    trainer = fit(resumed, ckpt_path=path)
+    assert trainer.global_step == 8
+    assert resumed.losses == straight.losses[4:]
+    assert_same_model(resumed, straight)
+
+
+def test_the_callback_hands_over_the_model():
+    module = Module()
+    fit(module, epochs=1)
+    assert module.models[0] is module
+    assert int(module.net[1].num_batches_tracked) == 4  # once a step
+
+
+def mixed_precision():
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": 0.5}, r"gradient_clip_val=0.5 clips the gradient of each pass.*clip_grad_norm=0.5"),
+        ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*last of its batches only.*micro_batches\(\)"),
+        ({"plugins": "mixed"}, r"'16-mixed': automatic optimization evaluates the closure once.*bf16-mixed.*passes"),
+    ],
+)
+def test_the_callback_refuses_what_would_go_wrong_in_silence(options, message):
+    if "plugins" in options:
+        options = {"plugins": mixed_precision()}
+    module = Module()
+    before = copy.deepcopy(module.net)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module, **options)
+    assert_same_model(module.net, before)
+
+
+def test_the_callback_finds_accumulation_that_begins_later():
+    module = Module()
+    with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=2"):
+        fit(module, callbacks=[FlatCallback(), GradientAccumulationScheduler({1: 2})])
+    assert len(module.losses) == 4
+
+
+def test_the_callback_leaves_other_optimizers_alone():
+    module = Module()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    module.training_step = lambda batch, batch_idx: module.loss(batch)
+    assert fit(module, gradient_clip_val=0.5, accumulate_grad_batches=2).global_step == 4
+
+
+def test_without_the_callback_accumulation_is_warned_of():
+    with pytest.warns(UserWarning, match="not used.*accumulate_grad_batches"):
+        fit(Module(), callbacks=[], accumulate_grad_batches=2, epochs=1)
+
+
+def test_without_the_callback_automatic_optimization_in_fp16_is_an_error():
+    with pytest.raises(RuntimeError, match="GAM takes 4 passes.*16-mixed"):
+        fit(OneClosure(), callbacks=[], plugins=mixed_precision())
+
+
+class OneClosure(Module):
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+
+def test_manual_optimization_in_fp16_takes_the_steps_of_the_loop():
+    plugin = mixed_precision()
+    module = Module(automatic=False)
+    trainer = fit(module, plugins=plugin)
+    assert trainer.global_step == 8
+    model = net()
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, **GAM, model=model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    torch.manual_seed(9)
+    for _ in range(2):
+        for x, y in list(DataLoader(data(), 12)):
+            for turn in optimizer.passes(scaler=scaler):
+                with torch.autocast("cpu", torch.float16):
+                    loss = F.cross_entropy(model(x), y)
+                turn.backward(loss)
+    assert_same_model(module.net, model)
+    assert plugin.scaler.state_dict() == scaler.state_dict()
+
+
+def test_the_examples_learn():
+    automatic = lightning_automatic.main(epochs=2, size=600)
+    assert automatic.callback_metrics["train_loss"] < 1.2
+    manual = lightning_manual.main(epochs=2, size=600, precision="bf16-mixed")
+    assert manual.callback_metrics["train_loss"] < 2.2
+    assert manual.global_step == 2 * 6
+
+
+def two_processes(rank, world, automatic, sync):
+    module = Module(automatic, sync=sync)
+    loader = DataLoader(data(), 6)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp",
+        callbacks=[FlatCallback()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader)
+    assert isinstance(module.models[0], DistributedDataParallel)
+    distributed.barrier()
+    return same_on_all_ranks(list(module.net.parameters())), trainer.global_step
+
+
+@pytest.mark.parametrize("sync", ["global", "local"])
+@pytest.mark.parametrize("automatic", [True, False])
+def test_two_processes_stay_equal(two, automatic, sync):
+    assert two.run(two_processes, automatic, sync) == [(True, 8), (True, 8)]

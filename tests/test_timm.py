@@ -1,0 +1,96 @@
+"""timm, the real package: its optimizer factory makes these optimizers, around every base it knows."""
+
+from __future__ import annotations
+
+import pytest
+import timm.optim
+import timm_factory
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+import gam_fast
+from gam_fast.integrations import register_timm
+
+METHODS = [
+    gam_fast.GAM,
+    gam_fast.SAM,
+    gam_fast.ASAM,
+    gam_fast.GSAM,
+    gam_fast.GradientNormPenalty,
+    gam_fast.ExactGAM,
+    gam_fast.CFlat,
+    gam_fast.FAD,
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    register_timm()
+
+
+def net():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+def step(model, optimizer):
+    x = torch.ones(5, 4).cumsum(0)
+    for turn in optimizer.passes():
+        turn.backward(model(x).square().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("base", "made"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("lamb", "Lamb")])
+def test_every_method_around_a_base(method, base, made):
+    model = net()
+    optimizer = create_optimizer_v2(model, f"{method.__name__.lower()}{base}", lr=1e-3, model=model, rho=0.07)
+    assert type(optimizer) is method
+    assert type(optimizer.base) is (getattr(timm.optim, made) if isinstance(made, str) else made)
+    before = [p.detach().clone() for p in model.parameters()]
+    step(model, optimizer)
+    assert not any(torch.equal(p, q) for p, q in zip(before[:1], model.parameters(), strict=False))
+    assert optimizer.param_groups[0][optimizer.key("rho")] == 0.07
+
+
+def test_timms_own_arguments_are_those_of_the_base():
+    optimizer = create_optimizer_v2(net(), "gamsgd", lr=0.1, momentum=0.8, weight_decay=0.05)
+    plain = create_optimizer_v2(net(), "sgd", lr=0.1, momentum=0.8, weight_decay=0.05)
+    for ours, theirs in zip(optimizer.param_groups, plain.param_groups, strict=True):
+        for key in set(theirs) - {"params"}:
+            assert ours[key] == theirs[key], key
+        assert len(ours["params"]) == len(theirs["params"])
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    assert optimizer.param_groups[0]["nesterov"] is True
+
+
+def test_it_steps_as_one_that_is_constructed():
+    ours, theirs = net(), net()
+    made = create_optimizer_v2(ours, "gamadamw", lr=0.01, weight_decay=0.0, betas=(0.8, 0.9), rho=0.1, model=ours)
+    by_hand = gam_fast.GAM(
+        theirs.parameters(), torch.optim.AdamW, lr=0.01, weight_decay=0.0, betas=(0.8, 0.9), rho=0.1, model=theirs
+    )
+    for _ in range(3):
+        step(ours, made)
+        step(theirs, by_hand)
+    for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_layer_decay_scales_the_groups():
+    model = timm.create_model("resnet10t", num_classes=3, in_chans=1)
+    optimizer = create_optimizer_v2(model, "samadamw", lr=0.01, layer_decay=0.5, weight_decay=0.05, model=model)
+    assert len({group["lr_scale"] for group in optimizer.param_groups}) > 2
+
+
+def test_names_are_listed_and_added_once():
+    assert {"gamsgd", "samadamw", "gsamlamb"} <= set(list_optimizers())
+    before = list_optimizers()
+    assert register_timm() == []
+    assert list_optimizers() == before
+    assert not [name for name in before if name.startswith(("gamgam", "gamadahessian", "samgam"))]
+
+
+def test_the_example_learns():
+    losses = timm_factory.main(steps=12, size=300)
+    assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,279 @@
+"""Transformers, the real package: what its Trainer does with FlatTrainer's steps is what a plain loop does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers_trainer
+from ranks import Ranks
+from test_distributed import same_on_all_ranks
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+import gam_fast
+from gam_fast.integrations import FlatTrainer
+
+GAM = {"base_optimizer": torch.optim.AdamW, "lr": 3e-3, "rho": 0.1, "rho_prime": 0.05}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def language_model(dropout=0.1):
+    torch.manual_seed(2)
+    config = GPT2Config(
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        vocab_size=11,
+        n_positions=6,
+        bos_token_id=None,
+        eos_token_id=None,
+        loss_type="ForCausalLM",
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def rows(n=24):
+    tokens = torch.randint(11, (n, 6), generator=torch.Generator().manual_seed(4))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+class Recorder(FlatTrainer):
+    """Notes the micro-batches of each step and the losses that the Trainer is told."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen, self.told, self.calls = [], [], 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        state = torch.get_rng_state()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.seen.append((inputs, num_items_in_batch, state, self.accelerator.sync_gradients))
+        self.told.append(loss)
+        return loss
+
+    def compute_loss(self, *args, **kwargs):
+        self.calls += 1
+        return super().compute_loss(*args, **kwargs)
+
+
+def arguments_of(folder, **options):
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
+    return TrainingArguments(str(folder), **{"max_steps": 5, "per_device_train_batch_size": 4, **quiet, **options})
+
+
+def trainer_of(folder, model=None, kind=Recorder, optimizer=(gam_fast.GAM, GAM), callbacks=None, **options):
+    return kind(
+        language_model() if model is None else model,
+        arguments_of(folder, **options),
+        train_dataset=rows(),
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=callbacks,
+    )
+
+
+def assert_same_model(ours, theirs):
+    for (name, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_it_takes_the_steps_of_a_plain_loop(accumulate, limit, tmp_path):
+    options = {"gradient_accumulation_steps": accumulate, "max_grad_norm": limit, "lr_scheduler_type": "constant"}
+    trainer = trainer_of(tmp_path, **options, weight_decay=0.1)
+    twin = copy.deepcopy(trainer.model)
+    trainer.train()
+    assert trainer.calls == 4 * 5 * accumulate
+
+    twin.train()
+    decay = trainer.get_decay_parameter_names(twin)
+    groups = [
+        {"params": [p for n, p in twin.named_parameters() if n in decay], "weight_decay": 0.1},
+        {"params": [p for n, p in twin.named_parameters() if n not in decay], "weight_decay": 0.0},
+    ]
+    optimizer = gam_fast.GAM(groups, **GAM, clip_grad_norm=limit or None)
+    told = []
+    for first in range(0, len(trainer.seen), accumulate):
+        step = trainer.seen[first : first + accumulate]
+        assert [last for *_, last in step] == [False] * (accumulate - 1) + [True]
+        torch.set_rng_state(step[0][2])
+        for turn in optimizer.passes():
+            for inputs, count, *_ in optimizer.micro_batches(step):
+                loss = twin(**inputs, num_items_in_batch=count).loss
+                turn.backward(loss)
+                if turn.index == 0:
+                    told.append(loss.detach())
+    assert_same_model(trainer.model, twin)
+    assert trainer.told == told
+
+
+def test_the_norm_that_is_logged_is_that_of_the_last_pass(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=1)
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            self.norm = float(torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]))
+
+    look = Look()
+    trainer.add_callback(look)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(look.norm, rel=1e-6)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(trainer.told[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_checkpoint_resumes_with_the_same_bits(accumulate, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": accumulate}
+    straight = trainer_of(tmp_path / "a", **options)
+    straight.train()
+    resumed = trainer_of(tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert len(resumed.seen) == 3 * accumulate
+    assert_same_model(resumed.model, straight.model)
+
+
+def test_another_optimizer_is_trained_as_by_the_trainer(tmp_path):
+    found = []
+    for kind in (FlatTrainer, Trainer):
+        trainer = trainer_of(tmp_path, kind=kind, optimizer=(torch.optim.AdamW, {"lr": 1e-3}))
+        trainer.train()
+        found.append(trainer)
+    assert_same_model(found[0].model, found[1].model)
+    assert [entry["loss"] for entry in found[0].state.log_history[:5]] == [
+        entry["loss"] for entry in found[1].state.log_history[:5]
+    ]
+
+
+@pytest.mark.parametrize("given", ["class", "instance"])
+def test_the_optimizer_may_be_given_either_way(given, tmp_path):
+    model = language_model()
+    before = copy.deepcopy(model)
+    if given == "class":
+        trainer = trainer_of(tmp_path, model, optimizer=(gam_fast.SAM, {"base_optimizer": torch.optim.SGD, "lr": 0.1}))
+    else:
+        flat = gam_fast.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        trainer = Recorder(model, arguments_of(tmp_path), train_dataset=rows(), optimizers=(flat, None))
+    trainer.train()
+    assert trainer.calls == 2 * 5
+    assert trainer.flat_optimizer.clip_grad_norm == 1.0  # the Trainer's own default
+    assert not torch.equal(model.transformer.wte.weight, before.transformer.wte.weight)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stop(TrainerCallback):
+    """Raises in the third step."""
+
+    def __init__(self, event):
+        setattr(self, event, self.stop)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise Interrupted
+
+
+class Failing(Recorder):
+    """Raises in the third pass of the third step."""
+
+    def compute_loss(self, *args, **kwargs):
+        if self.calls == 10:
+            raise Interrupted
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("where", ["pass", "on_pre_optimizer_step", "on_step_begin"])
+def test_a_run_that_ends_by_an_exception_leaves_the_weights_of_the_step_before(where, tmp_path):
+    options = {"lr_scheduler_type": "constant"}
+    expected = trainer_of(tmp_path, max_steps=2, **options)
+    expected.train()
+    callbacks = [] if where == "pass" else [Stop(where)]
+    trainer = trainer_of(tmp_path, kind=Failing if where == "pass" else Recorder, callbacks=callbacks, **options)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.flat_optimizer.turn is None
+    assert_same_model(trainer.model, expected.model)
+
+
+def test_an_epoch_may_end_within_an_accumulation(tmp_path):
+    trainer = trainer_of(tmp_path, gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    assert [last for *_, last in trainer.seen] == 2 * [False, False, False, True, False, True]
+    assert trainer.calls == 4 * 12
+
+
+class Overflowing(Recorder):
+    """Each fourth loss, that of the last pass, is too large."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if self.calls % 4 else loss * float("inf")
+
+
+def test_fp16_unscales_and_skips_an_overflow(tmp_path):
+    """The scaler is put where Accelerate has it; its own switch, ``fp16=True``, asks for a GPU."""
+    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.5}
+    plain = trainer_of(tmp_path, language_model(0.0).double(), **options)
+    plain.train()
+    scaled = trainer_of(tmp_path, language_model(0.0).double(), **options)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled.train()
+    for p, q in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+    ours, theirs = ([entry["grad_norm"] for entry in t.state.log_history[:-1]] for t in (scaled, plain))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+    overflow = trainer_of(tmp_path, language_model(0.0), kind=Overflowing, **options)
+    overflow.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = copy.deepcopy(overflow.model)
+    overflow.train()
+    assert overflow.flat_optimizer.skipped_steps == 5
+    assert overflow.accelerator.scaler.get_scale() == 1024.0 / 2**5
+    assert_same_model(overflow.model, before)
+
+
+def test_deepspeed_is_refused_in_training(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.model.transformer.wte.weight.ds_id = 3
+    with pytest.raises(TypeError, match="DeepSpeed is not supported.*fully_shard"):
+        trainer.train()
+
+
+def test_the_example_learns(capsys):
+    trainer = transformers_trainer.main(steps=16, logging_steps=8)
+    first, last = (entry["loss"] for entry in trainer.state.log_history[:2])
+    assert last < 0.9 * first
+
+
+def two_processes(rank, world, accumulate, sync, folder):
+    trainer = Recorder(
+        language_model(),
+        arguments_of(folder, gradient_accumulation_steps=accumulate, ddp_backend="gloo"),
+        train_dataset=rows(48),
+        optimizer_cls_and_kwargs=(gam_fast.GAM, {**GAM, "sync": sync}),
+    )
+    trainer.train()
+    assert isinstance(trainer.flat_optimizer.model, DistributedDataParallel)
+    distributed.barrier()
+    return same_on_all_ranks(list(trainer.model.parameters())), trainer.state.global_step
+
+
+@pytest.mark.parametrize("sync", ["global", "local"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_stay_equal(two, accumulate, sync, tmp_path):
+    assert two.run(two_processes, accumulate, sync, str(tmp_path)) == [(True, 5), (True, 5)]
