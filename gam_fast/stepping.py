@@ -75,8 +75,8 @@ class Stepper(torch.optim.Optimizer):
         Args:
             scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
                 in each pass, and neither ``scaler.unscale_``, ``scaler.step`` nor ``scaler.update``: the step does all
-                that. (Where a framework calls ``scaler.step`` and ``scaler.update``, leave this out.) A gradient that is
-                not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the scale goes down, and
+                that. (Where a framework calls ``scaler.step`` and ``scaler.update``, leave this out.) A gradient that
+                is not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the scale goes down, and
                 :attr:`skipped_steps` up.
 
         Raises:

