@@ -107,7 +107,7 @@ sanitize: setup-test  ## the core under the address, undefined-behaviour and thr
 	  --build-lib build/sanitize/lib >build/sanitize/build.log 2>&1 || { cat build/sanitize/build.log; exit 1; }
 	cd build/sanitize/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=PASSIVE GAM_FAST_SANITIZED=1 \
-	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
+	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) --confcutdir $(CURDIR)/tests -p no:cacheprovider \
 	  -o pythonpath=$(CURDIR)/tests -k "not memory_is_lost and not three_buffers and not planted and not step_is_as_many" \
 	  $(addprefix $(CURDIR)/tests/,$(SANITIZED_TESTS)) $(ARGS)
 

@@ -1,21 +1,23 @@
 """Peak memory of training with each method, in sizes of the model: what beside the weights has to fit.
 
-A model of 100 million parameters, two steps of each method in a process of its own. The size is the peak of the process
-above what it had with the weights and the batch loaded, before there was an optimizer (on a GPU, of torch's allocator;
-otherwise Linux is needed), over the bytes of the parameters: gradients, the state of the base optimizer, the buffers of
-the engine and activations. The engine may hold three buffers of the size of the model: where it takes more than
-three sizes above the base optimizer alone, this exits with status 1.
+Two steps of each method in a process of its own: on 100 million parameters, and on a deep model. The size is the peak
+of the process above what it had with the weights and the batch loaded, before there was an optimizer (on a GPU, of
+torch's allocator; otherwise Linux is needed), over the bytes of the parameters: gradients, the state of the base
+optimizer, the buffers of the engine and activations. The engine may hold three buffers of the size of the model: where
+a method takes more than three sizes above torch's own optimizer, this exits with status 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,13 @@ from .contenders import HYPER, machine
 BUFFERS = 3
 """That the engine may hold beside the base optimizer's memory: the backup of the weights, u and m."""
 
-SLACK = 0.05
-"""Of one size of the model, for what is not a buffer: kernels' tables, pages of the allocator."""
+SLACK = 8 << 20
+"""Bytes for what is not a buffer: tables, pages of the allocator."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a method, and what is done to need less.
+    """A row: a method, a model, and what is done to need less.
 
     Attributes:
         method: a class of gam_fast, or ``"torch"`` for torch's own base optimizer.
@@ -45,6 +47,7 @@ class Case:
         micro_batches: in how many parts they are taken.
         checkpointed: whether activations are computed again in the backward pass.
         dtype: of weights, gradients and buffers.
+        width, layers: of the model.
     """
 
     method: str
@@ -52,6 +55,8 @@ class Case:
     micro_batches: int = 1
     checkpointed: bool = False
     dtype: str = "float32"
+    width: int = 2048
+    layers: int = 24
 
     @property
     def name(self) -> str:
@@ -59,20 +64,51 @@ class Case:
         extra = [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
         extra += ["checkpointed"] if self.checkpointed else []
         extra += [self.dtype] if self.dtype != "float32" else []
-        return ", ".join([self.method, f"batch {self.batch}", *extra])
+        return ", ".join([self.method, *extra])
+
+    @property
+    def setting(self) -> str:
+        """What rows have in common."""
+        return f"{self.parameters / 1e6:.1f} M parameters in {self.layers} layers, batch {self.batch}"
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the model."""
+        return self.layers * self.width * (self.width + 1)
+
+    @property
+    def limit(self) -> float:
+        """What the method may take above torch's own optimizer, in sizes of the model."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return BUFFERS + SLACK / (self.parameters * dtype.itemsize)
+
+    @property
+    def by_torch(self) -> Case:
+        """The same without gam_fast."""
+        return replace(self, method="torch")
 
 
-LIMITED = [Case(method, 16) for method in ("torch", "Base", "SAM", "GSAM", "GAM")]
-"""Whose peak is held against the limit: a small batch, so that it is not that of activations."""
+LARGE = [Case(method, 16) for method in ("torch", "Base", "SAM", "GSAM", "GAM")]
+"""100 million parameters and a small batch: the peak is that of gradients, state and buffers."""
 
-ADVICE = [
-    Case("torch", 512),
-    Case("GAM", 512),
-    Case("GAM", 512, micro_batches=8),
-    Case("GAM", 512, checkpointed=True),
-    Case("GAM", 512, micro_batches=8, dtype="bfloat16"),
+DEEP = [
+    Case(method, 1024, micro_batches, checkpointed, dtype, width=512, layers=96)
+    for method, micro_batches, checkpointed, dtype in (
+        ("torch", 1, False, "float32"),
+        ("SAM", 1, False, "float32"),
+        ("GAM", 1, False, "float32"),
+        ("torch", 8, False, "float32"),
+        ("GAM", 8, False, "float32"),
+        ("torch", 1, True, "float32"),
+        ("GAM", 1, True, "float32"),
+        ("torch", 8, False, "bfloat16"),
+        ("GAM", 8, False, "bfloat16"),
+    )
 ]
-"""What helps where activations count."""
+"""A narrow and deep model and a large batch, where activations count: what helps."""
+
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
+"""For glibc: what is freed goes back to the system at once, so that the peak is of what is in use."""
 
 
 class Stack(nn.Module):
@@ -84,7 +120,7 @@ class Stack(nn.Module):
         self.checkpointed = checkpointed
 
     def block(self, layer: nn.Module, x: Tensor) -> Tensor:
-        return x + F.gelu(layer(x))
+        return torch.add(x, F.gelu(layer(x)), alpha=1.0 / len(self.layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -106,13 +142,13 @@ def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
         return pool.submit(measure, *arguments).result()
 
 
-def peak(case: Case, base: str, width: int, layers: int, device: str, threads: int, backend: str) -> float:
+def peak(case: Case, base: str, device: str, threads: int, backend: str) -> float:
     """The peak of two steps of a case, in sizes of the model."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    model = Stack(width, layers, checkpointed=case.checkpointed).to(device, dtype)
-    x = torch.randn(case.batch, width, device=device, dtype=dtype)
+    model = Stack(case.width, case.layers, checkpointed=case.checkpointed).to(device, dtype)
+    x = torch.randn(case.batch, case.width, device=device, dtype=dtype)
     model(x[:1]).sum().backward()  # what the first use of anything costs
     model.zero_grad()
     before = allocated(device, "VmRSS")
@@ -142,31 +178,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--base", default="SGD", choices=sorted(HYPER), help="base optimizer (default: SGD, momentum)")
-    parser.add_argument("--width", type=int, default=2048, help="of the layers (default: 2048)")
-    parser.add_argument("--layers", type=int, default=24, help="default: 24, for 100.7 million parameters")
     parser.add_argument("--backend", default="auto", help="backend of gam_fast (default: auto)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="without the rows of large batches")
+    parser.add_argument("--quick", action="store_true", help="without the deep model")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to PATH")
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not sys.platform.startswith("linux"):
         parser.error("the peak of a process is read from /proc, which only Linux has; use --device cuda")
-    size = (arguments.width, arguments.layers)
-    options = (arguments.base, *size, arguments.device, arguments.threads, arguments.backend)
-    cases = LIMITED if arguments.quick else LIMITED + ADVICE
-    peaks = [in_a_process(peak, case, *options) for case in cases]
-    limit = peaks[0] + BUFFERS + SLACK
+    os.environ.update(ALLOCATOR)  # read when the processes of the cases start
+    options = (arguments.base, arguments.device, arguments.threads, arguments.backend)
+    peaks = {case: in_a_process(peak, case, *options) for case in (LARGE if arguments.quick else LARGE + DEEP)}
     facts = machine(arguments.device)
-    parameters = arguments.layers * arguments.width * (arguments.width + 1)
-    print(f"{parameters / 1e6:.1f} M parameters, {arguments.base}, {facts['device']}, {arguments.threads} threads")
-    print(f"{'':<42}{'peak beyond the weights, ÷ size of the model':>44}")
-    for case, found in zip(cases, peaks, strict=True):
-        print(f"{case.name:<42}{found:>44.2f}")
-    over = [case.name for case, found in zip(LIMITED, peaks, strict=False) if found > limit]
-    print(f"limit for a method: {limit:.2f}" + (f"; OVER IT: {'; '.join(over)}" if over else ""))
+    print(f"peak beyond the weights, in sizes of the model: {arguments.base}, {facts['device']}")
+    for setting, rows in itertools.groupby(peaks, key=lambda case: case.setting):
+        print(setting)
+        for case in rows:
+            print(f"  {case.name:<32}{peaks[case]:>6.2f}")
+    over = [case for case, found in peaks.items() if found > peaks[case.by_torch] + case.limit]
+    for case in over:
+        print(f"{case.name}: more than {BUFFERS} sizes above torch's own optimizer")
     if arguments.json:
-        rows = [{**asdict(case), "peak": found} for case, found in zip(cases, peaks, strict=True)]
-        figures = {**facts, "parameters": parameters, "base": arguments.base, "limit": limit, "rows": rows}
+        figures = {
+            **facts,
+            "base": arguments.base,
+            "rows": [{**asdict(case), "peak": found} for case, found in peaks.items()],
+        }
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 1 if over else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,15 +35,20 @@ class GivenScale:
         self.unscaled = grad_scale is None
         self._inverse = torch.ones(()) if grad_scale is None else grad_scale.float().reciprocal()
 
-    @staticmethod
-    def take(optimizer: object) -> GivenScale | None:
-        """What was handed to the optimizer, if anything was."""
+    @classmethod
+    @contextlib.contextmanager
+    def handed_to(cls, optimizer: object) -> Iterator[GivenScale | None]:
+        """What was handed to the optimizer, if anything was. After an error torch leaves it there: it is dropped."""
         given = vars(optimizer)
-        return GivenScale(given["grad_scale"]) if "found_inf" in given else None
+        try:
+            yield cls(given["grad_scale"]) if "found_inf" in given else None
+        except BaseException:
+            cls.drop(optimizer)
+            raise
 
     @staticmethod
     def drop(optimizer: object) -> None:
-        """After an error, which torch leaves the attributes behind at."""
+        """Forget what a call that came to nothing has handed over."""
         for name in ("grad_scale", "found_inf"):
             vars(optimizer).pop(name, None)
 

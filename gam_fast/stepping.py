@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +31,8 @@ class Progress:
     skipped_steps: int = 0
     walk: Walk | None = None
     turn: Turn | None = None
-    left: Callable[[], Tensor | None] | None = None
-    """Gives the first gradient that the last step left behind, as long as it is there; ``None`` before any step."""
+    stepped: bool = False
+    """Whether there was a step before, and it came to an end."""
 
 
 class Stepper(torch.optim.Optimizer):
@@ -59,11 +58,12 @@ class Stepper(torch.optim.Optimizer):
     @property
     def turn(self) -> Turn | None:
         """The pass that is under way, for code that is called in it, such as a closure; ``None`` between steps."""
-        return self._progress.turn
+        return None if self._walk is None else self._progress.turn
 
     @property
     def _walk(self) -> Walk | None:
-        return self._progress.walk
+        walk = self._progress.walk  # which a Ctrl-C at an unlucky moment may leave behind
+        return walk if walk is not None and walk.under_way else None
 
     def passes(self, scaler: Any = None) -> Generator[Turn, None, None]:
         """The passes of one step: run forward and backward once in the body for each.
@@ -75,9 +75,9 @@ class Stepper(torch.optim.Optimizer):
         Args:
             scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
                 in each pass, and neither ``scaler.unscale_``, ``scaler.step`` nor ``scaler.update``: the step does all
-                that. (Where a framework calls ``scaler.step`` and ``scaler.update``, leave this out.) A gradient that
-                is not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the scale goes down, and
-                :attr:`skipped_steps` up.
+                that. (A framework that calls ``scaler.step`` and ``scaler.update`` by itself does so in the last pass.)
+                A gradient that is not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the scale
+                goes down, and :attr:`skipped_steps` up.
 
         Raises:
             RuntimeError: a pass ended without a gradient; a parameter was modified during a pass (modified in the first
@@ -128,19 +128,20 @@ class Stepper(torch.optim.Optimizer):
         >>> optimizer.step(closure).item()
         25.0
         """
-        given = GivenScale.take(self)
-        try:
+        with GivenScale.handed_to(self) as given:
             walk = self._walk
             if walk is not None and walk.by_loop and (walk.complete or (walk.in_last_pass and closure is None)):
-                return self._end(walk, closure, given)
+                return self._end(walk, closure, given, scaler)
             self._refuse_nesting("step()")
             scale = self._loss_scale(scaler)
             if closure is None:
                 self._step_without_closure(scale or given)
                 return None
-        except BaseException:
-            GivenScale.drop(self)
-            raise
+            if given is not None:
+                raise RuntimeError(
+                    "scaler.step(optimizer, closure): a gradient scaler takes no closure. Call step(closure, "
+                    "scaler=scaler), or run the loop over passes(scaler=scaler)"
+                )
         first = None
         with contextlib.closing(self._run(scale)) as turns:
             for turn in turns:
@@ -191,7 +192,8 @@ class Stepper(torch.optim.Optimizer):
         self._refuse_nesting("passes()")
         n = self.recipe.passes
         with self._open(scale, by_loop=by_loop) as walk:
-            self._warn_of_unused_gradients()
+            GivenScale.drop(self)  # of a call that came to nothing
+            self._warn_of_unused_gradients(stacklevel=3 if by_loop else 5)
             for index in range(n):
                 walk.begin()
                 self._progress.turn = turn = Turn(index, n, walk.backward)
@@ -207,24 +209,24 @@ class Stepper(torch.optim.Optimizer):
             else:
                 walk.finish(partial(apply, self.base))
 
-    def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None) -> Any:
+    def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any = None) -> Any:
         """The update of a loop, all passes of which are made or in the last of which it is.
 
         A wrapper that steps with a closure of its own, such as Lightning's, has it called.
         """
-        if walk.complete:
-            result = None if closure is None else closure()
-            if given is not None:
-                walk.unscale_by(given)
-            walk.finish(partial(apply, self.base))
-            return result
+        result = None
         with self._closing(walk):
+            if scaler is not None:
+                raise RuntimeError("step(scaler=) in the last pass of a loop: the loop is passes(scaler=scaler)")
             if given is not None:
                 walk.unscale_by(given)
-            walk.collect()
-            walk.complete = True
+            if not walk.complete:
+                walk.collect()
+                walk.complete = True
+            elif closure is not None:
+                result = closure()
             walk.finish(partial(apply, self.base))
-        return None
+        return result
 
     def _step_without_closure(self, scale: LossScale | GivenScale | None) -> None:
         if self.recipe.passes > 1:
@@ -269,27 +271,30 @@ class Stepper(torch.optim.Optimizer):
             if self._progress.walk is walk:
                 self._progress.walk = self._progress.turn = None
                 left = self._first_gradient()
-                self._progress.left = (lambda: None) if left is None else weakref.ref(left)
+                if left is not None:
+                    left._gam_fast_left = True  # type: ignore[attr-defined]
+                self._progress.stepped = True
 
     def _first_gradient(self) -> Tensor | None:
         params = (param for group in self.param_groups for param in group["params"])
         return next((param.grad for param in params if param.grad is not None), None)
 
-    def _warn_of_unused_gradients(self) -> None:
+    def _warn_of_unused_gradients(self, stacklevel: int) -> None:
         """Where somebody called backward() since the last step: each pass computes gradients of its own.
 
-        Before the first step what is there may well be another optimizer's.
+        What a step has left behind has a mark; what another backward has added to it since is not seen. Before the
+        first step what is there may well be of another optimizer.
         """
-        found, left = self._first_gradient(), self._progress.left
-        self._progress.left = None  # until the end of this step, if it comes to one
-        if found is not None and left is not None and left() is not found:
+        found, stepped = self._first_gradient(), self._progress.stepped
+        self._progress.stepped = False  # until the end of this step, if it comes to one
+        if found is not None and stepped and not hasattr(found, "_gam_fast_left"):
             warnings.warn(
                 f"the gradients that were there before this step of {type(self).__name__} are not used: each of its "
                 "passes computes its own. Call no backward() before step(closure) or passes(); to accumulate over "
                 "micro-batches, have all of them in every pass, by optimizer.micro_batches() (Lightning's "
                 "accumulate_grad_batches and accelerator.accumulate() show the step the last of them only). Where they "
                 "are of something else, zero_grad() says so",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     def _check_can_step(self) -> None:

@@ -138,7 +138,9 @@ class Walk:
             finally:
                 torch.set_grad_enabled(grad_enabled)
                 self._over = True
+                torch.clear_autocast_cache()
                 self._losses.clear()
+                self._micro_batches = None
                 self.shards.release()
                 self._on_exit.close()
                 if undo is not None:
@@ -164,6 +166,11 @@ class Walk:
         return self._over
 
     @property
+    def under_way(self) -> bool:
+        """Whether a pass was begun, and the step neither taken nor undone."""
+        return self._begun and not self._over
+
+    @property
     def in_last_pass(self) -> bool:
         """Whether the last pass is under way."""
         return self._begun and not self.complete and self.recipe.pass_of(self._newest + 1) == self.recipe.passes - 1
@@ -185,6 +192,7 @@ class Walk:
             if self._local is not None:
                 self._on_exit.callback(self._local.close)
                 self._local.begin()
+        torch.clear_autocast_cache()  # where autocast is around the step, it holds the weights of the pass before
         self.shards.clear_gradients(recycle=self.recipe.passes > 1)
         if self._rng is not None:
             self._rng.begin()
@@ -192,17 +200,19 @@ class Walk:
         self.shards.note_versions()
 
     def unscale_by(self, scale: GivenScale) -> None:
-        """``scaler.step(optimizer)`` was called in the last pass, or after it.
+        """``scaler.step(optimizer)`` was called in the last pass, or after it; whoever did will update the scaler.
 
         Raises:
-            RuntimeError: the scaler is known already, or has unscaled the gradients of the last pass.
+            RuntimeError: the scaler has unscaled the gradients of one of several passes; a local step, or one of second
+                order.
         """
-        if self._watch.scale is not None:
+        if self._local is not None or self.recipe.second_order:
+            what = f"of {self.recipe.name}" if self.recipe.second_order else "with sync='local'"
             raise RuntimeError(
-                "scaler.step(optimizer) in a step that was given the scaler, which unscales and updates by itself: "
-                "leave scaler.step and scaler.update out, or call passes() without scaler="
+                f"scaler.step(optimizer) in a step {what}: torch looks at the gradients of one pass on one process. "
+                "Leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
             )
-        if scale.unscaled:
+        if scale.unscaled and self.recipe.passes > 1:
             raise RuntimeError(
                 f"scaler.unscale_ was called for one pass of {self.recipe.name}, and the gradients of the others are "
                 "scaled: leave it out; to clip, construct the optimizer with clip_grad_norm="

@@ -163,7 +163,7 @@ def test_fp16_by_the_loop_form_unscales_and_skips():
     for k, (x, y) in enumerate(loader()):
         bad = float("inf") if k == 2 else 1.0
         torch.manual_seed(k)
-        for turn in flat.passes():
+        for turn in flat.passes(scalers[0]):
             scalers[0].scale(F.cross_entropy(model(x), y) * (bad if turn.last else 1.0)).backward()
             if turn.last:
                 optimizer.step()
@@ -174,6 +174,24 @@ def test_fp16_by_the_loop_form_unscales_and_skips():
         assert torch.equal(p, q)
     assert flat.skipped_steps == 1
     assert scalers[0].state_dict() == scalers[1].state_dict()
+
+
+def test_a_closure_under_a_scaler_is_an_error():
+    Accelerator(cpu=True)
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(gam_fast.GAM(model.parameters(), torch.optim.SGD, **GAM), scaler=scaler)
+    x, y = next(iter(loader()))
+
+    def closure():
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+
+    closure()
+    with pytest.raises(RuntimeError, match=r"takes no closure.*passes\(scaler=scaler\)"):
+        optimizer.step(closure)
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, q)
 
 
 def test_the_example_learns():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -103,6 +104,23 @@ def test_an_empty_accumulation_is_an_error_and_undoes_the_step():
         step()
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
     assert optimizer.turn is None
+
+
+def test_micro_batches_are_not_held_after_the_step():
+    model, batches = make("mlp")
+    optimizer = METHODS["gam"].optimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    x, y = (t.clone() for t in batches[0])
+    held = weakref.ref(x)
+    turns = optimizer.passes()
+    for turn in turns:
+        for a, b in optimizer.micro_batches([(x, y)]):
+            turn.backward(loss_of(model, a, b))
+        if turn.last:
+            optimizer.step()
+            break
+    del x, y, a, b
+    assert held() is None
+    turns.close()
 
 
 def test_outside_a_step_micro_batches_say_where_they_belong():

@@ -311,31 +311,153 @@ def test_the_scalers_own_step_skips_an_overflow():
     assert not any(torch.equal(before[0][name], p) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_the_scalers_own_step_where_passes_know_it_skips_an_overflow_in_any_pass(method_name, at, policy):
+    """Frameworks step and update; the scale goes down once, whoever finds the overflow."""
+    model, optimizer, batches = setting(method_name, on_nonfinite=policy)
+    scaler = scaler_of()
+
+    def step(x, y, at=None):
+        for turn in optimizer.passes(scaler):
+            scaler.scale(loss_of(model, x, y) * (float("inf") if turn.index == at else 1.0)).backward()
+            if turn.last:
+                scaler.step(optimizer)
+                scaler.update()
+
+    step(*batches[0])
+    before = everything(model, optimizer)
+    step(*batches[1], at=at)
+    assert_same(before, everything(model, optimizer))
+    assert (scaler.get_scale(), optimizer.skipped_steps) == (512.0, 1)
+    step(*batches[1])
+    twin, other, _ = setting(method_name)
+    for x, y in batches[:2]:
+        other.step(closure_of(twin, x, y))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def with_unscaled_gradients(model, optimizer, scaler, batch):
+    for turn in optimizer.passes():
+        scaler.scale(loss_of(model, *batch)).backward()
+        if turn.last:
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+
+
+def with_a_closure(model, optimizer, scaler, batch):
+    scaler.scale(loss_of(model, *batch)).backward()
+    scaler.step(optimizer, lambda: scaler.scale(loss_of(model, *batch)).backward())
+
+
+def with_the_scaler_in_the_last_pass(model, optimizer, scaler, batch):
+    for turn in optimizer.passes():
+        scaler.scale(loss_of(model, *batch)).backward()
+        if turn.last:
+            optimizer.step(scaler=scaler)
+
+
 @pytest.mark.parametrize(
-    ("given", "unscale", "message"),
+    ("misuse", "message"),
     [
-        (True, False, "in a step that was given the scaler.*leave scaler.step and scaler.update out"),
-        (False, True, "scaler.unscale_ was called for one pass of GAM.*clip_grad_norm="),
+        (with_unscaled_gradients, "scaler.unscale_ was called for one pass of GAM.*clip_grad_norm="),
+        (with_a_closure, r"takes no closure.*step\(closure, scaler=scaler\)"),
+        (with_the_scaler_in_the_last_pass, r"the loop is passes\(scaler=scaler\)"),
     ],
 )
-def test_misuse_of_the_scalers_own_step_is_refused(given, unscale, message):
+def test_misuse_of_the_scalers_own_step_is_refused(misuse, message):
     model, optimizer, batches = setting()
-    scaler = scaler_of()
     before = everything(model, optimizer)
-
-    def misuse():
-        for turn in optimizer.passes(scaler=scaler if given else None):
-            scaler.scale(loss_of(model, *batches[0])).backward()
-            if turn.last:
-                if unscale:
-                    scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-
     with pytest.raises(RuntimeError, match=message):
-        misuse()
+        misuse(model, optimizer, scaler_of(), batches[0])
     assert_same(before, everything(model, optimizer))
     assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
     by_scaler_step(model, optimizer, scaler_of(), *batches[0])
+
+
+def test_the_scalers_own_step_is_not_for_the_exact_form():
+    model, batches = make("mlp")
+    optimizer = gam_fast.ExactGAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    before = everything(model, optimizer)
+    scaler = scaler_of()
+
+    def step():
+        for turn in optimizer.passes():
+            turn.backward(scaler.scale(loss_of(model, *batches[0])))
+            if turn.last:
+                scaler.step(optimizer)
+
+    with pytest.raises(RuntimeError, match=r"step of ExactGAM.*passes\(scaler=scaler\)"):
+        step()
+    assert_same(before, everything(model, optimizer))
+
+
+def test_unscaling_by_hand_is_allowed_for_one_pass():
+    model, optimizer, batches = setting("base")
+    plain, plain_optimizer, _ = setting("base")
+    scaler = scaler_of()
+    for x, y in batches:
+        for _ in optimizer.passes():
+            scaler.scale(loss_of(model, x, y)).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        plain_optimizer.step(closure_of(plain, x, y))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_a_scale_left_behind_by_a_hook_that_raises_is_forgotten():
+    model, optimizer, batches = setting()
+    twin, other, _ = setting()
+    scaler = scaler_of()
+
+    def raising(*_):
+        raise KeyError("hook")
+
+    def step():
+        for turn in optimizer.passes():
+            scaler.scale(loss_of(model, *batches[0])).backward()
+            if turn.last:
+                scaler.step(optimizer)
+
+    handle = optimizer.register_step_pre_hook(raising)
+    with pytest.raises(KeyError, match="hook"):
+        step()
+    handle.remove()
+    for p in (optimizer, other):
+        m = model if p is optimizer else twin
+        for turn in p.passes():
+            turn.backward(loss_of(m, *batches[1]))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("where", ["passes", "closure"])
+def test_autocast_around_the_step_sees_the_weights_of_each_pass(where):
+    """Its cache of converted weights lives as long as the outermost autocast."""
+    found = []
+    for around in (False, True):
+        model, batches = make("mlp", torch.float32)
+        optimizer = gam_fast.SAM(model.parameters(), torch.optim.SGD, lr=0.2, rho=0.5, model=model)
+
+        def loss(model=model, batch=batches[0]):
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss_of(model, *batch)
+            value.backward()
+            return value
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            for _ in range(3):
+                if where == "closure":
+                    optimizer.step(loss)
+                else:
+                    for _turn in optimizer.passes():
+                        loss()
+        found.append(list(model.parameters()))
+    for p, q in zip(*found, strict=True):
+        assert torch.equal(p, q)
 
 
 def test_the_scalers_own_step_says_what_to_do():

@@ -231,23 +231,23 @@ def test_both_ways_to_a_hessian_vector_product_agree(name):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
 def test_gam_takes_three_sizes_of_the_model_more_than_sgd(tmp_path, monkeypatch, capsys):
     """At 100 million parameters: what a smaller model takes is lost in the pages of the allocator."""
-    monkeypatch.setattr(memory, "LIMITED", [case for case in memory.LIMITED if case.method in ("torch", "GAM")])
+    for name in memory.ALLOCATOR:
+        monkeypatch.setenv(name, "unset")  # to be put back
+    monkeypatch.setattr(memory, "LARGE", [case for case in memory.LARGE if case.method in ("torch", "GAM")])
     assert memory.main(["--quick", "--json", str(tmp_path / "figures.json")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    assert figures["parameters"] == 100_712_448
     torch_alone, gam = (row["peak"] for row in figures["rows"])
-    assert 2.0 < torch_alone < 4.5
-    assert 4.5 < gam < torch_alone + 3.05
-    monkeypatch.setattr(memory, "BUFFERS", 0)
-    monkeypatch.setattr(memory, "in_a_process", lambda measure, case, *size: {"torch": 2.0, "GAM": 5.0}[case.method])
+    assert 2.0 < torch_alone < 2.6
+    assert torch_alone + 2.9 < gam < torch_alone + 3.05
+    monkeypatch.setattr(memory, "in_a_process", lambda measure, case, *size: {"torch": 2.0, "GAM": 5.1}[case.method])
     assert memory.main(["--quick"]) == 1
-    assert "OVER IT: GAM, batch 16" in capsys.readouterr().out
+    assert "GAM: more than 3 sizes above torch's own optimizer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", memory.ADVICE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", memory.DEEP, ids=lambda case: case.name)
 def test_every_row_of_the_memory_table_trains(case):
-    small = dataclasses.replace(case, batch=16)
-    assert memory.peak(small, "SGD", 16, 2, "cpu", 1, "auto") >= 0.0
+    small = dataclasses.replace(case, batch=16, width=16, layers=2)
+    assert memory.peak(small, "SGD", "cpu", 1, "auto") >= 0.0
 
 
 def test_the_example_of_a_cuda_graph_runs_or_says_what_it_needs(capsys):

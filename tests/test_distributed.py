@@ -591,6 +591,27 @@ def test_a_static_graph_is_refused_by_local_steps(two):
 # Without several processes, and misuse
 
 
+def step_by_the_scaler(rank, world):
+    model, batches = make("mlp")
+    optimizer = optimizer_of(DistributedDataParallel(model), "gam", sync="local")
+    scaler = torch.amp.GradScaler("cpu")
+    before = values(model)
+
+    def step():
+        for turn in optimizer.passes():
+            scaler.scale(loss_of(model, *batches[0])).backward()
+            if turn.last:
+                scaler.step(optimizer)
+
+    with pytest.raises(RuntimeError, match=r"scaler.step\(optimizer\) in a step with sync='local'.*passes\(scaler="):
+        step()
+    return all(torch.equal(p, q) for p, q in zip(before, values(model), strict=True))
+
+
+def test_the_scalers_own_step_is_not_for_local_steps(two):
+    assert two.run(step_by_the_scaler) == [True, True]
+
+
 def test_one_process_takes_no_notice_of_sync():
     (one, batches), (two_, _) = make("mlp"), make("mlp")
     first, second = optimizer_of(one, "gam"), optimizer_of(two_, "gam", sync="local")

@@ -714,6 +714,43 @@ def test_no_warning_is_given_in_ordinary_use():
             optimizer.step(closure_of(model, x, y))
 
 
+def test_optimizers_of_the_same_parameters_take_turns_without_a_warning():
+    weight, closure = parabola()
+    optimizers = [gam_fast.SAM([weight], torch.optim.SGD, lr=0.1), gam_fast.GAM([weight], torch.optim.SGD, lr=0.1)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step(closure)
+
+
+def test_the_warning_of_unused_gradients_points_at_the_users_line():
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    for by_loop in (True, False):
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        closure()
+        with pytest.warns(UserWarning, match="not used") as caught:
+            [closure() for _ in optimizer.passes()] if by_loop else optimizer.step(closure)
+        assert caught[0].filename == __file__
+
+
+def test_a_model_may_be_converted_after_a_step():
+    """By torch's way to swap tensors, which refuses those that are referred to weakly."""
+    model, batches = make("mlp", torch.float32)
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.step(closure_of(model, *batches[0]))
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    optimizer.zero_grad()  # which are new tensors now
+    x, y = batches[0]
+    optimizer.step(closure_of(model, x.double(), y))
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+
+
 def test_the_limit_of_the_norm_may_be_set():
     weight, closure = parabola()
     optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.5, clip_grad_norm=2.0)

@@ -56,6 +56,35 @@ def test_compiled_with_cuda_graphs(method_name):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("by_scaler", [False, True])
+@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
+def test_fp16_with_a_scaler(method_name, by_scaler):
+    """A scale that is too large in every pass finds its way down, and no skipped step moves a weight."""
+    method = METHODS[method_name]
+    model, batches = make("mlp", torch.float32)
+    model.cuda()
+    optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model, **method.hyper)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24, growth_interval=1000)
+    x, y = (t.cuda() for t in batches[0])
+    losses = []
+    for _ in range(40):
+        before = [p.detach().clone() for p in model.parameters()]
+        skipped = optimizer.skipped_steps
+        for turn in optimizer.passes(scaler=None if by_scaler else scaler):
+            with torch.autocast("cuda", torch.float16):
+                loss = loss_of(model, x, y)
+            scaler.scale(loss).backward()
+            if turn.index == 0:
+                losses.append(float(loss.detach()))
+            if by_scaler and turn.last:
+                scaler.step(optimizer)
+                scaler.update()
+        stayed = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+        assert all(stayed) if optimizer.skipped_steps > skipped else not any(stayed)
+    assert scaler.get_scale() == 2.0 ** (24 - optimizer.skipped_steps)
+    assert losses[-1] < 0.9 * losses[0]
+
+
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("method_name", METHODS)

@@ -242,6 +242,32 @@ def test_manual_optimization_in_fp16_takes_the_steps_of_the_loop():
     assert plugin.scaler.state_dict() == scaler.state_dict()
 
 
+class Overflowing(Module):
+    """Each fourth loss, that of the last pass, is too large."""
+
+    def loss(self, batch):
+        self.evaluations = getattr(self, "evaluations", 0) + 1
+        return super().loss(batch) * (float("inf") if self.evaluations % 4 == 0 else 1.0)
+
+
+def test_manual_optimization_in_fp16_skips_an_overflow_and_lowers_the_scale():
+    plugin = mixed_precision()
+    module = Overflowing(automatic=False)
+    before = copy.deepcopy(module.net)
+    fit(module, plugins=plugin)
+    for p, q in zip(module.net.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert plugin.scaler.get_scale() == 1024.0 / 2**8
+
+
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.5}, {"plugins": "mixed"}])
+def test_a_method_of_one_pass_is_clipped_and_scaled_as_any_optimizer(options):
+    if "plugins" in options:
+        options = {"plugins": mixed_precision()}
+    module = OneClosure(method=lambda params, base, rho, rho_prime, **rest: gam_fast.Base(params, base, **rest))
+    assert fit(module, **options).global_step == 8
+
+
 def test_the_examples_learn():
     automatic = lightning_automatic.main(epochs=2, size=600)
     assert automatic.callback_metrics["train_loss"] < 1.2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm.optim
 import timm_factory
@@ -75,6 +77,30 @@ def test_it_steps_as_one_that_is_constructed():
         step(theirs, by_hand)
     for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         assert torch.equal(p, q)
+
+
+def usable():
+    """The bases that can be made here: not those whose package or device is missing."""
+    names = []
+    for name in list_optimizers():
+        if name.startswith(("bnb", "fused")) or isinstance(timm.optim.get_optimizer_info(name).opt_class, partial):
+            continue
+        if not timm.optim.get_optimizer_info(name).second_order:
+            names.append(name)
+    return names
+
+
+def test_every_base_has_timms_defaults():
+    names = usable()
+    assert len(names) > 50
+    for name in names:
+        model = net()
+        plain = create_optimizer_v2(model, name, lr=1e-3, weight_decay=0.01)
+        ours = create_optimizer_v2(model, f"gam{name}", lr=1e-3, weight_decay=0.01, alpha=0.35)
+        for group, other in zip(ours.base.param_groups, plain.param_groups, strict=True):
+            for key in set(other) - {"params"}:
+                assert group[key] == other[key], (name, key)
+            assert group[ours.key("alpha")] == 0.35
 
 
 def test_layer_decay_scales_the_groups():

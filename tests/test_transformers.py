@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,34 +218,108 @@ def test_an_epoch_may_end_within_an_accumulation(tmp_path):
     assert trainer.calls == 4 * 12
 
 
-class Overflowing(Recorder):
-    """Each fourth loss, that of the last pass, is too large."""
+class Spoiling(Recorder):
+    """A loss of each step, that of pass ``at``, is too large; or it raises ``error`` there, once."""
+
+    at, error = 0, None
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        return loss if self.calls % 4 else loss * float("inf")
+        if self.flat_optimizer.turn.index != self.at:
+            return loss
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return loss * float("inf")
 
 
-def test_fp16_unscales_and_skips_an_overflow(tmp_path):
-    """The scaler is put where Accelerate has it; its own switch, ``fp16=True``, asks for a GPU."""
+def with_scaler(trainer):
+    """The scaler where Accelerate has it; its own switch, ``fp16=True``, asks for a GPU."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return trainer
+
+
+def test_fp16_takes_the_steps_of_full_precision(tmp_path):
     options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.5}
     plain = trainer_of(tmp_path, language_model(0.0).double(), **options)
     plain.train()
-    scaled = trainer_of(tmp_path, language_model(0.0).double(), **options)
-    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled = with_scaler(trainer_of(tmp_path, language_model(0.0).double(), **options))
     scaled.train()
     for p, q in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
     ours, theirs = ([entry["grad_norm"] for entry in t.state.log_history[:-1]] for t in (scaled, plain))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
-    overflow = trainer_of(tmp_path, language_model(0.0), kind=Overflowing, **options)
-    overflow.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = copy.deepcopy(overflow.model)
-    overflow.train()
-    assert overflow.flat_optimizer.skipped_steps == 5
-    assert overflow.accelerator.scaler.get_scale() == 1024.0 / 2**5
-    assert_same_model(overflow.model, before)
+
+@pytest.mark.parametrize("scaler", [True, False])
+@pytest.mark.parametrize("at", range(4))
+def test_a_pass_that_is_not_finite_undoes_the_step_and_the_schedule_waits(at, scaler, tmp_path):
+    optimizer = (gam_fast.GAM, {**GAM, "on_nonfinite": "raise" if scaler else "skip"})
+    trainer = trainer_of(tmp_path, language_model(0.0), kind=Spoiling, optimizer=optimizer, learning_rate=1e-3)
+    trainer.at = at
+    if scaler:
+        with_scaler(trainer)
+    before = copy.deepcopy(trainer.model)
+    trainer.train()
+    assert trainer.flat_optimizer.skipped_steps == trainer.state.global_step == 5
+    assert trainer.lr_scheduler.last_epoch == 0
+    assert_same_model(trainer.model, before)
+    if scaler:
+        assert trainer.accelerator.scaler.get_scale() == 1024.0 / 2**5
+
+
+def test_a_smaller_batch_after_an_error_starts_from_the_weights_before(tmp_path, monkeypatch):
+    options = {"auto_find_batch_size": True, "lr_scheduler_type": "constant", "max_steps": 2}
+    trainer = trainer_of(tmp_path, language_model(0.0), kind=Spoiling, **options)
+    trainer.at, trainer.error = 2, RuntimeError("CUDA out of memory.")
+    states = []
+
+    def begin(*arguments):
+        states.append([p.detach().clone() for p in trainer.model.parameters()])
+        return FlatTrainer._begin(trainer, *arguments)
+
+    monkeypatch.setattr(trainer, "_begin", begin)
+    with pytest.raises(gam_fast.NonFiniteGradientError):  # the second attempt spoils the loss of pass 2
+        trainer.train()
+    assert len(states) == 2
+    for p, q in zip(*states, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_an_error_that_somebody_swallows_undoes_the_step(tmp_path):
+    class Swallowing(Spoiling):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            except KeyError:
+                self.accelerator.gradient_state._set_sync_gradients(False)  # there is no step to end
+                return torch.zeros(())
+
+    trainer = trainer_of(tmp_path, kind=Swallowing, lr_scheduler_type="constant", max_steps=3)
+    trainer.at, trainer.error = 1, KeyError("once")
+    with pytest.raises(gam_fast.NonFiniteGradientError):
+        trainer.train()
+    assert trainer.flat_optimizer.turn is None
+
+
+def test_the_optimizers_own_limit_comes_first(tmp_path):
+    trainer = trainer_of(tmp_path, optimizer=(gam_fast.GAM, {**GAM, "clip_grad_norm": 0.1}))
+    trainer.train()
+    assert trainer.flat_optimizer.clip_grad_norm == 0.1
+
+
+def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
+    exact = {"base_optimizer": torch.optim.SGD, "lr": 0.1}
+    with pytest.raises(TypeError, match="ExactGAM differentiates the loss by itself: use GAM"):
+        trainer_of(tmp_path, optimizer=(gam_fast.ExactGAM, exact)).train()
+    trainer = trainer_of(tmp_path)
+    trainer.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2))
+    optimizer = gam_fast.GAM(trainer.model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="context parallelism splits the inputs"):
+        trainer._check(optimizer)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(TypeError, match="2 GPUs in one process.*torchrun"):
+        trainer._check(optimizer)
 
 
 def test_deepspeed_is_refused_in_training(tmp_path):

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 from ..optimizer import FlatOptimizer
+
+try:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+except ModuleNotFoundError as error:
+    try:  # the same under its older name
+        from pytorch_lightning import LightningModule, Trainer
+        from pytorch_lightning.callbacks import Callback
+        from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    except ModuleNotFoundError:
+        raise error from None
 
 
 class FlatCallback(Callback):
@@ -49,7 +57,8 @@ class FlatCallback(Callback):
         if not found or not pl_module.automatic_optimization:
             return
         name = type(found[0]).__name__
-        if trainer.gradient_clip_val:
+        several = max(optimizer.recipe.passes for optimizer in found) > 1
+        if several and trainer.gradient_clip_val:
             raise MisconfigurationException(
                 f"gradient_clip_val={trainer.gradient_clip_val} clips the gradient of each pass of {name}, and not its "
                 f"step: leave it out, and construct the optimizer with clip_grad_norm={trainer.gradient_clip_val}"
@@ -60,7 +69,7 @@ class FlatCallback(Callback):
                 f"{name} the last of its batches only. Use manual optimization: collect the batches in training_step, "
                 "and iterate over optimizer.micro_batches() in each pass"
             )
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if several and getattr(trainer.precision_plugin, "scaler", None) is not None:
             raise MisconfigurationException(
                 f"precision={trainer.precision!r}: automatic optimization evaluates the closure once, and {name} has "
                 f"{found[0].recipe.passes} passes. Use precision='bf16-mixed', or manual optimization: `for turn in "

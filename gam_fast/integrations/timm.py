@@ -29,7 +29,9 @@ def register_timm() -> list[str]:
 
     A name is that of the method followed by that of the base, in lower case: ``"gamsgd"``, ``"gamadamw"``,
     ``"samlamb"``, ``"gradientnormpenaltyadamw"``. Weight decay, layer decay and timm's defaults are those of the base;
-    the method's hyper-parameters, and ``model=``, are keyword arguments. Calling it again changes nothing.
+    the method's hyper-parameters, and ``model=``, are keyword arguments. Where base and method have one of the same
+    name (``alpha`` of RMSprop), it is the method's. A base whose package or device is missing says so when it is made;
+    with timm's prefix ``lookahead_`` there is the closure form only. Calling it again changes nothing.
 
     Returns the names that it added.
 
@@ -55,21 +57,23 @@ def register_timm() -> list[str]:
             default_registry.register(
                 OptimInfo(
                     name=name,
-                    opt_class=partial(_make, method, base),
+                    opt_class=partial(_make, method, base, info.defaults or {}),
                     description=f"{method.recipe.name} (gam_fast) around {base}",
                     has_eps=info.has_eps,
                     has_momentum=info.has_momentum,
                     has_betas=info.has_betas,
                     num_betas=info.num_betas,
-                    defaults=info.defaults,
                 )
             )
             added.append(name)
     return added
 
 
-def _make(method: Callable[..., FlatOptimizer], base: str, params: Any, **arguments: Any) -> FlatOptimizer:
-    return method(params, get_optimizer_class(base, bind_defaults=False), **arguments)
+def _make(
+    method: Callable[..., FlatOptimizer], base: str, defaults: dict[str, Any], params: Any, **arguments: Any
+) -> FlatOptimizer:
+    # timm's defaults go to the base, which may have a hyper-parameter of the same name as the method
+    return method(params, partial(get_optimizer_class(base, bind_defaults=False), **defaults), **arguments)
 
 
 def _is_ours(name: str) -> bool:

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..optimizer import FlatOptimizer
-from ..turn import Turn
+
+if not hasattr(Trainer, "_clip_grad_norm"):
+    raise ImportError(
+        f"FlatTrainer needs transformers 5.3 or newer, and {transformers.__version__} is installed: pip install -U "
+        "transformers"
+    )
+
+
+class _Step:
+    """A step that is under way: its passes, and the micro-batches so far."""
+
+    def __init__(self, optimizer: FlatOptimizer, scaler: Any) -> None:
+        self.optimizer = optimizer
+        self.skipped_before = optimizer.skipped_steps
+        self.micro_batches: list[dict[str, Any]] = []
+        self._turns = optimizer.passes(scaler)
+        next(self._turns)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it was undone because a gradient was not finite."""
+        return self.optimizer.skipped_steps > self.skipped_before
+
+    def next_pass(self) -> bool:
+        """Whether there is one."""
+        return next(self._turns, None) is not None
+
+    def close(self) -> None:
+        """Undo it, unless ``optimizer.step()`` has ended it."""
+        self._turns.close()
+
+
+class _Ended(TrainerCallback):
+    """Told by the Trainer that it has called ``optimizer.step()``."""
+
+    def __init__(self, trainer: FlatTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The step is over; one that was skipped is none for the learning-rate schedule."""
+        self.trainer._end_step()
 
 
 class FlatTrainer(Trainer):
@@ -23,14 +63,16 @@ class FlatTrainer(Trainer):
     - accumulation (``gradient_accumulation_steps``): all micro-batches are in each pass;
     - the training loss: that at the weights, before any perturbation;
     - ``max_grad_norm`` (1.0, unless you say otherwise): the limit of the final direction, not of the gradient of one
-      pass. The ``grad_norm`` that is logged is the norm of the last pass's gradient;
+      pass; the optimizer's own ``clip_grad_norm`` comes before it. The ``grad_norm`` that is logged is the norm of the
+      last pass's gradient;
     - data parallelism and BatchNorm: ``model=`` of the optimizer is the model as the Trainer has wrapped it;
-    - fp16: an overflow in any pass undoes the step; bf16 needs nothing.
+    - fp16: an overflow in any pass undoes the step, and the learning-rate schedule waits; bf16 needs nothing.
 
     A run that ends by an exception leaves the weights as they were before the step.
 
     Raises:
-        TypeError: in training, DeepSpeed or FSDP1, with what to use.
+        TypeError: in training, DeepSpeed, FSDP1, ``ExactGAM``, several GPUs in one process or context parallelism, with
+            what to use.
         NonFiniteGradientError: in training, as ``on_nonfinite`` of the optimizer says.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
@@ -53,8 +95,11 @@ class FlatTrainer(Trainer):
     2
     """
 
-    _turns: Generator[Turn, None, None] | None = None
-    _micro_batches: list[dict[str, Any]]
+    _step: _Step | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Ended(self))
 
     @property
     def flat_optimizer(self) -> FlatOptimizer | None:
@@ -67,43 +112,72 @@ class FlatTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._turns is not None:
-                self._turns.close()
-                self._turns = None
+            self._leave()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of one micro-batch in the first pass, and with the last of a step the other passes.
 
-        The Trainer then ends the step by ``optimizer.step()``, as that of any other optimizer; to drop the passes
-        before that is to undo it.
+        The Trainer then ends the step by ``optimizer.step()``, as that of any other optimizer.
 
         Returns the loss in the first pass.
         """
         optimizer = self.flat_optimizer
         if optimizer is None:
             return self._backward(model, inputs, num_items_in_batch)
-        if self._turns is None or optimizer.turn is None:
-            if optimizer.model is not model:
-                optimizer.model = model
-            if self.args.max_grad_norm:
-                optimizer.clip_grad_norm = self.args.max_grad_norm
-            self._micro_batches = []
-            self._turns = optimizer.passes()
-            next(self._turns)
-        self._micro_batches.append(inputs)
-        loss = self._backward(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            for _ in range(1, optimizer.recipe.passes):
-                next(self._turns)
-                for batch in optimizer.micro_batches(self._micro_batches):
-                    self._backward(model, batch, num_items_in_batch)
-        return loss
+        try:
+            if self._step is None or optimizer.turn is None:
+                self._step = self._begin(optimizer, model)
+            self._step.micro_batches.append(inputs)
+            loss = self._backward(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                for _ in range(1, optimizer.recipe.passes):
+                    if not self._step.next_pass():  # skipped: there is nothing to end
+                        self.accelerator.gradient_state._set_sync_gradients(False)
+                        break
+                    for batch in optimizer.micro_batches(self._step.micro_batches):
+                        self._backward(model, batch, num_items_in_batch)
+            return loss
+        except BaseException:
+            self._leave()
+            raise
+
+    def _begin(self, optimizer: FlatOptimizer, model: nn.Module) -> _Step:
+        self._check(optimizer)
+        if optimizer.model is not model:
+            optimizer.model = model
+        if optimizer.clip_grad_norm is None and self.args.max_grad_norm:
+            optimizer.clip_grad_norm = self.args.max_grad_norm
+        return _Step(optimizer, self.accelerator.scaler)
+
+    def _check(self, optimizer: FlatOptimizer) -> None:
+        if optimizer.recipe.second_order:
+            raise TypeError(
+                f"the Trainer calls backward() in each pass, and {optimizer.recipe.name} differentiates the loss by "
+                "itself: use GAM, or a loop of your own"
+            )
+        if self.args.n_gpu > 1:
+            raise TypeError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel): random numbers of the others cannot be "
+                "replayed. Start one process a GPU, by torchrun or accelerate launch"
+            )
+        if getattr(getattr(self.accelerator, "parallelism_config", None), "cp_size", 1) > 1:
+            raise TypeError("context parallelism splits the inputs in place, for one pass only: leave it out")
 
     def _backward(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def _end_step(self) -> None:
+        if self._step is not None:
+            self.optimizer._is_overflow = self._step.skipped  # what Accelerate says was skipped
+            self._leave()
+
+    def _leave(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step.close()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.flat_optimizer is None:
