@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import emulated
 import pytest
 import torch
 from cases import BACKENDS, EMULATED, INTERPRETED
+from ranks import Ranks
 
 if INTERPRETED:
     import interpreted
@@ -23,6 +25,20 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    """Two processes with a process group."""
+    with closing(Ranks(2)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    """Four processes with a process group."""
+    with closing(Ranks(4)) as ranks:
+        yield ranks
 
 
 @pytest.fixture(params=[*BACKENDS, *EMULATED])

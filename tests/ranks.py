@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torchvision_operators  # noqa: F401  # a rank imports this module first
-from torch import distributed
+from torch import Tensor, distributed
 
 SECONDS = 120
 """In which a function has to be done on all ranks."""
@@ -144,3 +144,13 @@ class Ranks:
         if self._processes:
             shutil.rmtree(self._folder)
         self._processes, self._pipes = [], []
+
+
+def same_on_all_ranks(tensors: Iterable[Tensor]) -> bool:
+    """Whether rank 0 has the same bits."""
+    for tensor in tensors:
+        theirs = tensor.detach().clone()
+        distributed.broadcast(theirs, 0)
+        if not torch.equal(theirs, tensor):
+            return False
+    return True

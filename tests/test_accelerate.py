@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import accelerate_closure
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from ranks import Ranks
-from test_distributed import same_on_all_ranks
+from ranks import same_on_all_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -20,13 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import gam_fast
 
 GAM = {"lr": 0.05, "momentum": 0.9, "rho": 0.1, "rho_prime": 0.05}
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(autouse=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 import reference
 import torch
 from cases import METHODS, closure_of, loss_of, make
-from ranks import RankError, Ranks
+from ranks import RankError, Ranks, same_on_all_ranks
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -32,20 +31,6 @@ WRAPPERS = {
 }
 
 
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
 def optimizer_of(model, method_name, base_name="sgd", **options):
     method, (base, arguments) = METHODS[method_name], BASES[base_name]
     return method.optimizer(model.parameters(), base, model=model, **arguments, **method.hyper, **options)
@@ -57,16 +42,6 @@ def share(tensor, rank, world):
 
 def values(model):
     return [p.detach().clone() for p in model.parameters()]
-
-
-def same_on_all_ranks(tensors):
-    """Whether rank 0 has the same bits."""
-    for tensor in tensors:
-        theirs = tensor.detach().clone()
-        distributed.broadcast(theirs, 0)
-        if not torch.equal(theirs, tensor):
-            return False
-    return True
 
 
 def assert_close(ours, theirs, tolerance=1e-10):

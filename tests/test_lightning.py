@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import lightning.pytorch as pl
 import lightning_automatic
@@ -13,8 +12,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from ranks import Ranks
-from test_distributed import same_on_all_ranks
+from ranks import same_on_all_ranks
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -32,13 +30,6 @@ pytestmark = [
 ]
 
 GAM = {"lr": 0.05, "momentum": 0.9, "rho": 0.1, "rho_prime": 0.05}
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def data(rows=48):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cases import METHODS, closure_of, loss_of, make
-from ranks import Ranks
 from snapshots import assert_same, everything
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,20 +16,6 @@ BASES = {
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-4}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 1e-3, "eps": 1e-4}),
 }
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[Ranks]:
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 def optimizer_of(model, method_name, base_name="sgd", **options):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers_trainer
-from ranks import Ranks
-from test_distributed import same_on_all_ranks
+from ranks import same_on_all_ranks
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -19,13 +17,6 @@ import gam_fast
 from gam_fast.integrations import FlatTrainer
 
 GAM = {"base_optimizer": torch.optim.AdamW, "lr": 3e-3, "rho": 0.1, "rho_prime": 0.05}
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def language_model(dropout=0.1):
