@@ -393,21 +393,6 @@ def test_the_scalers_own_step_is_not_for_the_exact_form():
     assert_same(before, everything(model, optimizer))
 
 
-def test_unscaling_by_hand_is_allowed_for_one_pass():
-    model, optimizer, batches = setting("base")
-    plain, plain_optimizer, _ = setting("base")
-    scaler = scaler_of()
-    for x, y in batches:
-        for _ in optimizer.passes():
-            scaler.scale(loss_of(model, x, y)).backward()
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-        plain_optimizer.step(closure_of(plain, x, y))
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-
-
 def test_a_scale_left_behind_by_a_hook_that_raises_is_forgotten():
     model, optimizer, batches = setting()
     twin, other, _ = setting()
@@ -470,18 +455,20 @@ def test_the_scalers_own_step_says_what_to_do():
     assert_same(before, everything(model, optimizer))
 
 
+@pytest.mark.parametrize("by_loop", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_the_scalers_own_step_serves_a_method_of_one_pass(unscale):
+def test_the_scalers_own_step_serves_a_method_of_one_pass(unscale, by_loop):
     model, optimizer, batches = setting("base")
     plain, plain_optimizer, _ = setting("base")
     scaler = scaler_of()
     for x, y in batches:
         optimizer.zero_grad()
-        scaler.scale(loss_of(model, x, y)).backward()
-        if unscale:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
+        for _ in optimizer.passes() if by_loop else [None]:
+            scaler.scale(loss_of(model, x, y)).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
         plain_optimizer.step(closure_of(plain, x, y))
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
