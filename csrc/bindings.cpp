@@ -1,9 +1,12 @@
 // gam_fast._C: names, arguments and docstrings of the operations, nothing else.
 
+#include <c10/util/StringUtil.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -11,6 +14,7 @@
 #include <vector>
 
 #include "devices.h"
+#include "gradients.h"
 #include "lists.h"
 #include "ops.h"
 
@@ -130,6 +134,11 @@ std::vector<unsigned char> bools(const char* name, py::handle list) {
   return result;
 }
 
+std::vector<unsigned char> bytes_of(const py::bytearray& bytes) {
+  const auto* first = reinterpret_cast<const unsigned char*>(PyByteArray_AS_STRING(bytes.ptr()));
+  return {first, first + bytes.size()};
+}
+
 }  // namespace
 
 #if defined(GAM_EMULATED)
@@ -138,6 +147,76 @@ void bind_emulator(py::module_& m);  // in tests/cuda_emulator
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled core. What the operations compute is stated in gam_fast.backends.base.";
+
+  py::class_<gam::Tensors, std::shared_ptr<gam::Tensors>>(
+      m, "Tensors", py::module_local(),
+      "Tensors that go into several operations; what is found out about them is kept.")
+      .def("__len__", &gam::Tensors::size)
+      .def("__getitem__",
+           [](const gam::Tensors& tensors, int64_t i) {
+             const auto size = static_cast<int64_t>(tensors.size());
+             if (i < -size || i >= size) throw py::index_error(c10::str("there are ", size, " tensors, got index ", i));
+             return tensors[static_cast<size_t>(i < 0 ? i + size : i)];
+           })
+      .def("__iter__",
+           [](const gam::Tensors& tensors) {
+             py::list list;
+             for (size_t i = 0; i < tensors.size(); ++i) list.append(tensors[i]);
+             return py::iter(list);
+           })
+      .def_property_readonly(
+          "hold",
+          [](const gam::Tensors& tensors) {
+            constexpr const char* kNames[] = {"shared", "exclusive", "owned"};
+            return kNames[static_cast<size_t>(tensors.hold())];
+          },
+          "Who else can get at their memory: by other tensors too, by these only, or nobody but the engine.");
+
+  m.def(
+      "hold",
+      [](py::handle tensors) {
+        const TensorList list("tensors", tensors);
+        std::vector<at::Tensor> values;
+        values.reserve(list.size());
+        for (size_t i = 0; i < list.size(); ++i) values.push_back(*list[i]);
+        return std::make_shared<gam::Tensors>(std::move(values), gam::Hold::kShared);
+      },
+      py::arg("tensors"));
+
+  py::class_<gam::Versions>(m, "Versions", py::module_local())
+      .def("first_changed", &gam::Versions::first_changed, py::arg("tensors"));
+
+  m.def(
+      "devices",
+      [](const gam::Tensors& tensors) {
+        std::vector<at::Device> found;  // few, mostly one
+        for (size_t i = 0; i < tensors.size(); ++i) {
+          const at::Device device = tensors[i].device();
+          if (std::find(found.begin(), found.end(), device) == found.end()) found.push_back(device);
+        }
+        return found;
+      },
+      py::arg("tensors"));
+
+  m.def("versions", [](const gam::Tensors& tensors) { return gam::Versions(tensors); }, py::arg("tensors"));
+
+  m.def(
+      "survey_gradients",
+      [](const gam::Tensors& params, const py::bytearray& flags) {
+        const gam::Survey found = gam::survey_gradients(params, bytes_of(flags));
+        return py::make_tuple(found.newcomers, found.any, found.sparse);
+      },
+      py::arg("params"), py::arg("flags"));
+
+  m.def("clear_gradients", &gam::clear_gradients, py::arg("params"), py::arg("recycle"));
+
+  m.def(
+      "take_usual_gradients",
+      [](const std::shared_ptr<gam::Tensors>& params, const gam::Versions& versions, const py::bytearray& flags,
+         bool keep) { return gam::take_usual_gradients(params, versions, bytes_of(flags), keep); },
+      py::arg("params"), py::arg("versions"), py::arg("flags"), py::arg("keep"));
+
+  m.def("take_gradients", &gam::take_gradients, py::arg("params"), py::arg("keep"));
 
   py::class_<gam::Plan>(m, "Plan", py::module_local(), "The shapes of the parameters of one device, and its tables.")
       .def(py::init([](py::handle params, py::handle group) {
@@ -149,7 +228,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const gam::Plan& plan, py::handle params, py::handle group) {
             return plan.fits(TensorList("params", params), gam::unpack_integers("group", group));
           },
-          py::arg("params"), py::arg("group"), "Whether the plan can be used for these parameters.");
+          py::arg("params"), py::arg("group"), "Whether the plan can be used for these parameters.")
+      .def(
+          "takes_state",
+          [](const gam::Plan& plan, py::handle state) {
+            std::vector<TensorList> lists;
+            for (const py::object& list : gam::unpack_entries("state", state, "lists of tensors")) {
+              lists.emplace_back("state[" + std::to_string(lists.size()) + "]", list, true);
+            }
+            return plan.takes_state(lists);
+          },
+          py::arg("state"), "Whether lists of tensors of these dtypes can be the state of a base optimizer.");
 
   m.def(
       "square_norm",

@@ -29,11 +29,13 @@ Dtype Call::check(const TensorList& list, size_t i, Access access, bool may_be_w
 }
 
 void Call::choose_layouts() {
+  const auto is_contiguous = [](const Slot& slot) { return slot.found->contiguous; };
+  if (std::all_of(slots_.begin(), slots_.end(), is_contiguous)) return;
   for (size_t i = 0; i < plan_.shapes().size(); ++i) {
     const at::Tensor* like = nullptr;
     bool same = true, contiguous = true;
     for (const Slot& slot : slots_) {
-      if (!slot.arrays[i].data) continue;
+      if (!slot.found->arrays[i].data) continue;
       const at::Tensor& tensor = *(*slot.list)[i];
       if (!like) like = &tensor;
       contiguous = contiguous && tensor.is_contiguous();
@@ -41,31 +43,90 @@ void Call::choose_layouts() {
     }
     if (same || contiguous) continue;
     for (Slot& slot : slots_) {
-      const at::Tensor* tensor = slot.arrays[i].data ? (*slot.list)[i] : nullptr;
-      if (tensor && !tensor->is_contiguous()) slot.arrays[i].strides = tensor->strides().data();
+      const at::Tensor* tensor = slot.found->arrays[i].data ? (*slot.list)[i] : nullptr;
+      if (tensor && !tensor->is_contiguous()) slot.found->arrays[i].strides = tensor->strides().data();
     }
   }
 }
 
+void Call::record_uses() {
+  for (const Slot& slot : slots_) {
+    for (size_t i = 0; slot.last && i < slot.list->size(); ++i) plan_.executor().record_use(*(*slot.list)[i]);
+  }
+}
+
+void Call::bump_versions() {
+  for (const Slot& slot : slots_) {
+    const bool seen = !slot.list->held() || slot.list->held()->hold() != Hold::kOwned;  // by somebody else
+    if (slot.access != Access::kWrite || !seen) continue;
+    const size_t size = slot.list->size();
+    for (size_t i = 0; i < size; ++i) {
+      const at::Tensor* later = i + 2 * kAhead < size ? (*slot.list)[i + 2 * kAhead] : nullptr;
+      const at::Tensor* soon = i + kAhead < size ? (*slot.list)[i + kAhead] : nullptr;
+      if (later) prefetch(later->unsafeGetTensorImpl(), 3);
+      if (soon) prefetch_version(soon->unsafeGetTensorImpl());
+      if (slot.found->arrays[i].data && !(*slot.list)[i]->is_inference()) {
+        (*slot.list)[i]->unsafeGetTensorImpl()->bump_version();
+      }
+    }
+  }
+}
+
+bool Call::may_overlap(size_t s) const {
+  const Slot& slot = slots_[s];
+  const auto& held = slot.list->held();
+  if (!held) return true;
+  // The same tensors in two slots are the same arrays, leaf by leaf, which is allowed where only one of them is
+  // written; one of the slots then stands for both.
+  bool twice_written = false, covered = false;
+  for (size_t other = 0; other < slots_.size(); ++other) {
+    if (other == s || slots_[other].list->held() != held) continue;
+    const bool written = slots_[other].access == Access::kWrite;
+    twice_written = twice_written || (written && slot.access == Access::kWrite);
+    covered = covered || (slot.access == Access::kRead && (written || other < s));
+  }
+  return twice_written || !(covered || held->hold() != Hold::kShared);
+}
+
 void Call::check_overlaps() {
+  std::vector<size_t> chosen;
   uint64_t accesses = 1;
-  std::vector<uintptr_t> fingerprint;  // everything that the answer depends on
-  std::vector<Extent> sorted;
+  bool written = false;
   for (size_t s = 0; s < slots_.size(); ++s) {
+    const bool is_written = slots_[s].access == Access::kWrite, is_chosen = may_overlap(s);
+    accesses = 3 * accesses + (is_chosen ? is_written : 2);
+    if (!is_chosen) continue;
+    chosen.push_back(s);
+    written = written || is_written;
+  }
+  if (!written) return;
+  std::vector<uintptr_t> fingerprint;  // everything that the answer depends on
+  for (const size_t s : chosen) {
     const Slot& slot = slots_[s];
-    accesses = 2 * accesses + (slot.access == Access::kWrite);
-    for (size_t i = 0; i < slot.arrays.size(); ++i) {
-      const at::Tensor* tensor = slot.arrays[i].data ? (*slot.list)[i] : nullptr;
-      const auto [begin, end] = tensor ? extent(*tensor) : std::pair<uintptr_t, uintptr_t>(0, 0);
+    auto& bytes = slot.found->bytes;
+    for (size_t i = bytes.size(); i < slot.list->size(); ++i) {
+      const bool used = slot.found->arrays[i].data != nullptr;
+      bytes.push_back(used ? extent(*(*slot.list)[i]) : std::pair<uintptr_t, uintptr_t>(0, 0));
+    }
+    for (const auto& [begin, end] : bytes) {
       fingerprint.push_back(begin);
       fingerprint.push_back(end);
-      if (tensor && !tensor->is_contiguous()) {
-        for (const int64_t stride : tensor->strides()) fingerprint.push_back(static_cast<uintptr_t>(stride));
-      }
-      if (begin < end) sorted.push_back({begin, end, s, i, slot.access == Access::kWrite});
+    }
+    for (size_t i = 0; !slot.found->contiguous && i < slot.list->size(); ++i) {
+      const at::Tensor* tensor = slot.found->arrays[i].data ? (*slot.list)[i] : nullptr;
+      if (!tensor || tensor->is_contiguous()) continue;
+      for (const int64_t stride : tensor->strides()) fingerprint.push_back(static_cast<uintptr_t>(stride));
     }
   }
   if (plan_.known(accesses, fingerprint)) return;
+  std::vector<Extent> sorted;
+  for (const size_t s : chosen) {
+    const auto& bytes = slots_[s].found->bytes;
+    for (size_t i = 0; i < bytes.size(); ++i) {
+      const auto [begin, end] = bytes[i];
+      if (begin < end) sorted.push_back({begin, end, s, i, slots_[s].access == Access::kWrite});
+    }
+  }
   std::sort(sorted.begin(), sorted.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
   std::vector<const Extent*> open;  // those that reach beyond the one at hand
   for (const Extent& next : sorted) {

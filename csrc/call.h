@@ -4,6 +4,7 @@
 #include <c10/util/StringUtil.h>
 
 #include <deque>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -37,7 +38,7 @@ class Call {
   // The state of a base optimizer; `uses` says for which leaves there is any.
   template <class Uses>
   List state(const TensorList& list, Uses uses) {
-    return add(list, Access::kWrite, uses, plan_.executor().takes_wider_state());
+    return take(list, Access::kWrite, look(list, Access::kWrite, uses, plan_.executor().takes_wider_state()));
   }
 
   // Sets how the arrays are walked. Raises ValueError where written memory overlaps other memory of the call.
@@ -55,55 +56,69 @@ class Call {
     {
       const pybind11::gil_scoped_release release;
       f(plan_.executor());
-      for (const Slot& slot : slots_) {
-        for (size_t i = 0; slot.last && i < slot.arrays.size(); ++i) plan_.executor().record_use(*(*slot.list)[i]);
-      }
+      if (plan_.executor().records_use()) record_uses();
     }
-    for (const Slot& slot : slots_) {
-      if (slot.access != Access::kWrite) continue;
-      for (size_t i = 0; i < slot.arrays.size(); ++i) {
-        if (slot.arrays[i].data && !(*slot.list)[i]->is_inference()) {
-          (*slot.list)[i]->unsafeGetTensorImpl()->bump_version();
-        }
-      }
-    }
+    bump_versions();
   }
 
  private:
   struct Slot {
     const TensorList* list;
     Access access;
-    std::vector<Array> arrays;
+    std::shared_ptr<Found> found;
     bool last = false;
   };
 
   List add(const TensorList& list, Access access) {
-    return add(list, access, [](size_t) { return true; }, false);
+    std::shared_ptr<Found> found;
+    if (const auto& held = list.held()) {
+      found = held->known(plan_.shared_shapes(), access == Access::kWrite);
+      if (!found) {
+        found = look(list, access, [](size_t) { return true; }, false);
+        held->remember(plan_.shared_shapes(), found);
+      }
+      if (!found->contiguous) found = std::make_shared<Found>(*found);  // its strides are a matter of the whole call
+    } else {
+      found = look(list, access, [](size_t) { return true; }, false);
+    }
+    return take(list, access, std::move(found));
   }
 
+  List take(const TensorList& list, Access access, std::shared_ptr<Found> found) {
+    slots_.push_back({&list, access, std::move(found)});
+    return slots_.back().found->arrays.data();
+  }
+
+  // Checks what is in a list against the leaves, where `uses` says that a leaf has any.
   template <class Uses>
-  List add(const TensorList& list, Access access, Uses uses, bool may_be_wider) {
+  std::shared_ptr<Found> look(const TensorList& list, Access access, Uses uses, bool may_be_wider) const {
     const auto& leaves = plan_.shapes();
     if (list.size() != leaves.size()) {
       refuse_value(
           c10::str(list.name(), " must have one tensor a parameter, that is ", leaves.size(), ", got ", list.size()));
     }
-    Slot slot{&list, access, std::vector<Array>(leaves.size())};
+    auto found = std::make_shared<Found>();
+    found->arrays.resize(leaves.size());
+    found->writable = access == Access::kWrite;
     for (size_t i = 0; i < leaves.size(); ++i) {
       if (!uses(i)) continue;
       if (!list[i]) refuse_type(list.name_of(i) + " must be a tensor, got None");
-      slot.arrays[i].dtype = check(list, i, access, may_be_wider);
-      slot.arrays[i].data =
+      Array& array = found->arrays[i];
+      array.dtype = check(list, i, access, may_be_wider);
+      array.data =
           access == Access::kWrite ? list[i]->mutable_data_ptr() : const_cast<void*>(list[i]->const_data_ptr());
+      found->contiguous = found->contiguous && list[i]->is_contiguous();
     }
-    slots_.push_back(std::move(slot));
-    return slots_.back().arrays.data();
+    return found;
   }
 
   // Raises TypeError, ValueError or RuntimeError unless it fits its leaf; its dtype.
   Dtype check(const TensorList& list, size_t i, Access access, bool may_be_wider) const;
 
   void choose_layouts();
+
+  void record_uses();
+  void bump_versions();
 
   struct Extent {
     uintptr_t begin, end;
@@ -114,6 +129,9 @@ class Call {
   const at::Tensor& tensor_of(const Extent& extent) const { return *(*slots_[extent.slot].list)[extent.leaf]; }
 
   void check_overlaps();
+
+  // Whether it takes a look to know that a slot's tensors do not meet those of another.
+  bool may_overlap(size_t s) const;
 
   // Two extents that meet, one of them written: the same array if only one is, or arrays in each other's gaps.
   void check_pair(const Extent& a, const Extent& b) const;

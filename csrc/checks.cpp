@@ -13,8 +13,8 @@ namespace gam {
 void refuse_value(const std::string& message) { throw py::value_error(message); }
 void refuse_type(const std::string& message) { throw py::type_error(message); }
 
-Dtype dtype_of(const TensorList& list, size_t i) {
-  switch (list[i]->scalar_type()) {
+std::optional<Dtype> known_dtype(at::ScalarType dtype) {
+  switch (dtype) {
     case at::kDouble:
       return Dtype::kDouble;
     case at::kFloat:
@@ -24,9 +24,14 @@ Dtype dtype_of(const TensorList& list, size_t i) {
     case at::kHalf:
       return Dtype::kHalf;
     default:
-      refuse_type(
-          c10::str(list.name_of(i), " must be of dtype float64, float32, bfloat16 or float16, got ", list[i]->dtype()));
+      return std::nullopt;
   }
+}
+
+Dtype dtype_of(const TensorList& list, size_t i) {
+  if (const std::optional<Dtype> dtype = known_dtype(list[i]->scalar_type())) return *dtype;
+  refuse_type(
+      c10::str(list.name_of(i), " must be of dtype float64, float32, bfloat16 or float16, got ", list[i]->dtype()));
 }
 
 // The number of elements from the first to the last in memory, gaps included.
@@ -36,6 +41,19 @@ static int64_t span(const at::Tensor& tensor) {
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) last += tensor.stride(d) * (tensor.size(d) - 1);
   return last + 1;
+}
+
+static bool has_plain_memory(const at::Tensor& tensor) {
+  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && tensor.has_storage() && !tensor.is_neg() &&
+         !tensor._is_zerotensor();
+}
+
+static size_t needed_bytes(const at::Tensor& tensor) {
+  return static_cast<size_t>(tensor.storage_offset() + span(tensor)) * tensor.element_size();
+}
+
+static bool is_in_memory(const at::Tensor& tensor) {
+  return tensor.numel() == 0 || tensor.storage().nbytes() >= needed_bytes(tensor);
 }
 
 void check_plain(const TensorList& list, size_t i, at::Device device) {
@@ -48,18 +66,21 @@ void check_plain(const TensorList& list, size_t i, at::Device device) {
   if (tensor.layout() != at::kStrided) {
     refuse_type(c10::str(list.name_of(i), " must be strided, got ", tensor.layout()));
   }
-  if (tensor.unsafeGetTensorImpl()->is_python_dispatch() || !tensor.has_storage() || tensor.is_neg() ||
-      tensor._is_zerotensor()) {
+  if (!has_plain_memory(tensor)) {
     refuse_type(list.name_of(i) + " must be a plain tensor with memory of its own, not a subclass or a lazy view");
   }
   if (tensor.dim() > kMaxDims) {
     refuse_value(c10::str(list.name_of(i), " must have at most ", kMaxDims, " dimensions, got ", tensor.dim()));
   }
-  const auto needed = static_cast<size_t>(tensor.storage_offset() + span(tensor)) * tensor.element_size();
-  if (tensor.numel() > 0 && tensor.storage().nbytes() < needed) {
+  if (!is_in_memory(tensor)) {
     refuse_value(c10::str(list.name_of(i), " must have its elements in memory: its storage has ",
-                          tensor.storage().nbytes(), " bytes of ", needed));
+                          tensor.storage().nbytes(), " bytes of ", needed_bytes(tensor)));
   }
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && has_plain_memory(tensor) && tensor.dim() <= kMaxDims &&
+         is_in_memory(tensor);
 }
 
 bool is_free_of_self_overlap(const at::Tensor& tensor) {

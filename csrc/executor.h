@@ -24,7 +24,8 @@ class Executor {
 
   // Whether the state of a base optimizer may be fp32 where parameters are of 16 bits.
   virtual bool takes_wider_state() const = 0;
-  // To be told of memory that may come from another stream of the device, and be freed soon.
+  // Whether it wants to be told of memory that may come from another stream of the device, and be freed soon.
+  virtual bool records_use() const { return false; }
   virtual void record_use(const at::Tensor&) {}
 
   // Whether norms and products are read by the device; the others take numbers.

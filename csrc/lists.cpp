@@ -1,5 +1,7 @@
 #include "lists.h"
 
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/StringUtil.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -43,7 +45,61 @@ std::vector<Number> unpack(const std::string& name, py::handle list, const char*
 
 }  // namespace
 
+void release(std::vector<at::Tensor>& tensors) {
+  const auto ahead = [&](size_t i) { return i < tensors.size() ? &tensors[i] : nullptr; };
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (const auto* later = ahead(i + 2 * kAhead)) prefetch(later->unsafeGetTensorImpl(), 3);
+    if (const auto* soon = ahead(i + kAhead); soon && soon->has_storage()) {
+      prefetch(soon->storage().unsafeGetStorageImpl(), 2);
+    }
+    tensors[i].reset();
+  }
+}
+
+Tensors::~Tensors() { release(tensors_); }
+
+std::shared_ptr<Found> Tensors::known(const std::shared_ptr<const Shapes>& shapes, bool written) const {
+  const bool fits = shapes == (others_ ? others_->shapes_ : shapes_);
+  if (!fits || !found_ || (written && (!found_->writable || at::GradMode::is_enabled()))) return nullptr;
+  if (hold_ == Hold::kOwned) return found_;
+  // whoever else has a hold on a tensor may have given it other memory, or a lazy copy
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (i + 2 * kAhead < tensors_.size()) prefetch(tensors_[i + 2 * kAhead].unsafeGetTensorImpl(), 3);
+    if (i + kAhead < tensors_.size()) prefetch(tensors_[i + kAhead].storage().unsafeGetStorageImpl(), 1);
+    const void* data = written ? tensors_[i].mutable_data_ptr() : tensors_[i].const_data_ptr();
+    if (data != found_->arrays[i].data) return nullptr;
+  }
+  return found_;
+}
+
+void Tensors::remember(std::shared_ptr<const Shapes> shapes, std::shared_ptr<Found> found) {
+  shapes_ = std::move(shapes);
+  found_ = std::move(found);
+  others_ = nullptr;
+  if (hold_ == Hold::kExclusive) hold_ = Hold::kShared;  // they were given other memory
+}
+
+const at::Tensor& Tensors::make(size_t i) const {
+  const at::Tensor& like = (*others_)[i];
+  const auto strides = dense_strides(like);
+  const auto place =
+      static_cast<const char*>(found_->arrays[i].data) - static_cast<const char*>(memory_.const_data_ptr());
+  tensors_[i] =
+      at::detail::make_tensor<at::TensorImpl>(c10::Storage(memory_.storage()), memory_.key_set(), like.dtype());
+  tensors_[i].unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), strides, place / like.element_size());
+  return tensors_[i];
+}
+
+std::vector<int64_t> dense_strides(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense()) return tensor.strides().vec();
+  return at::infer_dense_strides(tensor.sizes(), tensor.strides());
+}
+
 TensorList::TensorList(std::string name, py::handle list, bool optional) : name_(std::move(name)) {
+  if (py::isinstance<Tensors>(list)) {
+    held_ = list.cast<std::shared_ptr<Tensors>>();
+    return;
+  }
   owner_ = tuple_of(name_, list, "tensors");
   tensors_.reserve(owner_.size());
   for (size_t i = 0; i < owner_.size(); ++i) {

@@ -1,31 +1,119 @@
-// Python lists of tensors as the operations see them.
+// Lists of tensors as the operations see them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "shapes.h"
 
 namespace gam {
 
-// The tensors of a list or tuple, null for None. They stay alive, whatever other threads do to the list.
+// What a call has found out about a list that fits the leaves of a plan.
+struct Found {
+  std::vector<Array> arrays;                           // by leaf
+  std::vector<std::pair<uintptr_t, uintptr_t>> bytes;  // that each tensor spans; empty until somebody asks
+  bool contiguous = true;                              // all of them
+  bool writable = false;                               // looked at as something that is written
+};
+
+// Who else can get at the memory of a list of tensors.
+enum class Hold : uint8_t {
+  kShared,     // anybody, by other tensors too
+  kExclusive,  // whoever has these very tensors
+  kOwned,      // nobody but the engine
+};
+
+// Tensors that go into several operations of a step: gam_fast._C.Tensors. What was found out about them is kept.
+class Tensors {
+ public:
+  Tensors(std::vector<at::Tensor> tensors, Hold hold) : tensors_(std::move(tensors)), hold_(hold) {}
+  ~Tensors();
+
+  size_t size() const { return tensors_.size(); }
+  const at::Tensor& operator[](size_t i) const { return tensors_[i].defined() ? tensors_[i] : make(i); }
+  Hold hold() const { return hold_; }
+
+  // What was found for these leaves, where it still holds; null otherwise. The GIL guards all of these functions.
+  std::shared_ptr<Found> known(const std::shared_ptr<const Shapes>& shapes, bool written) const;
+  void remember(std::shared_ptr<const Shapes> shapes, std::shared_ptr<Found> found);
+
+  // They are plain tensors of these shapes.
+  void fit(std::shared_ptr<const Shapes> shapes) { shapes_ = std::move(shapes); }
+
+  // They are plain tensors, each of the shape, dtype and device of one of `others`; so they fit whatever those fit.
+  void resemble(std::shared_ptr<Tensors> others, std::shared_ptr<Found> found) {
+    others_ = std::move(others);
+    found_ = std::move(found);
+  }
+
+  // Tensors that are given where there is none share this memory, of bytes, at the addresses of Found, and are made
+  // when somebody asks for one: the loops need addresses only.
+  void share(at::Tensor memory) { memory_ = std::move(memory); }
+
+ private:
+  const at::Tensor& make(size_t i) const;
+
+  mutable std::vector<at::Tensor> tensors_;
+  Hold hold_;
+  std::shared_ptr<const Shapes> shapes_;
+  std::shared_ptr<Tensors> others_;
+  std::shared_ptr<Found> found_;
+  at::Tensor memory_;
+};
+
+// The strides of a tensor that is allocated like another: its own, unless it has gaps or overlaps itself.
+std::vector<int64_t> dense_strides(const at::Tensor& tensor);
+
+// Lets go of tensors.
+void release(std::vector<at::Tensor>& tensors);
+
+// Asks for lines of memory that are soon to be read.
+inline void prefetch([[maybe_unused]] const void* address, [[maybe_unused]] int lines) {
+#if defined(__GNUC__)
+  for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(address) + 64 * line);
+#endif
+}
+
+// Asks for what autograd counts the changes of a tensor by. The counter gives no address away but is one, and a hint
+// need not be right.
+inline void prefetch_version(const c10::TensorImpl* impl) {
+  const c10::VariableVersion& counter = impl->version_counter();
+  const void* address = nullptr;
+  static_assert(sizeof(counter) >= sizeof(address));
+  std::memcpy(&address, static_cast<const void*>(&counter), sizeof(address));
+  prefetch(address, 1);
+}
+
+// Rounds of a loop over tensors from a prefetch to the use of what it brings.
+inline constexpr size_t kAhead = 8;
+
+// The tensors of a list, a tuple or Tensors, null for None. They stay alive, whatever other threads do to the list.
 class TensorList {
  public:
   TensorList() = default;
 
-  // Raises TypeError unless `list` is a list or tuple of tensors (or, with `optional`, of tensors and None).
+  // Raises TypeError unless `list` holds tensors only (or, with `optional`, tensors and None).
   TensorList(std::string name, pybind11::handle list, bool optional = false);
 
   const std::string& name() const { return name_; }
-  size_t size() const { return tensors_.size(); }
-  const at::Tensor* operator[](size_t i) const { return tensors_[i]; }
+  size_t size() const { return held_ ? held_->size() : tensors_.size(); }
+  const at::Tensor* operator[](size_t i) const { return held_ ? &(*held_)[i] : tensors_[i]; }
   std::string name_of(size_t i) const;
+
+  // What it was made of, if that was Tensors.
+  const std::shared_ptr<Tensors>& held() const { return held_; }
 
  private:
   std::string name_;
   pybind11::tuple owner_;
   std::vector<const at::Tensor*> tensors_;
+  std::shared_ptr<Tensors> held_;
 };
 
 // A list or tuple of numbers; 0-dim tensors count as numbers. Raises TypeError.

@@ -13,6 +13,12 @@
 namespace gam {
 namespace {
 
+// Below this many bytes tensors that are allocated together share their memory: one allocation of ten thousand.
+constexpr size_t kSmallBytes = 1 << 16;
+constexpr int64_t kAlignment = 64;  // a cache line
+
+bool is_small(const at::Tensor& tensor) { return tensor.numel() > 0 && tensor.nbytes() < kSmallBytes; }
+
 // Numbers and combinations
 
 size_t group_of(const Plan& plan, size_t leaf) { return static_cast<size_t>(plan.shapes()[leaf].group); }
@@ -258,18 +264,41 @@ void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList
   call.run([&](Executor& executor) { executor.adam(arguments); });
 }
 
-std::vector<at::Tensor> empty_like(const TensorList& tensors) {
-  std::vector<at::Tensor> result;
-  result.reserve(tensors.size());
+std::shared_ptr<Tensors> empty_like(const TensorList& tensors) {
   const at::Device device = device_of(tensors);
+  std::vector<int64_t> places;  // of small tensors in the memory that they share, in bytes
+  int64_t shared = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     check_plain(tensors, i, device);
-    const at::Tensor& tensor = *tensors[i];
-    const bool dense = tensor.is_non_overlapping_and_dense();
-    const auto strides = dense ? tensor.strides().vec() : at::infer_dense_strides(tensor.sizes(), tensor.strides());
-    result.push_back(empty(device, tensor.sizes(), strides, tensor.scalar_type()));
+    places.push_back(shared);
+    if (is_small(*tensors[i]))
+      shared += (static_cast<int64_t>(tensors[i]->nbytes()) + kAlignment - 1) / kAlignment * kAlignment;
   }
-  return result;
+  const at::Tensor memory = shared > 0 ? empty(device, {shared}, {1}, at::kByte) : at::Tensor();
+  auto found = std::make_shared<Found>();
+  found->writable = true;
+  std::vector<at::Tensor> result(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = *tensors[i];
+    const Dtype dtype = dtype_of(tensors, i);
+    found->contiguous = found->contiguous && tensor.is_contiguous();
+    if (is_small(tensor)) {
+      found->arrays.push_back({static_cast<char*>(memory.mutable_data_ptr()) + places[i], nullptr, dtype});
+    } else {
+      result[i] = empty(device, tensor.sizes(), dense_strides(tensor), tensor.scalar_type());
+      found->arrays.push_back({result[i].mutable_data_ptr(), nullptr, dtype});
+    }
+  }
+  auto made = std::make_shared<Tensors>(std::move(result), Hold::kOwned);
+  std::shared_ptr<Tensors> others = tensors.held();
+  if (!others) {
+    std::vector<at::Tensor> values;
+    for (size_t i = 0; i < tensors.size(); ++i) values.push_back(*tensors[i]);
+    others = std::make_shared<Tensors>(std::move(values), Hold::kShared);
+  }
+  made->share(memory);
+  made->resemble(std::move(others), std::move(found));
+  return made;
 }
 
 }  // namespace gam

@@ -4,6 +4,7 @@
 // written, raise ValueError or TypeError with the name of the argument, and run without the GIL.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -58,6 +59,6 @@ void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList
           const TensorList& largest, const Numbers& step, const std::vector<AdamGroup>& groups);
 
 // An uninitialised dense tensor like each, all of one device.
-std::vector<at::Tensor> empty_like(const TensorList& tensors);
+std::shared_ptr<Tensors> empty_like(const TensorList& tensors);
 
 }  // namespace gam

@@ -2,6 +2,8 @@
 
 #include <c10/util/StringUtil.h>
 
+#include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "checks.h"
@@ -36,7 +38,9 @@ std::shared_ptr<const Shapes> shapes_of(const TensorList& params, const std::vec
 Plan::Plan(const TensorList& params, const std::vector<int64_t>& group)
     : device_(device_of(params)),
       shapes_(shapes_of(params, group, device_)),
-      executor_(make_executor(device_, shapes_)) {}
+      executor_(make_executor(device_, shapes_)) {
+  if (params.held()) params.held()->fit(shapes_);
+}
 
 bool Plan::fits(const TensorList& params, const std::vector<int64_t>& group) const {
   const std::vector<Leaf>& leaves = shapes_->leaves();
@@ -46,6 +50,21 @@ bool Plan::fits(const TensorList& params, const std::vector<int64_t>& group) con
     if (group[i] != leaves[i].group || params[i]->sizes() != at::IntArrayRef((*shapes_)[i].sizes) ||
         dtype_of(params, i) != leaves[i].dtype) {
       return false;
+    }
+  }
+  if (params.held()) params.held()->fit(shapes_);
+  return true;
+}
+
+bool Plan::takes_state(const std::vector<TensorList>& state) const {
+  for (const TensorList& list : state) {
+    for (size_t i = 0; i < std::min(list.size(), shapes_->size()); ++i) {
+      if (!list[i]) continue;
+      const Dtype of_leaf = (*shapes_)[i].dtype;
+      const std::optional<Dtype> dtype = known_dtype(list[i]->scalar_type());
+      const bool wider = dtype == Dtype::kFloat && size_of(of_leaf) == 2 && executor_->takes_wider_state();
+      if (dtype != of_leaf && !wider) return false;
+      if (state[0].size() > i && state[0][i] && state[0][i]->scalar_type() != list[i]->scalar_type()) return false;
     }
   }
   return true;

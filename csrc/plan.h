@@ -25,8 +25,12 @@ class Plan {
   // Whether these parameters are, in everything the plan depends on, those it was made for.
   bool fits(const TensorList& params, const std::vector<int64_t>& group) const;
 
+  // Whether lists of these dtypes, null where there is none, can be the state of a base optimizer.
+  bool takes_state(const std::vector<TensorList>& state) const;
+
   at::Device device() const { return device_; }
   const Shapes& shapes() const { return *shapes_; }
+  const std::shared_ptr<const Shapes>& shared_shapes() const { return shapes_; }
   int groups() const { return shapes_->groups(); }
   Executor& executor() const { return *executor_; }
 

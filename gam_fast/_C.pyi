@@ -7,8 +7,9 @@ while they work.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, device
 
 from .backends.base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
 
@@ -20,11 +21,35 @@ compiler: str
 cuda_architectures: str
 """What the CUDA kernels were compiled for, as in ``TORCH_CUDA_ARCH_LIST``; empty without them."""
 
+class Tensors(list[Tensor]):
+    """Tensors that go into several operations; what is found out about them is kept.
+
+    (A sequence of its own, with no method that changes it; a list to type checkers, as torch's annotations ask for it.)
+    """
+
+    hold: str
+    """Who else can get at their memory: by other tensors too (``"shared"``), by these very tensors only
+    (``"exclusive"``), or nobody but the engine (``"owned"``)."""
+
+class Versions:
+    def first_changed(self, tensors: TensorList) -> int: ...
+
+# What gam_fast.backends.base.Bookkeeping says; ``tensors`` and ``params`` are of hold().
+def hold(tensors: TensorList) -> Tensors: ...
+def devices(tensors: TensorList) -> list[device]: ...
+def versions(tensors: TensorList) -> Versions: ...
+def survey_gradients(params: TensorList, flags: bytearray) -> tuple[list[int], bool, int]: ...
+def clear_gradients(params: TensorList, recycle: int) -> list[tuple[int, Tensor]]: ...
+def take_usual_gradients(params: TensorList, versions: Any, flags: bytearray, keep: bool) -> Tensors | None: ...
+def take_gradients(params: TensorList, keep: bool) -> Tensors: ...
+
 class Plan:
     """The shapes, dtypes and groups of the parameters of one device, and how their elements are shared out."""
 
     def __init__(self, params: TensorList, group: Sequence[int]) -> None: ...
     def fits(self, params: TensorList, group: Sequence[int]) -> bool: ...
+    def takes_state(self, state: Sequence[Sequence[Tensor | None]]) -> bool:
+        """Whether lists of tensors of these dtypes can be the state of a base optimizer."""
 
 def square_norm(plan: Plan, leaves: Leaves, a: TensorList, b: TensorList | None, eta: PerGroup | None) -> Tensor: ...
 def perturb(
@@ -61,8 +86,8 @@ def adam(
     step: Sequence[float],
     groups: Sequence[AdamGroup],
 ) -> None: ...
-def empty_like(tensors: TensorList) -> TensorList:
-    """An uninitialised dense tensor like each."""
+def empty_like(tensors: TensorList) -> Tensors:
+    """An uninitialised dense tensor like each. Small ones share memory."""
 
 def launches() -> int:
     """How many kernels have been launched in this process."""

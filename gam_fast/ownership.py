@@ -1,17 +1,18 @@
-"""Taking over gradients: their storage becomes the engine's where nobody else has a hold on it."""
+"""Taking over gradients: their storage becomes the engine's where nobody else has a hold on it.
+
+The functions on lists are :class:`gam_fast.backends.base.Bookkeeping` for backends that work on plain lists.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-
-RECYCLE_BYTES = 1 << 16
-"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
 
 References: TypeAlias = "tuple[int, int, int, int, bool]"
 
@@ -84,6 +85,72 @@ def is_alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
 
 
-def is_large_on_cpu(param: Tensor) -> bool:
-    """Whether memory for it had better be recycled."""
-    return param.device.type == "cpu" and param.numel() * param.element_size() >= RECYCLE_BYTES
+@dataclass(frozen=True)
+class Versions:
+    """See :class:`gam_fast.backends.base.Versions`."""
+
+    values: list[int]
+
+    def first_changed(self, tensors: list[Tensor]) -> int:
+        """The position of the first tensor that was written to since; -1 without one."""
+        pairs = zip(self.values, tensors, strict=True)
+        return next((i for i, (version, tensor) in enumerate(pairs) if tensor._version != version), -1)
+
+
+def hold(tensors: list[Tensor]) -> list[Tensor]:
+    """The list itself."""
+    return tensors
+
+
+def versions(tensors: list[Tensor]) -> Versions:
+    """What autograd counts the changes of tensors by, as it is now.
+
+    >>> x = torch.zeros(2)
+    >>> before = versions([x])
+    >>> before.first_changed([x]), before.first_changed([x.add_(1.0)])
+    (-1, 0)
+    """
+    return Versions([tensor._version for tensor in tensors])
+
+
+def devices(tensors: list[Tensor]) -> list[torch.device]:
+    """What they are on, each device once."""
+    return list(dict.fromkeys(tensor.device for tensor in tensors))
+
+
+def survey_gradients(params: list[Tensor], flags: bytearray) -> tuple[list[int], bool, int]:
+    """The positions of those with a gradient and no flag, whether any has one, and of the first sparse one (or -1)."""
+    present = [i for i, param in enumerate(params) if param.grad is not None]
+    layouts = ((i, param.grad.layout) for i in present if (param := params[i]).grad is not None)
+    sparse = next((i for i, layout in layouts if layout != torch.strided), -1)
+    return [i for i in present if not flags[i]], bool(present), sparse
+
+
+def clear_gradients(params: list[Tensor], recycle: int) -> list[tuple[int, Tensor]]:
+    """Take all gradients away; those that can become a backup are handed out with their positions."""
+    found = []
+    for i, param in enumerate(params):
+        if param.grad is not None and param.device.type == "cpu" and param.numel() * param.element_size() >= recycle:
+            spare = take_sole(param)
+            if spare is not None and is_alike(spare, param):
+                found.append((i, spare))
+        param.grad = None
+    return found
+
+
+def take_usual_gradients(params: list[Tensor], versions: Any, flags: bytearray, keep: bool) -> list[Tensor] | None:
+    """The gradients where all is as usual, which here is no faster to find out."""
+    newcomers, _, sparse = survey_gradients(params, bytearray(len(params)))
+    usual = len(newcomers) == len(params) and sparse < 0 and len(set(flags)) < 2
+    return take_gradients(params, keep) if usual and versions.first_changed(params) < 0 else None
+
+
+def take_gradients(params: list[Tensor], keep: bool) -> list[Tensor]:
+    """The gradients in the dtypes of the parameters, zeros where there is none; with ``keep`` to be overwritten."""
+    taken = []
+    for param in params:
+        if param.grad is None:
+            taken.append(torch.zeros_like(param))
+        else:
+            taken.append(as_dtype(take(param) if keep else param.grad, param.dtype))
+    return taken

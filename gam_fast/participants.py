@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.base import Backend, Direction, Leaves, TensorList
-from .ownership import as_dtype, is_alike, is_large_on_cpu, take, take_sole
-from .sharded import Layout, is_sharded, layout_of, local, local_gradient, take_local
+from . import ownership
+from .backends.base import Backend, Bookkeeping, Direction, Leaves, TensorList, Versions
+from .ownership import as_dtype
+from .sharded import Layout, any_sharded, layout_of, local, local_gradient, take_local
+
+RECYCLE_BYTES = 1 << 16
+"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
+
+NEVER = 1 << 62
+"""More bytes than any gradient has."""
 
 
 @dataclass(eq=False)
@@ -40,20 +47,34 @@ class Participants:
         groups: the parameter groups.
         select: the backend of a device.
         recipe: the name of the recipe, for messages.
+
+    Attributes:
+        params: all parameters, whether they take part or not.
+        devices: what they are on.
+        sharded: whether any is spread over processes.
     """
 
     def __init__(
         self, groups: Sequence[dict[str, Any]], select: Callable[[torch.device], Backend], recipe: str
     ) -> None:
         self.groups = groups
-        self.params = [(param, g) for g, group in enumerate(groups) for param in group["params"]]
+        self.params: TensorList = [param for group in groups for param in group["params"]]
+        self.sharded = any_sharded(self.params)
+        self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._select = select
         self._recipe = recipe
         self._shards: dict[tuple[torch.device, Layout | None], Shard] = {}
-        self._active: dict[Tensor, Shard] = {}
+        self._flags = bytearray(len(self.params))  # whether a parameter takes part
         self._spare: dict[Tensor, Tensor] = {}
-        self.sharded = any(is_sharded(param) for param, _ in self.params)
-        self._versions: list[tuple[Tensor, int]] = []
+        self._books: Bookkeeping = ownership
+        if self.params and not self.sharded:
+            self._books = select(self.params[0].device).bookkeeping
+        self._all = self._books.hold(self.params)
+        self.devices = self._books.devices(self._all)
+        if len(self.devices) > 1:  # perhaps of several backends
+            self._books, self._all = ownership, self.params
+        self._versions: Versions | None = None
+        self._parts: TensorList = []  # those that were there when the versions were noted, of sharded parameters
 
     def __iter__(self) -> Iterator[Shard]:
         return iter(self._shards.values())
@@ -61,26 +82,31 @@ class Participants:
     def __len__(self) -> int:
         return len(self._shards)
 
-    def __contains__(self, param: Tensor) -> bool:
-        return param in self._active
+    def present(self) -> list[bool]:
+        """For each parameter, whether it takes part."""
+        return [flag != 0 for flag in self._flags]
 
-    def clear_gradients(self, *, recycle: bool) -> None:
+    def clear_gradients(self, *, recycle: bool = False) -> None:
         """No parameter has a gradient. With ``recycle``, large ones on a CPU are kept to become the backup."""
-        recycle = recycle and not self._active and not self.sharded
-        for param, _ in self.params:
-            if recycle and param.grad is not None and is_large_on_cpu(param):
-                spare = take_sole(param)
-                if spare is not None and is_alike(spare, param):
-                    self._spare[param] = spare
-            param.grad = None
+        recycle = recycle and not self._shards and not self.sharded
+        spare = self._books.clear_gradients(self._all, RECYCLE_BYTES if recycle else NEVER)
+        self._spare.update((self.params[i], grad) for i, grad in spare)
 
     def note_versions(self) -> None:
         """From here on, nobody but the engine may write to a parameter."""
-        self._versions = [(part, part._version) for part in self._parts()]
+        self._parts = [local(param) for param in self.params] if self.sharded else []
+        self._versions = self._books.versions(self._parts or self._all)
 
-    def _parts(self) -> TensorList:
-        params = [param for param, _ in self.params]
-        return [local(param) for param in params] if self.sharded else params
+    def _check_versions(self, where: str) -> None:
+        if self._versions is None:
+            return
+        changed = self._versions.first_changed(self._parts or self._all)
+        # fully_shard puts another tensor in place of the part, in the first forward
+        if changed >= 0 and (not self.sharded or self._is_same_memory(changed)):
+            raise RuntimeError(
+                f"{self.name(changed)} was modified during {where}; parameters must stay as the optimizer set them "
+                "until the step is over"
+            )
 
     def take_in(self, index: int, *, keep: bool, where: str, mend: str) -> None:
         """What is in ``param.grad`` becomes vector ``index``, as the optimizer's own if it is to be kept.
@@ -89,103 +115,118 @@ class Participants:
             RuntimeError: a parameter was written to since :meth:`note_versions`; no parameter has a gradient.
             TypeError: a sparse gradient.
         """
-        parts = self._parts()
-        versions = self._versions or [(part, part._version) for part in parts]
-        for (param, group), part, (before, version) in zip(self.params, parts, versions, strict=True):
-            # fully_shard puts another tensor in place of the part, in the first forward
-            if before._version != version and (part is before or part.data_ptr() == before.data_ptr()):
-                raise RuntimeError(
-                    f"{self.name(param, group)} was modified during {where}; parameters must stay as the optimizer set "
-                    "them until the step is over"
-                )
-            if param.grad is not None:
-                self._check_gradient(param, group)
-                if param not in self._active:
-                    self.activate(param, group)
-        if not any(param.grad is not None for param in self._active):
-            raise RuntimeError(f"{where} ended without a gradient for any parameter: {mend}")
+        taken = None
+        in_order = not self._shards or next(iter(self)).leaves.params is self._all
+        if in_order and self._versions is not None and not self.sharded and len(self.devices) == 1:
+            taken = self._books.take_usual_gradients(self._all, self._versions, self._flags, keep)
+        if taken is None:
+            self._look_closely(where, mend)
+        elif not self._shards:
+            self.activate(range(len(self.params)))
         for shard in self:
-            missing = [param.grad is None for param in shard.owners]
-            shard.grads[index] = [
-                torch.zeros_like(part) if absent else as_dtype(self._gradient(param, keep), part.dtype)
-                for param, part, absent in zip(shard.owners, shard.leaves.params, missing, strict=True)
-            ]
+            shard.grads[index] = self._take(shard, keep) if taken is None else taken
 
-    def _gradient(self, param: Tensor, keep: bool) -> Tensor:
-        """The gradient, to be read until the next pass, or to be kept."""
-        if self.sharded:
-            return take_local(param) if keep else local_gradient(param)
-        if keep:
-            return take(param)
-        assert param.grad is not None
-        return param.grad
+    def _look_closely(self, where: str, mend: str) -> None:
+        """Raise the errors of :meth:`take_in`, and let those that have their first gradient take part."""
+        self._check_versions(where)
+        newcomers, any_gradient, sparse = self._books.survey_gradients(self._all, self._flags)
+        if sparse >= 0:
+            grad = self.params[sparse].grad
+            raise TypeError(
+                f"{self.name(sparse)} has a gradient of layout {None if grad is None else grad.layout}; {self._recipe} "
+                "needs dense gradients: construct the module with sparse=False"
+            )
+        if newcomers:
+            self.activate(newcomers)
+        if not any_gradient:
+            raise RuntimeError(f"{where} ended without a gradient for any parameter: {mend}")
 
-    def activate(self, param: Tensor, group: int) -> None:
-        """Let a parameter take part from now on; in the passes before, its gradient counts as zero."""
-        layout = layout_of(param)
-        part = local(param)
-        shard = self._shards.get((part.device, layout))
-        if shard is None:
-            held = next(iter(self)).grads if self._shards else {}
-            shard = Shard(self._select(part.device), layout=layout, grads={k: [] for k in held})
-            self._shards[part.device, layout] = shard
-        if shard.leaves.saved:
-            shard.leaves.backup.append(part.clone(memory_format=torch.preserve_format))
-        shard.leaves.group.append(group)
-        shard.owners.append(param)
-        shard.leaves.params.append(part)
-        for grads in shard.grads.values():
-            grads.append(torch.zeros_like(part))
-        self._active[param] = shard
+    def _take(self, shard: Shard, keep: bool) -> TensorList:
+        """The gradients of a shard, to be read until the next pass, or to be kept."""
+        if not self.sharded:
+            return shard.backend.bookkeeping.take_gradients(shard.leaves.params, keep)
+        read = take_local if keep else local_gradient
+        return [
+            torch.zeros_like(part) if param.grad is None else as_dtype(read(param), part.dtype)
+            for param, part in zip(shard.owners, shard.leaves.params, strict=True)
+        ]
+
+    def activate(self, positions: Sequence[int]) -> None:
+        """Let parameters take part from now on; in the passes before, their gradients count as zero."""
+        places: dict[tuple[torch.device, Layout | None], list[int]] = {}
+        if not self.sharded and len(self.devices) == 1:
+            places[self.devices[0], None] = list(positions)
+        else:
+            for i in positions:
+                param = self.params[i]
+                places.setdefault((local(param).device, layout_of(param)), []).append(i)
+        for (device, layout), chosen in places.items():
+            shard = self._shards.get((device, layout))
+            if shard is None:
+                held = next(iter(self)).grads if self._shards else {}
+                shard = Shard(self._select(device), layout=layout, grads={k: [] for k in held})
+                self._shards[device, layout] = shard
+            self._add(shard, chosen)
+
+    def _add(self, shard: Shard, positions: Sequence[int]) -> None:
+        """A signal may come between any two of these assignments; restore() believes the last of them."""
+        owners = [self.params[i] for i in positions]
+        parts = [local(param) for param in owners] if self.sharded else owners
+        hold, leaves = shard.backend.bookkeeping.hold, shard.leaves
+        if leaves.saved:
+            copies = [part.clone(memory_format=torch.preserve_format) for part in parts]
+            leaves.backup = hold([*leaves.backup, *copies])
+        for index, grads in shard.grads.items():
+            shard.grads[index] = hold([*grads, *(torch.zeros_like(part) for part in parts)])
+        leaves.group.extend([self._group[i] for i in positions])
+        shard.owners.extend(owners)
+        is_all = len(positions) == len(self.params) and not self.sharded
+        leaves.params = self._all if is_all else hold([*leaves.params, *parts])
+        for i in positions:
+            self._flags[i] = 1
 
     def allocate_backup(self, shard: Shard) -> TensorList:
         """Memory for θ of a shard."""
-        leaves = shard.leaves
-        fresh = iter(
-            shard.backend.allocate(
-                [part for owner, part in zip(shard.owners, leaves.params, strict=True) if owner not in self._spare]
-            )
-        )
-        return [self._spare.pop(owner) if owner in self._spare else next(fresh) for owner in shard.owners]
+        if not self._spare:
+            return shard.backend.allocate(shard.leaves.params)
+        pairs = list(zip(shard.owners, shard.leaves.params, strict=True))
+        fresh = iter(shard.backend.allocate([part for owner, part in pairs if owner not in self._spare]))
+        backup = [self._spare.pop(owner) if owner in self._spare else next(fresh) for owner, _ in pairs]
+        return shard.backend.bookkeeping.hold(backup)
 
     def drop(self, index: int) -> None:
         """Vector ``index`` is not needed any more."""
         for shard in self:
             del shard.grads[index]
-        for param, _ in self.params:
-            param.grad = None
+        self.clear_gradients()
 
     def restore(self) -> None:
         """Put θ back, bit for bit."""
         for shard in self:
             leaves = shard.leaves
-            # of an interrupted activate()
-            del leaves.backup[len(leaves.params) :], leaves.group[len(leaves.params) :]
-            del shard.owners[len(leaves.params) :]
+            count = len(leaves.params)
+            if len(leaves.backup) > count:  # of an interrupted activate(), as the rest of the two lists
+                leaves.backup = list(leaves.backup)[:count]
+            del leaves.group[count:], shard.owners[count:]
             shard.backend.restore(leaves)
 
     def release(self) -> None:
         """Let go of all that is held."""
         self._shards.clear()
-        self._active.clear()
         self._spare.clear()
-        self._versions = []
+        self._parts = []
 
-    def name(self, param: Tensor, group: int) -> str:
+    def name(self, position: int) -> str:
         """What messages call a parameter."""
-        position = next(i for i, other in enumerate(self.groups[group]["params"]) if other is param)
+        group = self._group[position]
+        param, place = self.params[position], position - self._group.index(group)
         names = self.groups[group].get("param_names")
-        called = f" ({names[position]})" if names else ""
-        return f"parameter {position} of group {group}{called}, of shape {tuple(param.shape)},"
+        called = f" ({names[place]})" if names else ""
+        return f"parameter {place} of group {group}{called}, of shape {tuple(param.shape)},"
 
-    def _check_gradient(self, param: Tensor, group: int) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"{self.name(param, group)} has a gradient of layout {grad.layout}; {self._recipe} needs dense "
-                "gradients: construct the module with sparse=False"
-            )
+    def _is_same_memory(self, position: int) -> bool:
+        part, before = local(self.params[position]), self._parts[position]
+        return part is before or part.data_ptr() == before.data_ptr()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import hvp, scalars
 from .backends.base import Scalar
 from .backends.scalars import steps
-from .ownership import as_dtype, take
+from .ownership import as_dtype
 from .participants import Participants
 from .recipes import Recipe
 
@@ -19,20 +19,20 @@ def differentiate(recipe: Recipe, shards: Participants, losses: list[Tensor], in
     Raises:
         RuntimeError: there is no loss, backward was called on it, or no parameter requires a gradient.
     """
-    called = any(param.grad is not None for param, _ in shards.params)
+    called = any(param.grad is not None for param in shards.params)
     if called or not losses:
         wrong = "backward() was called in it" if called else "it ended without a loss"
         raise RuntimeError(
             f"pass {recipe.pass_of(index)} of {recipe.name}: {wrong}. {recipe.name} differentiates the loss itself, "
             f"twice: {hvp.HOW_TO_GIVE_A_LOSS}"
         )
-    params = [param for param, _ in shards.params if param.requires_grad]
+    params = [param for param in shards.params if param.requires_grad]
     if not params:
         raise RuntimeError(f"no parameter of this {recipe.name} requires a gradient: there is nothing to optimize")
     found = dict(zip(params, hvp.gradient(losses, params, twice=recipe.has_product(index)), strict=True))
     for param, grad in found.items():
         param.grad = None if grad is None else as_dtype(grad.detach(), param.dtype)
-    return [found.get(param) for param, _ in shards.params]
+    return [found.get(param) for param in shards.params]
 
 
 def multiply(shards: Participants, index: int, graph: list[Tensor | None], total: Scalar, *, keep: bool) -> None:
@@ -45,8 +45,8 @@ def multiply(shards: Participants, index: int, graph: list[Tensor | None], total
     units: dict[Tensor, Tensor] = {}
     for shard in shards:
         scale = steps([1.0], scalars.on(total, shard.leaves.params[0].device))[0]
-        units.update(zip(shard.owners, hvp.scaled(shard.grads[index], scale), strict=True))
-    pairs = [(param, grad) for (param, _), grad in zip(shards.params, graph, strict=True) if grad is not None]
+        units.update(zip(shard.owners, hvp.scaled(list(shard.grads[index]), scale), strict=True))
+    pairs = [(param, grad) for param, grad in zip(shards.params, graph, strict=True) if grad is not None]
     params = [param for param, _ in pairs]
     edges = hvp.edges([grad for _, grad in pairs])
     pairs.clear()
@@ -57,7 +57,7 @@ def multiply(shards: Participants, index: int, graph: list[Tensor | None], total
     edges.clear()
     units.clear()
     for shard in shards if keep else ():
-        shard.grads[index].clear()  # a reference less, so that they can be taken over
-        shard.grads[index] = [torch.zeros_like(param) if param.grad is None else take(param) for param in shard.owners]
+        shard.grads[index] = []  # a reference less, so that they can be taken over
+        shard.grads[index] = shard.backend.bookkeeping.take_gradients(shard.leaves.params, keep=True)
     for param, value in zip(params, products, strict=True):
         param.grad = torch.zeros_like(param) if value is None else as_dtype(value, param.dtype)

@@ -40,6 +40,16 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def any_sharded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one of them is a DTensor.
+
+    >>> any_sharded([torch.zeros(2)])
+    False
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
+
+
 def layout_of(tensor: Tensor) -> Layout | None:
     """The layout of a DTensor, ``None`` for another tensor.
 

@@ -91,8 +91,8 @@ class Walk:
         self._losses: list[Tensor] = []
         self._over = False
         self._newest = -1  # the index of the vector made last
-        self._on_host = all(scalars.reads_are_free(param.device) for param, _ in self.params)
-        self._device = self.params[0][0].device if self.params else torch.device("cpu")
+        self._on_host = all(map(scalars.reads_are_free, self.shards.devices))
+        self._device = self.params[0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():
             if self.shards.sharded:
@@ -186,7 +186,7 @@ class Walk:
             self._check_capture()
             self._begun = True
             if self.settings.replay_rng:
-                self._rng = ReplayRNG({param.device for param, _ in self.params})
+                self._rng = ReplayRNG(self.shards.devices)
                 self._rng.__enter__()
             self._statistics.__enter__()
             if self._local is not None:
@@ -231,7 +231,7 @@ class Walk:
 
     def _check_capture(self) -> None:
         """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
-        if self.settings.on_nonfinite == "ignore" or not any(param.is_cuda for param, _ in self.params):
+        if self.settings.on_nonfinite == "ignore" or all(device.type != "cuda" for device in self.shards.devices):
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -389,8 +389,7 @@ class Walk:
         if self._watch.scale is not None:
             self._watch.scale.report(True, self._device)
         if self.recipe.second_order:  # what is there is no gradient of the loss
-            for param, _ in self.params:
-                param.grad = None
+            self.shards.clear_gradients()
 
     def _unscale(self, gradients: Sequence[int]) -> None:
         """Take the loss scaling out of what the direction is combined from."""
@@ -399,7 +398,7 @@ class Walk:
         for shard in self.shards:
             inverse = self._watch.scale.inverse(shard.leaves.params[0].device)
             for k in gradients:
-                torch._foreach_mul_(shard.grads[k], inverse)
+                torch._foreach_mul_(list(shard.grads[k]), inverse)
 
     def _inner_products(self, combinations: Sequence[tuple[Direction, Direction | None]]) -> Products:
         """The products of one pair of combinations a shard, over devices and processes."""
@@ -412,7 +411,7 @@ class Walk:
     def _agree(self) -> None:
         """With the other processes of a local step: all take it or none does, with the same parameters."""
         assert self._local is not None
-        present = [param in self.shards for param, _ in self.params]
+        present = self.shards.present()
         found = self._local.agree(present, nonfinite=not self._watch.is_finite())
         if found.failed:
             raise RuntimeError(
@@ -421,9 +420,9 @@ class Walk:
             )
         if found.nonfinite:
             self._watch.refuse(f"a pass of {self.recipe.name} on rank {listed(found.nonfinite)}")
-        for (param, group), anywhere in zip(self.params, found.present, strict=True):
-            if anywhere and param not in self.shards:
-                self.shards.activate(param, group)
+        newcomers = [i for i, anywhere in enumerate(found.present) if anywhere and not present[i]]
+        if newcomers:
+            self.shards.activate(newcomers)
 
     def _averaged(self, directions: Sequence[tuple[Shard, Direction]]) -> list[tuple[Shard, Direction]]:
         """The mean of the directions over the processes of a local step, clipped."""
@@ -432,6 +431,6 @@ class Walk:
         ones = [[1.0] * len(self.groups)]
         made = [(shard, materialise(shard, direction)) for shard, direction in directions]
         of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
-        self._local.average([of[param] for param, _ in self.params if param in of])
+        self._local.average([of[param] for param in self.params if param in of])
         products = None if limit is None else self._inner_products([(Direction([xs], ones), None) for _, xs in made])
         return [(shard, Direction([xs], ones, None, products, self.gamma, limit)) for shard, xs in made]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
-    {"_version", "_torch_version", "recipes"},
+    {"_version", "_torch_version", "recipes", "ownership"},
     {"kernels.table"},
     {"kernels.elements", "kernels.formulas"},
     {"kernels.combine"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"backends.trial"},
     {"backends.native", "backends.triton"},
     {"backends"},
-    {"rng", "batchnorm", "ownership", "hvp", "amp", "distributed"},
+    {"rng", "batchnorm", "hvp", "amp", "distributed"},
     {"scalars", "turn", "sharded"},
     {"finite"},
     {"participants"},

@@ -310,7 +310,8 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     optimizer = gam_fast.GAM([weight], torch.optim.AdamW, on_nonfinite=policy)
     with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
         adam_update(optimizer.base, None, [weight], Leaves([OnCuda()], [0]), None)
-    step = SimpleNamespace(settings=SimpleNamespace(on_nonfinite=policy), params=[(OnCuda(), 0)])
+    shards = SimpleNamespace(devices=[torch.device("cuda")])
+    step = SimpleNamespace(settings=SimpleNamespace(on_nonfinite=policy), shards=shards)
     if policy == "ignore":
         Walk._check_capture(step)
     else:

@@ -19,10 +19,17 @@ at::Tensor tensor_of(const std::vector<double>& values, at::IntArrayRef sizes) {
 
 }  // namespace
 
+Work Executor::work(std::initializer_list<List> lists) const {
+  Work work{shapes_->leaves().data(), plan_.pieces().data(), {}};
+  std::copy_n(lists.begin(), std::min<size_t>(lists.size(), Work::kMaxLists), work.lists);
+  return work;
+}
+
 at::Tensor Executor::square_norm(const SquareNorm& arguments) {
   std::vector<double> sums(plan_.pieces().size());
-  parallel_over_chunks(
-      plan_, [&](Range range) { kernels().square_norm(work(), arguments, range, sums.data() + range.begin); });
+  const Work work = this->work({arguments.a, arguments.b, arguments.theta});
+  parallel_over_chunks(plan_,
+                       [&](Range range) { kernels().square_norm(work, arguments, range, sums.data() + range.begin); });
   double total = 0;
   for (const double sum : sums) total += sum;
   return tensor_of({total}, {});
@@ -31,9 +38,10 @@ at::Tensor Executor::square_norm(const SquareNorm& arguments) {
 at::Tensor Executor::inner_products(const InnerProducts& arguments, int64_t groups) {
   const std::vector<Piece>& pieces = plan_.pieces();
   std::vector<double> sums(pieces.size() * kSums);
-  parallel_over_chunks(plan_, [&](Range range) {
-    kernels().inner_products(work(), arguments, range, sums.data() + kSums * range.begin);
-  });
+  const List* terms = arguments.u.lists;
+  const Work work = this->work({terms[0], terms[1], terms[2]});
+  parallel_over_chunks(
+      plan_, [&](Range range) { kernels().inner_products(work, arguments, range, sums.data() + kSums * range.begin); });
   std::vector<double> total(static_cast<size_t>(groups) * kSums);
   for (size_t p = 0; p < pieces.size(); ++p) {
     const auto group = static_cast<size_t>(shapes_->leaves()[static_cast<size_t>(pieces[p].leaf)].group);
@@ -43,23 +51,35 @@ at::Tensor Executor::inner_products(const InnerProducts& arguments, int64_t grou
 }
 
 void Executor::perturb(const Perturbation& arguments) {
-  parallel_over_chunks(plan_, [&](Range range) { kernels().perturb(work(), arguments, range); });
+  const Folding* folds = arguments.folds;
+  const Work work = this->work({arguments.params, arguments.backup, arguments.a, arguments.b, folds[0].into,
+                                folds[0].other, folds[1].into, folds[1].other});
+  parallel_over_chunks(plan_, [&](Range range) { kernels().perturb(work, arguments, range); });
 }
 
 void Executor::copy(const Copy& arguments) {
-  parallel_over_chunks(plan_, [&](Range range) { kernels().copy(work(), arguments, range); });
+  const Work work = this->work({arguments.from, arguments.to});
+  parallel_over_chunks(plan_, [&](Range range) { kernels().copy(work, arguments, range); });
 }
 
 void Executor::materialise(const Materialise& arguments) {
-  parallel_over_chunks(plan_, [&](Range range) { kernels().materialise(work(), arguments, range); });
+  const List* terms = arguments.d.lists;
+  const Copy& restore = arguments.restore;
+  const Work work = this->work({terms[0], terms[1], terms[2], arguments.out, restore.from, restore.to});
+  parallel_over_chunks(plan_, [&](Range range) { kernels().materialise(work, arguments, range); });
 }
 
 void Executor::sgd(const SgdStep& arguments) {
-  parallel_over_chunks(plan_, [&](Range range) { kernels().sgd(work(), arguments, range); });
+  const List* terms = arguments.d.lists;
+  const Work work = this->work({terms[0], terms[1], terms[2], arguments.theta, arguments.params, arguments.buffer});
+  parallel_over_chunks(plan_, [&](Range range) { kernels().sgd(work, arguments, range); });
 }
 
 void Executor::adam(const AdamStep& arguments) {
-  parallel_over_chunks(plan_, [&](Range range) { kernels().adam(work(), arguments, range); });
+  const List* terms = arguments.d.lists;
+  const Work work = this->work({terms[0], terms[1], terms[2], arguments.theta, arguments.params, arguments.average,
+                                arguments.square, arguments.largest});
+  parallel_over_chunks(plan_, [&](Range range) { kernels().adam(work, arguments, range); });
 }
 
 }  // namespace gam::cpu

@@ -1,6 +1,8 @@
 // The primitives on CPU tensors: one parallel region over the chunks each.
 #pragma once
 
+#include <initializer_list>
+
 #include "../executor.h"
 #include "plan.h"
 
@@ -22,7 +24,7 @@ class Executor final : public gam::Executor {
   bool takes_sums() const override { return false; }
 
  private:
-  Work work() const { return {shapes_->leaves().data(), plan_.pieces().data()}; }
+  Work work(std::initializer_list<List> lists) const;
 
   std::shared_ptr<const Shapes> shapes_;
   Plan plan_;

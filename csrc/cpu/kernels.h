@@ -19,8 +19,11 @@ struct Range {
 };
 
 struct Work {
+  static constexpr int kMaxLists = 9;
+
   const Leaf* leaves;
   const Piece* pieces;
+  List lists[kMaxLists];  // those that are read or written, as far as they are not null
 };
 
 // The loops, compiled for one instruction set. Sums are one double a piece of the plan, or kSums for inner products.

@@ -21,6 +21,7 @@ class Executor final : public gam::Executor {
 
   bool takes_wider_state() const override { return true; }
   bool takes_sums() const override { return true; }
+  bool records_use() const override { return true; }
   void record_use(const at::Tensor& tensor) override;
 
  private:

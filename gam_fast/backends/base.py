@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -137,6 +137,66 @@ def takes_state(leaves: Leaves, *state: Sequence[Tensor | None], wider: bool) ->
     return True
 
 
+class Versions(Protocol):
+    """How often tensors had been written to at some time, as autograd counts it."""
+
+    def first_changed(self, tensors: TensorList) -> int:
+        """The position of the first tensor that was written to since; -1 without one."""
+        ...
+
+
+class Bookkeeping(Protocol):
+    """What the engine does with lists of parameters and gradients, between the passes, without touching an element.
+
+    On CPU models of many small tensors this, and not memory, is what a step costs. ``tensors`` and ``params`` are what
+    :meth:`hold` gave. A module may serve: :mod:`gam_fast.ownership` and the compiled core do.
+    """
+
+    def hold(self, tensors: TensorList) -> TensorList:
+        """The same tensors as the backend likes them best in several calls."""
+        ...
+
+    def devices(self, tensors: TensorList) -> Sequence[torch.device]:
+        """What they are on, each device once."""
+        ...
+
+    def versions(self, tensors: TensorList) -> Versions: ...
+
+    def survey_gradients(self, params: TensorList, flags: bytearray) -> tuple[list[int], bool, int]:
+        """What there is.
+
+        Returns the positions of the parameters that have a gradient and no flag; whether any has a gradient; and the
+        position of the first whose gradient is sparse, or -1.
+        """
+        ...
+
+    def clear_gradients(self, params: TensorList, recycle: int) -> list[tuple[int, Tensor]]:
+        """Take all gradients away.
+
+        Those of ``recycle`` bytes and more on a CPU that could serve as memory for the backup, as nobody else has a hold
+        on them, are handed out with their positions.
+        """
+        ...
+
+    def take_usual_gradients(
+        self, params: TensorList, versions: Any, flags: bytearray, keep: bool
+    ) -> TensorList | None:
+        """:meth:`take_gradients` where all is as it mostly is.
+
+        That is, no tensor was written to since, all flags are the same, and every parameter has a dense gradient.
+        Otherwise None, and nothing is done.
+        """
+        ...
+
+    def take_gradients(self, params: TensorList, keep: bool) -> TensorList:
+        """The gradients in the dtypes of the parameters, zeros where there is none.
+
+        With ``keep`` they are the engine's to overwrite, and the parameters have none; one that somebody else could see
+        change is copied.
+        """
+        ...
+
+
 class Backend(Protocol):
     """What the engine asks of a backend. See the module's docstring for the conventions.
 
@@ -144,6 +204,9 @@ class Backend(Protocol):
     """
 
     name: str
+
+    @property
+    def bookkeeping(self) -> Bookkeeping: ...
 
     @staticmethod
     def describe() -> str:

@@ -16,8 +16,20 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .. import ownership
 from . import scalars
-from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, accumulate_dtype
+from .base import (
+    AdamGroup,
+    Bookkeeping,
+    Direction,
+    FoldInto,
+    Leaves,
+    PerGroup,
+    Scalar,
+    SGDGroup,
+    TensorList,
+    accumulate_dtype,
+)
 
 CPU_CHUNK = 1 << 20
 """Elements of a chunk on CPU; below this, waking the threads for each operation costs more than a cache saves."""
@@ -264,6 +276,7 @@ class EagerBackend:
     """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
 
     name = "eager"
+    bookkeeping: Bookkeeping = ownership
 
     @staticmethod
     def describe() -> str:

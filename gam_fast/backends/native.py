@@ -27,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from . import scalars
-from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, takes_state
+from .base import AdamGroup, Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
 from .eager import EagerBackend
 
 
@@ -78,6 +78,10 @@ class NativeBackend:
 
     def __init__(self) -> None:
         self._plans: list[_C.Plan] = []  # the last one used first
+
+    @property
+    def bookkeeping(self) -> Bookkeeping:
+        return self.core
 
     @staticmethod
     def describe() -> str:
@@ -151,10 +155,11 @@ class NativeBackend:
         first: list[bool],
         groups: Sequence[SGDGroup],
     ) -> None:
-        if not self._takes_state(leaves, momentum_buffer):
-            EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
+        plan = self._plan_for(leaves)
+        if not plan.takes_state([momentum_buffer]):  # of a model that was converted after its optimizer had stepped
+            EagerBackend().sgd(*_as_lists(leaves, d), momentum_buffer, first, groups)
             return
-        self.core.sgd(self._plan_for(leaves), leaves, self._direction(leaves, d), momentum_buffer, first, groups)
+        self.core.sgd(plan, leaves, self._direction(leaves, d), momentum_buffer, first, groups)
 
     def adam(
         self,
@@ -166,11 +171,11 @@ class NativeBackend:
         step: Sequence[float],
         groups: Sequence[AdamGroup],
     ) -> None:
-        if not self._takes_state(leaves, exp_avg, exp_avg_sq, max_exp_avg_sq):
-            EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
+        plan = self._plan_for(leaves)
+        if not plan.takes_state([exp_avg, exp_avg_sq, max_exp_avg_sq]):
+            EagerBackend().adam(*_as_lists(leaves, d), exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
             return
-        plan, d = self._plan_for(leaves), self._direction(leaves, d)
-        self.core.adam(plan, leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
+        self.core.adam(plan, leaves, self._direction(leaves, d), exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
 
     @staticmethod
     def _takes_sums(leaves: Leaves) -> bool:
@@ -183,6 +188,8 @@ class NativeBackend:
             return Direction(d.terms, scalars.factors(d))  # type: ignore[arg-type]  # numbers on a CPU
         return d if d.products is None else replace(d, products=scalars.on_device(d.products, leaves.params[0].device))
 
-    def _takes_state(self, leaves: Leaves, *state: Sequence[Tensor | None]) -> bool:
-        """Whether the core takes state of these dtypes; the rest is left to the eager backend."""
-        return takes_state(leaves, *state, wider=self._takes_sums(leaves))
+
+def _as_lists(leaves: Leaves, d: Direction) -> tuple[Leaves, Direction]:
+    """The same for torch, which takes lists only."""
+    plain = Leaves(list(leaves.params), leaves.group, list(leaves.backup), leaves.saved)
+    return plain, replace(d, terms=[list(term) for term in d.terms])

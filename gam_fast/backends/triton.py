@@ -23,9 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ownership
 from ..kernels.table import ADAM, PERTURB, SGD, SUMS
 from . import scalars
-from .base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList, takes_state
+from .base import (
+    AdamGroup,
+    Bookkeeping,
+    Direction,
+    FoldInto,
+    Leaves,
+    PerGroup,
+    Scalar,
+    SGDGroup,
+    TensorList,
+    takes_state,
+)
 from .eager import EagerBackend, copy_bits
 from .launches import OF_SUMS, after, guard, is_capturing, launch, launch_totals
 from .tables import Argument, Prepared, Tables
@@ -50,6 +62,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    bookkeeping: Bookkeeping = ownership
 
     def __init__(self, shape: Configuration | None = None) -> None:
         self._plans: list[Tables] = []  # the last one used first

@@ -1,0 +1,240 @@
+#include "gradients.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/util/StringUtil.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <utility>
+
+#include "checks.h"
+
+namespace py = pybind11;
+
+namespace gam {
+namespace {
+
+uint32_t version_of(const at::Tensor& tensor) {
+  return tensor.is_inference() ? 0 : tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+
+const at::Tensor& gradient_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->grad(); }
+
+// The Python object of a tensor, if there is one. Its place has another name in older releases of torch.
+template <class Slot>
+auto object_in(const Slot& slot, int) -> decltype(slot.load_pyobj()) {
+  return slot.load_pyobj();
+}
+template <class Slot>
+auto object_in(const Slot& slot, long) -> decltype(slot._unchecked_untagged_pyobj()) {
+  return slot._unchecked_untagged_pyobj();
+}
+
+PyObject* object_of(const at::Tensor& tensor) {
+  return object_in(*const_cast<at::Tensor&>(tensor).unsafeGetTensorImpl()->pyobj_slot(), 0);
+}
+
+// References to a tensor that one owner in C++ and a Python object which nobody in Python refers to make together: the
+// object counts in newer releases of torch.
+size_t sole_count_with_object() {
+  static const size_t count = [] {
+    const at::Tensor tensor = at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat));
+    Py_DECREF(THPVariable_Wrap(tensor));
+    return tensor.use_count();
+  }();
+  return count;
+}
+
+// Whether nobody but param.grad refers to a gradient, and nothing but it to its memory, all of which it is.
+bool is_sole(const at::Tensor& grad) {
+  if (!grad.has_storage()) return false;
+  PyObject* object = object_of(grad);
+  if (grad.use_count() != (object ? sole_count_with_object() : 1) || (object && Py_REFCNT(object) != 1)) return false;
+  const at::Storage& storage = grad.storage();
+  // memory of NumPy or of another process, which is not resizable, has owners that torch does not count
+  return storage.use_count() == 1 && storage.resizable() && storage.nbytes() == grad.nbytes();
+}
+
+// Whether it is as checks.h has it, and dense, in the shape, dtype and device of its parameter.
+bool is_plain_and_like(const at::Tensor& grad, const at::Tensor& param) {
+  return grad.sizes() == param.sizes() && grad.scalar_type() == param.scalar_type() &&
+         grad.device() == param.device() && known_dtype(grad.scalar_type()) && grad.is_non_overlapping_and_dense() &&
+         is_plain(grad);
+}
+
+bool is_alike(const at::Tensor& a, const at::Tensor& b) {
+  return a.scalar_type() == b.scalar_type() && a.device() == b.device() && a.sizes() == b.sizes() &&
+         a.strides() == b.strides();
+}
+
+// Asks for what the next parameters and their gradients say of themselves, each step of the way some rounds ahead.
+void prefetch_gradients(const Tensors& params, size_t i) {
+  const auto param = [&](size_t steps) -> c10::TensorImpl* {
+    const size_t next = i + steps * kAhead;
+    return next < params.size() ? params[next].unsafeGetTensorImpl() : nullptr;
+  };
+  if (const auto* impl = param(4)) prefetch(impl, 3);
+  if (const auto* impl = param(3)) {
+    prefetch(impl->autograd_meta(), 2);
+    prefetch_version(impl);
+  }
+  if (const auto* impl = param(2)) {
+    if (impl->grad().defined()) prefetch(impl->grad().unsafeGetTensorImpl(), 3);
+  }
+  if (const auto* impl = param(1)) {
+    if (impl->grad().has_storage()) prefetch(impl->grad().storage().unsafeGetStorageImpl(), 2);
+  }
+}
+
+void check_same_count(size_t count, const Tensors& tensors, const char* name) {
+  if (count != tensors.size()) {
+    refuse_value(c10::str(name, " must be as many as the tensors, that is ", tensors.size(), ", got ", count));
+  }
+}
+
+}  // namespace
+
+Versions::Versions(const Tensors& tensors) {
+  values_.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (i + 2 * kAhead < tensors.size()) prefetch(tensors[i + 2 * kAhead].unsafeGetTensorImpl(), 3);
+    if (i + kAhead < tensors.size()) prefetch_version(tensors[i + kAhead].unsafeGetTensorImpl());
+    values_.push_back(version_of(tensors[i]));
+  }
+}
+
+int64_t Versions::first_changed(const Tensors& tensors) const {
+  check_same_count(values_.size(), tensors, "versions");
+  for (size_t i = 0; i < values_.size(); ++i) {
+    if (version_of(tensors[i]) != values_[i]) return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
+Survey survey_gradients(const Tensors& params, const std::vector<unsigned char>& flags) {
+  check_same_count(flags.size(), params, "flags");
+  Survey result;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const at::Tensor& grad = gradient_of(params[i]);
+    if (!grad.defined()) continue;
+    result.any = true;
+    if (grad.layout() != at::kStrided && result.sparse < 0) result.sparse = static_cast<int64_t>(i);
+    if (!flags[i]) result.newcomers.push_back(static_cast<int64_t>(i));
+  }
+  return result;
+}
+
+std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle) {
+  std::vector<std::pair<int64_t, at::Tensor>> result;
+  std::vector<at::Tensor> gone;
+  gone.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    prefetch_gradients(params, i);
+    const at::Tensor &param = params[i], &grad = gradient_of(param);
+    if (!grad.defined()) continue;
+    const bool large = param.is_cpu() && static_cast<int64_t>(param.nbytes()) >= recycle;
+    const bool spare = large && is_sole(grad) && is_alike(grad, param);
+    at::Tensor taken = std::move(param.mutable_grad());
+    if (spare) {
+      result.emplace_back(static_cast<int64_t>(i), std::move(taken));
+    } else {
+      gone.push_back(std::move(taken));
+    }
+  }
+  release(gone);
+  return result;
+}
+
+namespace {
+
+// Gradients on their way from the parameters to the engine.
+class Taking {
+ public:
+  Taking(const Tensors& params, bool keep) : params_(params), keep_(keep), taken_(params.size()) {}
+
+  void take(size_t i) {
+    const at::Tensor &param = params_[i], &grad = gradient_of(param);
+    if (!grad.defined()) {
+      rest_.push_back(i);
+      return;
+    }
+    const bool sole = is_sole(grad), fits = grad.scalar_type() == param.scalar_type();
+    if ((keep_ && !sole) || !fits) rest_.push_back(i);
+    exclusive_ = exclusive_ && (sole || !fits);
+    taken_[i] = grad;
+    if (keep_) param.mutable_grad().reset();
+  }
+
+  // As if nothing had been taken.
+  void undo() {
+    for (size_t i = 0; keep_ && i < taken_.size(); ++i) {
+      if (taken_[i].defined()) params_[i].mutable_grad() = taken_[i];
+    }
+  }
+
+  bool took_all() const { return rest_.empty(); }
+
+  // Has torch make the rest: zeros, copies, other dtypes.
+  std::shared_ptr<Tensors> finish() {
+    if (!rest_.empty()) {
+      const py::gil_scoped_release release;
+      for (const size_t i : rest_) taken_[i] = made(params_[i], taken_[i]);
+    }
+    return std::make_shared<Tensors>(std::move(taken_), keep_        ? Hold::kOwned
+                                                        : exclusive_ ? Hold::kExclusive
+                                                                     : Hold::kShared);
+  }
+
+ private:
+  static at::Tensor made(const at::Tensor& param, const at::Tensor& grad) {
+    if (!grad.defined()) return at::zeros_like(param);
+    return grad.scalar_type() == param.scalar_type() ? grad.clone(at::MemoryFormat::Preserve)
+                                                     : grad.to(param.scalar_type());
+  }
+
+  const Tensors& params_;
+  bool keep_;
+  std::vector<at::Tensor> taken_;
+  std::vector<size_t> rest_;
+  bool exclusive_ = true;
+};
+
+}  // namespace
+
+std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& shared, const Versions& versions,
+                                              const std::vector<unsigned char>& flags, bool keep) {
+  const Tensors& params = *shared;
+  check_same_count(versions.size(), params, "versions");
+  check_same_count(flags.size(), params, "flags");
+  Taking taking(params, keep);
+  auto found = std::make_shared<Found>();
+  bool plain = true;
+  for (size_t i = 0; i < params.size(); ++i) {
+    prefetch_gradients(params, i);
+    const at::Tensor& grad = gradient_of(params[i]);
+    const bool usual = grad.defined() && grad.layout() == at::kStrided && version_of(params[i]) == versions[i];
+    if (!usual || flags[i] != flags[0]) {
+      taking.undo();
+      return nullptr;
+    }
+    plain = plain && is_plain_and_like(grad, params[i]);
+    if (plain) {
+      found->arrays.push_back({keep ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()), nullptr,
+                               *known_dtype(grad.scalar_type())});
+      found->contiguous = found->contiguous && grad.is_contiguous();
+    }
+    taking.take(i);
+  }
+  found->writable = keep;
+  auto taken = taking.finish();
+  if (plain && taking.took_all()) taken->resemble(shared, std::move(found));
+  return taken;
+}
+
+std::shared_ptr<Tensors> take_gradients(const Tensors& params, bool keep) {
+  Taking taking(params, keep);
+  for (size_t i = 0; i < params.size(); ++i) taking.take(i);
+  return taking.finish();
+}
+
+}  // namespace gam
