@@ -23,6 +23,7 @@ from torch import Tensor
 from gam_fast import backends
 from gam_fast.backends import base
 
+from .compiled import Compiled
 from .contenders import FLOOR, Contender, machine, measure
 from .models import MODELS, Shapes, numel, quick
 
@@ -128,18 +129,6 @@ class Primitives:
             Row("restore, AdamW of 3", name, 9, adamw),
             Row("restore", name, 2, lambda: backend.restore(self.saved)),
         ]
-
-
-class Compiled:
-    """The eager backend, each primitive through ``torch.compile``.
-
-    It unrolls chunks, tensors and the parts of norms: seconds for one tensor of one chunk, minutes and more for models.
-    """
-
-    def __init__(self) -> None:
-        eager = backends.EagerBackend()
-        for name in ("square_norm", "perturb", "inner_products", "restore", "sgd", "adam"):
-            setattr(self, name, torch.compile(getattr(eager, name), dynamic=False))
 
 
 def time_in_turns(rows: list[Row], repeats: int) -> dict[str, str]:
