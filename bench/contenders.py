@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import statistics
@@ -14,6 +15,7 @@ from torch import Tensor
 import gam_fast
 
 from .models import Shapes
+from .peers import PEERS
 
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
@@ -32,7 +34,8 @@ class Contender:
     """One optimizer over its own parameters, and the milliseconds its steps took.
 
     Args:
-        method: a class of gam_fast, or ``"torch"`` for the base optimizer of torch alone, fused.
+        method: a class of gam_fast, a key of :data:`bench.peers.PEERS`, or ``"torch"`` for the base optimizer of torch
+            alone, fused.
         base: ``"SGD"`` or ``"AdamW"``.
         backend: backend of gam_fast.
     """
@@ -55,6 +58,8 @@ class Contender:
         base_class = getattr(torch.optim, base)
         if method == "torch":
             self.optimizer = base_class(self.params, **HYPER[base], fused=True)
+        elif method in PEERS:
+            self.optimizer = PEERS[method].make(torch.nn.ParameterList(self.params), base_class, HYPER[base], {})
         else:
             self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **HYPER[base])
         self.ms: list[float] = []
@@ -90,16 +95,31 @@ class Contender:
         """Milliseconds."""
         return statistics.median(self.ms)
 
+    @property
+    def spread(self) -> float:
+        """The middle half of the times is as wide as this share of the median."""
+        low, _, high = statistics.quantiles(self.ms, n=4)
+        return (high - low) / self.median
+
 
 def measure(contenders: list[Contender], repeats: int) -> None:
-    """Two rounds of warm-up, then rounds in which every contender takes one step."""
-    for _ in range(2):
-        for contender in contenders:
-            contender.step()
-            contender.ms.clear()
-    for _ in range(repeats):
-        for contender in contenders:
-            contender.step()
+    """Two rounds of warm-up, then rounds in which every contender takes one step.
+
+    Python's garbage collector stays on, as in training: objects that a step makes count. What lived before is frozen,
+    and garbage is collected before each round, so that nobody's step pays for the modules of the process or for what
+    another has left.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        for repeat in range(-2, repeats):
+            gc.collect()
+            for contender in contenders:
+                contender.step()
+                if repeat < 0:
+                    contender.ms.clear()
+    finally:
+        gc.unfreeze()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
