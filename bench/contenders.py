@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import statistics
@@ -15,7 +16,9 @@ from torch import Tensor
 
 import gam_fast
 
+from .clock import now, synchronize
 from .models import Shapes
+from .peers import PEERS
 
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
@@ -34,7 +37,8 @@ class Contender:
     """One optimizer over its own parameters, and the milliseconds its steps took.
 
     Args:
-        method: a class of gam_fast, or ``"torch"`` for the base optimizer of torch alone, fused.
+        method: a class of gam_fast, a key of :data:`bench.peers.PEERS`, or ``"torch"`` for the base optimizer of torch
+            alone, fused.
         base: ``"SGD"`` or ``"AdamW"``.
         backend: backend of gam_fast.
     """
@@ -57,13 +61,11 @@ class Contender:
         base_class = getattr(torch.optim, base)
         if method == "torch":
             self.optimizer = base_class(self.params, **HYPER[base], fused=True)
+        elif method in PEERS:
+            self.optimizer = PEERS[method].make(torch.nn.ParameterList(self.params), base_class, HYPER[base], {})
         else:
             self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **HYPER[base])
         self.ms: list[float] = []
-
-    def _synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
     def step(self) -> None:
         """One step; appends its milliseconds without those of the closure, which hands over fresh gradients."""
@@ -71,37 +73,49 @@ class Contender:
 
         def closure() -> Tensor:
             nonlocal in_closure
-            self._synchronize()
-            start = time.perf_counter()
+            start = now(self.device)
             grads = [g.clone() for g in self.source]
-            self._synchronize()
+            synchronize(self.device)
             for p, g in zip(self.params, grads, strict=True):
                 p.grad = g
             del grads, g  # the gradients belong to the parameters alone
             in_closure += time.perf_counter() - start
             return torch.zeros(())
 
-        self._synchronize()
-        start = time.perf_counter()
+        start = now(self.device)
         self.optimizer.step(closure)
-        self._synchronize()
-        self.ms.append(1e3 * (time.perf_counter() - start - in_closure))
+        self.ms.append(1e3 * (now(self.device) - start - in_closure))
 
     @property
     def median(self) -> float:
         """Milliseconds."""
         return statistics.median(self.ms)
 
+    @property
+    def spread(self) -> float:
+        """The middle half of the times is as wide as this share of the median."""
+        low, _, high = statistics.quantiles(self.ms, n=4)
+        return (high - low) / self.median
+
 
 def measure(contenders: list[Contender], repeats: int) -> None:
-    """Two rounds of warm-up, then rounds in which every contender takes one step."""
-    for _ in range(2):
-        for contender in contenders:
-            contender.step()
-            contender.ms.clear()
-    for _ in range(repeats):
-        for contender in contenders:
-            contender.step()
+    """Two rounds of warm-up, then rounds in which every contender takes one step.
+
+    Python's garbage collector stays on, as in training: objects that a step makes count. What lived before is frozen,
+    and garbage is collected before each round, so that nobody's step pays for the modules of the process or for what
+    another has left.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        for repeat in range(-2, repeats):
+            gc.collect()
+            for contender in contenders:
+                contender.step()
+                if repeat < 0:
+                    contender.ms.clear()
+    finally:
+        gc.unfreeze()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -153,6 +153,14 @@ def exact_allocator() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def available(device: str) -> int:
+    """Bytes that can be taken without swapping, or that the GPU has free."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+
+
 def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
     """What ``measure`` finds in a process that has done nothing else."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -70,7 +70,8 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all tensors together, from that of each."""
-    return torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm()
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return norm
 
 
 class PlainSAM(Plain):

@@ -35,7 +35,7 @@ from .spread import Spread
 from .training import METHODS, Copy, Entrant, Setting, Trainer, peak, peak_in_a_process, train_in_turns
 
 SLOW = "compiled-gam"
-"""A peer that compiles for half a minute: with ``--quick`` it has to be asked for."""
+"""A peer that compiles for minutes: it runs where it is named."""
 
 COLUMNS = {
     "method": "method",
@@ -221,7 +221,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(METHODS)}, with commas; the base optimizer always runs (default: %(default)s)",
     )
     found.add_argument(
-        "--peers", default="all", help=f"of {', '.join(PEERS)}, with commas, all that can run (default), or none"
+        "--peers",
+        default="all",
+        help=f"of {', '.join(PEERS)}, with commas; all that can run but {SLOW} (default), or none",
     )
     found.add_argument("--base", default="SGD", choices=tuple(HYPER), help="base optimizer (default: SGD)")
     dtypes = ("float32", "bfloat16", "float16", "float64")
@@ -259,7 +261,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Setting, list[Ent
         command.error("--device cuda: torch sees no GPU; install a CUDA build of torch, or use --device cpu")
     given.model = list(NETWORKS) if given.model == "all" else options.listed(command, "--model", given.model, NETWORKS)
     methods = options.listed(command, "--methods", given.methods, METHODS)
-    peers = {"all": [key for key in PEERS if not (given.quick and key == SLOW)], "none": []}.get(given.peers)
+    peers = {"all": [key for key in PEERS if key != SLOW], "none": []}.get(given.peers)
     peers = options.listed(command, "--peers", given.peers, PEERS) if peers is None else peers
     if given.workers < 0:
         command.error(f"--workers must not be negative, got {given.workers}")

@@ -1,0 +1,241 @@
+"""How the cost of a step of GAM grows with parameters, tensors and threads, beside the plain loop and torch's own step.
+
+Time of the optimizer's part: the closure hands over fresh gradients, and its own time is taken off, copies and all.
+Contenders take turns; times are medians with their spread. Python's garbage collector stays on, see
+:func:`bench.contenders.measure`. The lines are power laws, fitted on logarithms over the range that the table names.
+The plain loop is first held against gam_fast in fp64. About three minutes on two cores; sizes that do not fit into
+memory are left out, which is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contenders import HYPER, machine
+from .peers import PEERS, disagreement
+from .power_law import PowerLaw, cost_of_each, fit
+from .sweeps import PLAIN, SWEEPS, Setting, Sweep
+
+MOST_TENSORS = 10_000
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure, and the range that it must be in."""
+
+    what: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it is."""
+        return self.low <= self.value <= self.high
+
+    @property
+    def bound(self) -> str:
+        """The range in words."""
+        return f"at most {self.high:g}" if self.low == 0.0 else f"{self.low:g} to {self.high:g}"
+
+
+def fits(sweep: Sweep) -> dict[str, PowerLaw]:
+    """The power law of each contender that has points enough."""
+    labels = dict.fromkeys(point.label for point in sweep.points)
+    found = {label: fit(*sweep.of(label), sweep.low, sweep.high) for label in labels}
+    return {label: law for label, law in found.items() if law is not None}
+
+
+def targets(sweeps: Iterable[Sweep], setting: Setting) -> list[Target]:
+    """The figures that a full run must show, of the sweeps that were made."""
+    found: list[Target] = []
+    for sweep in sweeps:
+        if sweep.name == "parameters" and (law := fits(sweep).get(setting.gam)):
+            what = f"slope of {setting.gam} between {law.low:.0e} and {law.high:.0e} parameters"
+            found.append(Target(what, law.slope, 0.95, 1.05))
+        if sweep.name == "tensors":
+            gam, plain = sweep.at(setting.gam, MOST_TENSORS), sweep.at(PLAIN, MOST_TENSORS)
+            if gam and plain:
+                found.append(Target(f"µs a tensor, {setting.gam}, 10^4 tensors", 1e3 * gam / MOST_TENSORS, 0.0, 2.0))
+                found.append(Target(f"{setting.gam} ÷ {PLAIN}, 10^4 tensors", gam / plain, 0.0, 0.05))
+        if sweep.name == "threads":
+            gam, plain = sweep.at(setting.gam, setting.threads), sweep.at(PLAIN, setting.threads)
+            if gam and plain:
+                what = f"{setting.gam} ÷ {PLAIN}, ResNet-50, {setting.threads} threads"
+                found.append(Target(what, gam / plain, 0.0, 0.35))
+    return found
+
+
+def show(sweep: Sweep, setting: Setting) -> None:
+    """The table of one sweep: milliseconds with their spread, slopes, and for tensors the cost of each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    labels = list(dict.fromkeys(point.label for point in sweep.points))
+    laws = fits(sweep)
+    title = f"{sweep.name} {sweep.what}: ms (spread)"
+    if laws:
+        law = next(iter(laws.values()))
+        title += f"; slopes from {law.low:,} to {law.high:,}"
+    table = Table(title=title, title_justify="left")
+    for column in (sweep.name, *labels):
+        table.add_column(column, justify="right")
+    for x in dict.fromkeys(point.x for point in sweep.points):
+        row = {point.label: f"{point.ms:.3g} ({point.spread:.0%})" for point in sweep.points if point.x == x}
+        table.add_row(f"{x:,}", *(row[label] for label in labels))
+    table.add_section()
+    if laws:
+        table.add_row("slope", *(f"{laws[label].slope:.2f} ± {laws[label].error:.2f}" for label in labels))
+    if sweep.name == "tensors":
+        table.add_row("µs, fitted", *(f"{1e3 * cost_of_each(*sweep.of(label)):.3g}" for label in labels))
+        most = max(point.x for point in sweep.points)
+        at_most = [sweep.at(label, most) or 0.0 for label in labels]
+        table.add_row("µs, at most", *(f"{1e3 * ms / most:.3g}" for ms in at_most))
+    console = Console()
+    console.print(table)
+    if sweep.left_out:
+        console.print(f"left out: {sweep.left_out}", highlight=False)
+
+
+def draw(path: Path, sweeps: list[Sweep], facts: dict[str, Any]) -> None:
+    """A log-log panel for each sweep: points, and the fitted lines with their slopes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(5.2 * len(sweeps), 4.2), squeeze=False, layout="constrained")
+    for sweep, axis in zip(sweeps, axes[0], strict=True):
+        laws = fits(sweep)
+        for k, label in enumerate(dict.fromkeys(point.label for point in sweep.points)):
+            law = laws.get(label)
+            name = f"{label}: slope {law.slope:.2f} ± {law.error:.2f}" if law else label
+            axis.loglog(*sweep.of(label), "o", color=f"C{k}", markersize=4, label=name)
+            if law:
+                axis.loglog([law.low, law.high], [law(law.low), law(law.high)], color=f"C{k}", linewidth=1)
+        axis.set_xlabel(f"{sweep.name} {sweep.what}", fontsize=8)
+        axis.set_ylabel("ms, optimizer's part of a step")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def figures_of(sweep: Sweep) -> dict[str, Any]:
+    """What the JSON holds of a sweep."""
+    labels = dict.fromkeys(point.label for point in sweep.points)
+    found = {**asdict(sweep), "fits": {label: asdict(law) for label, law in fits(sweep).items()}}
+    if sweep.name == "tensors":
+        found["us_each"] = {label: 1e3 * cost_of_each(*sweep.of(label)) for label in labels}
+    return found
+
+
+def a_path(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder of {text} does not exist: create it first")
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(prog="bench.growth", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--sweep", help=f"of {', '.join(SWEEPS)}, with commas (default: all; on cuda not threads)")
+    parser.add_argument("--backend", default="auto", help="backend of gam_fast (default: auto)")
+    parser.add_argument("--base", default="SGD", choices=tuple(HYPER), help="base optimizer (default: SGD)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="default: float32"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; medians are taken over them (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
+    parser.add_argument("--json", type=a_path, metavar="PATH", help="also write the figures to PATH")
+    parser.add_argument("--png", type=a_path, metavar="PATH", help="also draw the figures to PATH")
+    return parser
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and the names of the sweeps."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    names: list[str] = (arguments.sweep or ",".join(SWEEPS)).split(",")
+    if not arguments.sweep and arguments.device == "cuda":
+        names.remove("threads")
+    if not set(names) <= set(SWEEPS):
+        command.error(f"--sweep must be of {', '.join(SWEEPS)}, got {arguments.sweep}")
+    for option, value, least, why in (
+        ("--repeats", arguments.repeats, 7, " for a median to mean something"),
+        ("--threads", arguments.threads, 1, ""),
+    ):
+        if value < least:
+            command.error(f"{option} must be at least {least}{why}, got {value}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        command.error("--device cuda: torch sees no CUDA GPU; use --device cpu")
+    if arguments.device == "cuda" and "threads" in names:
+        command.error("--sweep threads needs --device cpu: a GPU does not work faster for more threads of the CPU")
+    if arguments.device == "cpu" and "parameters" in names and not sys.platform.startswith("linux"):
+        command.error(
+            "--sweep parameters reads the available memory from /proc, which only Linux has: leave it out, or use "
+            "--device cuda"
+        )
+    if arguments.check and (arguments.quick or arguments.device == "cuda"):
+        command.error("--check is for the whole range on a CPU: leave out --quick and --device cuda")
+    return arguments, names
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, names = parse(argv)
+    setting = Setting(
+        arguments.device,
+        arguments.base,
+        getattr(torch, arguments.dtype),
+        arguments.backend,
+        arguments.threads,
+        arguments.repeats,
+        arguments.quick,
+    )
+    try:
+        label = setting.gam
+    except (RuntimeError, ValueError) as error:
+        parser().error(f"--backend {arguments.backend}: {error}")
+    torch.set_num_threads(arguments.threads)
+    plain = PEERS["plain-gam"]
+    if (apart := disagreement(plain)) > plain.tolerance:
+        print(f"{plain.name} and {label} do not agree: their trajectories are {apart:.1e} apart", file=sys.stderr)
+        return 1
+    facts = machine(arguments.device)
+    print(f"{facts['device']}, {facts['threads']} threads, {arguments.dtype}, {arguments.base}")
+    sweeps = []
+    for name in names:
+        sweeps.append(SWEEPS[name](setting))
+        show(sweeps[-1], setting)
+    found = [] if arguments.quick else targets(sweeps, setting)
+    for target in found:
+        print(f"{target.what}: {target.value:.3g}, must be {target.bound}{'' if target.met else ': MISSED'}")
+    if arguments.json:
+        figures = {
+            **facts,
+            "dtype": arguments.dtype,
+            "base": arguments.base,
+            "sweeps": [figures_of(sweep) for sweep in sweeps],
+            "targets": [{**asdict(target), "met": target.met} for target in found],
+        }
+        arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if arguments.png:
+        draw(arguments.png, sweeps, facts)
+    return 1 if arguments.check and not all(target.met for target in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
