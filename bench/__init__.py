@@ -1,1 +1,1 @@
-"""Benchmarks; `python -m bench.overhead --help`, `python -m bench.kernels --help`."""
+"""Benchmarks, each with `--help`: `python -m bench.throughput`, `python -m bench.overhead`, `python -m bench.kernels`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import platform
 import statistics
@@ -19,6 +18,7 @@ import gam_fast
 from .clock import now, synchronize
 from .models import Shapes
 from .peers import PEERS
+from .rounds import rounds
 
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
@@ -99,23 +99,12 @@ class Contender:
 
 
 def measure(contenders: list[Contender], repeats: int) -> None:
-    """Two rounds of warm-up, then rounds in which every contender takes one step.
-
-    Python's garbage collector stays on, as in training: objects that a step makes count. What lived before is frozen,
-    and garbage is collected before each round, so that nobody's step pays for the modules of the process or for what
-    another has left.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        for repeat in range(-2, repeats):
-            gc.collect()
-            for contender in contenders:
-                contender.step()
-                if repeat < 0:
-                    contender.ms.clear()
-    finally:
-        gc.unfreeze()
+    """Rounds in which every contender takes one step, see :func:`bench.rounds.rounds`."""
+    for i in rounds(repeats):
+        for contender in contenders:
+            contender.step()
+            if i < 0:
+                contender.ms.clear()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

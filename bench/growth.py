@@ -2,7 +2,7 @@
 
 Time of the optimizer's part: the closure hands over fresh gradients, and its own time is taken off, copies and all.
 Contenders take turns; times are medians with their spread. Python's garbage collector stays on, see
-:func:`bench.contenders.measure`. The lines are power laws, fitted on logarithms over the range that the table names.
+:func:`bench.rounds.rounds`. The lines are power laws, fitted on logarithms over the range that the table names.
 The plain loop is first held against gam_fast in fp64. About three minutes on two cores; sizes that do not fit into
 memory are left out, which is said.
 """

@@ -83,8 +83,10 @@ class Table:
 
     def markdown(self) -> str:
         """As in the documentation, without title and notes."""
-        lines = [list(self.columns.values()), ["---"] * len(self.columns), *self.cells()]
-        return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+        head, *body = (
+            f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (self.columns.values(), *self.cells())
+        )
+        return "\n".join([head, "|---" * len(self.columns) + "|", *body])
 
     def html(self) -> str:
         """As a part of a page."""

@@ -23,14 +23,12 @@ from .data import Batch
 from .memory import allocated, exact_allocator, in_a_process
 from .networks import NETWORKS, twice_differentiable
 from .peers import PEERS, Stepper
+from .rounds import rounds
 
 TORCH = ("SGD", "AdamW")
 """Methods that are torch's own fused optimizers, with one gradient a step."""
 
 METHODS = (*TORCH, "SAM", "GSAM", "GAM", "ExactGAM")
-
-WARM_UP = 2
-"""Rounds that are not measured."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ def train_in_turns(trainers: Sequence[Trainer], copy: Copy, batches: Iterator[Ba
     """
     setting = trainers[0].setting
     loading = []
-    for i in range(WARM_UP + repeats):
+    for i in rounds(repeats):
         start = now(setting.device)
         x, y = setting.place(next(batches))
         loading.append(now(setting.device) - start)
@@ -221,7 +219,7 @@ def train_in_turns(trainers: Sequence[Trainer], copy: Copy, batches: Iterator[Ba
         for trainer in (*trainers[first:], *trainers[:first]):
             trainer.step(x, y)
         copy.run()
-        if i == WARM_UP - 1:
+        if i < 0:
             loading.clear()
             copy.seconds.clear()
             for trainer in trainers:

@@ -511,7 +511,7 @@ def test_tables_are_markdown_and_html_of_the_same_cells():
     table = report.Table("title", {"method": "", "ms": "ms", "ratio": "÷ SGD"}, rows, ["note & more"])
     assert table.markdown().splitlines() == [
         "| | ms | ÷ SGD |",
-        "| --- | --- | --- |",
+        "|---|---|---|",
         "| SGD | 0.12 | – |",
         "| <GAM> | 123.5 | 1234 |",
     ]
