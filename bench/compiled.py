@@ -1,18 +1,29 @@
-"""The eager backend, each primitive through ``torch.compile``."""
+"""The eager backend, each primitive through ``torch.compile``, and GAM on it."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
+import gam_fast
 from gam_fast.backends import EagerBackend
 from gam_fast.backends.base import Direction, Leaves
+
+MOST_COMPILED = 16
+"""Parameters that the compiled peer takes: on two cores so many small ones compile for two minutes."""
+
+MOST_COMPILED_ELEMENTS = 1 << 22
+"""And elements: 3.7 million, in six parameters, compile for more than two minutes. Both are unrolled."""
 
 _numbers = itertools.count()
 
@@ -64,3 +75,37 @@ class Compiled(EagerBackend):
             return result
 
         return run
+
+
+def missing_compiler() -> str | None:
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler, and {compiler} is not found: install it, or name another by CXX="
+    return None
+
+
+def compiled_gam(
+    model: nn.Module, params: Any, base: type[Optimizer], base_options: dict[str, Any], **hyper: Any
+) -> gam_fast.GAM:
+    """GAM on the compiled eager backend.
+
+    Raises:
+        ValueError: a base other than SGD (Adam's count of steps is a constant to the compiler, and each step would
+            compile anew); more than :data:`MOST_COMPILED` parameters, or than :data:`MOST_COMPILED_ELEMENTS` elements.
+    """
+    backend = Compiled()
+
+    class CompiledGAM(gam_fast.GAM):
+        def _select(self, device: torch.device) -> Compiled:
+            return backend
+
+    if base is not SGD:
+        raise ValueError(f"compiled eager GAM needs SGD as base, got {base.__name__}, which it would compile each step")
+    optimizer = CompiledGAM(params, base, model=model, **base_options, **hyper)
+    sizes = [param.numel() for group in optimizer.param_groups for param in group["params"]]
+    if len(sizes) > MOST_COMPILED or sum(sizes) > MOST_COMPILED_ELEMENTS:
+        raise ValueError(
+            f"compiled eager GAM takes at most {MOST_COMPILED} parameters of {MOST_COMPILED_ELEMENTS} elements "
+            f"together, got {len(sizes)} of {sum(sizes)}: choose a smaller model, or leave this peer out"
+        )
+    return optimizer

@@ -12,10 +12,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,12 +22,10 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 import gam_fast
+from gam_fast.backends.scalars import XI
 
-XI = 1e-12
-"""ξ of the formulas."""
-
-MOST_COMPILED = 16
-"""Parameters that the compiled peer takes: 8 compile for half a minute, and the time grows faster than their number."""
+from .adapters import PytorchOptimizerGSAM, PytorchOptimizerSAM, missing_package
+from .compiled import compiled_gam, missing_compiler
 
 
 class Stepper(Protocol):
@@ -156,103 +150,8 @@ class PlainGAM(Plain):
         return loss
 
 
-class PytorchOptimizerSAM:
-    """Adapter of pytorch-optimizer's SAM, which takes its first gradient before its step."""
-
-    def __init__(self, params: Any, base: type[Optimizer], base_options: dict[str, Any], *, rho: float) -> None:
-        from pytorch_optimizer import SAM
-
-        self.optimizer = SAM(params, base, rho=rho, perturb_eps=XI, **base_options)
-
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = closure()
-        self.optimizer.first_step(zero_grad=True)
-        closure()
-        self.optimizer.second_step()
-        return loss
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A scheduler of GSAM's radius that stays."""
-
-    rho: float
-
-    def step(self) -> float:
-        return self.rho
-
-
-class PytorchOptimizerGSAM:
-    """Adapter of pytorch-optimizer's GSAM, whose closure clears gradients and returns outputs beside the loss."""
-
-    def __init__(
-        self,
-        params: Any,
-        base: type[Optimizer],
-        base_options: dict[str, Any],
-        *,
-        model: nn.Module,
-        rho: float,
-        alpha: float,
-    ) -> None:
-        from pytorch_optimizer import GSAM
-
-        instance = base(params, **base_options)
-        groups = instance.param_groups
-        self.optimizer = GSAM(groups, instance, model, Constant(rho), alpha=alpha, perturb_eps=XI)
-
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        def forward_backward() -> tuple[None, Tensor]:
-            self.optimizer.base_optimizer.zero_grad()
-            with torch.enable_grad():
-                return None, closure()
-
-        loss: Tensor = self.optimizer.step(forward_backward)[1]
-        return loss
-
-
-def compiled_gam(model: nn.Module, params: Any, base: type[Optimizer], options: dict[str, Any]) -> Stepper:
-    """GAM on the compiled eager backend.
-
-    Raises:
-        ValueError: a base other than SGD (Adam's count of steps is a constant to the compiler, and each step would
-            compile anew); more than :data:`MOST_COMPILED` parameters.
-    """
-    from .compiled import Compiled
-
-    backend = Compiled()
-
-    class CompiledGAM(gam_fast.GAM):
-        def _select(self, device: torch.device) -> Compiled:
-            return backend
-
-    if base is not SGD:
-        raise ValueError(f"compiled eager GAM needs SGD as base, got {base.__name__}, which it would compile each step")
-    optimizer = CompiledGAM(params, base, model=model, **options)
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if count > MOST_COMPILED:
-        raise ValueError(f"compiled eager GAM takes at most {MOST_COMPILED} parameters, got {count}: it unrolls them")
-    return optimizer
-
-
 def nothing_missing() -> None:
     """Of a peer that needs torch alone."""
-
-
-def missing_package() -> str | None:
-    try:
-        importlib.import_module("pytorch_optimizer")
-    except ImportError as error:
-        return f"pytorch-optimizer cannot be imported ({error}): pip install pytorch-optimizer"
-    return None
-
-
-def missing_compiler() -> str | None:
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler, and {compiler} is not found: install it, or name another by CXX="
-    return None
 
 
 @dataclass(frozen=True)
@@ -262,14 +161,14 @@ class Peer:
     Attributes:
         name: what tables call it.
         method: the class of gam_fast it does the work of.
-        build: ``build(model, params, base, base_options, hyper)``, with every hyper-parameter of the method.
+        build: ``build(model, params, base, base_options, **hyper)``, with every hyper-parameter of the method.
         missing: why it cannot run here, or ``None``.
         tolerance: the largest :func:`disagreement` that is rounding.
     """
 
     name: str
     method: str
-    build: Callable[[nn.Module, Any, type[Optimizer], dict[str, Any], dict[str, Any]], Stepper]
+    build: Callable[..., Stepper]
     missing: Callable[[], str | None] = nothing_missing
     tolerance: float = 1e-10
 
@@ -291,36 +190,24 @@ class Peer:
             params: parameters or groups, in which arguments of the base may be set; default: all of the model.
         """
         hyper = {**getattr(gam_fast, self.method).recipe.defaults, **method_options}
-        return self.build(model, model.parameters() if params is None else params, base, base_options, hyper)
+        return self.build(model, model.parameters() if params is None else params, base, base_options, **hyper)
+
+
+def without_model(optimizer: Callable[..., Stepper]) -> Callable[..., Stepper]:
+    """:attr:`Peer.build` of an optimizer that needs the parameters alone."""
+    return lambda model, *arguments, **hyper: optimizer(*arguments, **hyper)
 
 
 PEERS: dict[str, Peer] = {
-    "plain-gam": Peer(
-        "plain GAM", "GAM", lambda model, params, base, options, hyper: PlainGAM(params, base, options, **hyper)
-    ),
-    "plain-sam": Peer(
-        "plain SAM", "SAM", lambda model, params, base, options, hyper: PlainSAM(params, base, options, **hyper)
-    ),
+    "plain-gam": Peer("plain GAM", "GAM", without_model(PlainGAM)),
+    "plain-sam": Peer("plain SAM", "SAM", without_model(PlainSAM)),
     "pytorch-optimizer-sam": Peer(
-        "pytorch-optimizer SAM",
-        "SAM",
-        lambda model, params, base, options, hyper: PytorchOptimizerSAM(params, base, options, **hyper),
-        missing_package,
-        tolerance=1e-6,
+        "pytorch-optimizer SAM", "SAM", without_model(PytorchOptimizerSAM), missing_package, tolerance=1e-6
     ),
     "pytorch-optimizer-gsam": Peer(
-        "pytorch-optimizer GSAM",
-        "GSAM",
-        lambda model, params, base, options, hyper: PytorchOptimizerGSAM(params, base, options, model=model, **hyper),
-        missing_package,
-        tolerance=1e-6,
+        "pytorch-optimizer GSAM", "GSAM", PytorchOptimizerGSAM, missing_package, tolerance=1e-6
     ),
-    "compiled-gam": Peer(
-        "compiled eager GAM",
-        "GAM",
-        lambda model, params, base, options, hyper: compiled_gam(model, params, base, {**options, **hyper}),
-        missing_compiler,
-    ),
+    "compiled-gam": Peer("compiled eager GAM", "GAM", compiled_gam, missing_compiler),
 }
 """By their keys for the command line."""
 

@@ -140,10 +140,12 @@ def test_another_method_or_another_radius_disagrees(key, imposter):
     peer = PEERS[key]
     if imposter is None:
         gamma = getattr(gam_fast, peer.method).recipe.defaults["gamma"]
-        other = peers.Peer("", peer.method, lambda *given: peer.build(*given[:4], {**given[4], "gamma": 0.99 * gamma}))
+        other = peers.Peer(
+            "", peer.method, lambda *given, **hyper: peer.build(*given, **{**hyper, "gamma": 0.99 * gamma})
+        )
     else:
         defaults = getattr(gam_fast, PEERS[imposter].method).recipe.defaults
-        other = peers.Peer("", peer.method, lambda *given: PEERS[imposter].build(*given[:4], defaults))
+        other = peers.Peer("", peer.method, lambda *given, **hyper: PEERS[imposter].build(*given, **defaults))
     assert disagreement(other) > 100 * peer.tolerance
 
 
@@ -168,6 +170,7 @@ def test_the_compiled_peer_refuses_what_would_compile_without_end():
     compiled = partial(PEERS["compiled-gam"].make, method_options={})
     with pytest.raises(ValueError, match="needs SGD as base, got AdamW"):
         compiled(nn.Linear(2, 2), torch.optim.AdamW, {"lr": 0.1})
-    many = nn.ParameterList(torch.zeros(1) for _ in range(peers.MOST_COMPILED + 1))
-    with pytest.raises(ValueError, match=f"at most {peers.MOST_COMPILED} parameters, got {peers.MOST_COMPILED + 1}"):
-        compiled(many, torch.optim.SGD, SGD)
+    for shapes, got in (([1] * 17, "17 of 17"), ([5_000_000], "1 of 5000000")):
+        many = nn.ParameterList(torch.zeros(shape) for shape in shapes)
+        with pytest.raises(ValueError, match=f"at most 16 parameters of 4194304 elements together, got {got}"):
+            compiled(many, torch.optim.SGD, SGD)
