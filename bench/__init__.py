@@ -1,1 +1,1 @@
-"""Benchmarks, each with `--help`: `python -m bench.throughput`, `python -m bench.overhead`, `python -m bench.kernels`."""
+"""Benchmarks; each has `--help`, as `python -m bench.throughput --help`."""

@@ -99,8 +99,8 @@ def growth(results: Results) -> str:
     least, most = (f"{end(point['x'] for point in tensors['points']):,}" for end in (min, max))
     about = (
         f"Slopes from {parameters['low']:,.0f} to {parameters['high']:,.0f} parameters {parameters['what']}; "
-        f"{least} to {most} tensors {tensors['what']}; threads {threads['what']}; {figures['dtype']}, {figures['base']}; "
-        f"{conditions(figures)}."
+        f"{least} to {most} tensors {tensors['what']}; threads {threads['what']}; "
+        f"{figures['dtype']}, {figures['base']}; {conditions(figures)}."
     )
     return f"{Table('', columns, rows).markdown()}\n\n{about}"
 

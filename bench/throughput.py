@@ -153,7 +153,7 @@ def admit(entrants: Sequence[Entrant], base: str) -> tuple[list[Entrant], list[s
             try:
                 apart = disagreement(peer, getattr(torch.optim, base), HYPER[base])
             except ValueError as error:  # a base that it cannot have
-                notes.append(f"{peer.name} is left out: {error}")
+                notes.append(f"left out: {error}")
                 continue
             if not apart <= peer.tolerance:
                 notes.append(f"{peer.name} is left out: {apart:.1e} from gam_fast.{peer.method}, not {peer.tolerance}")
@@ -178,7 +178,7 @@ def measure(model: str, entrants: Sequence[Entrant], setting: Setting, given: ar
         except ValueError as error:
             if entrant.key not in PEERS:
                 raise
-            notes.append(f"{entrant.name} is left out: {error}")
+            notes.append(f"left out: {error}")
             continue
         if setting.device == "cuda":
             peaks[entrant.name] = peak(trainers[-1], x, y)
