@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+import gam_fast
+
 from . import compare, options
 from .contenders import HYPER, machine
 from .data import DataError, batches
@@ -308,6 +310,8 @@ def main(argv: list[str] | None = None) -> int:
         models = [measure(model, entrants, setting, given) for model in given.model]
     except DataError as error:
         parser().error(f"--data: {error}")
+    except gam_fast.NonFiniteGradientError as error:
+        parser().error(f"--dtype {setting.dtype} is not enough here, choose another or --autocast: {error}")
     figures: dict[str, Any] = {
         "benchmark": "throughput",
         **machine(setting.device),

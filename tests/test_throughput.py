@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import gam_fast
 from bench import clock, compare, data, launches, networks, peers, report, throughput, training
 from bench.spread import Spread
 
@@ -435,6 +436,16 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         throughput.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_type_that_overflows_is_named(monkeypatch, capsys):
+    def step(*arguments):
+        raise gam_fast.NonFiniteGradientError("pass 0 of SAM gave a gradient that is not finite")
+
+    monkeypatch.setattr(training.Trainer, "take", step)
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main(["--quick", "--peers", "none", "--dtype", "float16"])
+    assert "--dtype float16 is not enough here, choose another or --autocast: pass 0" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
