@@ -96,10 +96,10 @@ LINUX = $(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")'
 bench: setup-test  ## time of steps and primitives, whole training steps, growth, memory (10 minutes at most; ARGS=--quick: one)
 	$(PY) -m bench.overhead $(ARGS)
 	$(PY) -m bench.kernels $(ARGS)
-	$(PY) -m bench.throughput --model mlp,resnet18 $$($(LINUX) && echo --memory mlp) $(ARGS)
+	$(PY) -m bench.throughput --model mlp,resnet18 --batch 16 --repeats 7 $$($(LINUX) && echo --memory mlp) $(ARGS)
 	@! $(LINUX) || { $(PY) -m bench.growth $(ARGS) && $(PY) -m bench.memory $(ARGS); }
 
-figures: setup-test  ## the README's figures of speed, measured anew on this machine (6 minutes)
+figures: setup-test  ## the README's figures of speed, measured anew on this machine (12 minutes)
 	$(PY) -m bench.overhead --json bench/results/overhead_cpu.json
 	$(PY) -m bench.overhead --base AdamW --json bench/results/overhead_cpu_adamw.json
 	$(PY) -m bench.throughput --json bench/results/throughput_cpu.json
