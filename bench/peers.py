@@ -4,9 +4,9 @@
   where that is natural. Nothing is fused or batched, dropout draws anew in each pass, and the running statistics of
   BatchNorm move in each.
 - *pytorch-optimizer*'s SAM and GSAM compute the same formulas with the same ξ = 1e-12. Their norms are rounded to
-  fp32, whatever the parameters are, so in fp64 they agree with gam_fast to 1e-6 and no better. Their GSAM has one
-  radius, from a scheduler, which is a constant here; it freezes the running statistics in the second pass, their SAM
-  does not.
+  fp32, whatever the parameters are, so in fp64 a trajectory agrees to some 1e-8, and is held to 1e-6. Their GSAM has
+  one radius, from a scheduler, which is a constant here, and freezes the running statistics in the second pass; their
+  SAM does not.
 - *compiled* is gam_fast on the eager backend, each primitive through ``torch.compile`` (:mod:`bench.compiled`).
 """
 
