@@ -121,6 +121,10 @@ def draw(path: Path, sweeps: list[Sweep], facts: dict[str, Any]) -> None:
             axis.loglog(*sweep.of(label), "o", color=f"C{k}", markersize=4, label=name)
             if law:
                 axis.loglog([law.low, law.high], [law(law.low), law(law.high)], color=f"C{k}", linewidth=1)
+        if sweep.name == "threads":
+            counts = sweep.of(sweep.labels[0])[0]
+            axis.set_xticks(counts, [str(count) for count in counts])
+            axis.minorticks_off()
         axis.set_xlabel(f"{sweep.name} {sweep.what}", fontsize=8)
         axis.set_ylabel("ms, optimizer's part of a step")
         axis.legend(fontsize=7)
@@ -210,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"--backend {arguments.backend}: {error}")
     torch.set_num_threads(arguments.threads)
     plain = PEERS["plain-gam"]
-    if (apart := disagreement(plain)) > plain.tolerance:
+    if (apart := disagreement(plain, backend=arguments.backend, device=arguments.device)) > plain.tolerance:
         print(f"{plain.name} and {label} do not agree: their trajectories are {apart:.1e} apart", file=sys.stderr)
         return 1
     facts = machine(arguments.device)

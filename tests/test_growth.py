@@ -170,7 +170,7 @@ def test_check_exits_with_1_where_a_target_is_missed(monkeypatch, capsys):
 
 
 def test_a_peer_that_disagrees_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(growth, "disagreement", lambda peer: 1e-3)
+    monkeypatch.setattr(growth, "disagreement", lambda peer, **where: 1e-3)
     assert growth.main(QUICK) == 1
     assert "do not agree: their trajectories are 1.0e-03 apart" in capsys.readouterr().err
 
@@ -195,6 +195,13 @@ def test_the_benchmark_runs(tmp_path, capsys):
     text = capsys.readouterr().out
     for word in ("slopes from 10,000 to 100,000", "µs, fitted", "µs, last", "ResNet-50"):
         assert word in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_benchmark_runs_on_a_gpu(capsys):
+    assert growth.main([*QUICK, "--device", "cuda"]) == 0
+    assert "tensors of 64 elements" in capsys.readouterr().out
 
 
 def test_the_other_base_and_dtype_run(capsys):
