@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import contenders, growth, memory, models, power_law, sweeps
+from bench.peers import PEERS
 
 QUICK = ["--quick", "--repeats", "7"]
 
@@ -93,8 +94,17 @@ def test_the_memory_that_a_point_needs_is_not_underestimated():
     assert held <= sweeps.bytes_needed(10_000, setting) - sweeps.LISTS_MOVED * 10_000 * 4
 
 
-def test_the_available_memory_is_read():
-    assert 1 << 26 < memory.available("cpu") < 1 << 50
+def test_the_available_memory_is_that_of_the_machine_and_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    machine = memory.available("cpu")
+    assert 1 << 26 < machine < 1 << 50
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available("cpu") > 1 << 26
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert memory.available("cpu") == 3000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70, 80))
+    assert memory.available("cuda") == 70
 
 
 @pytest.mark.parametrize(
@@ -114,6 +124,22 @@ def test_a_round_pays_for_no_garbage_but_its_own():
     for contender in entries.values():
         assert len(contender.ms) == 7
         assert contender.spread >= 0
+
+
+@pytest.mark.parametrize("method", ["torch", "SAM", *(key for key in PEERS if key != "compiled-gam")])
+def test_every_method_and_peer_can_be_a_contender(method):
+    contender = contenders.Contender(method, "SGD", [(3, 2), (4,)])
+    before = [p.detach().clone() for p in contender.params]
+    contenders.measure([contender], 7)
+    assert len(contender.ms) == 7
+    assert all(ms > 0 for ms in contender.ms)
+    assert not any(torch.equal(p, q) for p, q in zip(contender.params, before, strict=True))
+
+
+def test_the_spread_is_that_of_the_middle_half():
+    contender = contenders.Contender("torch", "SGD", [(1,)])
+    contender.ms = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 700.0]
+    assert (contender.median, contender.spread) == (4.0, 1.0)
 
 
 def full_sweeps(per_tensor, plain, slope, resnet):
