@@ -113,6 +113,10 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "
 """For glibc: what is freed goes back to the system at once, so that the peak is of what is in use."""
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may take."""
+
+
 class Stack(nn.Module):
     """Residual blocks of a linear layer and a nonlinearity, of one width."""
 
@@ -154,11 +158,15 @@ def exact_allocator() -> Iterator[None]:
 
 
 def available(device: str) -> int:
-    """Bytes that can be taken without swapping, or that the GPU has free."""
+    """Bytes that can be taken without swapping, by this process' control group too; on a GPU, that are free."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    limit = CONTROL_GROUP / "memory.max"
+    if limit.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(most) - int((CONTROL_GROUP / "memory.current").read_text(encoding="ascii")))
+    return free
 
 
 def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:

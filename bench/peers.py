@@ -4,16 +4,18 @@
   where that is natural. Nothing is fused or batched, dropout draws anew in each pass, and the running statistics of
   BatchNorm move in each.
 - *pytorch-optimizer*'s SAM and GSAM compute the same formulas with the same ξ = 1e-12. Their norms are rounded to
-  fp32, whatever the parameters are, so in fp64 they agree with gam_fast to 1e-6 and no better. Their GSAM has one
-  radius, from a scheduler, which is a constant here; it freezes the running statistics in the second pass, their SAM
-  does not.
+  fp32, whatever the parameters are, so in fp64 a trajectory agrees to some 1e-8, and is held to 1e-6. Their GSAM has
+  one radius, from a scheduler, which is a constant here, and freezes the running statistics in the second pass; their
+  SAM does not.
 - *compiled* is gam_fast on the eager backend, each primitive through ``torch.compile`` (:mod:`bench.compiled`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -226,14 +228,16 @@ def disagreement(
     build: Callable[[], nn.Module] = small_model,
     groups: Callable[[nn.Module], Iterable[Any]] = nn.Module.parameters,
     steps: int = 5,
+    backend: str = "auto",
+    device: str = "cpu",
 ) -> float:
     r"""How far the trajectories of ``peer`` and of gam_fast's method are apart, in fp64 and on the same batches.
 
     .. math:: \max_{t, i} \frac{‖p_{t,i} − q_{t,i}‖}{‖q_{t,i} − q_{0,i}‖}
 
-    over steps t and parameters i, with p of the peer and q of gam_fast on its eager backend: relative to how far a
-    parameter has moved, since it is that which the optimizer decides. A peer is timed where this is at most its
-    :attr:`Peer.tolerance`.
+    over steps t and parameters i, with p of the peer and q of gam_fast: relative to how far a parameter has moved,
+    since it is that which the optimizer decides. Infinite where a parameter is not a number or has not moved. A peer is
+    timed where this is at most its :attr:`Peer.tolerance`.
 
     Args:
         base, base_options: the base optimizer; SGD with momentum and weight decay unless said.
@@ -241,6 +245,8 @@ def disagreement(
         build: makes the model, of 6 inputs and 3 classes.
         groups: the parameters of a model, or groups of them.
         steps: how many are taken, each with a batch of its own.
+        backend: of gam_fast.
+        device: that both work on.
     """
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2} if base_options is None else base_options
     hyper = method_options or {}
@@ -248,21 +254,21 @@ def disagreement(
         torch.manual_seed(0)
         model = build().double()
         batches = [(torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))) for _ in range(steps)]
-    twin = build().double()
-    twin.load_state_dict(model.state_dict())
+    model = model.to(device)
+    twin = deepcopy(model)
     optimizers: list[tuple[nn.Module, Stepper]] = [
         (model, peer.make(model, base, options, hyper, groups(model))),
-        (twin, getattr(gam_fast, peer.method)(groups(twin), base, backend="eager", model=twin, **options, **hyper)),
+        (twin, getattr(gam_fast, peer.method)(groups(twin), base, backend=backend, model=twin, **options, **hyper)),
     ]
     start = [p.detach().clone() for p in twin.parameters()]
-    worst = 0.0
+    apart = []
     for x, y in batches:
         for module, optimizer in optimizers:
-            optimizer.step(lambda module=module, x=x, y=y: _loss(module, x, y))  # type: ignore[misc]
+            optimizer.step(partial(_loss, module, x.to(device), y.to(device)))
         with torch.no_grad():
-            for p, q, q0 in zip(model.parameters(), twin.parameters(), start, strict=True):
-                worst = max(worst, float((p - q).norm() / (q - q0).norm()))
-    return worst
+            trajectories = zip(model.parameters(), twin.parameters(), start, strict=True)
+            apart += [(p - q).norm() / (q - q0).norm() for p, q, q0 in trajectories]
+    return float(torch.stack(apart).nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -107,14 +107,19 @@ class Sweep:
     points: list[Point]
     left_out: str = ""
 
+    @property
+    def labels(self) -> list[str]:
+        """The contenders."""
+        return list(dict.fromkeys(point.label for point in self.points))
+
     def of(self, label: str) -> tuple[list[int], list[float]]:
         """Places and milliseconds of one contender."""
         found = [(point.x, point.ms) for point in self.points if point.label == label]
         return [x for x, _ in found], [ms for _, ms in found]
 
-    def at(self, label: str, x: int) -> float | None:
-        """Milliseconds of one contender at one place, if it was measured there."""
-        return next((point.ms for point in self.points if (point.label, point.x) == (label, x)), None)
+    def at(self, label: str, x: int) -> float:
+        """Milliseconds of one contender at one place."""
+        return next(point.ms for point in self.points if (point.label, point.x) == (label, x))
 
 
 def bytes_needed(elements: int, setting: Setting) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import contenders, growth, memory, models, power_law, sweeps
+from bench.peers import PEERS
 
 QUICK = ["--quick", "--repeats", "7"]
 
@@ -93,8 +94,17 @@ def test_the_memory_that_a_point_needs_is_not_underestimated():
     assert held <= sweeps.bytes_needed(10_000, setting) - sweeps.LISTS_MOVED * 10_000 * 4
 
 
-def test_the_available_memory_is_read():
-    assert 1 << 26 < memory.available("cpu") < 1 << 50
+def test_the_available_memory_is_that_of_the_machine_and_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    machine = memory.available("cpu")
+    assert 1 << 26 < machine < 1 << 50
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available("cpu") > 1 << 26
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert memory.available("cpu") == 3000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70, 80))
+    assert memory.available("cuda") == 70
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,22 @@ def test_a_round_pays_for_no_garbage_but_its_own():
         assert contender.spread >= 0
 
 
+@pytest.mark.parametrize("method", ["torch", "SAM", *(key for key in PEERS if key != "compiled-gam")])
+def test_every_method_and_peer_can_be_a_contender(method):
+    contender = contenders.Contender(method, "SGD", [(3, 2), (4,)])
+    before = [p.detach().clone() for p in contender.params]
+    contenders.measure([contender], 7)
+    assert len(contender.ms) == 7
+    assert all(ms > 0 for ms in contender.ms)
+    assert not any(torch.equal(p, q) for p, q in zip(contender.params, before, strict=True))
+
+
+def test_the_spread_is_that_of_the_middle_half():
+    contender = contenders.Contender("torch", "SGD", [(1,)])
+    contender.ms = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 700.0]
+    assert (contender.median, contender.spread) == (4.0, 1.0)
+
+
 def full_sweeps(per_tensor, plain, slope, resnet):
     """What a full run could have measured."""
 
@@ -133,14 +159,28 @@ def full_sweeps(per_tensor, plain, slope, resnet):
 
 def test_the_targets_are_what_the_figures_say():
     setting = sweeps.Setting(backend="eager")
-    found = growth.targets(full_sweeps(1.5, 400.0, 1.02, 0.3), setting)
+
+    def of(*figures):
+        return [target for sweep in full_sweeps(*figures) for target in growth.targets(sweep, setting)]
+
+    found = of(1.5, 400.0, 1.02, 0.3)
     assert [target.value for target in found] == pytest.approx([1.02, 1.5, 0.0375, 0.3])
     assert all(target.met for target in found)
-    assert [target.bound for target in found] == ["0.95 to 1.05", "at most 2", "at most 0.05", "at most 0.35"]
-    missed = growth.targets(full_sweeps(2.5, 400.0, 0.9, 0.4), setting)
-    assert not any(target.met for target in missed)
-    (only,) = growth.targets(full_sweeps(1.0, 400.0, 1.0, 0.3)[2:], setting)
-    assert only == found[3]
+    assert [str(target).split(": ", 1)[1] for target in found] == [
+        "1.02, must be 0.95 to 1.05",
+        "1.5, must be at most 2",
+        "0.0375, must be at most 0.05",
+        "0.3, must be at most 0.35",
+    ]
+    assert not any(target.met for target in of(2.5, 40.0, 0.9, 0.4))
+
+
+def test_a_target_that_memory_does_not_allow_is_missed():
+    sweep = full_sweeps(1.5, 400.0, 1.0, 0.3)[0]
+    sweep.points = sweep.points[:3]
+    (target,) = growth.targets(sweep, sweeps.Setting(backend="eager"))
+    assert not target.met
+    assert "1e+06 to 1e+08 parameters: not measured, must be 0.95 to 1.05: MISSED" in str(target)
 
 
 def test_check_exits_with_1_where_a_target_is_missed(monkeypatch, capsys):
@@ -156,7 +196,7 @@ def test_check_exits_with_1_where_a_target_is_missed(monkeypatch, capsys):
 
 
 def test_a_peer_that_disagrees_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(growth, "disagreement", lambda peer: 1e-3)
+    monkeypatch.setattr(growth, "disagreement", lambda peer, **where: 1e-3)
     assert growth.main(QUICK) == 1
     assert "do not agree: their trajectories are 1.0e-03 apart" in capsys.readouterr().err
 
@@ -179,8 +219,15 @@ def test_the_benchmark_runs(tmp_path, capsys):
     assert figures["torch"] == torch.__version__
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
-    for word in ("slopes from 10,000 to 100,000", "µs, fitted", "µs, at most", "ResNet-50"):
+    for word in ("slopes from 10,000 to 100,000", "µs, fitted", "µs, last", "ResNet-50"):
         assert word in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_benchmark_runs_on_a_gpu(capsys):
+    assert growth.main([*QUICK, "--device", "cuda"]) == 0
+    assert "tensors of 64 elements" in capsys.readouterr().out
 
 
 def test_the_other_base_and_dtype_run(capsys):

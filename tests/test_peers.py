@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import METHODS, closure_of, make
+from cases import BACKENDS, METHODS, closure_of, make
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -56,6 +56,11 @@ def test_it_is_with_every_base_optimizer(key, base):
     peer = PEERS[key]
     assert disagreement(peer, *BASES[base]) <= peer.tolerance
     assert disagreement(peer, *BASES[base], hyper_of(peer), groups=two_groups) <= peer.tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_is_on_every_backend(backend):
+    assert disagreement(PEERS["plain-gam"], backend=backend) <= PEERS["plain-gam"].tolerance
 
 
 def group_radii(model):
@@ -147,6 +152,15 @@ def test_another_method_or_another_radius_disagrees(key, imposter):
         defaults = getattr(gam_fast, PEERS[imposter].method).recipe.defaults
         other = peers.Peer("", peer.method, lambda *given, **hyper: PEERS[imposter].build(*given, **defaults))
     assert disagreement(other) > 100 * peer.tolerance
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_peer_that_leaves_the_numbers_disagrees(value):
+    class Broken(peers.PlainSAM):
+        def step(self, closure):
+            self.param_groups[0]["params"][0].data.fill_(value)
+
+    assert disagreement(peers.Peer("", "SAM", peers.without_model(Broken))) == float("inf")
 
 
 @pytest.mark.parametrize("key", ["pytorch-optimizer-sam", "pytorch-optimizer-gsam"])
