@@ -19,6 +19,7 @@ from .clock import now, synchronize
 from .models import Shapes
 from .peers import PEERS
 from .rounds import rounds
+from .spread import Spread
 
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
@@ -92,10 +93,9 @@ class Contender:
         return statistics.median(self.ms)
 
     @property
-    def spread(self) -> float:
-        """The middle half of the times is as wide as this share of the median."""
-        low, _, high = statistics.quantiles(self.ms, n=4)
-        return (high - low) / self.median
+    def spread(self) -> Spread:
+        """Milliseconds, and their range."""
+        return Spread.of(self.ms)
 
 
 def measure(contenders: list[Contender], repeats: int) -> None:

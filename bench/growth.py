@@ -10,17 +10,17 @@ memory are left out, which is said.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import options
 from .contenders import HYPER, machine
 from .peers import PEERS, disagreement
 from .power_law import PowerLaw, cost_of_each, fit
+from .report import Table, conditions, panels, png, write_json
 from .sweeps import PLAIN, SWEEPS, Setting, Sweep
 
 MOST_TENSORS = 10_000
@@ -76,44 +76,31 @@ def targets(sweep: Sweep, setting: Setting) -> list[Target]:
     return [Target(f"{gam} ÷ {PLAIN}, ResNet-50, {setting.threads} threads", ratio, 0.0, 0.35)]
 
 
-def show(sweep: Sweep) -> None:
-    """The table of one sweep: milliseconds, slopes, and what a tensor costs, fitted and at the last point."""
-    from rich.console import Console
-    from rich.table import Table
-
+def table(sweep: Sweep) -> Table:
+    """One sweep: milliseconds, slopes, and what a tensor costs, fitted and at the last point."""
     labels, laws = sweep.labels, fits(sweep)
-    title = f"{sweep.name} {sweep.what}: ms (spread)"
+    title = f"{sweep.name} {sweep.what}: ms ± %"
     if laws:
         law = next(iter(laws.values()))
         title += f"; slopes from {law.low:,} to {law.high:,}"
-    table = Table(title=title, title_justify="left")
-    for column in (sweep.name, *labels):
-        table.add_column(column, justify="right")
+    rows: list[dict[str, str]] = []
     for x in dict.fromkeys(point.x for point in sweep.points):
-        row = {point.label: f"{point.ms:.3g} ({point.spread:.0%})" for point in sweep.points if point.x == x}
-        table.add_row(f"{x:,}", *(row[label] for label in labels))
-    table.add_section()
+        times = {point.label: f"{point.ms:.3g} ± {point.spread:.0f} %" for point in sweep.points if point.x == x}
+        rows.append({"x": f"{x:,}", **times})
     if laws:
-        table.add_row("slope", *(f"{laws[label].slope:.2f} ± {laws[label].error:.2f}" for label in labels))
+        rows.append({"x": "slope", **{label: f"{law.slope:.2f} ± {law.error:.2f}" for label, law in laws.items()}})
     if sweep.name == "tensors":
-        table.add_row("µs, fitted", *(f"{1e3 * cost_of_each(*sweep.of(label)):.3g}" for label in labels))
-        last = [(xs[-1], ms[-1]) for xs, ms in map(sweep.of, labels)]
-        table.add_row("µs, last", *(f"{1e3 * ms / x:.3g}" for x, ms in last))
-    console = Console()
-    console.print(table)
-    if sweep.left_out:
-        console.print(f"left out: {sweep.left_out}", highlight=False)
+        rows.append({"x": "µs, fitted", **{label: f"{1e3 * cost_of_each(*sweep.of(label)):.3g}" for label in labels}})
+        last = {label: (xs[-1], ms[-1]) for label, (xs, ms) in zip(labels, map(sweep.of, labels), strict=True)}
+        rows.append({"x": "µs, last", **{label: f"{1e3 * ms / x:.3g}" for label, (x, ms) in last.items()}})
+    notes = [f"left out: {sweep.left_out}"] if sweep.left_out else []
+    return Table(title, {"x": sweep.name, **{label: label for label in labels}}, rows, notes)
 
 
-def draw(path: Path, sweeps: list[Sweep], facts: dict[str, Any]) -> None:
+def draw(sweeps: list[Sweep], facts: dict[str, Any]) -> bytes:
     """A log-log panel for each sweep: points, and the fitted lines with their slopes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(5.2 * len(sweeps), 4.2), squeeze=False, layout="constrained")
-    for sweep, axis in zip(sweeps, axes[0], strict=True):
+    figure, axes = panels(len(sweeps), 4.2, facts)
+    for sweep, axis in zip(sweeps, axes, strict=True):
         laws = fits(sweep)
         for k, label in enumerate(sweep.labels):
             law = laws.get(label)
@@ -129,9 +116,7 @@ def draw(path: Path, sweeps: list[Sweep], facts: dict[str, Any]) -> None:
         axis.set_ylabel("ms, optimizer's part of a step")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return png(figure)
 
 
 def figures_of(sweep: Sweep) -> dict[str, Any]:
@@ -142,29 +127,18 @@ def figures_of(sweep: Sweep) -> dict[str, Any]:
     return found
 
 
-def a_path(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder of {text} does not exist: create it first")
-    return path
-
-
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     parser = argparse.ArgumentParser(prog="bench.growth", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    options.add_common(parser, rounds=7, files=("json", "png"))
+    options.add_backend(parser)
     parser.add_argument("--sweep", help=f"of {', '.join(SWEEPS)}, with commas (default: all; on cuda not threads)")
-    parser.add_argument("--backend", default="auto", help="backend of gam_fast (default: auto)")
     parser.add_argument("--base", default="SGD", choices=tuple(HYPER), help="base optimizer (default: SGD)")
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="default: float32"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; medians are taken over them (default: 7)")
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
-    parser.add_argument("--json", type=a_path, metavar="PATH", help="also write the figures to PATH")
-    parser.add_argument("--png", type=a_path, metavar="PATH", help="also draw the figures to PATH")
     return parser
 
 
@@ -172,17 +146,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the names of the sweeps."""
     command = parser()
     arguments = command.parse_args(argv)
-    names: list[str] = (arguments.sweep or ",".join(SWEEPS)).split(",")
+    names = options.listed(command, "--sweep", arguments.sweep or ",".join(SWEEPS), SWEEPS)
     if not arguments.sweep and arguments.device == "cuda":
         names.remove("threads")
-    if not set(names) <= set(SWEEPS):
-        command.error(f"--sweep must be of {', '.join(SWEEPS)}, got {arguments.sweep}")
-    for option, value, least, why in (
-        ("--repeats", arguments.repeats, 7, " for a median to mean something"),
-        ("--threads", arguments.threads, 1, ""),
-    ):
-        if value < least:
-            command.error(f"{option} must be at least {least}{why}, got {value}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         command.error("--device cuda: torch sees no CUDA GPU; use --device cpu")
     if arguments.device == "cuda" and "threads" in names:
@@ -218,25 +184,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{plain.name} and {label} do not agree: their trajectories are {apart:.1e} apart", file=sys.stderr)
         return 1
     facts = machine(arguments.device)
-    print(f"{facts['device']}, {facts['threads']} threads, {arguments.dtype}, {arguments.base}")
+    print(f"{arguments.dtype}, {arguments.base}; {conditions(facts)}")
     sweeps = []
     for name in names:
         sweeps.append(SWEEPS[name](setting))
-        show(sweeps[-1])
+        table(sweeps[-1]).show()
     found = [] if arguments.quick else [target for sweep in sweeps for target in targets(sweep, setting)]
     for target in found:
         print(target)
-    if arguments.json:
-        figures = {
-            **facts,
-            "dtype": arguments.dtype,
-            "base": arguments.base,
-            "sweeps": [figures_of(sweep) for sweep in sweeps],
-            "targets": [{**asdict(target), "met": target.met} for target in found],
-        }
-        arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    figures = {
+        **facts,
+        "dtype": arguments.dtype,
+        "base": arguments.base,
+        "sweeps": [figures_of(sweep) for sweep in sweeps],
+        "targets": [{**asdict(target), "met": target.met} for target in found],
+    }
+    write_json(arguments.json, figures)
     if arguments.png:
-        draw(arguments.png, sweeps, facts)
+        arguments.png.write_bytes(draw(sweeps, facts))
     return 1 if arguments.check and not all(target.met for target in found) else 0
 
 

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,8 @@ class Table:
             yield [cell(row.get(key)) for key in self.columns]
 
     def is_number(self, key: str) -> bool:
-        """Whether a column holds figures."""
-        return any(isinstance(row.get(key), int | float) for row in self.rows)
+        """Whether a column holds figures, perhaps written out with their spread."""
+        return all(re.match(r"[-–\d]|$", cell(row.get(key))) for row in self.rows)
 
     def show(self) -> None:
         """To the terminal, with every figure in full, however narrow that is."""

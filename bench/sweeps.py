@@ -79,7 +79,7 @@ class Point:
         label: the contender.
         x: parameters, tensors or threads.
         ms: median.
-        spread: width of the middle half of the times, as a share of the median.
+        spread: half of the range from 5 to 95 % of the times, in percent of the median.
     """
 
     label: str
@@ -132,7 +132,7 @@ def timed(contenders: dict[str, Contender], x: int, repeats: int) -> Iterator[Po
     """The points of one place."""
     measure(list(contenders.values()), repeats)
     for label, contender in contenders.items():
-        yield Point(label, x, contender.median, contender.spread)
+        yield Point(label, x, contender.median, contender.spread.percent)
         contender.ms.clear()
 
 
