@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_backend(parser)
     parser.add_argument("--models", default=",".join(MODELS), help="with commas (default: %(default)s)")
     parser.add_argument("--batch", type=options.positive, default=32, help="examples of a batch (default: 32)")
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     names = options.listed(parser, "--models", arguments.models, MODELS)
     torch.set_num_threads(arguments.threads)
     rows: list[dict[str, Any]] = []

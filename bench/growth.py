@@ -145,12 +145,10 @@ def parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the names of the sweeps."""
     command = parser()
-    arguments = command.parse_args(argv)
+    arguments = options.parse(command, argv)
     names = options.listed(command, "--sweep", arguments.sweep or ",".join(SWEEPS), SWEEPS)
     if not arguments.sweep and arguments.device == "cuda":
         names.remove("threads")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        command.error("--device cuda: torch sees no CUDA GPU; use --device cpu")
     if arguments.device == "cuda" and "threads" in names:
         command.error("--sweep threads needs --device cpu: a GPU does not work faster for more threads of the CPU")
     if arguments.device == "cpu" and "parameters" in names and not sys.platform.startswith("linux"):
@@ -174,14 +172,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments.repeats,
         arguments.quick,
     )
-    try:
-        label = setting.gam
-    except (RuntimeError, ValueError) as error:
-        parser().error(f"--backend {arguments.backend}: {error}")
     torch.set_num_threads(arguments.threads)
     plain = PEERS["plain-gam"]
     if (apart := disagreement(plain, backend=arguments.backend, device=arguments.device)) > plain.tolerance:
-        print(f"{plain.name} and {label} do not agree: their trajectories are {apart:.1e} apart", file=sys.stderr)
+        print(f"{plain.name} and {setting.gam} do not agree: their trajectories are {apart:.1e} apart", file=sys.stderr)
         return 1
     facts = machine(arguments.device)
     print(f"{arguments.dtype}, {arguments.base}; {conditions(facts)}")

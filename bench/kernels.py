@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements: to see that it works")
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     names = options.listed(parser, "--backends", arguments.backends, BACKENDS)
     models = options.listed(parser, "--models", arguments.models, MODELS)
     if "triton" in names and arguments.device == "cpu":

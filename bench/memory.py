@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     options.add_backend(parser)
     parser.add_argument("--base", default="SGD", choices=sorted(HYPER), help="base optimizer (default: SGD, momentum)")
     parser.add_argument("--quick", action="store_true", help="without the deep model")
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     if arguments.device == "cpu" and not sys.platform.startswith("linux"):
         parser.error("the peak of a process is read from /proc, which only Linux has; use --device cuda")
     setting = (arguments.base, arguments.device, arguments.threads, arguments.backend)

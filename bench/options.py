@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+
+import torch
+
+from gam_fast import backends
 
 from .spread import LEAST
 
@@ -56,3 +60,16 @@ def add_common(parser: argparse.ArgumentParser, *, rounds: int | None = 9, files
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """The backend of gam_fast."""
     parser.add_argument("--backend", default="auto", help="backend of gam_fast (default: auto)")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; an error of the parser where the device or the backend is not there."""
+    given = parser.parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch, or use --device cpu")
+    if hasattr(given, "backend"):
+        try:
+            backends.select(given.backend, torch.device(given.device))
+        except (RuntimeError, ValueError) as error:
+            parser.error(f"--backend {given.backend}: {error}")
+    return given

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--base", default="SGD", choices=tuple(FLOOR), help="base optimizer (default: SGD)")
     parser.add_argument("--model", default="resnet50", choices=tuple(MODELS), help="default: resnet50")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements: to see that it works")
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     torch.set_num_threads(arguments.threads)
     shapes = MODELS[arguments.model]()
     if arguments.quick:

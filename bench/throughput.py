@@ -146,14 +146,14 @@ def chart(figures: dict[str, Any]) -> bytes:
     return png(figure)
 
 
-def admit(entrants: Sequence[Entrant], base: str) -> tuple[list[Entrant], list[str], bool]:
+def admit(entrants: Sequence[Entrant], setting: Setting) -> tuple[list[Entrant], list[str], bool]:
     """Those that may be timed, why others may not, and whether one of these is wrong: its trajectory is another."""
     admitted, notes, is_wrong = [], [], False
     for entrant in entrants:
         if entrant.key in PEERS:
-            peer = PEERS[entrant.key]
+            peer, base = PEERS[entrant.key], getattr(torch.optim, setting.base)
             try:
-                apart = disagreement(peer, getattr(torch.optim, base), HYPER[base])
+                apart = disagreement(peer, base, HYPER[setting.base], backend=setting.backend, device=setting.device)
             except ValueError as error:  # a base that it cannot have
                 notes.append(f"left out: {error}")
                 continue
@@ -258,9 +258,7 @@ def parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Setting, list[Entrant], list[str]]:
     """What was asked for, what runs, and why the rest does not."""
     command = parser()
-    given = command.parse_args(argv)
-    if given.device == "cuda" and not torch.cuda.is_available():
-        command.error("--device cuda: torch sees no GPU; install a CUDA build of torch, or use --device cpu")
+    given = options.parse(command, argv)
     given.model = list(NETWORKS) if given.model == "all" else options.listed(command, "--model", given.model, NETWORKS)
     methods = options.listed(command, "--methods", given.methods, METHODS)
     peers = {"all": [key for key in PEERS if key != SLOW], "none": []}.get(given.peers)
@@ -305,7 +303,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Setting, list[Ent
 def main(argv: list[str] | None = None) -> int:
     given, setting, entrants, notes = parse(argv)
     torch.set_num_threads(setting.threads)
-    entrants, refused, is_wrong = admit(entrants, setting.base)
+    entrants, refused, is_wrong = admit(entrants, setting)
     try:
         models = [measure(model, entrants, setting, given) for model in given.model]
     except DataError as error:

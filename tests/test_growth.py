@@ -264,7 +264,10 @@ def test_what_a_gpu_cannot_do_is_named(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         growth.main(["--device", "cuda"])
-    assert "--device cuda: torch sees no CUDA GPU; use --device cpu" in capsys.readouterr().err
+    assert (
+        "--device cuda: torch sees no CUDA GPU; install a CUDA build of torch, or use --device cpu"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for arguments, message in (
         (["--sweep", "threads"], "--sweep threads needs --device cpu"),

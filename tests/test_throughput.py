@@ -429,6 +429,7 @@ def test_files_of_another_shape_are_refused_before_anything_is_timed(text, messa
         (["--peers", "plain"], "--peers must be of plain-gam, plain-sam, pytorch-optimizer-sam"),
         (["--memory", "gpt"], "--memory must be of mlp, resnet18, got gpt"),
         (["--json", "nowhere/at/all.json"], "--json: the folder of nowhere/at/all.json does not exist"),
+        (["--backend", "fast"], "--backend fast: "),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     ],
 )
@@ -452,7 +453,7 @@ def test_a_type_that_overflows_is_named(monkeypatch, capsys):
 def test_a_gpu_that_is_missing_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         throughput.main(["--device", "cuda"])
-    assert "--device cuda: torch sees no GPU" in capsys.readouterr().err
+    assert "--device cuda: torch sees no CUDA GPU" in capsys.readouterr().err
 
 
 def test_peaks_need_linux_on_a_cpu(monkeypatch, capsys):
