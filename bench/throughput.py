@@ -265,15 +265,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Setting, list[Ent
     peers = options.listed(command, "--peers", given.peers, PEERS) if peers is None else peers
     if given.workers < 0:
         command.error(f"--workers must not be negative, got {given.workers}")
-    if given.memory:
-        if given.device == "cpu" and not sys.platform.startswith("linux"):
-            command.error("--memory: the peak of a process is read from /proc, which only Linux has; leave it out")
-        given.memory = (
-            given.model if given.memory == "all" else options.listed(command, "--memory", given.memory, given.model)
-        )
+    if given.memory and given.device == "cpu" and not sys.platform.startswith("linux"):
+        command.error("--memory: the peak of a process is read from /proc, which only Linux has; leave it out")
+    named = {"all": given.model, "": []}.get(given.memory)
+    given.memory = options.listed(command, "--memory", given.memory, given.model) if named is None else named
     given.batch = given.batch or (128 if given.device == "cuda" else 32)
     if given.quick:
-        given.model, given.batch, given.repeats, given.memory = given.model[:1], min(given.batch, 4), 7, ""
+        given.model, given.batch, given.repeats, given.memory = given.model[:1], min(given.batch, 4), 7, []
     if given.compare:
         try:
             given.compare = compare.load(given.compare, "throughput")

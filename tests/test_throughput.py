@@ -469,7 +469,7 @@ def test_the_base_optimizer_always_runs_and_a_compiled_model_leaves_the_exact_me
     assert [entrant.key for entrant in entrants] == ["AdamW", "GAM"]
     assert notes == ["ExactGAM is left out: the backward of a compiled model has no derivative"]
     assert setting.compiled
-    assert (setting.batch, given.memory) == (32, "")
+    assert (setting.batch, given.memory) == (32, [])
     assert throughput.parse(["--model", "all", "--memory"])[0].memory == list(networks.NETWORKS)
 
 
