@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test interpret lint bench sanitize sass ptx aot gpu setup-demo setup-test setup-lint clean
+.PHONY: help demo test interpret lint bench figures sanitize sass ptx aot gpu setup-demo setup-test setup-lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -91,10 +91,20 @@ lint: setup-lint  ## ruff, mypy, clang-format
 	@files="$$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')"; \
 	  if [ -n "$$files" ]; then $(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $$files; fi
 
-bench: setup-test  ## time of each method's step and of its primitives, and peak memory (ARGS="--quick")
+# Peaks of memory, and how much of it is there, are read from Linux's /proc.
+LINUX = $(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")'
+bench: setup-test  ## time of steps and primitives, whole training steps, growth, memory (10 minutes at most; ARGS=--quick: one)
 	$(PY) -m bench.overhead $(ARGS)
 	$(PY) -m bench.kernels $(ARGS)
-	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || exit 0; $(PY) -m bench.memory $(ARGS)
+	$(PY) -m bench.throughput --model mlp,resnet18 --batch 16 --repeats 7 $$($(LINUX) && echo --memory mlp) $(ARGS)
+	@! $(LINUX) || { $(PY) -m bench.growth $(ARGS) && $(PY) -m bench.memory $(ARGS); }
+
+figures: setup-test  ## the README's figures of speed, measured anew on this machine (12 minutes)
+	$(PY) -m bench.overhead --json bench/results/overhead_cpu.json
+	$(PY) -m bench.overhead --base AdamW --json bench/results/overhead_cpu_adamw.json
+	$(PY) -m bench.throughput --json bench/results/throughput_cpu.json
+	$(PY) -m bench.growth --json bench/results/growth_cpu.json
+	$(PY) -m bench.readme
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.
 SANITIZED_TESTS ?= test_backends.py test_native.py test_cuda.py test_properties.py

@@ -1,1 +1,1 @@
-"""Benchmarks; `python -m bench.overhead --help`, `python -m bench.kernels --help`."""
+"""Benchmarks; each has `--help`, as `python -m bench.throughput --help`."""

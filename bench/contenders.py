@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,11 @@ from torch import Tensor
 
 import gam_fast
 
+from .clock import now, synchronize
 from .models import Shapes
+from .peers import PEERS
+from .rounds import rounds
+from .spread import Spread
 
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4},
@@ -32,7 +38,8 @@ class Contender:
     """One optimizer over its own parameters, and the milliseconds its steps took.
 
     Args:
-        method: a class of gam_fast, or ``"torch"`` for the base optimizer of torch alone, fused.
+        method: a class of gam_fast, a key of :data:`bench.peers.PEERS`, or ``"torch"`` for the base optimizer of torch
+            alone, fused.
         base: ``"SGD"`` or ``"AdamW"``.
         backend: backend of gam_fast.
     """
@@ -55,13 +62,11 @@ class Contender:
         base_class = getattr(torch.optim, base)
         if method == "torch":
             self.optimizer = base_class(self.params, **HYPER[base], fused=True)
+        elif method in PEERS:
+            self.optimizer = PEERS[method].make(torch.nn.ParameterList(self.params), base_class, HYPER[base], {})
         else:
             self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **HYPER[base])
         self.ms: list[float] = []
-
-    def _synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
     def step(self) -> None:
         """One step; appends its milliseconds without those of the closure, which hands over fresh gradients."""
@@ -69,37 +74,37 @@ class Contender:
 
         def closure() -> Tensor:
             nonlocal in_closure
-            self._synchronize()
-            start = time.perf_counter()
+            start = now(self.device)
             grads = [g.clone() for g in self.source]
-            self._synchronize()
+            synchronize(self.device)
             for p, g in zip(self.params, grads, strict=True):
                 p.grad = g
             del grads, g  # the gradients belong to the parameters alone
             in_closure += time.perf_counter() - start
             return torch.zeros(())
 
-        self._synchronize()
-        start = time.perf_counter()
+        start = now(self.device)
         self.optimizer.step(closure)
-        self._synchronize()
-        self.ms.append(1e3 * (time.perf_counter() - start - in_closure))
+        self.ms.append(1e3 * (now(self.device) - start - in_closure))
 
     @property
     def median(self) -> float:
         """Milliseconds."""
         return statistics.median(self.ms)
 
+    @property
+    def spread(self) -> Spread:
+        """Milliseconds, and their range."""
+        return Spread.of(self.ms)
+
 
 def measure(contenders: list[Contender], repeats: int) -> None:
-    """Two rounds of warm-up, then rounds in which every contender takes one step."""
-    for _ in range(2):
+    """Rounds in which every contender takes one step, see :func:`bench.rounds.rounds`."""
+    for i in rounds(repeats):
         for contender in contenders:
             contender.step()
-            contender.ms.clear()
-    for _ in range(repeats):
-        for contender in contenders:
-            contender.step()
+            if i < 0:
+                contender.ms.clear()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -107,8 +112,21 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "device": name,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
         "torch": torch.__version__,
         "gam_fast": gam_fast.__version__,
     }
+
+
+def _processor() -> str:
+    """The model of the CPU, as the system calls it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

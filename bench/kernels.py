@@ -8,13 +8,10 @@ to copy as many. Whole steps stand against torch's own fused SGD and AdamW.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +20,12 @@ from torch import Tensor
 from gam_fast import backends
 from gam_fast.backends import base
 
+from . import options
+from .clock import now
+from .compiled import Compiled
 from .contenders import FLOOR, Contender, machine, measure
 from .models import MODELS, Shapes, numel, quick
+from .report import Table, conditions, panels, png, write_json
 
 BACKENDS = ("eager", "native", "triton", "compile")
 STEPS = (
@@ -36,11 +37,24 @@ STEPS = (
     ("GAM", "AdamW", torch.float32),
 )
 
-
-def synchronize() -> None:
-    """Wait for a GPU, if there is one at work."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+PRIMITIVE_COLUMNS = {
+    "primitive": "primitive",
+    "backend": "backend",
+    "units": "units",
+    "ms": "ms",
+    "gb_per_s": "GB/s",
+    "to_copy": "÷ copy",
+    "to_sum": "÷ sum",
+}
+STEP_COLUMNS = {
+    "step": "step",
+    "backend": "backend",
+    "dtype": "dtype",
+    "ms": "ms",
+    "to_torch": "÷ torch",
+    "floor": "floor",
+    "to_fp32": "÷ fp32",
+}
 
 
 @dataclass
@@ -53,12 +67,10 @@ class Row:
     run: Callable[[], Any]
     seconds: list[float] = field(default_factory=list)
 
-    def time(self) -> None:
-        synchronize()
-        start = time.perf_counter()
+    def time(self, device: str) -> None:
+        start = now(device)
         self.run()
-        synchronize()
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(now(device) - start)
 
 
 class Primitives:
@@ -130,19 +142,7 @@ class Primitives:
         ]
 
 
-class Compiled:
-    """The eager backend, each primitive through ``torch.compile``.
-
-    It unrolls chunks, tensors and the parts of norms: seconds for one tensor of one chunk, minutes and more for models.
-    """
-
-    def __init__(self) -> None:
-        eager = backends.EagerBackend()
-        for name in ("square_norm", "perturb", "inner_products", "restore", "sgd", "adam"):
-            setattr(self, name, torch.compile(getattr(eager, name), dynamic=False))
-
-
-def time_in_turns(rows: list[Row], repeats: int) -> dict[str, str]:
+def time_in_turns(rows: list[Row], repeats: int, device: str) -> dict[str, str]:
     """Warm up, then let every row run once a round; a row that raises is taken out, and its error returned."""
     failed = {}
     for row in list(rows):
@@ -153,7 +153,7 @@ def time_in_turns(rows: list[Row], repeats: int) -> dict[str, str]:
             rows.remove(row)
     for _ in range(repeats):
         for row in rows:
-            row.time()
+            row.time(device)
     return failed
 
 
@@ -161,7 +161,7 @@ def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: in
     """Measured rows of one model."""
     model = Primitives(shapes, dtype, device)
     rows = [*model.references(), *(row for name in names for row in model.rows(name))]
-    failed = time_in_turns(rows, repeats)
+    failed = time_in_turns(rows, repeats, device)
     size = numel(shapes) * torch.finfo(dtype).bits // 8
     speed = {row.name: row.units * size / statistics.median(row.seconds) for row in rows[:2]}
     result: list[dict[str, Any]] = []
@@ -205,33 +205,17 @@ def steps(shapes: Shapes, names: list[str], repeats: int, device: str) -> list[d
     ]
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """A table of ``rows``, whose keys are its columns."""
-    from rich.console import Console
-    from rich.table import Table
-
-    columns = list(rows[0])
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right" if isinstance(rows[0][column], int | float) else "left")
-    for row in rows:
-        if "failed" in row:
-            table.add_row(row["primitive"], row["failed"])
-        else:
-            cells = [row[column] for column in columns]
-            table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console().print(table)
+def show(title: str, columns: dict[str, str], rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """A table of what was measured; of what failed, why."""
+    measured = [row for row in rows if "failed" not in row]
+    failed = [f"{row['primitive']}: {row['failed']}" for row in rows if "failed" in row]
+    Table(title, columns, measured, [*failed, conditions(facts)]).show()
 
 
-def draw(path: Path, models: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> None:
+def draw(models: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> bytes:
     """Bars of GB/s by primitive and backend, one panel a model, with the copy of the same run as a line."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(len(models), 1, figsize=(9, 2.7 * len(models)), squeeze=False, layout="constrained")
-    for (model, rows), axis in zip(models.items(), axes[:, 0], strict=True):
+    figure, axes = panels(len(models), 2.7, facts)
+    for (model, rows), axis in zip(models.items(), axes, strict=True):
         measured = [row for row in rows if "failed" not in row and row["backend"] != "torch"]
         names = list(dict.fromkeys(row["primitive"] for row in measured))
         found = list(dict.fromkeys(row["backend"] for row in measured))
@@ -244,33 +228,24 @@ def draw(path: Path, models: dict[str, list[dict[str, Any]]], facts: dict[str, A
         axis.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
         axis.set_ylabel("GB/s")
         axis.set_title(model, loc="left", fontsize=10)
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    axes[0].legend(fontsize=8)
+    return png(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    options.add_common(parser, files=("json", "png"))
     parser.add_argument("--models", default="resnet50,vit_small,small,single", help="comma-separated (default: all)")
     parser.add_argument(
         "--backends", "--backend", default="eager,native", help=f"of {', '.join(BACKENDS)} (default: eager,native)"
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds; medians are taken over them (default: 9)")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements: to see that it works")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to PATH")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="also draw the figures to PATH")
-    arguments = parser.parse_args(argv)
-    names, models = arguments.backends.split(","), arguments.models.split(",")
-    if arguments.repeats < 7:
-        parser.error(f"--repeats must be at least 7 for a median to mean something, got {arguments.repeats}")
+    arguments = options.parse(parser, argv)
+    names = options.listed(parser, "--backends", arguments.backends, BACKENDS)
+    models = options.listed(parser, "--models", arguments.models, MODELS)
     if "triton" in names and arguments.device == "cpu":
         parser.error("--backends triton needs --device cuda: on a CPU Triton only interprets its kernels")
-    for given, known, option in ((names, BACKENDS, "--backends"), (models, MODELS, "--models")):
-        if not set(given) <= set(known):
-            parser.error(f"{option} must be of {', '.join(known)}, got {','.join(given)}")
     torch.set_num_threads(arguments.threads)
     facts = machine(arguments.device)
     shapes = {model: quick(MODELS[model]()) if arguments.quick else MODELS[model]() for model in models}
@@ -280,14 +255,12 @@ def main(argv: list[str] | None = None) -> int:
         for model in models:
             found[model] = primitives(shapes[model], dtype, names, arguments.repeats, arguments.device)
             size = f"{len(shapes[model])} tensors, {numel(shapes[model]) / 1e6:.1f} M elements"
-            show(f"{model}: {size}, {arguments.dtype}, {facts['device']}, {arguments.threads} threads", found[model])
+            show(f"{model}: {size}, {arguments.dtype}", PRIMITIVE_COLUMNS, found[model], facts)
     whole = steps(shapes[models[0]], names, arguments.repeats, arguments.device)
-    show(f"whole steps without forward and backward: {models[0]}", whole)
-    if arguments.json:
-        figures = {**facts, "dtype": arguments.dtype, "primitives": found, "steps": whole}
-        arguments.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    show(f"whole steps without forward and backward: {models[0]}", STEP_COLUMNS, whole, facts)
+    write_json(arguments.json, {**facts, "dtype": arguments.dtype, "primitives": found, "steps": whole})
     if arguments.png:
-        draw(arguments.png, found, facts)
+        arguments.png.write_bytes(draw(found, facts))
     return 0
 
 

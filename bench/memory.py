@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gam_fast
 
+from . import options
 from .contenders import HYPER, machine
+from .report import write_json
 
 BUFFERS = 3
 """That the engine may hold beside the base optimizer's memory: the backup of the weights, u and m."""
@@ -111,6 +113,10 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "
 """For glibc: what is freed goes back to the system at once, so that the peak is of what is in use."""
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what a container may take."""
+
+
 class Stack(nn.Module):
     """Residual blocks of a linear layer and a nonlinearity, of one width."""
 
@@ -134,6 +140,33 @@ def allocated(device: str, entry: str) -> int:
         return torch.cuda.memory_allocated() if entry == "VmRSS" else torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(entry)).split()[1])
+
+
+@contextmanager
+def exact_allocator() -> Iterator[None]:
+    """Processes that start in it have :data:`ALLOCATOR`."""
+    before = {name: os.environ.get(name) for name in ALLOCATOR}
+    os.environ.update(ALLOCATOR)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def available(device: str) -> int:
+    """Bytes that can be taken without swapping, by this process' control group too; on a GPU, that are free."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    limit = CONTROL_GROUP / "memory.max"
+    if limit.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(most) - int((CONTROL_GROUP / "memory.current").read_text(encoding="ascii")))
+    return free
 
 
 def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
@@ -176,34 +209,27 @@ def peak(case: Case, base: str, device: str, threads: int, backend: str) -> floa
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    options.add_common(parser, rounds=None)
+    options.add_backend(parser)
     parser.add_argument("--base", default="SGD", choices=sorted(HYPER), help="base optimizer (default: SGD, momentum)")
-    parser.add_argument("--backend", default="auto", help="backend of gam_fast (default: auto)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
     parser.add_argument("--quick", action="store_true", help="without the deep model")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to PATH")
-    arguments = parser.parse_args(argv)
+    arguments = options.parse(parser, argv)
     if arguments.device == "cpu" and not sys.platform.startswith("linux"):
         parser.error("the peak of a process is read from /proc, which only Linux has; use --device cuda")
-    os.environ.update(ALLOCATOR)  # read when the processes of the cases start
-    options = (arguments.base, arguments.device, arguments.threads, arguments.backend)
-    peaks = {case: in_a_process(peak, case, *options) for case in (LARGE if arguments.quick else LARGE + DEEP)}
+    setting = (arguments.base, arguments.device, arguments.threads, arguments.backend)
+    with exact_allocator():
+        peaks = {case: in_a_process(peak, case, *setting) for case in (LARGE if arguments.quick else LARGE + DEEP)}
     facts = machine(arguments.device)
     print(f"peak beyond the weights, in sizes of the model: {arguments.base}, {facts['device']}")
-    for setting, rows in itertools.groupby(peaks, key=lambda case: case.setting):
-        print(setting)
-        for case in rows:
+    for what, cases in itertools.groupby(peaks, key=lambda case: case.setting):
+        print(what)
+        for case in cases:
             print(f"  {case.name:<32}{peaks[case]:>6.2f}")
     over = [case for case, found in peaks.items() if found > peaks[case.by_torch] + case.limit]
     for case in over:
         print(f"{case.name}: more than {BUFFERS} sizes above torch's own optimizer")
-    if arguments.json:
-        figures = {
-            **facts,
-            "base": arguments.base,
-            "rows": [{**asdict(case), "peak": found} for case, found in peaks.items()],
-        }
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    rows = [{**asdict(case), "peak": found} for case, found in peaks.items()]
+    write_json(arguments.json, {**facts, "base": arguments.base, "rows": rows})
     return 1 if over else 0
 
 

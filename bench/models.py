@@ -51,6 +51,18 @@ def numel(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
+def like_resnet(elements: int, tensors: int = 100) -> Shapes:
+    """So many elements in so many vectors, whose sizes are to one another as those in a ResNet-50.
+
+    Every vector has an element at least, and the largest takes what rounding leaves.
+    """
+    source = resnet50()
+    shares = [math.prod(source[i * len(source) // tensors]) for i in range(tensors)]
+    sizes = [max(1, share * elements // sum(shares)) for share in shares]
+    sizes[shares.index(max(shares))] += elements - sum(sizes)
+    return [(size,) for size in sizes]
+
+
 def quick(shapes: Shapes) -> Shapes:
     """About a sixteenth of the elements, in as many tensors: to see that a benchmark works."""
     return [tuple(max(1, n // 4) if i < 2 else n for i, n in enumerate(shape)) for shape in shapes]

@@ -8,32 +8,27 @@ of bytes that a fully fused step would move.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import torch
 
+from . import options
 from .contenders import FLOOR, Contender, machine, measure
 from .models import MODELS, numel, quick
+from .report import Table, conditions, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    options.add_common(parser)
+    options.add_backend(parser)
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="default: float32"
     )
     parser.add_argument("--base", default="SGD", choices=tuple(FLOOR), help="base optimizer (default: SGD)")
     parser.add_argument("--model", default="resnet50", choices=tuple(MODELS), help="default: resnet50")
-    parser.add_argument("--backend", default="auto", help="backend of gam_fast (default: auto)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: 2)")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds; medians are taken over them (default: 9)")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements: to see that it works")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to PATH")
-    arguments = parser.parse_args(argv)
-    if arguments.repeats < 7:
-        parser.error(f"--repeats must be at least 7 for a median to mean something, got {arguments.repeats}")
+    arguments = options.parse(parser, argv)
     torch.set_num_threads(arguments.threads)
     shapes = MODELS[arguments.model]()
     if arguments.quick:
@@ -51,13 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     ]
     facts = machine(arguments.device)
     size = f"{len(shapes)} tensors, {numel(shapes) / 1e6:.1f} M elements"
-    print(f"{size}, {arguments.dtype}, {facts['device']}, {arguments.threads} threads, {arguments.base}")
-    print(f"{'method':<8}{'ms':>10}{'÷ torch':>10}{'floor':>10}")
-    for row in rows:
-        print(f"{row['method']:<8}{row['ms']:>10.2f}{row['ratio']:>10.2f}{row['floor']:>10.2f}")
-    if arguments.json:
-        figures = {**facts, "base": arguments.base, "dtype": arguments.dtype, "elements": numel(shapes), "rows": rows}
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    columns = {"method": "method", "ms": "ms", "ratio": "÷ torch", "floor": "floor"}
+    Table(f"{arguments.base}: {size}, {arguments.dtype}", columns, rows, [conditions(facts)]).show()
+    figures = {**facts, "base": arguments.base, "dtype": arguments.dtype, "elements": numel(shapes), "rows": rows}
+    write_json(arguments.json, figures)
     return 0
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import BACKENDS
 
-from bench import curvature, kernels, memory, models, overhead, sass, throughput
+from bench import curvature, kernels, memory, models, overhead, sass
 
 # raised inside a dependency of curvlinops
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -194,18 +194,6 @@ def test_the_benchmark_of_primitives_runs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         kernels.main(["--backend", "triton"])
     assert "--backends triton needs --device cuda" in capsys.readouterr().err
-
-
-def test_the_benchmark_of_throughput_runs(tmp_path, capsys):
-    options = ["--model", "mlp", "--batch", "4", "--repeats", "7", "--json", str(tmp_path / "figures.json")]
-    assert throughput.main(options) == 0
-    rows = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["method"], row["gradients"]) for row in rows] == [("torch", 1), ("SAM", 2), ("GSAM", 2), ("GAM", 4)]
-    assert all(row["examples_per_s"] > 0 for row in rows)
-    assert throughput.resnet18()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
-    with pytest.raises(SystemExit, match="2"):
-        throughput.main(["--repeats", "1"])
-    assert "must be at least 7" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_second_derivatives_runs(tmp_path, capsys):

@@ -1,0 +1,58 @@
+"""Time on a device: marks in its stream of work, and the seconds between two of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import torch
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was given; a CPU has."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def now(device: str) -> float:
+    """Seconds of the host's clock, when the device has done all it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+class Clock(Protocol):
+    """Marks moments of a run without making the host wait for the device."""
+
+    def mark(self) -> Any:
+        """A moment: after what the device was given before, and before what it is given next."""
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """From one mark to a later one; waits for the device to come to that."""
+
+
+class HostClock:
+    """For a CPU, where work is done when its call returns."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class CudaClock:
+    """By events in the current stream."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return 1e-3 * float(start.elapsed_time(end))
+
+
+def clock(device: str) -> Clock:
+    """The clock of a device."""
+    return CudaClock() if device == "cuda" else HostClock()

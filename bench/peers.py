@@ -1,0 +1,277 @@
+"""What users have instead of gam_fast: plain loops, pytorch-optimizer, ``torch.compile``; timed only where they agree.
+
+- *plain* SAM and GAM are the formulas as one writes them by hand: a loop over parameters, operations of torch, in place
+  where that is natural. Nothing is fused or batched, dropout draws anew in each pass, and the running statistics of
+  BatchNorm move in each.
+- *pytorch-optimizer*'s SAM and GSAM compute the same formulas with the same ξ = 1e-12. Their norms are rounded to
+  fp32, whatever the parameters are, so in fp64 a trajectory agrees to some 1e-8, and is held to 1e-6. Their GSAM has
+  one radius, from a scheduler, which is a constant here, and freezes the running statistics in the second pass; their
+  SAM does not.
+- *compiled* is gam_fast on the eager backend, each primitive through ``torch.compile`` (:mod:`bench.compiled`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+
+import gam_fast
+from gam_fast.backends.scalars import XI
+
+from .adapters import PytorchOptimizerGSAM, PytorchOptimizerSAM, missing_package
+from .compiled import compiled_gam, missing_compiler
+
+
+class Stepper(Protocol):
+    """An optimizer whose closure computes the loss, calls backward and returns the loss; it is called once a pass."""
+
+    def step(self, closure: Callable[[], Tensor]) -> Any:
+        """One step, which clears gradients itself; returns the loss before any perturbation."""
+        ...
+
+
+class Plain(Optimizer):
+    """What plain loops share: the base optimizer, and gradients as lists."""
+
+    def __init__(self, params: Any, base: type[Optimizer], base_options: dict[str, Any], **hyper: Any) -> None:
+        super().__init__(params, hyper)
+        self.base = base(self.param_groups, **base_options)
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+
+    def evaluate(self, closure: Callable[[], Tensor]) -> Tensor:
+        """The loss, with fresh gradients."""
+        self.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss: Tensor = closure()
+        return loss
+
+    def participants(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """The parameters that have a gradient, and the group of each."""
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return [p for p, _ in pairs], [group for _, group in pairs]
+
+
+def gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of all tensors together, from that of each."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return norm
+
+
+class PlainSAM(Plain):
+    """SAM as a loop over parameters."""
+
+    def __init__(self, params: Any, base: type[Optimizer], base_options: dict[str, Any], *, rho: float = 0.05) -> None:
+        super().__init__(params, base, base_options, rho=rho)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        loss = self.evaluate(closure)
+        params, groups = self.participants()
+        theta = [p.clone() for p in params]
+        g0 = gradients(params)
+        scale = 1.0 / (total_norm(g0) + XI)
+        for p, g, group in zip(params, g0, groups, strict=True):
+            p.addcmul_(g, scale, value=group["rho"])
+
+        self.evaluate(closure)
+        for p, start in zip(params, theta, strict=True):
+            p.copy_(start)
+        self.base.step()
+        return loss
+
+
+class PlainGAM(Plain):
+    """GAM, Algorithm 2, as a loop over parameters."""
+
+    def __init__(
+        self,
+        params: Any,
+        base: type[Optimizer],
+        base_options: dict[str, Any],
+        *,
+        rho: float = 0.2,
+        rho_prime: float = 0.02,
+        alpha: float = 0.6,
+        beta: float = 0.5,
+        gamma: float = 0.03,
+    ) -> None:
+        hyper = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
+        super().__init__(params, base, base_options, **hyper)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        loss = self.evaluate(closure)
+        params, groups = self.participants()
+        theta = [p.clone() for p in params]
+        g0 = gradients(params)
+        scale = 1.0 / (total_norm(g0) + XI)
+        for p, g, group in zip(params, g0, groups, strict=True):
+            p.addcmul_(g, scale, value=group["rho_prime"])
+
+        self.evaluate(closure)
+        g1 = gradients(params)
+        h0 = [b - a for a, b in zip(g0, g1, strict=True)]
+        scale = 1.0 / (total_norm(h0) + XI)
+        for p, start, h, group in zip(params, theta, h0, groups, strict=True):
+            p.copy_(start).addcmul_(h, scale, value=group["rho"])
+        del h0, h
+
+        self.evaluate(closure)
+        g2 = gradients(params)
+        scale = 1.0 / (total_norm(g2) + XI)
+        for p, g, group in zip(params, g2, groups, strict=True):
+            p.addcmul_(g, scale, value=group["rho_prime"])
+
+        self.evaluate(closure)
+        g3 = gradients(params)
+        inner, square = [], []
+        for a, b, c, d, group in zip(g0, g1, g2, g3, groups, strict=True):
+            m = a.mul_(group["beta"]).add_(c, alpha=1.0 - group["beta"])
+            u = d.mul_(1.0 - group["alpha"]).add_(b, alpha=group["alpha"])
+            inner.append(torch.dot(m.flatten(), u.flatten()))
+            square.append(torch.dot(u.flatten(), u.flatten()))
+        kappa = torch.stack(inner).sum() / torch.stack(square).sum()
+        for p, start, m, u, group in zip(params, theta, g0, g3, groups, strict=True):
+            p.copy_(start)
+            m.addcmul_(u, kappa, value=-1.0)
+            u.sub_(m, alpha=group["gamma"])  # u is p.grad
+        self.base.step()
+        return loss
+
+
+def nothing_missing() -> None:
+    """Of a peer that needs torch alone."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Something that does the work of one method of gam_fast.
+
+    Attributes:
+        name: what tables call it.
+        method: the class of gam_fast it does the work of.
+        build: ``build(model, params, base, base_options, **hyper)``, with every hyper-parameter of the method.
+        missing: why it cannot run here, or ``None``.
+        tolerance: the largest :func:`disagreement` that is rounding.
+    """
+
+    name: str
+    method: str
+    build: Callable[..., Stepper]
+    missing: Callable[[], str | None] = nothing_missing
+    tolerance: float = 1e-10
+
+    def make(
+        self,
+        model: nn.Module,
+        base: type[Optimizer],
+        base_options: dict[str, Any],
+        method_options: dict[str, Any],
+        params: Iterable[Any] | None = None,
+    ) -> Stepper:
+        """The optimizer; hyper-parameters that are not given have the defaults of gam_fast's method.
+
+        Args:
+            model: the module being trained.
+            base: class of the base optimizer.
+            base_options: its arguments.
+            method_options: hyper-parameters, by the names of gam_fast.
+            params: parameters or groups, in which arguments of the base may be set; default: all of the model.
+        """
+        hyper = {**getattr(gam_fast, self.method).recipe.defaults, **method_options}
+        return self.build(model, model.parameters() if params is None else params, base, base_options, **hyper)
+
+
+def without_model(optimizer: Callable[..., Stepper]) -> Callable[..., Stepper]:
+    """:attr:`Peer.build` of an optimizer that needs the parameters alone."""
+    return lambda model, *arguments, **hyper: optimizer(*arguments, **hyper)
+
+
+PEERS: dict[str, Peer] = {
+    "plain-gam": Peer("plain GAM", "GAM", without_model(PlainGAM)),
+    "plain-sam": Peer("plain SAM", "SAM", without_model(PlainSAM)),
+    "pytorch-optimizer-sam": Peer(
+        "pytorch-optimizer SAM", "SAM", without_model(PytorchOptimizerSAM), missing_package, tolerance=1e-6
+    ),
+    "pytorch-optimizer-gsam": Peer(
+        "pytorch-optimizer GSAM", "GSAM", PytorchOptimizerGSAM, missing_package, tolerance=1e-6
+    ),
+    "compiled-gam": Peer("compiled eager GAM", "GAM", compiled_gam, missing_compiler),
+}
+"""By their keys for the command line."""
+
+
+def small_model() -> nn.Module:
+    """Two weights, so that a compiler has little to do."""
+    return nn.Sequential(nn.Linear(6, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False))
+
+
+def disagreement(
+    peer: Peer,
+    base: type[Optimizer] = SGD,
+    base_options: dict[str, Any] | None = None,
+    method_options: dict[str, Any] | None = None,
+    *,
+    build: Callable[[], nn.Module] = small_model,
+    groups: Callable[[nn.Module], Iterable[Any]] = nn.Module.parameters,
+    steps: int = 5,
+    backend: str = "auto",
+    device: str = "cpu",
+) -> float:
+    r"""How far the trajectories of ``peer`` and of gam_fast's method are apart, in fp64 and on the same batches.
+
+    .. math:: \max_{t, i} \frac{‖p_{t,i} − q_{t,i}‖}{‖q_{t,i} − q_{0,i}‖}
+
+    over steps t and parameters i, with p of the peer and q of gam_fast: relative to how far a parameter has moved,
+    since it is that which the optimizer decides. Infinite where a parameter is not a number or has not moved. A peer is
+    timed where this is at most its :attr:`Peer.tolerance`.
+
+    Args:
+        base, base_options: the base optimizer; SGD with momentum and weight decay unless said.
+        method_options: hyper-parameters; the defaults of the method unless said.
+        build: makes the model, of 6 inputs and 3 classes.
+        groups: the parameters of a model, or groups of them.
+        steps: how many are taken, each with a batch of its own.
+        backend: of gam_fast.
+        device: that both work on.
+    """
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2} if base_options is None else base_options
+    hyper = method_options or {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build().double()
+        batches = [(torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))) for _ in range(steps)]
+    model = model.to(device)
+    twin = deepcopy(model)
+    optimizers: list[tuple[nn.Module, Stepper]] = [
+        (model, peer.make(model, base, options, hyper, groups(model))),
+        (twin, getattr(gam_fast, peer.method)(groups(twin), base, backend=backend, model=twin, **options, **hyper)),
+    ]
+    start = [p.detach().clone() for p in twin.parameters()]
+    apart = []
+    for x, y in batches:
+        for module, optimizer in optimizers:
+            optimizer.step(partial(_loss, module, x.to(device), y.to(device)))
+        with torch.no_grad():
+            trajectories = zip(model.parameters(), twin.parameters(), start, strict=True)
+            apart += [(p - q).norm() / (q - q0).norm() for p, q, q0 in trajectories]
+    return float(torch.stack(apart).nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
