@@ -1,4 +1,4 @@
-"""Lists of parameters and gradients between the passes: both implementations do the same, and nobody's memory is taken."""
+"""Lists of parameters and gradients between passes: both implementations do the same, and take nobody's memory."""
 
 from __future__ import annotations
 

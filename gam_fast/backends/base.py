@@ -173,8 +173,8 @@ class Bookkeeping(Protocol):
     def clear_gradients(self, params: TensorList, recycle: int) -> list[tuple[int, Tensor]]:
         """Take all gradients away.
 
-        Those of ``recycle`` bytes and more on a CPU that could serve as memory for the backup, as nobody else has a hold
-        on them, are handed out with their positions.
+        Those of ``recycle`` bytes and more on a CPU that could serve as memory for the backup, as nobody else has a
+        hold on them, are handed out with their positions.
         """
         ...
 
