@@ -102,8 +102,8 @@ bench: setup-test  ## time of steps and primitives, whole training steps, growth
 figures: setup-test  ## the README's figures of speed, measured anew on this machine (12 minutes)
 	$(PY) -m bench.overhead --json bench/results/overhead_cpu.json
 	$(PY) -m bench.overhead --base AdamW --json bench/results/overhead_cpu_adamw.json
-	$(PY) -m bench.throughput --json bench/results/throughput_cpu.json
-	$(PY) -m bench.growth --json bench/results/growth_cpu.json
+	$(PY) -m bench.throughput --json bench/results/throughput_cpu.json --png docs/throughput.png
+	$(PY) -m bench.growth --json bench/results/growth_cpu.json --png docs/growth.png
 	$(PY) -m bench.readme
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -133,7 +133,7 @@ class Recipe:
         if not names <= set(self.defaults):
             raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
 
-    @property
+    @cached_property
     def moves(self) -> tuple[Move, ...]:
         """The steps of the walk that go to another point."""
         return tuple(step for step in self.walk if isinstance(step, Move))
@@ -148,7 +148,7 @@ class Recipe:
         """Points of the walk, at each of which the loss is evaluated once."""
         return len(self.moves) + 1
 
-    @property
+    @cached_property
     def second_order(self) -> bool:
         """Whether the loss is differentiated twice."""
         return len(self.moves) < len(self.walk)
@@ -339,6 +339,7 @@ class Fold:
     part: str
 
 
+@cache
 @cache
 def fold_plan(recipe: Recipe) -> tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]:
     """What happens to the vectors after each step of the walk: the folds, and the vectors that stay live.

@@ -74,7 +74,7 @@ struct Round {
 
   void run(const Shapes& shapes, const Plan& plan, int threads) {
     const Kernels& loops = kernels();
-    const Work work{shapes.leaves().data(), plan.pieces().data()};
+    const Work work{shapes.leaves().data(), plan.pieces().data(), {}};
     const double numbers[] = {0.5, 0.25};
     const std::vector<double> by_leaf(shapes.size(), 0.5);
     const std::vector<unsigned char> first(shapes.size(), 0);
