@@ -46,14 +46,14 @@ class Tensors {
   // They are plain tensors of these shapes.
   void fit(std::shared_ptr<const Shapes> shapes) { shapes_ = std::move(shapes); }
 
-  // They are plain tensors, each of the shape, dtype and device of one of `others`; so they fit whatever those fit.
+  // They are plain tensors, each of the shape, dtype and device of that of `others`; so they fit whatever those fit.
   void resemble(std::shared_ptr<Tensors> others, std::shared_ptr<Found> found) {
     others_ = std::move(others);
     found_ = std::move(found);
   }
 
-  // Tensors that are given where there is none share this memory, of bytes, at the addresses of Found, and are made
-  // when somebody asks for one: the loops need addresses only.
+  // Undefined ones lie in this memory, of bytes, at the addresses that were found. Each is made when somebody asks for
+  // it: the loops need addresses only.
   void share(at::Tensor memory) { memory_ = std::move(memory); }
 
  private:
@@ -80,8 +80,8 @@ inline void prefetch([[maybe_unused]] const void* address, [[maybe_unused]] int 
 #endif
 }
 
-// Asks for what autograd counts the changes of a tensor by. The counter gives no address away but is one, and a hint
-// need not be right.
+// Asks for the number of changes of a tensor, which autograd keeps in memory of its own. VariableVersion holds nothing
+// but the address, and does not give it away; a hint that is wrong does no harm.
 inline void prefetch_version(const c10::TensorImpl* impl) {
   const c10::VariableVersion& counter = impl->version_counter();
   const void* address = nullptr;
