@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import emulated
+import numpy
 import pytest
 import torch
 from cases import BACKENDS, EMULATED, INTERPRETED
@@ -140,7 +141,6 @@ def test_a_gradient_that_python_has_seen_and_let_go_is_taken_over(books):
 @pytest.mark.parametrize("memory", ["numpy", "shared", "bucket"])
 @torch.no_grad()
 def test_memory_with_other_owners_is_copied(books, memory):
-    numpy = pytest.importorskip("numpy")
     param = nn.Parameter(torch.ones(8))
     made = {
         "numpy": lambda: torch.from_numpy(numpy.ones(8, dtype="float32")),
