@@ -27,6 +27,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seeds(text: str) -> list[int]:
+    """Seeds with commas between."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between, got {text}") from None
+    if min(found) < 0 or max(found) >= 2**63 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"must be different, not negative and below 2**63, got {text}")
+    return found
+
+
 def output(text: str) -> Path:
     """A file to be written, whose folder is there: found missing now, and not after minutes."""
     path = Path(text)

@@ -1,0 +1,170 @@
+"""What is found for how many gradients: accuracy, λmax and R1 of SGD, SAM and GAM, by ascent shares and intervals.
+
+The contenders of one seed take turns, an epoch each, so that their times compare. Gradients per step are counted in the
+run: each pass by the share of the batch that it saw. The time of a step over the base's, and over what the count of
+gradients predicts, stand beside; forward and backward of each share are also timed alone, which tells what of the
+excess small batches cost and what the optimizer. Settings were chosen on other seeds than those that are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import options, pareto_report
+from .contenders import machine
+from .data import DataError
+from .front import check, needed, rows
+from .report import write_json
+from .runs import CONTENDERS, Contender, Run, gradient_ms, train
+from .tasks import TASKS, Task
+
+SEEDS = "0,1,2,3,4,5"
+ENOUGH = 5
+"""Seeds of a run that is checked."""
+
+QUICK = 200
+"""Examples of a quick run."""
+
+
+def measure(task: Task, contenders: list[Contender], seeds: list[int]) -> tuple[dict[str, Any], list[Run]]:
+    """A task with its rows, and the runs that they are made of."""
+    from rich.console import Console
+
+    shares = sorted({1.0, *(contender.share for contender in contenders)}, reverse=True)
+    with Console(stderr=True).status("") as status:
+        timed = gradient_ms(task, shares)
+        runs = [run for seed in seeds for run in train(task, contenders, seed, status.update)]
+    settings = {contender.name: task.settings(contender.method, contender.share) for contender in contenders}
+    about = {
+        "name": task.name,
+        "about": task.about,
+        "base": task.base.__name__,
+        "hyper": dict(task.hyper),
+        "epochs": task.epochs,
+        "batch": task.batch,
+        "radius": task.radius,
+        "chosen_on": task.chosen_on,
+        "gradient_ms": [{"share": share, "ms": ms} for share, ms in timed.items()],
+        "rows": rows(runs, contenders, settings, timed),
+    }
+    return about, runs
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--task", default=",".join(TASKS), help="with commas (default: %(default)s)")
+    found.add_argument("--seeds", type=options.seeds, default=SEEDS, help="with commas (default: %(default)s)")
+    known = ", ".join(CONTENDERS)
+    found.add_argument("--contenders", default="all", help=f"of {known}, with commas; base first (default: all)")
+    found.add_argument("--threads", type=options.positive, default=1, help="CPU threads of torch (default: 1)")
+    found.add_argument("--json", type=options.output, metavar="PATH", help="also write the figures to PATH")
+    found.add_argument("--png", type=options.output, metavar="PATH", help="also draw the figures to PATH")
+    found.add_argument("--markdown", type=options.output, metavar="PATH", help="also write the page of docs/results")
+    found.add_argument("--read", type=Path, metavar="PATH", help="train nothing, show the figures of a --json of before")
+    quick = f"the first seed, one epoch, {QUICK} examples: to see that it works; the figures mean nothing"
+    found.add_argument("--quick", action="store_true", help=quick)
+    does = "say of each criterion on the digits whether it is met; exit with status 1 if one is not"
+    found.add_argument("--check", action="store_true", help=does)
+    return found
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """What was asked for."""
+    command = parser()
+    given = command.parse_args(argv)
+    given.task = options.listed(command, "--task", given.task, TASKS)
+    if given.contenders == "all":
+        given.contenders = list(CONTENDERS)
+    else:
+        given.contenders = options.listed(command, "--contenders", given.contenders, CONTENDERS)
+    if given.contenders[0] != "base":
+        command.error(f"--contenders must begin with base, which times are compared with, got {given.contenders[0]}")
+    if given.check and given.read is None:
+        if given.quick:
+            command.error("--check: a quick run has nothing to be checked")
+        if "digits" not in given.task or not {*needed()} <= {*given.contenders} or len(given.seeds) < ENOUGH:
+            names = ", ".join(needed())
+            command.error(f"--check needs --task digits, at least {ENOUGH} seeds, and of the contenders {names}")
+    return given
+
+
+def command(given: argparse.Namespace) -> str:
+    """What makes the same figures again; where they go is left to the reader."""
+    words = {"--task": ",".join(given.task), "--seeds": ",".join(map(str, given.seeds)), "--threads": given.threads}
+    if given.contenders != list(CONTENDERS):
+        words["--contenders"] = ",".join(given.contenders)
+    return "python -m bench.pareto " + shlex.join(str(word) for pair in words.items() for word in pair)
+
+
+def compute(given: argparse.Namespace) -> dict[str, Any]:
+    """All figures.
+
+    Raises:
+        DataError: the data of a task are not there.
+    """
+    torch.set_num_threads(given.threads)
+    tasks = [TASKS[name]() for name in given.task]
+    if given.quick:
+        tasks, given.seeds = [task.quick(QUICK) for task in tasks], given.seeds[:1]
+    contenders = [CONTENDERS[name] for name in given.contenders]
+    found = [measure(task, contenders, given.seeds) for task in tasks]
+    return {
+        "benchmark": "pareto",
+        "command": command(given),
+        "quick": given.quick,
+        **machine(),
+        "seeds": given.seeds,
+        "tasks": [about for about, _ in found],
+        "runs": [asdict(run) for _, runs in found for run in runs],
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Figures of before.
+
+    Raises:
+        DataError: there are none in the file.
+    """
+    try:
+        figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if figures["benchmark"] != "pareto":
+            raise KeyError("pareto")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} holds no figures of this benchmark ({error}): --json writes them") from error
+    return figures
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = parse(argv)
+    try:
+        figures = compute(given) if given.read is None else read(given.read)
+    except DataError as error:
+        parser().error(f"{'--task' if given.read is None else '--read'}: {error}")
+    for table in pareto_report.tables(figures):
+        table.show()
+    if figures["quick"]:
+        print("A quick run: it shows that everything works; its figures mean nothing.")
+    write_json(given.json, figures)
+    if given.png:
+        given.png.write_bytes(pareto_report.chart(figures))
+    if given.markdown:
+        given.markdown.write_text(pareto_report.page(figures), encoding="utf-8")
+    if not given.check:
+        return 0
+    criteria = check(next(task["rows"] for task in figures["tasks"] if task["name"] == "digits"))
+    for criterion in criteria:
+        print(f"{'met   ' if criterion.is_met else 'MISSED'}  {criterion.claim}: {criterion.found}")
+    return int(not all(criterion.is_met for criterion in criteria))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What :mod:`bench.pareto` found: tables, the picture, and the page of the documentation with the advice drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .front import CHEAP, CLOSE, Row, beats_sam, check, difference, front, needed
+from .report import Table, conditions, png
+
+FIGURES = {"accuracy": "test accuracy, %", "lambda_max": "λmax", "r1": "R1"}
+"""What is drawn against cost, with its headings."""
+
+COSTS = {"gradients": "gradients per step", "step_ms": "ms per step"}
+
+COLORS = {"base": "#8a8f98", "SAM": "#d9822b", "GAM": "#1f77c9"}
+MARKERS = {1: "o", 2: "s", 4: "^"}
+
+
+def plus_minus(value: float | None, error: float | None, digits: int = 2) -> str | None:
+    """With as many decimals each."""
+    if value is None:
+        return None
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def flat(row: Row) -> Row:
+    """A row as tables show it."""
+    return {
+        **row,
+        "accuracy": plus_minus(row["accuracy"], row["accuracy_std"]),
+        "to_sam": None if row["to_sam"] is None else f"{row['to_sam']:+.2f}",
+        "to_sam_error": row["to_sam_error"],
+        "lambda_max": plus_minus(row["lambda_max"], row["lambda_max_std"], 1),
+        "r1": plus_minus(row["r1"], row["r1_std"], 3),
+    }
+
+
+def found(task: dict[str, Any]) -> Table:
+    """What was found, for how many gradients."""
+    columns = {
+        "contender": "contender",
+        "gradients": "gradients per step",
+        "accuracy": "test accuracy, %",
+        "to_sam": "− SAM",
+        "to_sam_error": "± s.e.",
+        "lambda_max": "λmax",
+        "r1": "R1",
+        "step_ms": "ms per step",
+        "cost": "÷ base",
+    }
+    return Table(f"{task['name']}: {task['about']}", columns, [flat(row) for row in task["rows"]])
+
+
+def times(task: dict[str, Any]) -> Table:
+    """Time against what the count of gradients predicts."""
+    columns = {
+        "contender": "contender",
+        "gradients": "gradients per step",
+        "cost": "time ÷ base",
+        "excess": "÷ predicted",
+        "small_batches": "of that small batches",
+        "optimizer": "of that the optimizer",
+    }
+    alone = ", ".join(f"{one['share']:g}: {one['ms']:.2f} ms" for one in task["gradient_ms"])
+    note = f"forward and backward alone, by share of the batch of {task['batch']}: {alone}"
+    return Table(f"{task['name']}: time", columns, task["rows"], [note])
+
+
+def tables(figures: dict[str, Any]) -> list[Table]:
+    """Two for each task."""
+    shown = [table for task in figures["tasks"] for table in (found(task), times(task))]
+    last = shown[-1]
+    return [*shown[:-1], Table(last.title, last.columns, last.rows, [*last.notes, conditions(figures)])]
+
+
+def fronts(task: dict[str, Any], cost: str) -> dict[str, list[str]]:
+    """Of each figure, those that no other beats at that cost."""
+    return {
+        key: front({row["contender"]: (row[cost], row[key]) for row in task["rows"]}, higher=key == "accuracy")
+        for key in FIGURES
+    }
+
+
+def chart(figures: dict[str, Any]) -> bytes:
+    """Each figure against both costs, two rows of panels for each task; error bars are standard deviations."""
+    from matplotlib.figure import Figure
+
+    lines = [(task, cost) for task in figures["tasks"] for cost in COSTS]
+    figure = Figure(figsize=(13, 3.4 * len(lines) + 0.8), layout="constrained")
+    figure.suptitle(conditions(figures), fontsize=9)
+    for (task, cost), axes in zip(lines, figure.subplots(len(lines), 3, squeeze=False), strict=True):
+        for (key, label), axis in zip(FIGURES.items(), axes, strict=True):
+            _panel(axis, task["rows"], cost, key, fronts(task, cost)[key])
+            axis.set(xlabel=COSTS[cost], ylabel=label)
+            axis.set_title(task["name"], loc="left", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    return png(figure)
+
+
+def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[str]) -> None:
+    """Points of all contenders; those of the front are ringed and joined, curvature is drawn by logarithms."""
+    places = {row["contender"]: (row[cost], row[key]) for row in rows}
+    axis.plot(*zip(*(places[name] for name in best), strict=True), color="#555", linewidth=1, linestyle="--", zorder=1)
+    for row in rows:
+        name = row["contender"]
+        axis.errorbar(
+            *places[name],
+            yerr=row[f"{key}_std"],
+            color=COLORS[row["method"]],
+            alpha=0.35 + 0.65 * row["share"] ** 0.5,
+            marker=MARKERS.get(row["interval"], "D"),
+            markersize=7,
+            markeredgecolor="black" if name in best else "none",
+            capsize=2,
+            linestyle="none",
+            label=name,
+        )
+        axis.annotate(_short(row), places[name], xytext=(5, 4), textcoords="offset points", fontsize=7, color="#444")
+    if key != "accuracy":
+        axis.set_yscale("log")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _short(row: Row) -> str:
+    """The name without its method, or that."""
+    return str(row["contender"]).removeprefix(row["method"]).strip() or str(row["method"])
+
+
+def words(mean: float, error: float | None) -> str:
+    """A difference in accuracy, and whether it is more than chance: two standard errors."""
+    if error is None:
+        return f"{mean:+.2f} points in accuracy from one seed, which says nothing"
+    certain = "" if abs(mean) > 2 * error else ", no more than chance"
+    return f"{mean:+.2f} ± {error:.2f} points in accuracy{certain}"
+
+
+def against(figures: dict[str, Any], task: dict[str, Any], name: str, other: str) -> str:
+    """One contender against another, from the same seeds."""
+    values = {
+        key: [run["accuracy"] for run in figures["runs"] if (run["task"], run["contender"]) == (task["name"], key)]
+        for key in (name, other)
+    }
+    row, to = (next(row for row in task["rows"] if row["contender"] == key) for key in (name, other))
+    return (
+        f"`{name}` against `{other}`, {row['gradients']:.2f} gradients against {to['gradients']:.2f} and "
+        f"{row['cost'] / to['cost']:.2f} of the time: {words(*difference(values[name], values[other]))}; λmax "
+        f"{row['lambda_max'] / to['lambda_max']:.2f} times, R1 {row['r1'] / to['r1']:.2f} times"
+    )
+
+
+PAIRS = ((CLOSE, "GAM"), (CLOSE, "SAM"), (CHEAP, "SAM"), (CLOSE, "GAM /4"), ("SAM .25", "SAM"), ("GAM", "SAM"))
+"""Who is to be compared: shares with whole batches, GAM with SAM, shares with intervals at the same cost."""
+
+
+def advice(figures: dict[str, Any], task: dict[str, Any]) -> list[str]:
+    """What the figures of a task say."""
+    by_name = {row["contender"]: row for row in task["rows"]}
+    lines = [against(figures, task, a, b) for a, b in PAIRS if {a, b} <= by_name.keys()]
+    best = fronts(task, "gradients")
+    for key, label in FIGURES.items():
+        names = ", ".join(f"`{name}` ({by_name[name]['gradients']:.2f})" for name in best[key])
+        lines.append(f"front of {label.removesuffix(', %')} by gradients: {names}")
+    if "SAM" in by_name:
+        better = [row for row in task["rows"] if row["gradients"] < 2 and beats_sam(row, by_name["SAM"])]
+        names = ", ".join(f"`{row['contender']}` ({row['gradients']:.2f})" for row in better) or "none"
+        lines.append(f"cheaper than SAM with a mean accuracy at or above SAM's and λmax below: {names}")
+    return lines

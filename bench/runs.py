@@ -1,0 +1,178 @@
+"""Training runs in which contenders take turns, an epoch each, so that their times compare.
+
+A contender is a method whose ascent sees a share of each batch, every so many steps. What it costs is counted in
+gradients of a whole batch: each pass by the share of the batch that it saw.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import gam_fast
+from gam_fast import flatness
+
+from .rounds import rounds
+from .tasks import Task
+
+PASSES = {"base": 1, "SAM": 2, "GAM": 4}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method, the share of the batch that its ascent sees, and how often it ascends."""
+
+    method: str
+    share: float = 1.0
+    interval: int = 1
+
+    @property
+    def name(self) -> str:
+        """``GAM .25 /2``: with a quarter of the batch, every second step."""
+        share = f" {self.share:g}".replace("0.", ".") if self.share < 1 else ""
+        return f"{self.method}{share}" + (f" /{self.interval}" if self.interval > 1 else "")
+
+    @property
+    def ascents(self) -> float:
+        """Passes besides the last, for each step."""
+        return (PASSES[self.method] - 1) / self.interval
+
+    def optimizer(self, model: torch.nn.Module, task: Task) -> gam_fast.FlatOptimizer:
+        """For a model, around the base optimizer of a task."""
+        own: dict[str, Any] = dict(task.settings(self.method, self.share))
+        if self.share < 1:
+            own["ascent_share"] = self.share
+        if self.interval > 1:
+            own["interval"] = self.interval
+        method: type[gam_fast.FlatOptimizer] = getattr(gam_fast, "Base" if self.method == "base" else self.method)
+        return method(model.parameters(), task.base, model=model, **task.hyper, **own)
+
+
+CONTENDERS: Mapping[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender("base"),
+        Contender("SAM"),
+        Contender("SAM", interval=2),
+        Contender("SAM", 0.25),
+        Contender("GAM"),
+        Contender("GAM", 0.5),
+        Contender("GAM", 0.25),
+        Contender("GAM", 0.15),
+        Contender("GAM", 0.1),
+        Contender("GAM", interval=4),
+        Contender("GAM", 0.25, interval=2),
+        Contender("GAM", 0.25, interval=4),
+    )
+}
+
+
+def mean_step(seconds: Mapping[int, Sequence[float]]) -> float:
+    """Of steps by the number of their passes, the mean of medians: a step of an interval is of one kind or another."""
+    steps = sum(len(own) for own in seconds.values())
+    return sum(len(own) * statistics.median(own) for own in seconds.values()) / steps
+
+
+@dataclass
+class Run:
+    """What a contender found from a seed.
+
+    Attributes:
+        gradients: of a whole batch, for each step.
+        step_ms: see :func:`mean_step`.
+    """
+
+    task: str
+    contender: str
+    seed: int
+    gradients: float = 0.0
+    accuracy: float = 0.0
+    loss: float = 0.0
+    lambda_max: float = 0.0
+    r1: float = 0.0
+    step_ms: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """A contender with its own network, which begins with the weights of the seed and sees its batches."""
+
+    contender: Contender
+    task: Task
+    seed: int
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    shares: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.model = self.task.build(self.seed)
+        self.batches = torch.Generator().manual_seed(self.seed)
+        self.optimizer = self.contender.optimizer(self.model, self.task)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.task.epochs)
+
+    def epoch(self) -> None:
+        """Once through the training set."""
+        data, model = self.task.data, self.model.train()
+        for rows in torch.randperm(len(data.train_y), generator=self.batches).split(self.task.batch):
+            x, y = data.train_x[rows], data.train_y[rows]
+            start, passes, shares = time.perf_counter(), 0, 0.0
+            for turn in self.optimizer.passes():
+                own_x, own_y = turn.rows(x, y)
+                turn.backward(self.task.loss(model(own_x), own_y))
+                passes, shares = passes + 1, shares + turn.share
+            self.seconds.setdefault(passes, []).append(time.perf_counter() - start)
+            self.shares += shares
+        self.schedule.step()
+
+    def run(self) -> Run:
+        """What was found, measured; as much effort as the demo takes, which knows R1 to about a percent."""
+        found = flatness.measure(
+            self.task.training_loss(self.model.eval()),
+            self.task.radius,
+            restarts=1,
+            max_iterations=15,
+            trace_samples=0,
+        )
+        assert found.eigenvalues is not None
+        return Run(
+            task=self.task.name,
+            contender=self.contender.name,
+            seed=self.seed,
+            gradients=self.shares / sum(len(own) for own in self.seconds.values()),
+            accuracy=self.task.accuracy(self.model),
+            loss=found.loss,
+            lambda_max=found.eigenvalues.values[0],
+            r1=found.first_order[0].value,
+            step_ms=1e3 * mean_step(self.seconds),
+        )
+
+
+def train(task: Task, contenders: Sequence[Contender], seed: int, say: Callable[[str], None]) -> list[Run]:
+    """All contenders from one seed; ``say`` is told what comes next."""
+    trainers = [Trainer(contender, task, seed) for contender in contenders]
+    for epoch in range(task.epochs):
+        say(f"{task.name}, seed {seed}, epoch {epoch + 1}/{task.epochs}")
+        for trainer in trainers:
+            trainer.epoch()
+    say(f"{task.name}, seed {seed}, curvature")
+    return [trainer.run() for trainer in trainers]
+
+
+def gradient_ms(task: Task, shares: Sequence[float], repeats: int = 51) -> dict[float, float]:
+    """Milliseconds of forward and backward of a batch and of shares of it, alone: what a small batch costs."""
+    model = task.build(0).train()
+    x, y = task.data.train_x[: task.batch], task.data.train_y[: task.batch]
+    found: dict[float, list[float]] = {share: [] for share in shares}
+    for i in rounds(repeats):
+        for share, own in found.items():
+            n = max(1, round(share * len(y)))
+            model.zero_grad()
+            start = time.perf_counter()
+            task.loss(model(x[:n]), y[:n]).backward()
+            if i >= 0:
+                own.append(1e3 * (time.perf_counter() - start))
+    return {share: statistics.median(own) for share, own in found.items()}

@@ -1,0 +1,171 @@
+"""What is learnt when methods are compared by what they find: data, network, base optimizer and settings.
+
+``digits`` is the task of ``examples/digits.py``, with its wrong labels, ``clean`` the same without them, and ``names``
+that of :mod:`bench.census`. Settings were chosen on the seeds in ``Task.chosen_on``, and are reported on others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gam_fast import flatness
+
+from . import census
+from .data import DataError
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and classes to learn from and to be tested with."""
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    def head(self, n: int) -> Data:
+        """The first ``n`` of both."""
+        return Data(self.train_x[:n], self.train_y[:n], self.test_x[:n], self.test_y[:n])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification, and how it is learnt.
+
+    Attributes:
+        about: a sentence on data and network.
+        build: the network with the weights of a seed.
+        base: class of the base optimizer, and ``hyper`` its arguments; the learning rate falls along a cosine.
+        methods: hyper-parameters of SAM and GAM.
+        alphas: GAM's α where the ascent sees a share of the batch; other shares have that of ``methods``.
+        radius: ρ of R1.
+        chosen_on: seeds on which the settings were chosen.
+    """
+
+    name: str
+    about: str
+    data: Data
+    build: Callable[[int], nn.Module]
+    base: type[torch.optim.Optimizer]
+    hyper: Mapping[str, Any]
+    epochs: int
+    batch: int
+    methods: Mapping[str, Mapping[str, float]]
+    alphas: Mapping[float, float] = field(default_factory=dict)
+    radius: float = 0.1
+    chosen_on: tuple[int, ...] = ()
+
+    @staticmethod
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        """The mean over a batch."""
+        return F.cross_entropy(output, y)
+
+    def settings(self, method: str, share: float) -> dict[str, float]:
+        """Hyper-parameters of a method whose ascent sees ``share`` of the batch."""
+        found = dict(self.methods.get(method, {}))
+        if method == "GAM" and share in self.alphas:
+            found["alpha"] = self.alphas[share]
+        return found
+
+    def quick(self, examples: int) -> Task:
+        """One epoch on a few examples."""
+        return replace(self, data=self.data.head(examples), epochs=1)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Percent of the test set, in eval mode."""
+        right = model.eval()(self.data.test_x).argmax(1) == self.data.test_y
+        return 100.0 * float(right.float().mean())
+
+    def training_loss(self, model: nn.Module) -> flatness.Loss:
+        """Of the whole training set, what is measured of a minimum."""
+        return flatness.Loss(model, nn.CrossEntropyLoss(), [(self.data.train_x, self.data.train_y)])
+
+
+def digits(wrong_labels: bool = True) -> Task:
+    """The demo's, with its settings.
+
+    Raises:
+        DataError: a package of the demo is not installed.
+    """
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    try:
+        import digits as demo
+    except ImportError as error:
+        raise DataError(f"digits need the packages of the demo ({error}): pip install 'gam-fast[demo]'") from error
+    setting = demo.Setting()
+    share = setting.wrong_labels if wrong_labels else 0.0
+    images = demo.load_digits(share)
+    return Task(
+        name="digits" if wrong_labels else "clean",
+        about=(
+            f"{len(images.train_y):,} images of MNIST (14 × 14 pixels) for training, {100 * share:.0f} % with a random "
+            f"label, and {len(images.test_y):,} for test; two convolutions with BatchNorm and two linear layers"
+        ),
+        data=Data(images.train_x, images.train_y, images.test_x, images.test_y),
+        build=demo.build_model,
+        base=torch.optim.SGD,
+        hyper={"lr": setting.lr, "momentum": setting.momentum},
+        epochs=setting.epochs,
+        batch=setting.batch_size,
+        methods={method.name: method.hyper for method in demo.METHODS if method.name in ("SAM", "GAM")},
+        alphas={0.15: 0.15, 0.1: 0.0},
+        radius=setting.radius,
+        chosen_on=(10, 11, 12, 13, 14, 15),
+    )
+
+
+def clean() -> Task:
+    """The demo's with all labels as they are, and settings that were chosen with wrong ones.
+
+    Raises:
+        DataError: as :func:`digits`.
+    """
+    return digits(wrong_labels=False)
+
+
+TRAIN_NAMES = 3000
+
+
+def names() -> Task:
+    """Whether a name is a woman's, a man's or a surname, by its letters.
+
+    Raises:
+        DataError: the package with the names is not installed.
+    """
+    x, y = census.names()
+    return Task(
+        name="names",
+        about=(
+            f"{TRAIN_NAMES:,} names of the US census for training and {len(y) - TRAIN_NAMES:,} for test, by their "
+            "letters first names of women or of men, or surnames; a causal transformer of two blocks"
+        ),
+        data=Data(x[:TRAIN_NAMES], y[:TRAIN_NAMES], x[TRAIN_NAMES:], y[TRAIN_NAMES:]),
+        build=_reader,
+        base=torch.optim.AdamW,
+        hyper={"lr": 5e-3, "weight_decay": 0.01},
+        epochs=12,
+        batch=100,
+        methods={"SAM": {"rho": 0.1}, "GAM": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}},
+        chosen_on=(10, 11, 12),
+    )
+
+
+def _reader(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return census.Reader()
+
+
+TASKS: Mapping[str, Callable[[], Task]] = {"digits": digits, "names": names, "clean": clean}
