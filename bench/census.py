@@ -1,8 +1,8 @@
 """Names of the United States census of 1990, and a small transformer that tells from the letters what a name is.
 
-The lists are data files of the PyPI package ``names``; nothing is downloaded. Three classes: first names of women, first
-names of men, and the most frequent surnames. A name that two lists have belongs to no class of first names, or is no
-surname, so that the classes have none in common.
+The lists are data files of the PyPI package ``names``; nothing is downloaded. Three classes: first names of women,
+first names of men, and the most frequent surnames. The classes have no name in common: what is both a woman's and a
+man's first name is left out, and what is anybody's first name is no surname.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _read(path: Path) -> list[str]:
     try:
         return [line.split()[0] for line in path.read_text(encoding="ascii").splitlines()]
     except OSError as error:
-        raise DataError(f"the package names is not the one of the census ({error}): pip install names==0.3.0") from error
+        raise DataError(
+            f"the package names is not the one of the census ({error}): pip install names==0.3.0"
+        ) from error
 
 
 def encode(name: str) -> list[int]:

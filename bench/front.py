@@ -50,7 +50,10 @@ def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float,
 
 
 def rows(
-    runs: Iterable[Run], contenders: Sequence[Contender], settings: Mapping[str, Any], gradient_ms: Mapping[float, float]
+    runs: Iterable[Run],
+    contenders: Sequence[Contender],
+    settings: Mapping[str, Any],
+    gradient_ms: Mapping[float, float],
 ) -> list[Row]:
     """One for each contender of a task, the base first.
 

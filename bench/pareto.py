@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import options, pareto_report
+from . import options, pareto_page, pareto_report
 from .contenders import machine
 from .data import DataError
 from .front import check, needed, rows
@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--json", type=options.output, metavar="PATH", help="also write the figures to PATH")
     found.add_argument("--png", type=options.output, metavar="PATH", help="also draw the figures to PATH")
     found.add_argument("--markdown", type=options.output, metavar="PATH", help="also write the page of docs/results")
-    found.add_argument("--read", type=Path, metavar="PATH", help="train nothing, show the figures of a --json of before")
+    found.add_argument(
+        "--read", type=Path, metavar="PATH", help="train nothing, show the figures of a --json of before"
+    )
     quick = f"the first seed, one epoch, {QUICK} examples: to see that it works; the figures mean nothing"
     found.add_argument("--quick", action="store_true", help=quick)
     does = "say of each criterion on the digits whether it is met; exit with status 1 if one is not"
@@ -157,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.png:
         given.png.write_bytes(pareto_report.chart(figures))
     if given.markdown:
-        given.markdown.write_text(pareto_report.page(figures), encoding="utf-8")
+        given.markdown.write_text(pareto_page.page(figures), encoding="utf-8")
     if not given.check:
         return 0
     criteria = check(next(task["rows"] for task in figures["tasks"] if task["name"] == "digits"))

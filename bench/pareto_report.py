@@ -1,11 +1,11 @@
-"""What :mod:`bench.pareto` found: tables, the picture, and the page of the documentation with the advice drawn from it."""
+"""What :mod:`bench.pareto` found, as tables and as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from .front import CHEAP, CLOSE, Row, beats_sam, check, difference, front, needed
+from .front import Row, front
 from .report import Table, conditions, png
 
 FIGURES = {"accuracy": "test accuracy, %", "lambda_max": "λmax", "r1": "R1"}
@@ -126,44 +126,3 @@ def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[s
 def _short(row: Row) -> str:
     """The name without its method, or that."""
     return str(row["contender"]).removeprefix(row["method"]).strip() or str(row["method"])
-
-
-def words(mean: float, error: float | None) -> str:
-    """A difference in accuracy, and whether it is more than chance: two standard errors."""
-    if error is None:
-        return f"{mean:+.2f} points in accuracy from one seed, which says nothing"
-    certain = "" if abs(mean) > 2 * error else ", no more than chance"
-    return f"{mean:+.2f} ± {error:.2f} points in accuracy{certain}"
-
-
-def against(figures: dict[str, Any], task: dict[str, Any], name: str, other: str) -> str:
-    """One contender against another, from the same seeds."""
-    values = {
-        key: [run["accuracy"] for run in figures["runs"] if (run["task"], run["contender"]) == (task["name"], key)]
-        for key in (name, other)
-    }
-    row, to = (next(row for row in task["rows"] if row["contender"] == key) for key in (name, other))
-    return (
-        f"`{name}` against `{other}`, {row['gradients']:.2f} gradients against {to['gradients']:.2f} and "
-        f"{row['cost'] / to['cost']:.2f} of the time: {words(*difference(values[name], values[other]))}; λmax "
-        f"{row['lambda_max'] / to['lambda_max']:.2f} times, R1 {row['r1'] / to['r1']:.2f} times"
-    )
-
-
-PAIRS = ((CLOSE, "GAM"), (CLOSE, "SAM"), (CHEAP, "SAM"), (CLOSE, "GAM /4"), ("SAM .25", "SAM"), ("GAM", "SAM"))
-"""Who is to be compared: shares with whole batches, GAM with SAM, shares with intervals at the same cost."""
-
-
-def advice(figures: dict[str, Any], task: dict[str, Any]) -> list[str]:
-    """What the figures of a task say."""
-    by_name = {row["contender"]: row for row in task["rows"]}
-    lines = [against(figures, task, a, b) for a, b in PAIRS if {a, b} <= by_name.keys()]
-    best = fronts(task, "gradients")
-    for key, label in FIGURES.items():
-        names = ", ".join(f"`{name}` ({by_name[name]['gradients']:.2f})" for name in best[key])
-        lines.append(f"front of {label.removesuffix(', %')} by gradients: {names}")
-    if "SAM" in by_name:
-        better = [row for row in task["rows"] if row["gradients"] < 2 and beats_sam(row, by_name["SAM"])]
-        names = ", ".join(f"`{row['contender']}` ({row['gradients']:.2f})" for row in better) or "none"
-        lines.append(f"cheaper than SAM with a mean accuracy at or above SAM's and λmax below: {names}")
-    return lines

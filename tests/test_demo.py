@@ -31,7 +31,7 @@ def outputs(tmp_path_factory):
     paths = {name: folder / name for name in ("report.html", "figures.json", "picture.png", "table.md")}
     arguments = ["--seeds", "7,", "--epochs", "1", "--threads", "1", "--report", str(paths["report.html"])]
     arguments += ["--json", str(paths["figures.json"]), "--picture", str(paths["picture.png"])]
-    arguments += ["--markdown", str(paths["table.md"]), "--methods", "SGD,GAM,ExactGAM+SAM"]
+    arguments += ["--markdown", str(paths["table.md"]), "--methods", "SGD,GAM,GAM share .25,ExactGAM+SAM"]
     status = digits.main(arguments)
     assert status == 0
     return paths
@@ -55,20 +55,22 @@ def test_the_report_is_one_self_contained_file(outputs):
     parser.feed(text)
     assert parser.tags.count("img") == 4
     assert all(link.startswith("data:image/png;base64,") for link in parser.fetched)
-    words = ("SGD, GAM and ExactGAM+SAM on handwritten", "λmax", "R0", "R1", "trace", "rho_prime = 0.05", "seeds 7.")
-    for word in (*words, "Against SGD, GAM has", "ms/step"):
+    title = "SGD, GAM, GAM share .25 and ExactGAM+SAM on handwritten"
+    words = ("λmax", "R0", "R1", "trace", "rho_prime = 0.05", "ascent_share = 0.25", "seeds 7.", "ms/step")
+    for word in (title, *words, "Against SGD, GAM has", "gradients per step"):
         assert word in text
 
 
 def test_the_figures_hold_every_run_and_the_summary(outputs):
     figures = json.loads(outputs["figures.json"].read_text(encoding="utf-8"))
-    assert [(r["method"], r["passes"]) for r in figures["summary"]] == [
-        ("SGD", 1),
-        ("GAM", 4),
-        ("ExactGAM+SAM", 3),
+    assert [(r["method"], r["gradients"]) for r in figures["summary"]] == [
+        ("SGD", 1.0),
+        ("GAM", 4.0),
+        ("GAM share .25", 1.75),
+        ("ExactGAM+SAM", 3.0),
     ]
     assert figures["summary"][0]["cost"] == 1.0
-    assert len(figures["runs"]) == 3
+    assert len(figures["runs"]) == 4
     for run in figures["runs"]:
         assert len(run["train_loss"]) == len(run["test_accuracy"]) == 1
         assert len(run["step_ms"]) == 10
@@ -79,7 +81,7 @@ def test_the_figures_hold_every_run_and_the_summary(outputs):
         assert len(run["eigenvalues"]) == len(run["density"])
         assert run["offsets"][15] == 0.0
         assert run["loss_slice"][15] == pytest.approx(run["train_loss"][-1], rel=1e-4)
-    assert "--methods SGD,GAM,ExactGAM+SAM" in figures["command"]
+    assert "--methods 'SGD,GAM,GAM share .25,ExactGAM+SAM'" in figures["command"]
 
 
 def test_the_summary_is_mean_and_standard_deviation_over_seeds():
@@ -119,9 +121,10 @@ def test_methods_start_from_the_same_weights_and_see_the_same_batches():
 
 
 def test_the_table_for_the_documentation_has_a_row_a_method(outputs):
+    names = ("SGD", "GAM", "GAM share .25", "ExactGAM+SAM")
     lines = outputs["table.md"].read_text(encoding="utf-8").splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table] == ["method", "---", "SGD", "GAM", "ExactGAM+SAM"]
+    assert [line.split("|")[1].strip() for line in table] == ["method", "---", *names]
     assert len({line.count("|") for line in table}) == 1
     assert any("python examples/digits.py" in line for line in lines)
 
@@ -132,7 +135,10 @@ def test_the_table_for_the_documentation_has_a_row_a_method(outputs):
         (["--seeds", "1,x"], "must be integers separated by commas, got '1,x'"),
         (["--seeds", "1,1"], "must be different and not negative"),
         (["--epochs", "0"], "must be at least 1, got 0"),
-        (["--methods", "SGD,Adam"], "must be of SGD, SAM, GAM, ExactGAM, ExactGAM+SAM, or all, got Adam"),
+        (
+            ["--methods", "SGD,Adam"],
+            "must be of SGD, SAM, GAM, GAM share .25, ExactGAM, ExactGAM+SAM, or all, got Adam",
+        ),
         (["--methods", "SGD,SGD"], "must be different, got 'SGD,SGD'"),
         (["--methods", "GAM,SAM"], "must begin with SGD, which costs are compared with, got 'GAM,SAM'"),
         (["--report", "nowhere/at/all.html"], "the folder of nowhere/at/all.html does not exist"),

@@ -1,0 +1,133 @@
+"""The page of the documentation on what :mod:`bench.pareto` found, with the advice that its figures support."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .front import CHEAP, CLOSE, beats_sam, check, difference, needed
+from .pareto_report import FIGURES, found, fronts, times
+from .report import conditions
+
+
+def words(mean: float, error: float | None) -> str:
+    """A difference in accuracy, and whether it is more than chance: two standard errors."""
+    if error is None:
+        return f"{mean:+.2f} points in accuracy from one seed, which says nothing"
+    certain = "" if abs(mean) > 2 * error else ", no more than chance"
+    return f"{mean:+.2f} ± {error:.2f} points in accuracy{certain}"
+
+
+def against(figures: dict[str, Any], task: dict[str, Any], name: str, other: str) -> str:
+    """One contender against another, from the same seeds."""
+    values = {
+        key: [run["accuracy"] for run in figures["runs"] if (run["task"], run["contender"]) == (task["name"], key)]
+        for key in (name, other)
+    }
+    row, to = (next(row for row in task["rows"] if row["contender"] == key) for key in (name, other))
+    return (
+        f"`{name}` against `{other}`, {row['gradients']:.2f} gradients against {to['gradients']:.2f} and "
+        f"{row['cost'] / to['cost']:.2f} of the time: {words(*difference(values[name], values[other]))}; λmax "
+        f"{row['lambda_max'] / to['lambda_max']:.2f} times, R1 {row['r1'] / to['r1']:.2f} times"
+    )
+
+
+PAIRS = ((CLOSE, "GAM"), (CLOSE, "SAM"), (CHEAP, "SAM"), (CLOSE, "GAM /4"), ("SAM .25", "SAM"), ("GAM", "SAM"))
+"""Who is to be compared: shares with whole batches, GAM with SAM, shares with intervals at the same cost."""
+
+
+def advice(figures: dict[str, Any], task: dict[str, Any]) -> list[str]:
+    """What the figures of a task say."""
+    by_name = {row["contender"]: row for row in task["rows"]}
+    lines = [against(figures, task, a, b) for a, b in PAIRS if {a, b} <= by_name.keys()]
+    best = fronts(task, "gradients")
+    for key, label in FIGURES.items():
+        names = ", ".join(f"`{name}` ({by_name[name]['gradients']:.2f})" for name in best[key])
+        lines.append(f"front of {label.removesuffix(', %')} by gradients: {names}")
+    if "SAM" in by_name:
+        better = [row for row in task["rows"] if row["gradients"] < 2 and beats_sam(row, by_name["SAM"])]
+        names = ", ".join(f"`{row['contender']}` ({row['gradients']:.2f})" for row in better) or "none"
+        lines.append(f"cheaper than SAM with a mean accuracy at or above SAM's and λmax below: {names}")
+    return lines
+
+
+def which(figures: dict[str, Any]) -> list[str]:
+    """The advice over all tasks: where a quarter of the batch will do, and where it will not."""
+    lines = []
+    for other, why in (("GAM", "for the ascent"), ("GAM /4", "at every step, not whole batches at every fourth")):
+        good: list[str] = []
+        bad: list[str] = []
+        for task in figures["tasks"]:
+            rows = {row["contender"]: row for row in task["rows"]}
+            if not {CLOSE, other} <= rows.keys():
+                continue
+            own = [
+                [run["accuracy"] for run in figures["runs"] if (run["task"], run["contender"]) == (task["name"], name)]
+                for name in (CLOSE, other)
+            ]
+            mean, error = difference(*own)
+            flat_enough = rows[CLOSE]["lambda_max"] <= 1.3 * rows[other]["lambda_max"]
+            (good if mean > -2 * (error or 0.0) and flat_enough else bad).append(task["name"])
+        if good:
+            lines.append(
+                f"A quarter of the batch {why}: no loss in accuracy beyond chance, and λmax within 1.3 times "
+                f"that of `{other}`, on {', '.join(good)}."
+            )
+        if bad:
+            lines.append(f"Not so on {', '.join(bad)}.")
+    return lines
+
+
+def page(figures: dict[str, Any]) -> str:
+    """For docs/results: how it was made, tables, settings and advice."""
+    seeds = ", ".join(map(str, figures["seeds"]))
+    quick = ["**A quick run: its figures mean nothing.**", ""] if figures["quick"] else []
+    lines = [
+        "# What cheaper ascents find",
+        "",
+        *quick,
+        f"Made by `{figures['command']} --markdown docs/results/pareto.md`; figures of every run are in",
+        "`bench/results/pareto_cpu.json`.",
+        "",
+        "A number behind a method is the share of the batch that its ascent sees; `/2` means every second step, with",
+        "plain steps between. Gradients per step are counted, each pass by its share. Accuracy, λmax and R1 (of the",
+        f"training loss) are means over the seeds {seeds} ± standard deviation; − SAM is the mean difference in",
+        "accuracy from SAM of the same seed, with its standard error. Times are medians of steps, as the contenders",
+        "took turns, an epoch each; ÷ predicted is time ÷ base over gradients per step. A step of the base has one",
+        "gradient and one update.",
+        "",
+        "![Accuracy, λmax and R1 against gradients and time](../pareto.png)",
+        "",
+    ]
+    for task in figures["tasks"]:
+        lines += [f"## {task['name']}", "", task["about"] + ".", "", _shared(task), "", found(task).markdown(), ""]
+        lines += [*(f"- {line}." for line in advice(figures, task)), "", "Time:", "", times(task).markdown(), ""]
+        lines += [f"{note[0].upper()}{note[1:]}." for note in times(task).notes]
+        lines += ["", *_settings(task), ""]
+    lines += ["## Which to take", "", *which(figures), ""]
+    digits = next((task for task in figures["tasks"] if task["name"] == "digits"), None)
+    if digits is not None and {*needed()} <= {row["contender"] for row in digits["rows"]}:
+        lines += ["## What was to be shown", ""]
+        lines += [
+            f"- {'met' if one.is_met else '**missed**'}: {one.claim}. Found: {one.found}."
+            for one in check(digits["rows"])
+        ]
+        lines.append("")
+    return "\n".join([*lines, f"Made with: {conditions(figures)}, Python {figures['python']}.", ""])
+
+
+def _shared(task: dict[str, Any]) -> str:
+    hyper = ", ".join(f"{name} {value:g}" for name, value in task["hyper"].items())
+    seeds = ", ".join(map(str, task["chosen_on"]))
+    return (
+        f"{task['epochs']} epochs, batches of {task['batch']}, {task['base']} with {hyper}, cosine schedule; R1 within "
+        f"ρ = {task['radius']:g}. Settings were chosen on seeds {seeds}."
+    )
+
+
+def _settings(task: dict[str, Any]) -> list[str]:
+    """Hyper-parameters, once for all contenders that share them."""
+    by_text: dict[str, list[str]] = {}
+    for row in task["rows"]:
+        text = ", ".join(f"{name} = {value:g}" for name, value in row["settings"].items()) or f"{task['base']} alone"
+        by_text.setdefault(text, []).append(f"`{row['contender']}`")
+    return [f"- {', '.join(names)}: {text}" for text, names in by_text.items()]
