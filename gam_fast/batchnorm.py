@@ -1,4 +1,4 @@
-"""Running statistics move in the first pass of a step only, as if it had been the only one."""
+"""Running statistics move in one pass of a step only, as if it had been the only one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class FreezeRunningStatistics:
     """Keeps what the first pass made of the running statistics of ``model``, whatever the later passes do.
 
     As a context manager it spans one step: call :meth:`begin` at the start of each pass. On leaving, the statistics are
-    those of the end of the first pass, bit for bit; when the block raises, those at entry. Modules are not switched:
+    those of the end of the first pass, bit for bit (or, with ``begin(keep_last=True)``, what the last pass made of
+    those at entry); when the block raises, those at entry. Modules are not switched:
     their normalisation by the statistics of the batch, ``training`` and ``momentum`` stay as they are, and a compiled
     model is not compiled again.
 
@@ -46,19 +47,28 @@ class FreezeRunningStatistics:
         self._buffers: list[Tensor] = []
         self._start: list[Tensor] = []
         self._after_first: list[Tensor] | None = None
+        self._keep_last = False
 
     @torch.no_grad()
     def __enter__(self) -> FreezeRunningStatistics:
         self._buffers = running_statistics(self.model) if self.model is not None else []
         self._start = [buffer.clone() for buffer in self._buffers]
         self._after_first = None
-        self._begun = False
+        self._begun = self._keep_last = False
         return self
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Start a pass: note the statistics the first pass ended with."""
-        if self._begun and self._after_first is None:
+    def begin(self, *, keep_last: bool = False) -> None:
+        """Start a pass: note the statistics the first pass ended with, or go back to those at entry.
+
+        Args:
+            keep_last: whether it is the last pass that counts, as known by now.
+        """
+        self._keep_last = keep_last
+        if self._begun and keep_last:
+            if self._buffers:
+                torch._foreach_copy_(self._buffers, self._start)
+        elif self._begun and self._after_first is None:
             self._after_first = [buffer.clone() for buffer in self._buffers]
         self._begun = True
 
@@ -66,7 +76,7 @@ class FreezeRunningStatistics:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        keep = self._start if kind is not None else self._after_first
+        keep = self._start if kind is not None else None if self._keep_last else self._after_first
         if keep:
             torch._foreach_copy_(self._buffers, keep)
         self._buffers, self._start, self._after_first = [], [], None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import struct
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +69,19 @@ def without_last_sync(model: nn.Module | None, batches: Sequence[Any]) -> Genera
             yield batch
 
 
+def mean_over_processes(value: float, model: nn.Module | None, device: torch.device) -> float:
+    """The mean over the processes of the DistributedDataParallel in ``model``, with the same bits on all of them.
+
+    Gradients that were averaged are alike on all, but a decision on the number of passes has to be one and the same.
+    """
+    parallel = data_parallel(model)
+    if parallel is None:
+        return value
+    said = torch.tensor(value, dtype=torch.float64, device=device)
+    distributed.all_reduce(said, group=parallel.process_group)
+    return float(said) / distributed.get_world_size(parallel.process_group)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """What the processes told each other at the end of a step.
@@ -75,11 +90,13 @@ class Agreement:
         failed: the ranks that left the step by an exception.
         nonfinite: the ranks on which a gradient was not finite.
         present: for each parameter, whether any process has a gradient for it.
+        values: a number of each rank's.
     """
 
     failed: list[int]
     nonfinite: list[int]
     present: list[bool]
+    values: list[float]
 
 
 class LocalSync:
@@ -126,26 +143,41 @@ class LocalSync:
 
     def agree(self, present: Sequence[bool], *, nonfinite: bool = False) -> Agreement:
         """All processes learn what each has to say; each calls this once a step, or :meth:`give_up`."""
-        return self._tell(present, nonfinite, failed=False)
+        return self._tell(present, nonfinite=nonfinite)
+
+    def exchange(self, value: float, count: int) -> Agreement:
+        """In the course of a step: a number that is not negative, of each process; one that has given up has none.
+
+        Those that hear of one that has given up leave the step too, and say nothing more.
+        """
+        found = self._tell([False] * count, value=value)
+        self._agreed = bool(found.failed)
+        return found
 
     def give_up(self, count: int) -> None:
         """This process leaves the step by an exception; the others, which have ``count`` parameters too, are told."""
         if not self._agreed:
-            self._tell([False] * count, nonfinite=False, failed=True)
+            self._tell([False] * count, failed=True)
 
-    def _tell(self, present: Sequence[bool], nonfinite: bool, failed: bool) -> Agreement:
+    def _tell(
+        self, present: Sequence[bool], *, nonfinite: bool = False, failed: bool = False, value: float = 0.0
+    ) -> Agreement:
+        """One all-reduce, which is the same whatever is said, so that one that gives up is heard by all."""
         self._agreed = True
-        world = self._world
-        said = [0] * (2 * world)
-        said[self._rank], said[world + self._rank] = int(failed), int(nonfinite)
-        flags = torch.tensor([*said, *map(int, present)], dtype=torch.int32, device=self._device)
+        world, rank = self._world, self._rank
+        said = [0] * (3 * world)
+        said[rank], said[world + rank] = int(failed), int(nonfinite)
+        (said[2 * world + rank],) = struct.unpack("<q", struct.pack("<d", value if value < math.inf else math.inf))
+        flags = torch.tensor([*said, *map(int, present)], dtype=torch.int64, device=self._device)
         distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self._group)
         heard = flags.tolist()
+        bits = heard[2 * world : 3 * world]
         ranks = range(world)
         return Agreement(
             [rank for rank in ranks if heard[rank]],
             [rank for rank in ranks if heard[world + rank]],
-            [bool(flag) for flag in heard[2 * world :]],
+            [bool(flag) for flag in heard[3 * world :]],
+            list(struct.unpack(f"<{world}d", struct.pack(f"<{world}q", *bits))),
         )
 
     def average(self, tensors: Sequence[Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .active import Agenda, Rules
 from .backends import Backend, select
 from .bases import build_base
 from .distributed import SYNC, check_supported
@@ -41,6 +42,15 @@ class FlatOptimizer(Stepper):
         backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
         replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass.
         freeze_running_statistics: switch for what ``model`` does.
+        ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, the last
+            sees all of it. The body takes its rows by ``x, y = turn.rows(x, y)``; over micro-batches,
+            :meth:`micro_batches` does it. A step of GAM then costs 3 s + 1 gradients. Running statistics, and random
+            numbers as they are after a step, are then those of the last pass, which sees the whole batch, and the loss
+            of the first pass is that of its share. Shuffled batches are assumed: the leading rows are as good as any.
+        interval: the whole recipe at every ``interval``-th step, the base optimizer alone between; ``math.inf`` for
+            never.
+        active: which steps take the whole recipe besides: a rule of :mod:`gam_fast.active`, a function of the number of
+            the step, or a list of these, which must all agree.
         clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
         sync: in several processes of data parallelism, ``"global"``: each pass averages its gradient, as
             DistributedDataParallel does, and all processes go to the same points. ``"local"``: each process walks along
@@ -75,6 +85,9 @@ class FlatOptimizer(Stepper):
         clip_grad_norm: float | None = None,
         on_nonfinite: str = "raise",
         sync: str = "global",
+        ascent_share: float = 1.0,
+        interval: float = 1,
+        active: Rules = None,
         **hyper: Any,
     ) -> None:
         if sync not in SYNC:
@@ -82,6 +95,8 @@ class FlatOptimizer(Stepper):
         if on_nonfinite not in _ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(_ON_NONFINITE)}, got {on_nonfinite!r}")
         _check_clip(clip_grad_norm)
+        _check_share(ascent_share)
+        self._agenda = Agenda(interval, active)
         fold_plan(self.recipe)  # refuses a table that needs more than three buffers
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
         for name, value in own.items():
@@ -101,6 +116,7 @@ class FlatOptimizer(Stepper):
             "freeze_running_statistics": bool(freeze_running_statistics),
             "clip_grad_norm": clip_grad_norm,
             "on_nonfinite": on_nonfinite,
+            "ascent_share": float(ascent_share),
         }
         for param in self._parameters():
             self._select(param.device)
@@ -163,6 +179,58 @@ class FlatOptimizer(Stepper):
         _check_clip(limit)
         self._options["clip_grad_norm"] = limit
 
+    @property
+    def ascent_share(self) -> float:
+        """The share of the batch that all passes but the last see; may be set between steps.
+
+        Raises:
+            RuntimeError: set during a step.
+            ValueError, TypeError: as the constructor.
+        """
+        share: float = self._options["ascent_share"]
+        return share
+
+    @ascent_share.setter
+    def ascent_share(self, share: float) -> None:
+        self._refuse_nesting("setting ascent_share")
+        _check_share(share)
+        self._options["ascent_share"] = float(share)
+
+    @property
+    def interval(self) -> float:
+        """Every how many steps the whole recipe is taken; may be set between steps, which are counted from then on.
+
+        Raises:
+            RuntimeError: set during a step.
+            ValueError, TypeError: as the constructor.
+        """
+        return self._agenda.interval
+
+    @interval.setter
+    def interval(self, interval: float) -> None:
+        self._refuse_nesting("setting interval")
+        self._set_agenda(Agenda(interval, self._agenda.active))
+
+    @property
+    def active(self) -> Rules:
+        """The rules for which steps take the whole recipe; may be set between steps.
+
+        Raises:
+            RuntimeError: set during a step.
+            ValueError, TypeError: as the constructor.
+        """
+        return self._agenda.active
+
+    @active.setter
+    def active(self, active: Rules) -> None:
+        self._refuse_nesting("setting active")
+        self._set_agenda(Agenda(self._agenda.interval, active))
+
+    def _set_agenda(self, agenda: Agenda) -> None:
+        self._agenda = agenda
+        for group in self.param_groups:
+            self._complete_group(group)
+
     def key(self, name: str) -> str:
         """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has a hyper-parameter so named.
 
@@ -210,7 +278,8 @@ class FlatOptimizer(Stepper):
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        kept = [{key: group[key] for key in self._own_defaults if key in group} for group in self.param_groups]
+        ours = (*self._own_defaults, *self._agenda.fields)
+        kept = [{key: group[key] for key in ours if key in group} for group in self.param_groups]
         kept += [{}] * (len(state_dict["param_groups"]) - len(kept))
         groups = [{**own, **saved} for own, saved in zip(kept, state_dict["param_groups"], strict=False)]
         for group in groups:
@@ -230,12 +299,14 @@ class FlatOptimizer(Stepper):
             "_backend_name",
             "_model",
             "_options",
+            "_agenda",
         )
         found = {name: self.__dict__[name] for name in names if name in self.__dict__}
         return {**found, "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._backends = {}
+        self._agenda = Agenda()
         self._progress = Progress(state.get("skipped_steps", 0))
         super().__setstate__({name: value for name, value in state.items() if name != "skipped_steps"})
 
@@ -271,8 +342,17 @@ class FlatOptimizer(Stepper):
     def _complete_group(self, group: dict[str, Any]) -> None:
         for key, value in self._own_defaults.items():
             group.setdefault(key, value)
+        for key, number in self._agenda.fields.items():
+            group.setdefault(key, self.param_groups[0].get(key, number))
 
 
 def _check_clip(limit: float | None) -> None:
     if limit is not None and not (math.isfinite(limit) and limit > 0):
         raise ValueError(f"clip_grad_norm must be a positive number or None, got {limit!r}")
+
+
+def _check_share(share: object) -> None:
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"ascent_share must be a number, got {share!r}")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"ascent_share must be above 0 and at most 1, got {share!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ownership
 from .backends.base import Backend, Bookkeeping, Direction, Leaves, TensorList, Versions
 from .ownership import as_dtype
-from .sharded import Layout, any_sharded, layout_of, local, local_gradient, take_local
+from .sharded import Layout, any_sharded, layout_of, local, local_gradient, spread, take_local
 
 RECYCLE_BYTES = 1 << 16
 """From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
@@ -199,6 +199,12 @@ class Participants:
         for shard in self:
             del shard.grads[index]
         self.clear_gradients()
+
+    def give_back(self, index: int) -> None:
+        """Vector ``index`` is the gradient that the parameters have after all."""
+        for shard in self:
+            for owner, grad in zip(shard.owners, shard.grads[index], strict=True):
+                owner.grad = spread(grad, owner)
 
     def restore(self) -> None:
         """Put θ back, bit for bit."""

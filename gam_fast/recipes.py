@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from numbers import Real
 from typing import Any, TypeAlias
@@ -241,6 +241,17 @@ def _gam_walk(rho: str, rho_prime: str) -> tuple[Move, ...]:
 
 
 BASE = Recipe(name="Base", citation="the base optimizer alone, one pass", defaults={}, walk=(), u=(1.0,))
+
+
+@cache
+def plain(recipe: Recipe) -> Recipe:
+    """The base optimizer alone, in the name of a recipe: what a step is that does not take it.
+
+    >>> plain(GAM).name, plain(GAM).passes
+    ('GAM', 1)
+    """
+    return replace(BASE, name=recipe.name)
+
 
 SAM = Recipe(
     name="SAM",

@@ -55,8 +55,9 @@ class ReplayRNG:
     """Replays torch's default generators: that of the CPU and those of ``devices``.
 
     As a context manager it spans one step: call :meth:`begin` at the start of each pass. Every pass starts from the
-    state at entry; on leaving, the state is that of the end of the first pass, as if it had been the only one; when the
-    block raises, it is the state at entry. Python's and NumPy's generators are not touched.
+    state at entry; on leaving, the state is that of the end of the first pass, as if it had been the only one (or, with
+    ``begin(keep_last=True)``, of the last); when the block raises, it is the state at entry. Python's and NumPy's
+    generators are not touched.
 
     Args:
         devices: accelerators whose generators are replayed besides the CPU's.
@@ -78,6 +79,7 @@ class ReplayRNG:
         self.devices = [torch.device("cpu"), *accelerators]
         self._start: list[Tensor] | None = None
         self._after_first: list[Tensor] | None = None
+        self._keep_last = False
 
     def __enter__(self) -> ReplayRNG:
         if _capturing(self.devices):
@@ -87,12 +89,17 @@ class ReplayRNG:
             )
         self._start = [get_state(device) for device in self.devices]
         self._after_first = None
-        self._begun = False
+        self._begun = self._keep_last = False
         return self
 
-    def begin(self) -> None:
-        """Start a pass: note the state the first pass ends with, and go back to the state at entry."""
+    def begin(self, *, keep_last: bool = False) -> None:
+        """Start a pass: note the state the first pass ends with, and go back to the state at entry.
+
+        Args:
+            keep_last: whether it is the last pass whose end counts, as known by now.
+        """
         assert self._start is not None, "begin() belongs inside the with block"
+        self._keep_last = keep_last
         if not self._begun:
             self._begun = True
             return
@@ -105,7 +112,7 @@ class ReplayRNG:
     ) -> None:
         if kind is not None:
             self._set(self._start)
-        elif self._after_first is not None:
+        elif self._after_first is not None and not self._keep_last:
             self._set(self._after_first)
         self._start = self._after_first = None
 

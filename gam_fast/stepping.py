@@ -6,6 +6,7 @@ The transient part of a step is in :mod:`gam_fast.walk`; what lasts is in :mod:`
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .active import STEPS, Agenda
 from .amp import GivenScale, LossScale
 from .backends import Backend
 from .finite import SkipStep
-from .recipes import BASE, Recipe
+from .recipes import BASE, Recipe, plain
 from .turn import Turn
 from .updates import apply, only_makes_state
 from .walk import Settings, Walk
@@ -33,6 +35,9 @@ class Progress:
     turn: Turn | None = None
     stepped: bool = False
     """Whether there was a step before, and it came to an end."""
+    warned_of_share: bool = False
+    seen: dict[str, float] | None = None
+    """What the step under way has to add to the groups once it is taken."""
 
 
 class Stepper(torch.optim.Optimizer):
@@ -46,6 +51,7 @@ class Stepper(torch.optim.Optimizer):
     _options: dict[str, Any]
     _model: nn.Module | None
     _progress: Progress
+    _agenda: Agenda
 
     def _select(self, device: torch.device) -> Backend:
         raise NotImplementedError
@@ -104,10 +110,12 @@ class Stepper(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:
         """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
 
-        For ``ExactGAM`` it returns the loss and does not call backward.
+        A closure that must be given one argument gets the :class:`~gam_fast.Turn`, for ``turn.rows(x, y)``. For
+        ``ExactGAM`` it returns the loss and does not call backward.
 
-        Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
-        returns nothing, which is allowed). Without a closure, a recipe of one pass uses the gradients there are, as any
+        Returns what the closure returned in the first pass: the loss at θ, before any perturbation, and with
+        ``ascent_share`` that of the part of the batch that this pass saw (``None`` when it returns nothing, which is
+        allowed). Without a closure, a recipe of one pass uses the gradients there are, as any
         torch optimizer; the others refuse. Without one in the last pass of a loop over :meth:`passes`, it takes that
         step there and then, and the loop ends.
 
@@ -143,10 +151,12 @@ class Stepper(torch.optim.Optimizer):
                     "scaler=scaler), or run the loop over passes(scaler=scaler)"
                 )
         first = None
+        evaluate: Callable[..., Any] = closure
+        wants_turn = _takes_one_argument(closure)
         with contextlib.closing(self._run(scale)) as turns:
             for turn in turns:
                 with torch.enable_grad():
-                    loss = closure()
+                    loss = evaluate(turn) if wants_turn else evaluate()
                 if self.recipe.second_order:
                     turn.backward(loss)
                     loss = loss.detach()  # its graph would live as long as the loss does
@@ -158,8 +168,10 @@ class Stepper(torch.optim.Optimizer):
         """Accumulation: the same micro-batches in each pass of a step, whose gradients add up.
 
         To be iterated over in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum
-        of the losses: divide each by their number for the mean. An iterator is read once, in the first pass. Gradients
-        of a DistributedDataParallel (``model``) are averaged over its processes with the last micro-batch only.
+        of the losses: divide each by their number for the mean. With ``ascent_share`` all passes but the last get that
+        share of them, at least one, and their gradients count as those of all (times all, divided by those seen). An
+        iterator is read once, in the first pass. Gradients of a DistributedDataParallel (``model``) are averaged over
+        its processes with the last micro-batch only.
 
         Args:
             batches: the micro-batches of the step, such as ``itertools.islice(loader_iterator, 4)``.
@@ -190,19 +202,20 @@ class Stepper(torch.optim.Optimizer):
 
     def _run(self, scale: LossScale | None, *, by_loop: bool = False) -> Generator[Turn, None, None]:
         self._refuse_nesting("passes()")
-        n = self.recipe.passes
         with self._open(scale, by_loop=by_loop) as walk:
             GivenScale.drop(self)  # of a call that came to nothing
             self._warn_of_unused_gradients(stacklevel=3 if by_loop else 5)
-            for index in range(n):
+            index = 0
+            while not walk.at_end:
                 walk.begin()
-                self._progress.turn = turn = Turn(index, n, walk.backward)
+                self._progress.turn = turn = walk.turn(index)
                 yield turn
                 if walk.over:  # step() was called in the last pass
                     return
                 walk.collect()
-                if index < n - 1:
+                if not walk.at_end:
                     walk.move()
+                index += 1
             walk.complete = True
             if by_loop:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
                 self.step()
@@ -247,12 +260,21 @@ class Stepper(torch.optim.Optimizer):
     @contextlib.contextmanager
     def _open(self, scale: LossScale | GivenScale | None, *, by_loop: bool = False) -> Iterator[Walk]:
         self._check_can_step()
-        settings = Settings(self.recipe, self._select, self._model, **self._options)
+        groups, agenda = self.param_groups, self._agenda
+        whole = not groups or agenda.wants(int(groups[0].get(STEPS, 0)))
+        settings = Settings(
+            self.recipe if whole else plain(self.recipe),
+            self._select,
+            self._model,
+            goes_on=None if agenda.trigger is None else self._goes_on,
+            **self._options,
+        )
         hyper = [
-            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()}
-            for group in self.param_groups
+            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()} if whole else {}
+            for group in groups
         ]
-        walk = self._progress.walk = Walk(settings, self.param_groups, hyper, scale, by_loop=by_loop)
+        self._progress.seen = None
+        walk = self._progress.walk = Walk(settings, groups, hyper, scale, by_loop=by_loop)
         with self._closing(walk):
             yield walk
 
@@ -268,12 +290,42 @@ class Stepper(torch.optim.Optimizer):
                     self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
                     raise
         finally:
+            if walk.finished:
+                self._count(self._progress.seen)
             if self._progress.walk is walk:
                 self._progress.walk = self._progress.turn = None
                 left = self._first_gradient()
                 if left is not None:
                     left._gam_fast_left = True  # type: ignore[attr-defined]
                 self._progress.stepped = True
+
+        if walk.finished:
+            self._warn_of_unused_share(walk)
+
+    def _goes_on(self, square: float) -> bool:
+        """Whether a step takes the whole recipe, its first gradient being so large."""
+        found, self._progress.seen = self._agenda.look(square, self.param_groups[0])
+        return found
+
+    def _count(self, seen: dict[str, float] | None) -> None:
+        """A step was taken."""
+        for group in self.param_groups:
+            if STEPS in group:
+                group[STEPS] += 1
+            if seen:
+                group.update(seen)
+
+    def _warn_of_unused_share(self, walk: Walk) -> None:
+        """Once, where a step of several passes has asked for less than the batch and got the whole of it."""
+        if walk.recipe.passes == 1 or walk.portion.share == 1.0 or walk.portion.asked or self._progress.warned_of_share:
+            return
+        self._progress.warned_of_share = True
+        warnings.warn(
+            f"ascent_share={walk.portion.share} of this {type(self).__name__} had no effect: nobody asked which rows a "
+            "pass is to see. In the loop over passes(), take x, y = turn.rows(x, y); a closure gets the turn as its "
+            "argument if it has one (or asks optimizer.turn)",
+            stacklevel=2,
+        )
 
     def _first_gradient(self) -> Tensor | None:
         params = (param for group in self.param_groups for param in group["params"])
@@ -306,3 +358,13 @@ class Stepper(torch.optim.Optimizer):
                 f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
                 "end, or close() the iterator to undo the step"
             )
+
+
+def _takes_one_argument(closure: Callable[..., Any]) -> bool:
+    """Whether it cannot be called without one positional argument, and can with it."""
+    try:
+        parameters = inspect.signature(closure).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(needed) == 1 and needed[0].kind is not inspect.Parameter.KEYWORD_ONLY

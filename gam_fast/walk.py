@@ -20,12 +20,15 @@ from . import hvp, scalars, second_order
 from .amp import GivenScale, LossScale
 from .backends.base import Backend, Direction, FoldInto, Products, Scalar
 from .batchnorm import FreezeRunningStatistics
-from .distributed import LocalSync, reshard, without_last_sync
-from .finite import FiniteWatch, SkipStep, listed
-from .participants import Participants, Shard, materialise
-from .recipes import Move, Recipe, fold_plan
+from .coefficients import Coefficients
+from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
+from .finite import FiniteWatch, SkipStep
+from .local_step import agree, averaged, mean_of_all
+from .participants import Participants, Shard
+from .recipes import Move, Recipe, fold_plan, plain
 from .rng import ReplayRNG
-from .sharded import Layout, add_up_over_processes
+from .sums import Sums
+from .turn import Portion, Turn
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Settings:
     clip_grad_norm: float | None = None
     on_nonfinite: str = "raise"
     sync: str = "global"
+    ascent_share: float = 1.0
+    goes_on: Callable[[float], bool] | None = None
+    """Whether ‖g0‖² is such that the walk goes on; ``None`` where that is not asked."""
 
 
 Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
@@ -70,19 +76,8 @@ class Walk:
         self.groups = groups
         self.hyper = hyper
         self.plan = fold_plan(recipe)
-        coefficients = [recipe.coefficients(h) for h in hyper]
-        self.gamma = [gamma for _, _, gamma in coefficients]
-        # A base optimizer with maximize=True ascends L, that is, descends −L, whose gradients point the other way. The
-        # norm of a gradient is the same for both, and so is its own gradient, a Hessian-vector product.
-        self.sign = [-1.0 if group.get("maximize", False) else 1.0 for group in groups]
-        signs = [self.sign if recipe.is_product(i) else [1.0] * len(groups) for i in range(recipe.vectors)]
-        self.c = [
-            [s * c[i] for s, (c, _, _) in zip(signs[i], coefficients, strict=True)] for i in range(recipe.vectors)
-        ]
-        self.d = [
-            [s * d[i] if d else 0.0 for s, (_, d, _) in zip(signs[i], coefficients, strict=True)]
-            for i in range(recipe.vectors)
-        ]
+        self.coefficients = Coefficients(recipe, groups, hyper)
+        self.portion = Portion(settings.ascent_share)
         self.shards = Participants(groups, settings.select, recipe.name)
         self.params = self.shards.params
         self.by_loop = by_loop
@@ -91,7 +86,7 @@ class Walk:
         self._losses: list[Tensor] = []
         self._over = False
         self._newest = -1  # the index of the vector made last
-        self._on_host = all(map(scalars.reads_are_free, self.shards.devices))
+        self._sums = Sums(self.shards, len(groups))
         self._device = self.params[0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():
@@ -102,10 +97,11 @@ class Walk:
                 )
             self._local = LocalSync(settings.model, self._device)
         self._watch = FiniteWatch(
-            recipe, settings.on_nonfinite, self._device, on_host=self._on_host, at_end=self._local is not None
+            recipe, settings.on_nonfinite, self._device, on_host=self._sums.on_host, at_end=self._local is not None
         )
         self._watch.use(scale)
         self._micro_batches: list[Any] | None = None
+        self._first_square: Scalar | None = None  # ‖g0‖², where it is known
         self._on_exit = contextlib.ExitStack()
         self._grad_enabled = True
         self._begun = False
@@ -173,7 +169,25 @@ class Walk:
     @property
     def in_last_pass(self) -> bool:
         """Whether the last pass is under way."""
-        return self._begun and not self.complete and self.recipe.pass_of(self._newest + 1) == self.recipe.passes - 1
+        return self._begun and not self.complete and self._passes_left() == 1
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last pass was made."""
+        return self._newest == self.recipe.vectors - 1
+
+    def turn(self, index: int) -> Turn:
+        """The pass that begins, which is the ``index``-th."""
+        left = self._passes_left()
+        return Turn(index, index + left, 1.0 if left == 1 else self.portion.share, self.backward, self.portion)
+
+    def _passes_left(self) -> int:
+        return self.recipe.passes - self.recipe.pass_of(self._newest + 1)
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether passes see parts of the batch, as far as is known by now: the last is then the one that counts."""
+        return self.portion.share < 1.0 and self.portion.asked
 
     def begin(self) -> None:
         """Before a pass: no gradients, the same random numbers, and the parameters' versions noted.
@@ -195,8 +209,9 @@ class Walk:
         torch.clear_autocast_cache()  # where autocast is around the step, it holds the weights of the pass before
         self.shards.clear_gradients(recycle=self.recipe.passes > 1)
         if self._rng is not None:
-            self._rng.begin()
-        self._statistics.begin()
+            self._rng.begin(keep_last=self._is_cut)
+        self._statistics.begin(keep_last=self._is_cut)
+        self.portion.weight = 1.0
         self.shards.note_versions()
 
     def unscale_by(self, scale: GivenScale) -> None:
@@ -225,7 +240,8 @@ class Walk:
             self._micro_batches = list(batches)
             if not self._micro_batches:
                 raise ValueError("micro_batches() got none: the loader is at its end")
-        found = without_last_sync(self.settings.model, self._micro_batches)
+        share = 1.0 if self.in_last_pass else self.portion.share
+        found = without_last_sync(self.settings.model, self.portion.batches(self._micro_batches, share))
         self._on_exit.callback(found.close)  # its no_sync() ends with the step, however that ends
         return found
 
@@ -273,14 +289,43 @@ class Walk:
         if not self.recipe.has_product(index):
             graph.clear()
         self._take_in(index)
+        if self.portion.weight != 1.0:
+            self.coefficients.weigh(index, self.portion.weight)
+            if graph:
+                self.coefficients.weigh(index + 1, self.portion.weight)
+        if index == 0 and not self.at_end and self.settings.goes_on is not None and not self._goes_on():
+            graph.clear()
+            self._stay()
         if graph:
             self._multiply(index, graph)
 
+    def _goes_on(self) -> bool:
+        """Ask whether the gradient at θ is such that the walk is taken; waits for an accelerator."""
+        assert self.settings.goes_on is not None
+        self._first_square = self._sums.square_norm(0)
+        square = float(self._first_square) * self.portion.weight**2
+        if self._watch.scale is not None:
+            square *= float(self._watch.scale.inverse(self._device)) ** 2
+        if self._local is not None:
+            square = mean_of_all(self._local, self.shards, square, self.recipe.name)
+        else:
+            square = mean_over_processes(square, self.settings.model, self._device)
+        return self.settings.goes_on(square)
+
+    def _stay(self) -> None:
+        """The step becomes one of the base optimizer, with the gradient there is, or with that of the whole batch."""
+        self.recipe = plain(self.recipe)
+        self.plan = fold_plan(self.recipe)
+        self.coefficients = Coefficients(self.recipe, self.groups, [{} for _ in self.groups])
+        if self._is_cut:
+            self.shards.drop(0)
+            self._newest = -1
+        else:
+            self.shards.give_back(0)
+
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
         """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector."""
-        total = self._square_norm(
-            [shard.backend.square_norm(shard.leaves, shard.grads[index]) for shard in self.shards]
-        )
+        total = self._sums.square_norm(index)
         self._watch.check(total, {index}, last=False)
         second_order.multiply(self.shards, index, graph, total, keep=index in self.plan[index][1])
         self._take_in(index + 1)
@@ -296,38 +341,28 @@ class Walk:
         self.shards.take_in(index, keep=keep, where=where, mend=mend)
         self._newest = index
 
-    def _square_norm(self, squares: Sequence[Tensor]) -> Scalar:
-        """The sum of what the shards gave, over devices and processes."""
-        return scalars.square_norm(add_up_over_processes(squares, self._layouts()), self._on_host)
-
-    def _layouts(self) -> list[Layout | None]:
-        return [shard.layout for shard in self.shards]
-
     @torch.no_grad()
     def move(self) -> None:
         """From the pass just made to the next point of the walk, and fold what is no longer needed."""
         index = self._newest
+        if index < 0:  # stay at θ
+            return
         move = self.recipe.walk[index]
         assert isinstance(move, Move)
         folds, live = self.plan[index]
         eta = [float(h[self.recipe.adaptive]) for h in self.hyper] if self.recipe.adaptive else None
         minus = move.minus
-        shards = list(self.shards)
-        total = self._square_norm(
-            [
-                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-                for s in shards
-            ]
-        )
+        known = self._first_square if move.along == 0 and minus is None and eta is None else None
+        total = self._sums.square_length(move, eta) if known is None else known
         self._watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
-        sign = [1.0] * len(self.groups) if self.recipe.is_product(move.along) else self.sign
+        sign = [1.0] * len(self.groups) if self.recipe.is_product(move.along) else self.coefficients.sign
         radius = [s * float(h[move.radius]) for s, h in zip(sign, self.hyper, strict=True)]
-        for shard in shards:
+        for shard in self.shards:
             if not shard.leaves.saved:
                 shard.leaves.backup = self.shards.allocate_backup(shard)
             into = []
             for fold in folds:
-                part = self.c if fold.part == "u" else self.d
+                part = self.coefficients.part(fold.part)
                 into.append(
                     FoldInto(shard.grads[fold.into], shard.grads[fold.other], part[fold.into], part[fold.other])
                 )
@@ -344,7 +379,7 @@ class Walk:
             for k in set(shard.grads) - set(live):
                 del shard.grads[k]
         for fold in folds:
-            (self.c if fold.part == "u" else self.d)[fold.into] = [1.0] * len(self.groups)
+            self.coefficients.folded(fold)
 
     @torch.no_grad()
     def finish(self, update: Finish) -> None:
@@ -353,13 +388,14 @@ class Walk:
         gradients = [*(self.plan[-1][1] if self.plan else ()), last]
         self._unscale(gradients)
         projected = bool(self.recipe.m)
-        c = [self.c[k] for k in gradients]
-        d = [self.d[k] for k in gradients]
+        c = [self.coefficients.u[k] for k in gradients]
+        d = [self.coefficients.m[k] for k in gradients]
+        gammas = self.coefficients.gamma
         q: list[list[float]] | None = None
         limit = self.settings.clip_grad_norm
         products: Products | None = None
         if projected or limit is not None or self._watch.looks:
-            products = self._inner_products(
+            products = self._sums.inner_products(
                 [
                     (
                         Direction([shard.grads[k] for k in gradients], list(c)),
@@ -371,20 +407,22 @@ class Walk:
             self._watch.check(products, set(gradients), last=True)
         if projected:
             # u − γ (m − κ u) = Σ (c − γ d) X + κ Σ γ c X
-            q = [[gamma * x for gamma, x in zip(self.gamma, row, strict=True)] for row in c]
+            q = [[gamma * x for gamma, x in zip(gammas, row, strict=True)] for row in c]
             c = [
-                [x - gamma * y for gamma, x, y in zip(self.gamma, cs, ds, strict=True)]
-                for cs, ds in zip(c, d, strict=True)
+                [x - gamma * y for gamma, x, y in zip(gammas, cs, ds, strict=True)] for cs, ds in zip(c, d, strict=True)
             ]
         if self._local is not None:
-            self._agree()
+            agree(self._local, self.shards, self._watch, self.recipe.name)
             limit = None  # what is clipped is the mean
         directions = []
         for shard in self.shards:
             terms = [shard.grads[k] for k in gradients]
             seen = None if products is None else scalars.products_on(products, shard.leaves.params[0].device)
-            directions.append((shard, Direction(terms, c, q, seen, self.gamma, limit)))
-        update(directions if self._local is None else self._averaged(directions))
+            directions.append((shard, Direction(terms, c, q, seen, gammas, limit)))
+        if self._local is not None:
+            ceiling = self.settings.clip_grad_norm
+            directions = averaged(self._local, self.shards, self._sums, directions, gammas, ceiling)
+        update(directions)
         self.finished = True
         if self._watch.scale is not None:
             self._watch.scale.report(True, self._device)
@@ -399,38 +437,3 @@ class Walk:
             inverse = self._watch.scale.inverse(shard.leaves.params[0].device)
             for k in gradients:
                 torch._foreach_mul_(list(shard.grads[k]), inverse)
-
-    def _inner_products(self, combinations: Sequence[tuple[Direction, Direction | None]]) -> Products:
-        """The products of one pair of combinations a shard, over devices and processes."""
-        tables = [
-            shard.backend.inner_products(shard.leaves, u, m, len(self.groups))
-            for shard, (u, m) in zip(self.shards, combinations, strict=True)
-        ]
-        return scalars.inner_products(add_up_over_processes(tables, self._layouts()), self._on_host)
-
-    def _agree(self) -> None:
-        """With the other processes of a local step: all take it or none does, with the same parameters."""
-        assert self._local is not None
-        present = self.shards.present()
-        found = self._local.agree(present, nonfinite=not self._watch.is_finite())
-        if found.failed:
-            raise RuntimeError(
-                f"this step of {self.recipe.name} was left by an exception on rank {listed(found.failed)}; it is "
-                "undone on all ranks"
-            )
-        if found.nonfinite:
-            self._watch.refuse(f"a pass of {self.recipe.name} on rank {listed(found.nonfinite)}")
-        newcomers = [i for i, anywhere in enumerate(found.present) if anywhere and not present[i]]
-        if newcomers:
-            self.shards.activate(newcomers)
-
-    def _averaged(self, directions: Sequence[tuple[Shard, Direction]]) -> list[tuple[Shard, Direction]]:
-        """The mean of the directions over the processes of a local step, clipped."""
-        assert self._local is not None
-        limit = self.settings.clip_grad_norm
-        ones = [[1.0] * len(self.groups)]
-        made = [(shard, materialise(shard, direction)) for shard, direction in directions]
-        of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
-        self._local.average([of[param] for param in self.params if param in of])
-        products = None if limit is None else self._inner_products([(Direction([xs], ones), None) for _, xs in made])
-        return [(shard, Direction([xs], ones, None, products, self.gamma, limit)) for shard, xs in made]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
-    {"_version", "_torch_version", "recipes", "ownership"},
+    {"_version", "_torch_version", "recipes", "ownership", "rows", "active"},
     {"kernels.table"},
     {"kernels.elements", "kernels.formulas"},
     {"kernels.combine"},
@@ -31,10 +31,11 @@ LAYERS = [
     {"backends.native", "backends.triton"},
     {"backends"},
     {"rng", "batchnorm", "hvp", "amp", "distributed"},
-    {"scalars", "turn", "sharded"},
+    {"scalars", "turn", "sharded", "coefficients"},
     {"finite"},
     {"participants"},
-    {"updates", "second_order"},
+    {"updates", "second_order", "sums"},
+    {"local_step"},
     {"walk"},
     {"stepping"},
     {"bases"},

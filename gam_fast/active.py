@@ -1,0 +1,245 @@
+"""Which steps take the whole recipe, and which are plain steps of the base optimizer.
+
+Every decision follows from the number of steps taken and, for :class:`WhenSteep`, from a running mean and variance:
+these are in ``param_groups`` (``flat_steps``, ``flat_mean``, ``flat_variance``), and so in every ``state_dict``. A step
+that was undone counts for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypeAlias
+
+STEPS = "flat_steps"
+"""The key in ``param_groups`` of the number of steps taken, where steps differ."""
+
+LOOKS, MEAN, VARIANCE = "flat_looks", "flat_mean", "flat_variance"
+"""The keys of how often :class:`WhenSteep` has looked at ‖g0‖², and of its running mean and variance."""
+
+
+class Activity:
+    """A rule for which steps take the whole recipe. Write one of your own by :meth:`before`."""
+
+    def before(self, step: int) -> bool:
+        """Whether step ``step``, counted from 0, may take the whole recipe: a function of that number alone."""
+        return True
+
+
+@dataclass(frozen=True)
+class Between(Activity):
+    """From step ``start`` until before step ``stop``.
+
+    Args:
+        start: a step, counted from 0, or (a float) a fraction of the run.
+        stop: the same; ``None`` for the end of the run.
+        total_steps: steps of the run, which fractions need.
+
+    Raises:
+        ValueError: negative, a fraction above 1, a fraction without ``total_steps``, or ``stop`` before ``start``.
+        TypeError: no number.
+
+    >>> second_half = Between(0.5, total_steps=10)
+    >>> [second_half.before(step) for step in (4, 5, 9)]
+    [False, True, True]
+    """
+
+    start: float = 0
+    stop: float | None = None
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.total_steps is not None and (not isinstance(self.total_steps, int) or self.total_steps < 1):
+            raise ValueError(f"total_steps must be a positive integer or None, got {self.total_steps!r}")
+        first, last = self._step("start", self.start), math.inf if self.stop is None else self._step("stop", self.stop)
+        if last < first:
+            raise ValueError(f"stop must not come before start, got start={self.start!r}, stop={self.stop!r}")
+
+    def _step(self, name: str, value: float) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a step (an integer) or a fraction of the run (a float), got {value!r}")
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+            return value
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} as a fraction of the run must be from 0.0 to 1.0, got {value!r}")
+        if self.total_steps is None:
+            raise ValueError(f"{name}={value!r} is a fraction of the run: give total_steps=, or {name} as an integer")
+        return round(value * self.total_steps)
+
+    def before(self, step: int) -> bool:
+        """Whether the step is in the range."""
+        return step >= self._step("start", self.start) and (self.stop is None or step < self._step("stop", self.stop))
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Sometimes(Activity):
+    """Each step with a probability, by random numbers of its own: those of a step depend on seed and step alone.
+
+    Args:
+        probability: from 0 to 1.
+        seed: not negative; the same on all ranks, as steps have to agree on their passes.
+
+    Raises:
+        ValueError: out of range.
+        TypeError: no number.
+
+    >>> rule = Sometimes(0.5, seed=1)
+    >>> sum(rule.before(step) for step in range(1000))
+    509
+    """
+
+    probability: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_number("probability", self.probability)
+        if not 0.0 <= self.probability <= 1.0:
+            raise ValueError(f"probability must be from 0 to 1, got {self.probability!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer that is not negative, got {self.seed!r}")
+
+    def before(self, step: int) -> bool:
+        """Whether the number drawn for the step is below the probability."""
+        return random.Random((self.seed << 64) | step).random() < self.probability
+
+
+@dataclass(frozen=True)
+class WhenSteep(Activity):
+    r"""Where the gradient at θ is large for what it has been: :math:`‖g_0‖² ≥ μ + c\,σ`.
+
+    .. math:: μ ← δ μ + (1−δ) ‖g_0‖², \qquad σ² ← δ σ² + (1−δ) (‖g_0‖² − μ)²
+
+    at every step that other rules allow, from the first gradient on (μ is its square, and σ is 0: the first such step
+    takes the whole recipe). Where the answer is no, the step is one of the base optimizer along :math:`g_0`; if that
+    was of a share of the batch, another pass gets the gradient of all of it. The loop over ``passes()`` ends by itself.
+
+    Needs the gradient's norm on the host: on an accelerator the first pass is waited for, so a CUDA graph cannot
+    capture such a step. Processes of data parallelism decide by the mean of their ‖g0‖².
+
+    Source: Jiang, Yang, Zhang, Kwok, *An Adaptive Policy to Employ Sharpness-Aware Minimization*, ICLR 2023, arXiv
+    2304.14647, where c goes from 1 to −1 in the course of the run; here it stays.
+
+    Args:
+        deviations: c; about half of the steps at 0, fewer above.
+        decay: δ, from 0 and below 1.
+
+    Raises:
+        ValueError, TypeError: out of range, or no numbers.
+
+    >>> WhenSteep(deviations=1.0).look(9.0, 1, 4.0, 0.0)     # μ 4.5, σ² .1·4.5²; 9 ≥ 4.5 + 1.42
+    (True, 4.5, 2.02...)
+    """
+
+    deviations: float = 0.0
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name, value in (("deviations", self.deviations), ("decay", self.decay)):
+            _check_number(name, value)
+        if not math.isfinite(self.deviations):
+            raise ValueError(f"deviations must be finite, got {self.deviations!r}")
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"decay must be at least 0 and below 1, got {self.decay!r}")
+
+    def look(self, square: float, looks: int, mean: float, variance: float) -> tuple[bool, float, float]:
+        """Whether ``square``, which is ‖g0‖², is large, and the new mean and variance, after ``looks`` others."""
+        if looks == 0:
+            return True, square, 0.0
+        mean = self.decay * mean + (1.0 - self.decay) * square
+        variance = self.decay * variance + (1.0 - self.decay) * (square - mean) ** 2
+        return square >= mean + self.deviations * math.sqrt(variance), mean, variance
+
+
+@dataclass(frozen=True)
+class _Called(Activity):
+    """A function of the number of the step."""
+
+    function: Callable[[int], Any]
+
+    def before(self, step: int) -> bool:
+        return bool(self.function(step))
+
+
+Rule: TypeAlias = "Activity | Callable[[int], Any]"
+Rules: TypeAlias = "Rule | list[Rule] | tuple[Rule, ...] | None"
+"""What ``active=`` may be: one rule or several, all of which must agree; a function stands for a rule."""
+
+
+class Agenda:
+    """What an optimizer does with ``interval=`` and ``active=``.
+
+    Args:
+        interval: the whole recipe at every ``interval``-th step; infinite for never.
+        active: the rules.
+
+    Attributes:
+        trigger: the rule that needs a gradient, if there is one.
+
+    Raises:
+        ValueError: an interval below 1, two rules that need a gradient.
+        TypeError: no integer, no rule.
+
+    >>> agenda = Agenda(interval=3, active=Between(4))
+    >>> [step for step in range(10) if agenda.wants(step)]
+    [5, 8]
+    """
+
+    def __init__(self, interval: float = 1, active: Rules = None) -> None:
+        if isinstance(interval, bool) or not (isinstance(interval, int) or interval == math.inf):
+            raise TypeError(f"interval must be an integer, or math.inf for never, got {interval!r}")
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, got {interval!r}")
+        self.interval = interval
+        self.active = active
+        self._rules = _rules(active)
+        triggers = [rule for rule in self._rules if isinstance(rule, WhenSteep)]
+        if len(triggers) > 1:
+            raise ValueError(f"active must have one WhenSteep at most, got {len(triggers)}")
+        self.trigger = triggers[0] if triggers else None
+
+    @property
+    def fields(self) -> dict[str, float]:
+        """What it keeps in each parameter group, as it is before the first step."""
+        fields: dict[str, float] = {} if self.interval == 1 and not self._rules else {STEPS: 0}
+        return fields if self.trigger is None else {**fields, LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
+
+    def wants(self, step: int) -> bool:
+        """Whether a step, counted from 0, takes the whole recipe, as far as is known before its first gradient."""
+        if self.interval != 1 and (step + 1) % self.interval != 0:
+            return False
+        return all(rule.before(step) for rule in self._rules)
+
+    def look(self, square: float, group: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
+        """What the trigger says to ‖g0‖², and what is to be kept of that when the step was taken."""
+        assert self.trigger is not None
+        if not math.isfinite(square):  # the step will see to it
+            return True, {}
+        looks = int(group[LOOKS])
+        found, mean, variance = self.trigger.look(square, looks, float(group[MEAN]), float(group[VARIANCE]))
+        return found, {LOOKS: looks + 1, MEAN: mean, VARIANCE: variance}
+
+
+def _rules(active: Rules) -> list[Activity]:
+    if active is None:
+        return []
+    if isinstance(active, Activity):
+        return [active]
+    if callable(active):
+        if isinstance(active, type):
+            raise TypeError(f"active must be a rule, got the class {active.__name__}: construct it")
+        return [_Called(active)]
+    if not isinstance(active, list | tuple):
+        raise TypeError(
+            f"active must be a rule of gam_fast.active, a function of the step, or a list of these, got {active!r}"
+        )
+    return [rule for entry in active for rule in _rules(entry)]

@@ -1,0 +1,63 @@
+"""The end of a step whose passes stayed on each process: agreement, and the mean of the directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .backends.base import Direction
+from .distributed import Agreement, LocalSync
+from .finite import FiniteWatch, listed
+from .participants import Participants, Shard, materialise
+from .sums import Sums
+
+
+def agree(local: LocalSync, shards: Participants, watch: FiniteWatch, recipe: str) -> None:
+    """With the other processes: all take the step or none does, with the same parameters.
+
+    Raises:
+        RuntimeError: another process has left the step by an exception.
+        NonFiniteGradientError, SkipStep: another has found a gradient not finite.
+    """
+    present = shards.present()
+    found = local.agree(present, nonfinite=not watch.is_finite())
+    _check_all_there(found, recipe)
+    if found.nonfinite:
+        watch.refuse(f"a pass of {recipe} on rank {listed(found.nonfinite)}")
+    newcomers = [i for i, anywhere in enumerate(found.present) if anywhere and not present[i]]
+    if newcomers:
+        shards.activate(newcomers)
+
+
+def mean_of_all(local: LocalSync, shards: Participants, value: float, recipe: str) -> float:
+    """The mean of a number that is not negative over the processes, in the course of a step.
+
+    Raises:
+        RuntimeError: another process has left the step by an exception.
+    """
+    found = local.exchange(value, len(shards.params))
+    _check_all_there(found, recipe)
+    return sum(found.values) / len(found.values)
+
+
+def _check_all_there(found: Agreement, recipe: str) -> None:
+    if found.failed:
+        raise RuntimeError(
+            f"this step of {recipe} was left by an exception on rank {listed(found.failed)}; it is undone on all ranks"
+        )
+
+
+def averaged(
+    local: LocalSync,
+    shards: Participants,
+    sums: Sums,
+    directions: Sequence[tuple[Shard, Direction]],
+    gamma: list[float],
+    limit: float | None,
+) -> list[tuple[Shard, Direction]]:
+    """The mean of the directions over the processes, of a norm of at most ``limit``."""
+    ones = [[1.0] * len(gamma)]
+    made = [(shard, materialise(shard, direction)) for shard, direction in directions]
+    of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
+    local.average([of[param] for param in shards.params if param in of])
+    products = None if limit is None else sums.inner_products([(Direction([xs], ones), None) for _, xs in made])
+    return [(shard, Direction([xs], ones, None, products, gamma, limit)) for shard, xs in made]

@@ -1,0 +1,57 @@
+"""The sums of a step: over the leaves of a device by its backend, over devices, and over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import scalars
+from .backends.base import Direction, Products, Scalar
+from .participants import Participants
+from .recipes import Move
+from .sharded import add_up_over_processes
+
+
+class Sums:
+    """Norms and inner products over all parameters that take part, whatever they are spread over.
+
+    Args:
+        shards: those parameters.
+        groups: how many parameter groups there are.
+
+    Attributes:
+        on_host: whether a sum is a plain number, because reading it waits for nothing.
+    """
+
+    def __init__(self, shards: Participants, groups: int) -> None:
+        self.on_host = all(map(scalars.reads_are_free, shards.devices))
+        self._shards = shards
+        self._groups = groups
+
+    def square_norm(self, vector: int) -> Scalar:
+        """‖g‖² of a vector that is held."""
+        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._shards])
+
+    def square_length(self, move: Move, eta: list[float] | None) -> Scalar:
+        """The square of the norm that a move is divided by."""
+        minus = move.minus
+        return self._add_up(
+            [
+                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
+                for s in self._shards
+            ]
+        )
+
+    def inner_products(self, combinations: Sequence[tuple[Direction, Direction | None]]) -> Products:
+        """The products of one pair of combinations a shard."""
+        tables = [
+            shard.backend.inner_products(shard.leaves, u, m, self._groups)
+            for shard, (u, m) in zip(self._shards, combinations, strict=True)
+        ]
+        layouts = [shard.layout for shard in self._shards]
+        return scalars.inner_products(add_up_over_processes(tables, layouts), self.on_host)
+
+    def _add_up(self, squares: Sequence[Tensor]) -> Scalar:
+        layouts = [shard.layout for shard in self._shards]
+        return scalars.square_norm(add_up_over_processes(squares, layouts), self.on_host)
