@@ -290,9 +290,9 @@ class Stepper(torch.optim.Optimizer):
                     self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
                     raise
         finally:
-            if walk.finished:
-                self._count(self._progress.seen)
-            if self._progress.walk is walk:
+            if self._progress.walk is walk:  # once, though a loop is closed by step(), too
+                if walk.finished:
+                    self._count(self._progress.seen)
                 self._progress.walk = self._progress.turn = None
                 left = self._first_gradient()
                 if left is not None:
