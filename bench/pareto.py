@@ -30,7 +30,7 @@ SEEDS = "0,1,2,3,4,5"
 ENOUGH = 5
 """Seeds of a run that is checked."""
 
-QUICK = 200
+QUICK = 100
 """Examples of a quick run."""
 
 
@@ -51,6 +51,8 @@ def measure(task: Task, contenders: list[Contender], seeds: list[int]) -> tuple[
         "epochs": task.epochs,
         "batch": task.batch,
         "radius": task.radius,
+        "measured": min(task.measured, len(task.data.train_y)),
+        "note": task.note,
         "chosen_on": task.chosen_on,
         "gradient_ms": [{"share": share, "ms": ms} for share, ms in timed.items()],
         "rows": rows(runs, contenders, settings, timed),

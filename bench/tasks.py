@@ -49,7 +49,9 @@ class Task:
         methods: hyper-parameters of SAM and GAM.
         alphas: GAM's α where the ascent sees a share of the batch; other shares have that of ``methods``.
         radius: ρ of R1.
+        measured: examples of the training set on which λmax and R1 are measured, which takes longer than training.
         chosen_on: seeds on which the settings were chosen.
+        note: what else is to be known.
     """
 
     name: str
@@ -63,7 +65,9 @@ class Task:
     methods: Mapping[str, Mapping[str, float]]
     alphas: Mapping[float, float] = field(default_factory=dict)
     radius: float = 0.1
+    measured: int = 1000
     chosen_on: tuple[int, ...] = ()
+    note: str = ""
 
     @staticmethod
     def loss(output: Tensor, y: Tensor) -> Tensor:
@@ -78,8 +82,8 @@ class Task:
         return found
 
     def quick(self, examples: int) -> Task:
-        """One epoch on a few examples."""
-        return replace(self, data=self.data.head(examples), epochs=1)
+        """One epoch of four steps, on a few examples."""
+        return replace(self, data=self.data.head(examples), epochs=1, batch=examples // 4)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
@@ -88,8 +92,9 @@ class Task:
         return 100.0 * float(right.float().mean())
 
     def training_loss(self, model: nn.Module) -> flatness.Loss:
-        """Of the whole training set, what is measured of a minimum."""
-        return flatness.Loss(model, nn.CrossEntropyLoss(), [(self.data.train_x, self.data.train_y)])
+        """Of the training set, or of its first ``measured`` examples: what is measured of a minimum."""
+        data = self.data.head(self.measured)
+        return flatness.Loss(model, nn.CrossEntropyLoss(), [(data.train_x, data.train_y)])
 
 
 def digits(wrong_labels: bool = True) -> Task:
@@ -135,7 +140,7 @@ def clean() -> Task:
     return digits(wrong_labels=False)
 
 
-TRAIN_NAMES = 3000
+TRAIN_NAMES = 2000
 
 
 def names() -> Task:
@@ -154,10 +159,18 @@ def names() -> Task:
         data=Data(x[:TRAIN_NAMES], y[:TRAIN_NAMES], x[TRAIN_NAMES:], y[TRAIN_NAMES:]),
         build=_reader,
         base=torch.optim.AdamW,
-        hyper={"lr": 5e-3, "weight_decay": 0.01},
-        epochs=12,
+        hyper={"lr": 4e-3, "weight_decay": 0.01},
+        epochs=24,
         batch=100,
-        methods={"SAM": {"rho": 0.1}, "GAM": {"rho": 0.1, "rho_prime": 0.05, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}},
+        measured=500,
+        note=(
+            "The number of epochs is one at which the base fits its training set too well; alone, it is better after "
+            "half as many (74.8 % against 73.6 % on seeds 10, 11, 12)"
+        ),
+        methods={
+            "SAM": {"rho": 0.02},
+            "GAM": {"rho": 0.05, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03},
+        },
         chosen_on=(10, 11, 12),
     )
 
