@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test interpret lint bench figures sanitize sass ptx aot gpu setup-demo setup-test setup-lint clean
+.PHONY: help demo test interpret lint bench figures pareto sanitize sass ptx aot gpu setup-demo setup-test setup-lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -105,6 +105,9 @@ figures: setup-test  ## the README's figures of speed, measured anew on this mac
 	$(PY) -m bench.throughput --json bench/results/throughput_cpu.json --png docs/throughput.png
 	$(PY) -m bench.growth --json bench/results/growth_cpu.json --png docs/growth.png
 	$(PY) -m bench.readme
+
+pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (half an hour)
+	$(PY) -m bench.pareto --json bench/results/pareto_cpu.json --png docs/pareto.png --markdown docs/results/pareto.md $(ARGS)
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.
 SANITIZED_TESTS ?= test_backends.py test_native.py test_cuda.py test_properties.py

@@ -164,7 +164,10 @@ def main(argv: list[str] | None = None) -> int:
         given.markdown.write_text(pareto_page.page(figures), encoding="utf-8")
     if not given.check:
         return 0
-    criteria = check(next(task["rows"] for task in figures["tasks"] if task["name"] == "digits"))
+    try:
+        criteria = check(next((task["rows"] for task in figures["tasks"] if task["name"] == "digits"), []))
+    except KeyError as error:
+        parser().error(f"--check: {given.read} has no {error} on the digits")
     for criterion in criteria:
         print(f"{'met   ' if criterion.is_met else 'MISSED'}  {criterion.claim}: {criterion.found}")
     return int(not all(criterion.is_met for criterion in criteria))

@@ -149,8 +149,8 @@ def _shared(task: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, task["chosen_on"]))
     return (
         f"{task['epochs']} epochs, batches of {task['batch']}, {task['base']} with {hyper}, cosine schedule. λmax and "
-        f"R1 (within ρ = {task['radius']:g}) are those of the loss of {task['measured']:,} examples of the training set. "
-        f"Settings were chosen on seeds {seeds}." + (f" {task['note']}." if task["note"] else "")
+        f"R1 (within ρ = {task['radius']:g}) are those of the loss of {task['measured']:,} examples of the training "
+        f"set. Settings were chosen on seeds {seeds}." + (f" {task['note']}." if task["note"] else "")
     )
 
 
