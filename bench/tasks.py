@@ -125,7 +125,7 @@ def digits(wrong_labels: bool = True) -> Task:
         epochs=setting.epochs,
         batch=setting.batch_size,
         methods={method.name: method.hyper for method in demo.METHODS if method.name in ("SAM", "GAM")},
-        alphas={0.15: 0.15, 0.1: 0.0},
+        alphas={0.15: 0.15, 0.1: 0.15},
         radius=setting.radius,
         chosen_on=(10, 11, 12, 13, 14, 15),
     )
