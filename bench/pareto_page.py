@@ -116,6 +116,8 @@ def page(figures: dict[str, Any]) -> str:
         "",
         "![Accuracy, λmax and R1 against gradients and time](../pareto.png)",
         "",
+        "Error bars are standard deviations; those that no other beats at that cost are ringed and joined.",
+        "",
     ]
     for task in figures["tasks"]:
         lines += [f"## {task['name']}", "", task["about"] + ".", "", _shared(task), "", found(task).markdown(), ""]

@@ -112,11 +112,13 @@ def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[s
             alpha=0.35 + 0.65 * row["share"] ** 0.5,
             marker=MARKERS.get(row["interval"], "D"),
             markersize=7,
-            markeredgecolor="black" if name in best else "none",
+            markeredgecolor="none",
             capsize=2,
             linestyle="none",
             label=name,
         )
+        if name in best:
+            axis.plot(*places[name], marker="o", markersize=11, markerfacecolor="none", color="#555", linewidth=1)
         axis.annotate(_short(row), places[name], xytext=(5, 4), textcoords="offset points", fontsize=7, color="#444")
     if key != "accuracy":
         axis.set_yscale("log")

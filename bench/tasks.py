@@ -159,7 +159,7 @@ def names() -> Task:
         data=Data(x[:TRAIN_NAMES], y[:TRAIN_NAMES], x[TRAIN_NAMES:], y[TRAIN_NAMES:]),
         build=_reader,
         base=torch.optim.AdamW,
-        hyper={"lr": 4e-3, "weight_decay": 0.01},
+        hyper={"lr": 4e-3, "weight_decay": 1.0},
         epochs=24,
         batch=100,
         measured=500,
