@@ -141,9 +141,9 @@ class LocalSync:
                 distributed.broadcast(flat, source, group=self._group)
                 _scatter(flat, parts)
 
-    def agree(self, present: Sequence[bool], *, nonfinite: bool = False) -> Agreement:
+    def agree(self, present: Sequence[bool], *, nonfinite: bool = False, value: float = 0.0) -> Agreement:
         """All processes learn what each has to say; each calls this once a step, or :meth:`give_up`."""
-        return self._tell(present, nonfinite=nonfinite)
+        return self._tell(present, nonfinite=nonfinite, value=value)
 
     def exchange(self, value: float, count: int) -> Agreement:
         """In the course of a step: a number that is not negative, of each process; one that has given up has none.

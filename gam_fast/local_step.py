@@ -11,21 +11,26 @@ from .participants import Participants, Shard, materialise
 from .sums import Sums
 
 
-def agree(local: LocalSync, shards: Participants, watch: FiniteWatch, recipe: str) -> None:
+def agree(
+    local: LocalSync, shards: Participants, watch: FiniteWatch, recipe: str, change: float | None
+) -> float | None:
     """With the other processes: all take the step or none does, with the same parameters.
+
+    Returns the mean of ``change`` over the processes; ``None`` where there is none.
 
     Raises:
         RuntimeError: another process has left the step by an exception.
         NonFiniteGradientError, SkipStep: another has found a gradient not finite.
     """
     present = shards.present()
-    found = local.agree(present, nonfinite=not watch.is_finite())
+    found = local.agree(present, nonfinite=not watch.is_finite(), value=change or 0.0)
     _check_all_there(found, recipe)
     if found.nonfinite:
         watch.refuse(f"a pass of {recipe} on rank {listed(found.nonfinite)}")
     newcomers = [i for i, anywhere in enumerate(found.present) if anywhere and not present[i]]
     if newcomers:
         shards.activate(newcomers)
+    return None if change is None else _mean(found)
 
 
 def mean_of_all(local: LocalSync, shards: Participants, value: float, recipe: str) -> float:
@@ -36,6 +41,10 @@ def mean_of_all(local: LocalSync, shards: Participants, value: float, recipe: st
     """
     found = local.exchange(value, len(shards.params))
     _check_all_there(found, recipe)
+    return _mean(found)
+
+
+def _mean(found: Agreement) -> float:
     return sum(found.values) / len(found.values)
 
 

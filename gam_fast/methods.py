@@ -159,7 +159,10 @@ class GAM(FlatOptimizer):
 
     Args:
         rho: ρ, outer radius: how far along the gradient of the gradient norm.
-        rho_prime: ρ', radius of the finite differences that stand for Hessian-vector products.
+        rho_prime: ρ', radius of the finite differences that stand for Hessian-vector products; or ``"auto"`` for the
+            one at which the difference is most exact (:mod:`gam_fast.radius`), and ``"auto:bfloat16"`` where gradients
+            are computed in that type by autocast. As g1 and g3 are taken at its end, it is also how strongly the
+            gradient norm is penalised: what is most exact is mostly small, and flattens less.
         alpha: α, or a pair ``(weight of g1, weight of g3)``.
         beta: β, or a pair ``(weight of g0, weight of g2)``; ``(1.0, 1 - β)`` reproduces the authors' released code.
         gamma: γ, weight of the part of h₋ orthogonal to h₊.
@@ -182,7 +185,7 @@ class GAM(FlatOptimizer):
         base_optimizer: Any = torch.optim.SGD,
         *,
         rho: float = 0.2,
-        rho_prime: float = 0.02,
+        rho_prime: float | str = 0.02,
         alpha: Coefficients = 0.6,
         beta: Coefficients = 0.5,
         gamma: float = 0.03,
@@ -305,7 +308,7 @@ class FAD(FlatOptimizer):
 
     Args:
         rho: ρ, outer radius.
-        rho_prime: ρ', radius of the finite differences.
+        rho_prime: ρ', radius of the finite differences; or ``"auto"``, as in :class:`GAM`.
         alpha: α, share of zeroth-order flatness against first-order flatness.
         lam: λ, weight of both.
 
@@ -325,7 +328,7 @@ class FAD(FlatOptimizer):
         base_optimizer: Any = torch.optim.SGD,
         *,
         rho: float = 0.05,
-        rho_prime: float = 0.05,
+        rho_prime: float | str = 0.05,
         alpha: float = 0.5,
         lam: float = 0.5,
         **options: Any,

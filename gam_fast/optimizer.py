@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from . import radius
 from .active import Agenda, Rules
 from .backends import Backend, select
 from .bases import build_base
@@ -101,6 +102,7 @@ class FlatOptimizer(Stepper):
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
         for name, value in own.items():
             self.recipe.check(name, value)
+            radius.is_auto(value)
         self.base = build_base(params, base_optimizer, hyper)
         prefix = self.recipe.name.lower()
         self._keys = {name: f"{prefix}_{name}" if name in self.base.defaults else name for name in own}
@@ -226,6 +228,11 @@ class FlatOptimizer(Stepper):
         self._refuse_nesting("setting active")
         self._set_agenda(Agenda(self._agenda.interval, active))
 
+    @property
+    def decides_in_first_pass(self) -> bool:
+        """Whether a rule looks at the first gradient: what :attr:`Turn.last` says in the first pass is not final."""
+        return self._agenda.trigger is not None
+
     def _set_agenda(self, agenda: Agenda) -> None:
         self._agenda = agenda
         for group in self.param_groups:
@@ -278,7 +285,7 @@ class FlatOptimizer(Stepper):
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        ours = (*self._own_defaults, *self._agenda.fields)
+        ours = (*self._own_defaults, *self._agenda.fields, radius.LENGTH, radius.NORM)
         kept = [{key: group[key] for key in ours if key in group} for group in self.param_groups]
         kept += [{}] * (len(state_dict["param_groups"]) - len(kept))
         groups = [{**own, **saved} for own, saved in zip(kept, state_dict["param_groups"], strict=False)]
@@ -338,6 +345,7 @@ class FlatOptimizer(Stepper):
         for name, key in self._keys.items():
             if key in group:
                 self.recipe.check(name, group[key])
+                radius.is_auto(group[key])
 
     def _complete_group(self, group: dict[str, Any]) -> None:
         for key, value in self._own_defaults.items():

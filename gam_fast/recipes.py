@@ -99,6 +99,8 @@ class Recipe:
         m: the coefficient ``d_i`` of each vector, or an empty tuple where the method has no second combination.
         gamma: name of the hyper-parameter γ, needed with ``m``.
         adaptive: name of the hyper-parameter η of the elementwise radius (see :class:`Move`), or ``None``.
+        difference: name of the radius that the first move has for the sake of the difference of the gradients at its
+            two ends, or ``None``; it may be automatic (:mod:`gam_fast.radius`).
 
     Raises:
         ValueError: when the table contradicts itself (a move along a gradient not yet taken, a coefficient missing).
@@ -115,6 +117,7 @@ class Recipe:
     m: tuple[Coefficient, ...] = ()
     gamma: str | None = None
     adaptive: str | None = None
+    difference: str | None = None
 
     def __post_init__(self) -> None:
         n = self.vectors
@@ -129,6 +132,8 @@ class Recipe:
                 continue
             if not (0 <= move.along <= i and (move.minus is None or 0 <= move.minus <= i)):
                 raise ValueError(f"recipe {self.name}: move {i} goes along a gradient that is not taken yet: {move}")
+        if self.difference and (len(self.moves) < 2 or self.moves[0].radius != self.difference):
+            raise ValueError(f"recipe {self.name}: the first move does not have the radius {self.difference!r}")
         names = {move.radius for move in self.moves} | {name for name in (self.gamma, self.adaptive) if name}
         if not names <= set(self.defaults):
             raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
@@ -181,6 +186,8 @@ class Recipe:
 
     def check(self, name: str, value: Any) -> None:
         """Raise ``ValueError`` or ``TypeError``, naming the value, unless it can be hyper-parameter ``name``."""
+        if name == self.difference and isinstance(value, str):
+            return  # what words there are is the business of gam_fast.radius
         pairs = {x.name for x in (*self.u, *self.m) if isinstance(x, Share)}
         if name in pairs and isinstance(value, tuple | list):
             if len(value) != 2 or not all(_is_finite(v) for v in value):
@@ -295,6 +302,7 @@ GAM = Recipe(
     "Generalization, CVPR 2023, arXiv 2303.03108, Algorithm 2",
     defaults={"rho": 0.2, "rho_prime": 0.02, "alpha": 0.6, "beta": 0.5, "gamma": 0.03},
     walk=_gam_walk("rho", "rho_prime"),
+    difference="rho_prime",
     u=(None, Share("alpha", 0), None, Share("alpha", 1)),
     m=(Share("beta", 0), None, Share("beta", 1), None),
     gamma="gamma",
@@ -314,6 +322,7 @@ FAD = Recipe(
     "arXiv 2307.11108",
     defaults={"rho": 0.05, "rho_prime": 0.05, "alpha": 0.5, "lam": 0.5},
     walk=_gam_walk("rho", "rho_prime"),
+    difference="rho_prime",
     u=(_one_minus_product, _product, _minus_rest_product, _rest_product),
 )
 

@@ -7,6 +7,7 @@ The value of each parameter group at construction is where its schedule starts.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from .optimizer import FlatOptimizer
@@ -25,7 +26,7 @@ class RadiusSchedule:
 
     Raises:
         TypeError: the optimizer is not one of gam_fast.
-        ValueError: its recipe has no such hyper-parameter.
+        ValueError: its recipe has no such hyper-parameter, or it is not a number (an automatic radius, a pair).
     """
 
     def __init__(self, optimizer: FlatOptimizer, name: str = "rho") -> None:
@@ -35,6 +36,9 @@ class RadiusSchedule:
         self.name = name
         self.count = 0
         self._key = optimizer.key(name)
+        for value in (group[self._key] for group in optimizer.param_groups):
+            if not isinstance(value, Real):
+                raise ValueError(f"{name} is {value!r}, and only a number has a schedule")
         self.initial = [float(group[self._key]) for group in optimizer.param_groups]
         self._apply()
 

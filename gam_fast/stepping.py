@@ -9,21 +9,23 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from . import radius
 from .active import STEPS, Agenda
 from .amp import GivenScale, LossScale
 from .backends import Backend
 from .finite import SkipStep
 from .recipes import BASE, Recipe, plain
+from .settings import Settings
 from .turn import Turn
 from .updates import apply, only_makes_state
-from .walk import Settings, Walk
+from .walk import Walk
 
 
 @dataclass(eq=False)
@@ -36,8 +38,10 @@ class Progress:
     stepped: bool = False
     """Whether there was a step before, and it came to an end."""
     warned_of_share: bool = False
-    seen: dict[str, float] | None = None
-    """What the step under way has to add to the groups once it is taken."""
+    seen: dict[str, float] = field(default_factory=dict)
+    """What the step under way has to put into the groups once it is taken."""
+    difference: radius.Difference | None = None
+    """The automatic radius of the step under way."""
 
 
 class Stepper(torch.optim.Optimizer):
@@ -273,7 +277,10 @@ class Stepper(torch.optim.Optimizer):
             {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()} if whole else {}
             for group in groups
         ]
-        self._progress.seen = None
+        self._progress.seen, self._progress.difference = {}, None
+        if whole and self.recipe.difference is not None:
+            self._progress.difference = difference = radius.Difference.of(groups, hyper, self.recipe.difference)
+            settings = replace(settings, measure_change=difference is not None)
         walk = self._progress.walk = Walk(settings, groups, hyper, scale, by_loop=by_loop)
         with self._closing(walk):
             yield walk
@@ -290,16 +297,17 @@ class Stepper(torch.optim.Optimizer):
                     self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
                     raise
         finally:
-            if self._progress.walk is walk:  # once, though a loop is closed by step(), too
+            first = self._progress.walk is walk  # the end of a loop is within the step that it calls
+            if first:
                 if walk.finished:
-                    self._count(self._progress.seen)
+                    self._count(walk)
                 self._progress.walk = self._progress.turn = None
                 left = self._first_gradient()
                 if left is not None:
                     left._gam_fast_left = True  # type: ignore[attr-defined]
                 self._progress.stepped = True
 
-        if walk.finished:
+        if first and walk.finished:
             self._warn_of_unused_share(walk)
 
     def _goes_on(self, square: float) -> bool:
@@ -307,13 +315,15 @@ class Stepper(torch.optim.Optimizer):
         found, self._progress.seen = self._agenda.look(square, self.param_groups[0])
         return found
 
-    def _count(self, seen: dict[str, float] | None) -> None:
+    def _count(self, walk: Walk) -> None:
         """A step was taken."""
+        seen, difference = self._progress.seen, self._progress.difference
+        if difference is not None and walk.relative_change is not None:
+            seen.update(difference.after(walk.relative_change))
         for group in self.param_groups:
             if STEPS in group:
                 group[STEPS] += 1
-            if seen:
-                group.update(seen)
+            group.update(seen)
 
     def _warn_of_unused_share(self, walk: Walk) -> None:
         """Once, where a step of several passes has asked for less than the batch and got the whole of it."""

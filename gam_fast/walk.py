@@ -8,45 +8,28 @@ order counts its Hessian-vector products among the vectors, each after the gradi
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import hvp, scalars, second_order
 from .amp import GivenScale, LossScale
-from .backends.base import Backend, Direction, FoldInto, Products, Scalar
+from .backends.base import Direction, FoldInto, Products, Scalar
 from .batchnorm import FreezeRunningStatistics
 from .coefficients import Coefficients
 from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
 from .local_step import agree, averaged, mean_of_all
 from .participants import Participants, Shard
-from .recipes import Move, Recipe, fold_plan, plain
+from .recipes import Move, fold_plan, plain
 from .rng import ReplayRNG
+from .settings import Settings
 from .sums import Sums
 from .turn import Portion, Turn
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the engine asks of every walk."""
-
-    recipe: Recipe
-    select: Callable[[torch.device], Backend]
-    model: nn.Module | None = None
-    replay_rng: bool = True
-    freeze_running_statistics: bool = True
-    clip_grad_norm: float | None = None
-    on_nonfinite: str = "raise"
-    sync: str = "global"
-    ascent_share: float = 1.0
-    goes_on: Callable[[float], bool] | None = None
-    """Whether ‖g0‖² is such that the walk goes on; ``None`` where that is not asked."""
-
 
 Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
 
@@ -102,6 +85,9 @@ class Walk:
         self._watch.use(scale)
         self._micro_batches: list[Any] | None = None
         self._first_square: Scalar | None = None  # ‖g0‖², where it is known
+        self._squares: list[Scalar] = []  # of the lengths that the moves are divided by
+        self.relative_change: float | None = None
+        """‖g1 − g0‖/‖g0‖, once the step was taken, where that is wanted."""
         self._on_exit = contextlib.ExitStack()
         self._grad_enabled = True
         self._begun = False
@@ -247,12 +233,19 @@ class Walk:
 
     def _check_capture(self) -> None:
         """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
-        if self.settings.on_nonfinite == "ignore" or all(device.type != "cuda" for device in self.shards.devices):
+        settings = self.settings
+        found = {
+            f"on_nonfinite={settings.on_nonfinite!r}": settings.on_nonfinite != "ignore",
+            "a rule WhenSteep": settings.goes_on is not None,
+            "an automatic radius": settings.measure_change,
+        }
+        looking = [name for name, looks in found.items() if looks]
+        if not looking or all(device.type != "cuda" for device in self.shards.devices):
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"on_nonfinite={self.settings.on_nonfinite!r} looks at the norms of a step, which a CUDA graph cannot: "
-                "construct the optimizer with on_nonfinite='ignore' to capture it"
+                f"{' and '.join(looking)} looks at the norms of a step, which a CUDA graph cannot: construct the "
+                "optimizer with on_nonfinite='ignore' and without such rules and radii to capture it"
             )
 
     def backward(self, loss: Tensor) -> None:
@@ -355,6 +348,7 @@ class Walk:
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
         total = self._sums.square_length(move, eta) if known is None else known
         self._watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
+        self._squares.append(total)
         sign = [1.0] * len(self.groups) if self.recipe.is_product(move.along) else self.coefficients.sign
         radius = [s * float(h[move.radius]) for s, h in zip(sign, self.hyper, strict=True)]
         for shard in self.shards:
@@ -412,7 +406,8 @@ class Walk:
                 [x - gamma * y for gamma, x, y in zip(gammas, cs, ds, strict=True)] for cs, ds in zip(c, d, strict=True)
             ]
         if self._local is not None:
-            agree(self._local, self.shards, self._watch, self.recipe.name)
+            self._measure_change()
+            self.relative_change = agree(self._local, self.shards, self._watch, self.recipe.name, self.relative_change)
             limit = None  # what is clipped is the mean
         directions = []
         for shard in self.shards:
@@ -424,10 +419,18 @@ class Walk:
             directions = averaged(self._local, self.shards, self._sums, directions, gammas, ceiling)
         update(directions)
         self.finished = True
+        if self._local is None:
+            self._measure_change()
         if self._watch.scale is not None:
             self._watch.scale.report(True, self._device)
         if self.recipe.second_order:  # what is there is no gradient of the loss
             self.shards.clear_gradients()
+
+    def _measure_change(self) -> None:
+        """Waits for an accelerator."""
+        if self.settings.measure_change and len(self._squares) > 1:
+            before, change = map(float, self._squares[:2])
+            self.relative_change = math.sqrt(change / before) if before > 0.0 and change >= 0.0 else math.nan
 
     def _unscale(self, gradients: Sequence[int]) -> None:
         """Take the loss scaling out of what the direction is combined from."""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
-    {"_version", "_torch_version", "recipes", "ownership", "rows", "active"},
+    {"_version", "_torch_version", "recipes", "ownership", "rows", "active", "radius"},
     {"kernels.table"},
     {"kernels.elements", "kernels.formulas"},
     {"kernels.combine"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"backends.native", "backends.triton"},
     {"backends"},
     {"rng", "batchnorm", "hvp", "amp", "distributed"},
-    {"scalars", "turn", "sharded", "coefficients"},
+    {"scalars", "turn", "sharded", "coefficients", "settings"},
     {"finite"},
     {"participants"},
     {"updates", "second_order", "sums"},

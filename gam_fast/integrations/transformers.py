@@ -33,6 +33,12 @@ class _Step:
         """Whether it was undone because a gradient was not finite."""
         return self.optimizer.skipped_steps > self.skipped_before
 
+    @property
+    def in_last_pass(self) -> bool:
+        """Whether ``optimizer.step()`` ends it."""
+        turn = self.optimizer.turn
+        return turn is not None and turn.last
+
     def next_pass(self) -> bool:
         """Whether there is one."""
         return next(self._turns, None) is not None
@@ -71,8 +77,8 @@ class FlatTrainer(Trainer):
     A run that ends by an exception leaves the weights as they were before the step.
 
     Raises:
-        TypeError: in training, DeepSpeed, FSDP1, ``ExactGAM``, several GPUs in one process or context parallelism, with
-            what to use.
+        TypeError: in training, DeepSpeed, FSDP1, ``ExactGAM``, ``ascent_share``, a rule ``WhenSteep``, several GPUs in
+            one process or context parallelism, with what to use.
         NonFiniteGradientError: in training, as ``on_nonfinite`` of the optimizer says.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
@@ -132,7 +138,7 @@ class FlatTrainer(Trainer):
             self._step.micro_batches.append(inputs)
             loss = self._backward(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
-                for _ in range(1, optimizer.recipe.passes):
+                while not self._step.in_last_pass:
                     if not self._step.next_pass():  # skipped: there is nothing to end
                         self.accelerator.gradient_state._set_sync_gradients(False)
                         break
@@ -156,6 +162,16 @@ class FlatTrainer(Trainer):
             raise TypeError(
                 f"the Trainer calls backward() in each pass, and {optimizer.recipe.name} differentiates the loss by "
                 "itself: use GAM, or a loop of your own"
+            )
+        if optimizer.ascent_share < 1.0:
+            raise TypeError(
+                f"ascent_share={optimizer.ascent_share}: the Trainer divides each loss by the number of tokens in the "
+                "whole batch, of which a pass would see a part only: leave it out, or use a loop of your own"
+            )
+        if optimizer.decides_in_first_pass:
+            raise TypeError(
+                "active=WhenSteep(): the Trainer ends a step in its last pass, and which one that is would be known "
+                "after the first only: use another rule, or a loop of your own"
             )
         if self.args.n_gpu > 1:
             raise TypeError(

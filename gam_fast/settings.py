@@ -1,0 +1,31 @@
+"""What one step is told by the optimizer it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .backends import Backend
+from .recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine asks of every walk."""
+
+    recipe: Recipe
+    select: Callable[[torch.device], Backend]
+    model: nn.Module | None = None
+    replay_rng: bool = True
+    freeze_running_statistics: bool = True
+    clip_grad_norm: float | None = None
+    on_nonfinite: str = "raise"
+    sync: str = "global"
+    ascent_share: float = 1.0
+    goes_on: Callable[[float], bool] | None = None
+    """Whether ‖g0‖² is such that the walk goes on; ``None`` where that is not asked."""
+    measure_change: bool = False
+    """Whether :attr:`Walk.relative_change` is wanted."""

@@ -1,0 +1,463 @@
+"""interval and active: which steps take the whole recipe, and that the others are plain steps of the base optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import pickle
+import random
+
+import pytest
+import torch
+from cases import BASES, DTYPES, METHODS, loss_of, make
+from snapshots import assert_same, everything
+from torch import nn
+
+import gam_fast
+from gam_fast.active import Activity, Between, Sometimes, WhenSteep
+
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
+STEPS = 6
+
+
+def data(batches, steps=STEPS):
+    return [batches[k % len(batches)] for k in range(steps)]
+
+
+def train(model, optimizer, batches):
+    """The numbers of turns that the steps had."""
+    counts = []
+    for x, y in batches:
+        count = 0
+        for turn in optimizer.passes():
+            turn.backward(loss_of(model, *turn.rows(x, y)))
+            count += 1
+        assert turn.last or optimizer.decides_in_first_pass
+        assert turn.share == 1.0
+        counts.append(count)
+    return counts
+
+
+def assert_equal(ours, theirs):
+    for (name, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def build(method_name, name="mlp", dtype=torch.float64, base="sgd_nesterov", **options):
+    model, batches = make(name, dtype)
+    method = METHODS[method_name]
+    return model, method.optimizer(model.parameters(), BASES[base], model=model, **method.hyper, **options), batches
+
+
+# What steps there are
+
+
+ALWAYS = {
+    "interval": {"interval": 1},
+    "between": {"active": Between(0)},
+    "sometimes": {"active": Sometimes(1.0)},
+    "steep": {"active": WhenSteep(deviations=-1e9)},
+    "function": {"active": lambda step: True},
+    "several": {"active": [Between(0.0, total_steps=10), Sometimes(1.0), lambda step: step >= 0]},
+    "all": {"ascent_share": 1.0, "interval": 1, "active": Between()},
+}
+NEVER = {
+    "interval": {"interval": math.inf},
+    "between": {"active": Between(100)},
+    "sometimes": {"active": Sometimes(0.0)},
+    "function": {"active": lambda step: False},
+    "one_says_no": {"active": [Between(), Sometimes(0.0)], "ascent_share": 0.25},
+}
+
+
+@pytest.mark.parametrize("rule", ALWAYS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_always_is_the_plain_recipe_bit_for_bit(method_name, rule):
+    ours, optimizer, batches = build(method_name, "batchnorm_cnn", **ALWAYS[rule])
+    theirs, plain, _ = build(method_name, "batchnorm_cnn")
+    assert train(ours, optimizer, data(batches)) == [METHODS[method_name].passes] * STEPS
+    train(theirs, plain, data(batches))
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", ["sgd_nesterov", "adamw", "rmsprop"])
+@pytest.mark.parametrize("rule", NEVER)
+def test_never_is_the_base_bit_for_bit(rule, base, dtype):
+    ours, optimizer, batches = build("gam", "mlp", dtype, base, **NEVER[rule])
+    theirs, plain, _ = build("base", "mlp", dtype, base)
+    assert train(ours, optimizer, data(batches)) == [1] * STEPS
+    train(theirs, plain, data(batches))
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method_name", MULTIPASS)
+def test_every_third_step_and_the_base_between(method_name):
+    ours, optimizer, batches = build(method_name, "batchnorm_cnn", interval=3)
+    n = METHODS[method_name].passes
+    assert train(ours, optimizer, data(batches)) == [1, 1, n, 1, 1, n]
+    theirs, _, _ = build(method_name, "batchnorm_cnn")
+    base = BASES["sgd_nesterov"](theirs.parameters())
+    whole = METHODS[method_name].optimizer(None, base, model=theirs, **METHODS[method_name].hyper)
+    plain = gam_fast.Base(None, base, model=theirs)
+    for k, batch in enumerate(data(batches)):
+        train(theirs, whole if k % 3 == 2 else plain, [batch])
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("form", ["loop", "closure"])
+def test_exact_gam_every_second_step(form):
+    (ours, batches), (theirs, _) = make("mlp"), make("mlp")
+    optimizer = gam_fast.ExactGAM(ours.parameters(), torch.optim.SGD, lr=0.1, interval=2)
+    base = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    whole, plain = gam_fast.ExactGAM(None, base), gam_fast.Base(None, base)
+    for k, (x, y) in enumerate(data(batches)):
+        if form == "loop":
+            train(ours, optimizer, [(x, y)])
+        else:
+            loss = optimizer.step(lambda x=x, y=y: loss_of(ours, x, y))
+            assert not loss.requires_grad
+        train(theirs, whole if k % 2 else plain, [(x, y)])
+    assert_equal(ours, theirs)
+
+
+def test_interval_and_share_compose():
+    model, optimizer, batches = build("gam", interval=2, ascent_share=0.25)
+    shares = []
+    for x, y in data(batches, 4):
+        for turn in optimizer.passes():
+            shares.append((turn.index, turn.passes, turn.share))
+            turn.backward(loss_of(model, *turn.rows(x, y)))
+    step = [(0, 1, 1.0), (0, 4, 0.25), (1, 4, 0.25), (2, 4, 0.25), (3, 4, 1.0)]
+    assert shares == 2 * step
+
+
+def test_a_closure_is_called_as_often_as_there_are_passes():
+    model, optimizer, batches = build("gam", interval=2)
+    calls = []
+    for x, y in data(batches, 4):
+
+        def closure(turn, x=x, y=y):
+            calls.append(turn.index)
+            loss = loss_of(model, x, y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert calls == 2 * [0, 0, 1, 2, 3]
+
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Between(2, 4), [2, 3]),
+        (Between(stop=2), [0, 1]),
+        (Between(4), [4, 5]),
+        (Between(0.5, total_steps=6), [3, 4, 5]),
+        (Between(0.25, 0.75, total_steps=6), [2, 3]),
+        (Between(1, 0.5, total_steps=6), [1, 2]),
+        (Between(3, 3), []),
+        ([Between(1), lambda step: step % 2 == 0], [2, 4]),
+    ],
+)
+def test_ranges(rule, expected):
+    model, optimizer, batches = build("sam", active=rule)
+    counts = train(model, optimizer, data(batches))
+    assert [k for k, count in enumerate(counts) if count == 2] == expected
+
+
+def test_a_probability_draws_from_nobody_elses_generator():
+    states = random.getstate(), torch.get_rng_state()
+    rule = Sometimes(0.3, seed=7)
+    found = [rule.before(step) for step in range(2000)]
+    assert found == [Sometimes(0.3, seed=7).before(step) for step in range(2000)]
+    assert found != [Sometimes(0.3, seed=8).before(step) for step in range(2000)]
+    assert abs(sum(found) - 600) < 5 * math.sqrt(2000 * 0.3 * 0.7)
+    runs = sum(a and b for a, b in itertools.pairwise(found))  # neighbours are independent
+    assert abs(runs - 180) < 5 * math.sqrt(2000 * 0.09)
+    assert states[0] == random.getstate()
+    assert torch.equal(states[1], torch.get_rng_state())
+
+
+def test_a_rule_of_ones_own():
+    class OnPrimes(Activity):
+        def before(self, step):
+            return step in (2, 3, 5)
+
+    model, optimizer, batches = build("sam", active=OnPrimes())
+    assert train(model, optimizer, data(batches)) == [1, 1, 2, 2, 1, 2]
+
+
+def steep(squares, deviations, decay):
+    """By the book."""
+    mean, variance, out = None, 0.0, []
+    for square in squares:
+        if mean is None:
+            mean = square
+        else:
+            mean = decay * mean + (1 - decay) * square
+            variance = decay * variance + (1 - decay) * (square - mean) ** 2
+        out.append(square >= mean + deviations * variance**0.5)
+    return out
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("method_name", [*MULTIPASS, "exact"])
+def test_steep_steps_take_the_recipe_and_others_the_base(method_name, share):
+    if method_name == "exact":
+        method, hyper = gam_fast.ExactGAM, {}
+    else:
+        method, hyper = METHODS[method_name].optimizer, METHODS[method_name].hyper
+    (ours, batches), (theirs, _) = make("batchnorm_cnn"), make("batchnorm_cnn")
+    rule = WhenSteep(deviations=0.3, decay=0.7)
+    options = {"lr": 0.3, "ascent_share": share, **hyper}
+    optimizer = method(ours.parameters(), torch.optim.SGD, model=ours, active=rule, **options)
+    base = torch.optim.SGD(theirs.parameters(), lr=0.3)
+    whole = method(None, base, model=theirs, ascent_share=share, **hyper)
+    plain = gam_fast.Base(None, base, model=theirs)
+    squares, kinds = [], []
+    for x, y in data(batches, 12):
+        rows = 3 if share == 0.25 else 12
+        frozen = copy.deepcopy(theirs)
+        gradients = torch.autograd.grad(loss_of(frozen, x[:rows], y[:rows]), list(frozen.parameters()))
+        squares.append(float(sum(g.square().sum() for g in gradients)))
+        taken = steep(squares, 0.3, 0.7)[-1]
+        train(theirs, whole if taken else plain, [(x, y)])
+        kinds.append(taken)
+        assert train(ours, optimizer, [(x, y)]) == [whole.recipe.passes if taken else 1 if share == 1.0 else 2]
+        assert_equal(ours, theirs)
+    assert 2 <= sum(kinds) <= 10
+
+
+def test_after_a_step_that_is_not_steep_the_gradient_is_that_at_the_start():
+    model, optimizer, batches = build("gam", active=WhenSteep(deviations=1e9))
+    train(model, optimizer, batches[:1])  # the first is taken whatever it is
+    x, y = batches[1]
+    expected = torch.autograd.grad(loss_of(model, x, y), list(model.parameters()))
+    assert train(model, optimizer, [(x, y)]) == [1]
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(p.grad, g)
+    assert train(model, optimizer, [(x, y)]) == [1]  # nobody is told of unused gradients
+
+
+def test_a_step_that_is_not_steep_is_clipped():
+    (ours, batches), (theirs, _) = make("mlp"), make("mlp")
+    options = {"lr": 0.1, "clip_grad_norm": 0.01}
+    optimizer = gam_fast.GAM(ours.parameters(), torch.optim.SGD, active=WhenSteep(deviations=1e9), **options)
+    base = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    whole, plain = gam_fast.GAM(None, base, clip_grad_norm=0.01), gam_fast.Base(None, base, clip_grad_norm=0.01)
+    for k, batch in enumerate(data(batches)):
+        train(ours, optimizer, [batch])
+        train(theirs, plain if k else whole, [batch])
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_steep_over_micro_batches(share):
+    (whole, batches), (model, _) = make("mlp"), make("mlp")
+    options = {"lr": 0.3, "active": WhenSteep(deviations=0.3, decay=0.7), "ascent_share": share}
+    large = gam_fast.GAM(whole.parameters(), torch.optim.SGD, **options)
+    small = gam_fast.GAM(model.parameters(), torch.optim.SGD, **options)
+    kinds = set()
+    for x, y in data(batches, 12):
+        (expected,) = train(whole, large, [(x, y)])
+        count = 0
+        for turn in small.passes():
+            count += 1
+            for a, b in small.micro_batches(zip(x.chunk(4), y.chunk(4), strict=True)):
+                turn.backward(loss_of(model, a, b) / 4)
+        assert count == expected
+        kinds.add(count)
+    assert len(kinds) == 2
+    for key in ("flat_mean", "flat_variance"):
+        assert small.param_groups[0][key] == pytest.approx(large.param_groups[0][key], rel=1e-9)
+    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_loss_scaling_changes_no_decision(share):
+    (ours, batches), (theirs, _) = make("mlp", torch.float32), make("mlp", torch.float32)
+    options = {"lr": 0.3, "active": WhenSteep(deviations=0.3, decay=0.7), "ascent_share": share}
+    optimizer = gam_fast.GAM(ours.parameters(), torch.optim.SGD, **options)
+    plain = gam_fast.GAM(theirs.parameters(), torch.optim.SGD, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+    counts = []
+    for x, y in data(batches, 12):
+        count = 0
+        for turn in optimizer.passes(scaler):
+            count += 1
+            turn.backward(loss_of(ours, *turn.rows(x, y)))
+        counts.append(count)
+    assert counts == train(theirs, plain, data(batches, 12))
+    assert len(set(counts)) == 2
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
+def test_a_first_gradient_that_is_not_finite(policy):
+    model, optimizer, batches = build("gam", active=WhenSteep(), on_nonfinite=policy)
+    train(model, optimizer, batches)
+    before = everything(model, optimizer)
+    group = {key: optimizer.param_groups[0][key] for key in ("flat_looks", "flat_mean", "flat_variance")}
+    x, y = batches[0]
+
+    def closure():
+        (math.nan * loss_of(model, x, y)).backward()
+
+    if policy == "raise":
+        with pytest.raises(gam_fast.NonFiniteGradientError):
+            optimizer.step(closure)
+    else:
+        optimizer.step(closure)
+    if policy == "ignore":
+        assert {key: optimizer.param_groups[0][key] for key in group} == group
+    else:
+        assert_same(before, everything(model, optimizer))
+
+
+# What lasts
+
+
+RULES = {
+    "interval": {"interval": 3},
+    "between": {"active": Between(3, 7)},
+    "sometimes": {"active": Sometimes(0.5, seed=3)},
+    "steep": {"active": WhenSteep(deviations=0.3, decay=0.7)},
+    "steep_of_a_share": {"active": WhenSteep(deviations=0.3, decay=0.7), "ascent_share": 0.25, "interval": 2},
+}
+
+
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+@pytest.mark.parametrize("rule", RULES)
+def test_resuming_within_an_interval_has_the_same_bits(rule, how):
+    through, optimizer, batches = build("gam", base="adamw", **RULES[rule])
+    counts = train(through, optimizer, data(batches, 10))
+    model, first, _ = build("gam", base="adamw", **RULES[rule])
+    assert train(model, first, data(batches, 4)) == counts[:4]
+    if how == "state_dict":
+        file = io.BytesIO()
+        torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        model, second, _ = build("gam", base="adamw", **RULES[rule])
+        model.load_state_dict(saved["model"])
+        second.load_state_dict(saved["optimizer"])
+    else:
+        first.model = None
+        pair = (model, first)
+        model, second = pickle.loads(pickle.dumps(pair)) if how == "pickle" else copy.deepcopy(pair)
+    rest = [batches[k % len(batches)] for k in range(4, 10)]
+    assert train(model, second, rest) == counts[4:]
+    assert_equal(model, through)
+
+
+@pytest.mark.parametrize(("rule", "at"), [(rule, at) for rule in RULES for at in (0, 1) if (rule, at) != ("steep", 1)])
+def test_a_step_left_early_counts_for_nothing(rule, at):
+    model, optimizer, batches = build("gam", "batchnorm_cnn", **RULES[rule])
+    train(model, optimizer, data(batches, 5))
+    before = everything(model, optimizer)
+    for turn in optimizer.passes():
+        turn.backward(loss_of(model, *turn.rows(*batches[0])))
+        if turn.index == at or turn.last:
+            break
+    assert_same(before, everything(model, optimizer))
+
+
+def test_a_skipped_step_counts_for_nothing():
+    model, optimizer, batches = build("sam", interval=2, on_nonfinite="skip")
+    train(model, optimizer, batches[:1])
+
+    def closure():
+        (math.inf * loss_of(model, *batches[0])).backward()
+
+    optimizer.step(closure)
+    assert optimizer.skipped_steps == 1
+    assert optimizer.param_groups[0]["flat_steps"] == 1
+    assert train(model, optimizer, batches[:3]) == [2, 1, 2]
+
+
+def test_checkpoints_go_to_the_base_optimizer_and_come_from_it():
+    model, optimizer, batches = build("gam", interval=2)
+    train(model, optimizer, data(batches, 3))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    base.load_state_dict(optimizer.state_dict())
+    base.step()
+    plain = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["flat_steps"] == 3  # what it does not say stays as it is
+    assert train(model, optimizer, data(batches, 2)) == [4, 1]
+
+
+def test_groups_that_come_later_count_with_the_others():
+    model, batches = make("mlp")
+    params = list(model.parameters())
+    optimizer = gam_fast.SAM(params[:2], torch.optim.SGD, lr=0.1, interval=2)
+    train(model, optimizer, batches[:1])
+    optimizer.add_param_group({"params": params[2:]})
+    assert [group["flat_steps"] for group in optimizer.param_groups] == [1, 1]
+    assert train(model, optimizer, batches[:2]) == [2, 1]
+    assert [group["flat_steps"] for group in optimizer.param_groups] == [3, 3]
+
+
+def test_interval_and_rules_may_be_set_between_steps():
+    model, optimizer, batches = build("sam")
+    assert "flat_steps" not in optimizer.param_groups[0]
+    assert train(model, optimizer, batches[:2]) == [2, 2]
+    optimizer.interval = 2
+    assert train(model, optimizer, batches) == [1, 2, 1, 2]
+    optimizer.active = Between(6)
+    assert (optimizer.interval, optimizer.active) == (2, Between(6))
+    assert train(model, optimizer, batches) == [1, 1, 1, 2]
+    optimizer.interval, optimizer.active = 1, None
+    assert train(model, optimizer, batches[:2]) == [2, 2]
+    for _ in optimizer.passes():
+        loss_of(model, *batches[0]).backward()
+        for name, value in (("interval", 2), ("active", None)):
+            with pytest.raises(RuntimeError, match=f"setting {name} while a step"):
+                setattr(optimizer, name, value)
+
+
+def test_a_plain_step_needs_a_closure_too():
+    model, optimizer, batches = build("sam", interval=2)
+    loss_of(model, *batches[0]).backward()
+    with pytest.raises(RuntimeError, match="SAM takes 2 passes a step"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("make_it", "error", "message"),
+    [
+        (lambda: {"interval": 0}, ValueError, "interval must be at least 1, got 0"),
+        (lambda: {"interval": -math.inf}, TypeError, "interval must be an integer, or math.inf"),
+        (lambda: {"interval": 1.5}, TypeError, "interval must be an integer, or math.inf for never, got 1.5"),
+        (lambda: {"interval": True}, TypeError, "interval must be an integer"),
+        (lambda: {"active": "always"}, TypeError, "active must be a rule .*got 'always'"),
+        (lambda: {"active": 0.5}, TypeError, "active must be a rule .*got 0.5"),
+        (lambda: {"active": Between}, TypeError, "got the class Between: construct it"),
+        (lambda: {"active": [WhenSteep(), WhenSteep()]}, ValueError, "one WhenSteep at most, got 2"),
+        (lambda: {"active": Between(-1)}, ValueError, "start must not be negative, got -1"),
+        (lambda: {"active": Between(0.5)}, ValueError, "start=0.5 is a fraction of the run: give total_steps="),
+        (lambda: {"active": Between(1.5, total_steps=9)}, ValueError, "start .*from 0.0 to 1.0, got 1.5"),
+        (lambda: {"active": Between("1")}, TypeError, "start must be a step .*got '1'"),
+        (lambda: {"active": Between(3, 2)}, ValueError, "stop must not come before start, got start=3, stop=2"),
+        (lambda: {"active": Between(total_steps=0)}, ValueError, "total_steps must be a positive integer"),
+        (lambda: {"active": Sometimes(1.5)}, ValueError, "probability must be from 0 to 1, got 1.5"),
+        (lambda: {"active": Sometimes("x")}, TypeError, "probability must be a number, got 'x'"),
+        (lambda: {"active": Sometimes(0.5, seed=-1)}, ValueError, "seed must be .*got -1"),
+        (lambda: {"active": WhenSteep(math.nan)}, ValueError, "deviations must be finite, got nan"),
+        (lambda: {"active": WhenSteep(decay=1.0)}, ValueError, "decay must be at least 0 and below 1, got 1.0"),
+        (lambda: {"active": WhenSteep(decay=None)}, TypeError, "decay must be a number, got None"),
+    ],
+)
+def test_what_is_no_rule_is_refused(make_it, error, message):
+    with pytest.raises(error, match=message):
+        gam_fast.SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, **make_it())

@@ -1,0 +1,230 @@
+"""rho_prime="auto": near the best radius of the difference, kept between steps, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import reference
+import torch
+from cases import BASES, INTERPRETED, METHODS, loss_of, make
+from snapshots import assert_same, everything
+from torch import nn
+
+import gam_fast
+from gam_fast import radius
+
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+SMOOTH = ["mlp"] if INTERPRETED else ["mlp", "batchnorm_cnn", "tied_transformer"]
+
+
+def train(model, optimizer, batches, steps):
+    for k in range(steps):
+        for turn in optimizer.passes():
+            turn.backward(loss_of(model, *turn.rows(*batches[k % len(batches)])))
+
+
+def errors_of(model, x, y, radii):
+    """For each radius, ‖(g1 − g0)/ρ' − Hĝ‖/‖Hĝ‖ of this model in its dtype, H in fp64 at the same weights."""
+    exact = copy.deepcopy(model).double()
+    wide = x.double() if x.is_floating_point() else x
+    weights = list(exact.parameters())
+    g = torch.autograd.grad(loss_of(exact, wide, y), weights, create_graph=True)
+    length = reference.norm([p.detach() for p in g])
+    product = torch.autograd.grad(g, weights, [p.detach() / length for p in g])
+    moved = copy.deepcopy(model)
+    params, theta = list(moved.parameters()), [p.detach().clone() for p in model.parameters()]
+
+    def gradient():
+        return [p.double() for p in torch.autograd.grad(loss_of(moved, x, y), params)]
+
+    g0 = gradient()
+    found = []
+    for r in radii:
+        with torch.no_grad():
+            for p, value in zip(params, reference.climb([t.double() for t in theta], g0, r), strict=True):
+                p.copy_(value)
+        difference = reference.combine((1 / r, gradient()), (-1 / r, g0))
+        with torch.no_grad():
+            for p, value in zip(params, theta, strict=True):
+                p.copy_(value)
+        wrong = reference.combine((1.0, difference), (-1.0, [h.detach() for h in product]))
+        found.append(float(reference.norm(wrong) / reference.norm([h.detach() for h in product])))
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_name", SMOOTH)
+def test_it_is_near_the_radius_of_least_error(model_name, dtype, steps):
+    model, batches = make(model_name, dtype)
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto", model=model)
+    train(model, optimizer, batches, steps)
+    group = optimizer.param_groups[0]
+    chosen = radius.radius(group["flat_length"], group["flat_norm"], torch.finfo(dtype).eps)
+    around = [chosen * 10 ** (k / 4) for k in range(-12, 13)]
+    at_chosen, *others = errors_of(model, *batches[steps % len(batches)], [chosen, *around])
+    assert at_chosen < 3.0 * min(others)
+    # where the best is not a matter of chance, and a wrong power of ε would be seen: far off it is far worse
+    assert min(others[0], others[-1]) > (5 if dtype == torch.bfloat16 else 30) * min(others)
+
+
+def test_its_formula():
+    eps = 2.0**-23
+    assert radius.radius(0.5, 20.0, eps) == 0.5 * math.sqrt(2 * eps)
+    assert radius.radius(1e9, 20.0, eps) == 20.0 * math.sqrt(2 * eps)
+    assert radius.radius(1e-9, 20.0, eps) == 10.0 * eps
+    assert radius.next_length(2.0, 5.0, first=True) == 5.0
+    assert radius.next_length(2.0, 8.0, first=False) == pytest.approx(2.0**0.9 * 8.0**0.1)
+    for nothing in (0.0, -1.0, math.inf, math.nan):
+        assert radius.next_length(2.0, nothing, first=False) == 2.0
+        assert radius.next_length(2.0, nothing, first=True) == 2.0
+
+
+@pytest.mark.parametrize("method_name", ["gam", "fad"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_steps_are_those_with_the_numbers_it_chooses(method_name, share):
+    method = METHODS[method_name]
+    (ours, batches), (theirs, _) = make("mlp"), make("mlp")
+    hyper = {**method.hyper, "ascent_share": share}
+    optimizer = method.optimizer(ours.parameters(), BASES["adamw"], **{**hyper, "rho_prime": "auto"})
+    plain = method.optimizer(theirs.parameters(), BASES["adamw"], **hyper)
+    norm = float(reference.norm([p.detach() for p in ours.parameters()]))
+    length, eps, first = 0.1 * norm, torch.finfo(torch.float64).eps, True
+    for x, y in batches:
+        chosen = radius.radius(length, norm, eps)
+        plain.param_groups[0]["rho_prime"] = chosen
+        g0: list[torch.Tensor] = []
+        for turn in plain.passes():
+            turn.backward(loss_of(theirs, *turn.rows(x, y)))
+            if turn.index < 2:
+                g0.append(nn.utils.parameters_to_vector([p.grad for p in theirs.parameters()]).clone())
+        measured = chosen * float(g0[0].norm() / (g0[1] - g0[0]).norm())
+        length, first = radius.next_length(length, measured, first=first), False
+        train(ours, optimizer, [(x, y)], 1)
+        assert optimizer.param_groups[0]["flat_length"] == pytest.approx(length, rel=1e-6)
+        assert optimizer.param_groups[0]["flat_norm"] == pytest.approx(norm, rel=1e-12)
+        assert optimizer.param_groups[0]["rho_prime"] == "auto"
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_that_does_not_change_leaves_it_as_it_was():
+    weight = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    slope = torch.tensor([0.25, -0.5], dtype=torch.float64)
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.125, rho_prime="auto")
+    for k in range(3):
+        before = weight.detach().clone()
+        for _ in optimizer.passes():
+            (slope * weight).sum().backward()
+        assert torch.equal(weight.detach(), before - 0.125 * slope), k
+        assert optimizer.param_groups[0]["flat_length"] == pytest.approx(0.5)  # a tenth of ‖θ‖
+
+
+def test_the_rounding_is_that_of_the_coarsest_parameter_or_of_autocast():
+    exact, coarse = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.bfloat16)
+    assert radius.epsilon("auto", [exact]) == 2.0**-52
+    assert radius.epsilon("auto", [exact, coarse]) == 2.0**-7
+    assert radius.epsilon("auto:bfloat16", [exact]) == 2.0**-7
+    assert radius.epsilon("auto:float16", [exact]) == 2.0**-10
+    hyper = [{"rho_prime": "auto:bfloat16"}]
+    found = radius.Difference.of([{"params": [nn.Parameter(torch.ones(4))]}], hyper, "rho_prime")
+    assert hyper[0]["rho_prime"] == found.radius == pytest.approx(0.125 * 0.2)
+
+
+def test_under_autocast_it_trains():
+    model, batches = make("mlp", torch.float32)
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.3, rho_prime="auto:bfloat16")
+    losses = []
+    for k in range(60):
+        x, y = batches[k % len(batches)]
+        for turn in optimizer.passes():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, x, y)
+            turn.backward(loss)
+            if turn.index == 0:
+                losses.append(float(loss.detach()))
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
+def test_resuming_has_the_same_bits(how):
+    (through, batches), (model, _) = make("mlp"), make("mlp")
+    options = {"lr": 0.05, "momentum": 0.9, "rho_prime": "auto"}
+    optimizer = gam_fast.GAM(through.parameters(), torch.optim.SGD, **options)
+    train(through, optimizer, batches, 7)
+    first = gam_fast.GAM(model.parameters(), torch.optim.SGD, **options)
+    train(model, first, batches, 3)
+    if how == "deepcopy":
+        model, second = copy.deepcopy((model, first))
+    else:
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        model = copy.deepcopy(model)
+        second = gam_fast.GAM(model.parameters(), torch.optim.SGD, **options)
+        second.load_state_dict(torch.load(file, weights_only=True))
+    train(model, second, batches[3:] + batches[:3], 4)
+    assert all(map(torch.equal, through.parameters(), model.parameters()))
+
+
+def test_checkpoints_of_the_base_leave_it_as_it_is():
+    model, batches = make("mlp")
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto")
+    train(model, optimizer, batches, 2)
+    length = optimizer.param_groups[0]["flat_length"]
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    base.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.01).state_dict())
+    assert optimizer.param_groups[0]["flat_length"] == length
+    assert optimizer.param_groups[0]["rho_prime"] == "auto"
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_step_left_early_leaves_it_as_it_was(at):
+    model, batches = make("batchnorm_cnn")
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto", model=model)
+    for steps in (0, 2):
+        train(model, optimizer, batches, steps)
+        before = everything(model, optimizer)
+        for turn in optimizer.passes():
+            turn.backward(loss_of(model, *batches[0]))
+            if turn.index == at:
+                break
+        assert_same(before, everything(model, optimizer))
+
+
+def test_what_is_no_radius_is_refused():
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for word in ("automatic", "auto:int8", "auto:", ""):
+        with pytest.raises(ValueError, match=f"a radius in words is 'auto', or 'auto:'.*got {word!r}"):
+            gam_fast.GAM(weights, torch.optim.SGD, lr=0.1, rho_prime=word)
+    for options in ({"rho": "auto"}, {"alpha": "auto"}):
+        with pytest.raises(TypeError, match="must be a number"):
+            gam_fast.GAM(weights, torch.optim.SGD, lr=0.1, **options)
+    with pytest.raises(TypeError, match="rho must be a number"):
+        gam_fast.CFlat(weights, torch.optim.SGD, lr=0.1, rho="auto")
+    groups = [{"params": weights[:1], "rho_prime": "auto"}, {"params": weights[1:]}]
+    optimizer = gam_fast.GAM(groups, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="rho_prime is 'auto' in some parameter groups and a number in others"):
+        optimizer.step(lambda: sum(w.square().sum() for w in weights).backward())
+    optimizer = gam_fast.GAM(weights, torch.optim.SGD, lr=0.1, rho_prime="auto")
+    with pytest.raises(ValueError, match="rho_prime is 'auto', and only a number has a schedule"):
+        gam_fast.schedules.LinearRadius(optimizer, "rho_prime", total_steps=4, end=0.0)
+    gam_fast.schedules.LinearRadius(optimizer, "rho", total_steps=4, end=0.0)
+
+
+def test_a_group_that_comes_later_may_be_automatic_too():
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = gam_fast.GAM(weights[:1], torch.optim.SGD, lr=0.1, rho_prime="auto")
+
+    def closure():
+        sum(w.square().sum() ** 2 for w in weights).backward()
+
+    optimizer.step(closure)
+    optimizer.add_param_group({"params": weights[1:]})
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["flat_length"] == optimizer.param_groups[1]["flat_length"]
