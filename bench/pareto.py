@@ -52,7 +52,6 @@ def measure(task: Task, contenders: list[Contender], seeds: list[int]) -> tuple[
         "batch": task.batch,
         "radius": task.radius,
         "measured": min(task.measured, len(task.data.train_y)),
-        "note": task.note,
         "chosen_on": task.chosen_on,
         "gradient_ms": [{"share": share, "ms": ms} for share, ms in timed.items()],
         "rows": rows(runs, contenders, settings, timed),

@@ -152,7 +152,7 @@ def _shared(task: dict[str, Any]) -> str:
     return (
         f"{task['epochs']} epochs, batches of {task['batch']}, {task['base']} with {hyper}, cosine schedule. λmax and "
         f"R1 (within ρ = {task['radius']:g}) are those of the loss of {task['measured']:,} examples of the training "
-        f"set. Settings were chosen on seeds {seeds}." + (f" {task['note']}." if task["note"] else "")
+        f"set. Settings were chosen on seeds {seeds}."
     )
 
 

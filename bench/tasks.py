@@ -162,9 +162,11 @@ def names() -> Task:
         batch=100,
         measured=500,
         methods={
-            "SAM": {"rho": 0.02},
-            "GAM": {"rho": 0.05, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03},
+            "SAM": {"rho": 0.01},
+            "GAM": {"rho": 0.02, "rho_prime": 0.005, "alpha": 0.3, "beta": 0.3, "gamma": 0.03},
         },
+        alphas={0.15: 0.15, 0.1: 0.15},
+        radius=0.02,
         chosen_on=(10, 11, 12),
     )
 
