@@ -36,10 +36,11 @@ def advice(figures: dict[str, Any], task: dict[str, Any]) -> list[str]:
     """What the figures of a task say."""
     by_name = {row["contender"]: row for row in task["rows"]}
     lines = [against(figures, task, a, b) for a, b in PAIRS if {a, b} <= by_name.keys()]
-    best = fronts(task, "gradients")
-    for key, label in FIGURES.items():
-        names = ", ".join(f"`{name}` ({by_name[name]['gradients']:.2f})" for name in best[key])
-        lines.append(f"front of {label.removesuffix(', %')} by gradients: {names}")
+    for cost, unit in (("gradients", "gradients"), ("step_ms", "ms")):
+        best = fronts(task, cost)
+        for key, label in FIGURES.items():
+            names = ", ".join(f"`{name}` ({by_name[name][cost]:.2f})" for name in best[key])
+            lines.append(f"best {label.removesuffix(', %')} for its {unit}: {names}")
     if "SAM" in by_name:
         better = [row for row in task["rows"] if row["gradients"] < 2 and beats_sam(row, by_name["SAM"])]
         names = ", ".join(f"`{row['contender']}` ({row['gradients']:.2f})" for row in better) or "none"
@@ -92,7 +93,7 @@ def small_batches(figures: dict[str, Any]) -> str:
         parts.append(f"on {task['name']} {each}")
     return (
         "Gradients are not time: forward and backward of a share of the batch (in brackets) take, of the time of the "
-        f"whole, {'; '.join(parts)}. What does not shrink with the rows is the cost of starting each operation."
+        f"whole, {'; '.join(parts)}. What the optimizer adds to each pass does not shrink with the batch either."
     )
 
 
@@ -128,7 +129,8 @@ def page(figures: dict[str, Any]) -> str:
         "## Which to take",
         "",
         "Whether the one does what the other does, by these figures: *yes* if its accuracy is not lower by more than",
-        f"two standard errors and λmax is within {SHARPER} times the other's.",
+        f"two standard errors and λmax is within {SHARPER} times the other's. What is smaller than that, so many seeds",
+        "do not show.",
         "",
         *(f"- {line}." for line in which(figures)),
         "",
@@ -152,7 +154,8 @@ def _shared(task: dict[str, Any]) -> str:
     return (
         f"{task['epochs']} epochs, batches of {task['batch']}, {task['base']} with {hyper}, cosine schedule. λmax and "
         f"R1 (within ρ = {task['radius']:g}) are those of the loss of {task['measured']:,} examples of the training "
-        f"set. Settings were chosen on seeds {seeds}."
+        f"set. Settings were chosen on seeds {seeds}, by accuracy on the same test set"
+        f"{', with wrong labels' if task['name'] == 'clean' else ''}."
     )
 
 
