@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,9 @@ class Stepper(torch.optim.Optimizer):
     _agenda: Agenda
 
     def _select(self, device: torch.device) -> Backend:
+        raise NotImplementedError
+
+    def _complete_groups(self) -> None:
         raise NotImplementedError
 
     @property
@@ -265,6 +269,8 @@ class Stepper(torch.optim.Optimizer):
     def _open(self, scale: LossScale | GivenScale | None, *, by_loop: bool = False) -> Iterator[Walk]:
         self._check_can_step()
         groups, agenda = self.param_groups, self._agenda
+        if agenda.fields and groups and STEPS not in groups[0]:  # somebody has loaded a state into the base optimizer
+            self._complete_groups()
         whole = not groups or agenda.wants(int(groups[0].get(STEPS, 0)))
         settings = Settings(
             self.recipe if whole else plain(self.recipe),
@@ -334,7 +340,7 @@ class Stepper(torch.optim.Optimizer):
             f"ascent_share={walk.portion.share} of this {type(self).__name__} had no effect: nobody asked which rows a "
             "pass is to see. In the loop over passes(), take x, y = turn.rows(x, y); a closure gets the turn as its "
             "argument if it has one (or asks optimizer.turn)",
-            stacklevel=2,
+            stacklevel=_frames_of_libraries(),
         )
 
     def _first_gradient(self) -> Tensor | None:
@@ -373,8 +379,21 @@ class Stepper(torch.optim.Optimizer):
 def _takes_one_argument(closure: Callable[..., Any]) -> bool:
     """Whether it cannot be called without one positional argument, and can with it."""
     try:
-        parameters = inspect.signature(closure).parameters.values()
+        parameters = inspect.signature(closure, follow_wrapped=False).parameters.values()
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # of a decorator: what it decorates has the arguments
+            parameters = inspect.signature(closure).parameters.values()
     except (TypeError, ValueError):  # of a builtin
         return False
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return len(needed) == 1 and needed[0].kind is not inspect.Parameter.KEYWORD_ONLY
+
+
+def _frames_of_libraries() -> int:
+    """The ``stacklevel`` at which a warning points at the user's code."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+_LIBRARIES = ("gam_fast", "torch", "contextlib")
