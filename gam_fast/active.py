@@ -186,6 +186,7 @@ class Agenda:
 
     Attributes:
         trigger: the rule that needs a gradient, if there is one.
+        is_always: whether every step takes the whole recipe.
 
     Raises:
         ValueError: an interval below 1, two rules that need a gradient.
@@ -208,6 +209,7 @@ class Agenda:
         if len(triggers) > 1:
             raise ValueError(f"active must have one WhenSteep at most, got {len(triggers)}")
         self.trigger = triggers[0] if triggers else None
+        self.is_always = interval == 1 and not self._rules
 
     def change(self, interval: float, active: Rules) -> None:
         """Be another from now on. Raises as the constructor; nothing is then changed."""
@@ -216,7 +218,7 @@ class Agenda:
     @property
     def fields(self) -> dict[str, float]:
         """What it keeps in each parameter group, as it is before the first step."""
-        fields: dict[str, float] = {} if self.interval == 1 and not self._rules else {STEPS: 0}
+        fields: dict[str, float] = {} if self.is_always else {STEPS: 0}
         return fields if self.trigger is None else {**fields, LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
 
     def wants(self, step: int) -> bool:

@@ -108,7 +108,7 @@ def check_alike(name: str, values: Sequence[Any]) -> bool:
     Raises:
         ValueError: in some groups only.
     """
-    words = [value for value in values if is_auto(value)]
+    words = [value for value in values if isinstance(value, str) and is_auto(value)]
     if 0 < len(words) < len(values):
         raise ValueError(
             f"{name} is {words[0]!r} in some parameter groups and a number in others, but the difference is of the "
