@@ -20,6 +20,8 @@ STEPS = "flat_steps"
 LOOKS, MEAN, VARIANCE = "flat_looks", "flat_mean", "flat_variance"
 """The keys of how often :class:`WhenSteep` has looked at ‖g0‖², and of its running mean and variance."""
 
+COUNTS = (STEPS, LOOKS, MEAN, VARIANCE)
+
 
 class Activity:
     """A rule for which steps take the whole recipe. Write one of your own by :meth:`before`."""
@@ -176,7 +178,7 @@ Rules: TypeAlias = "Rule | list[Rule] | tuple[Rule, ...] | None"
 
 
 class Agenda:
-    """What an optimizer does with ``interval=`` and ``active=``.
+    """What an optimizer does with ``interval=`` and ``active=``; one object, for wrappers that copy attributes.
 
     Args:
         interval: the whole recipe at every ``interval``-th step; infinite for never.
@@ -184,6 +186,7 @@ class Agenda:
 
     Attributes:
         trigger: the rule that needs a gradient, if there is one.
+        is_always: whether every step takes the whole recipe.
 
     Raises:
         ValueError: an interval below 1, two rules that need a gradient.
@@ -206,11 +209,16 @@ class Agenda:
         if len(triggers) > 1:
             raise ValueError(f"active must have one WhenSteep at most, got {len(triggers)}")
         self.trigger = triggers[0] if triggers else None
+        self.is_always = interval == 1 and not self._rules
+
+    def change(self, interval: float, active: Rules) -> None:
+        """Be another from now on. Raises as the constructor; nothing is then changed."""
+        vars(self).update(vars(Agenda(interval, active)))
 
     @property
     def fields(self) -> dict[str, float]:
         """What it keeps in each parameter group, as it is before the first step."""
-        fields: dict[str, float] = {} if self.interval == 1 and not self._rules else {STEPS: 0}
+        fields: dict[str, float] = {} if self.is_always else {STEPS: 0}
         return fields if self.trigger is None else {**fields, LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
 
     def wants(self, step: int) -> bool:

@@ -49,15 +49,13 @@ class FreezeRunningStatistics:
         self._after_first: list[Tensor] | None = None
         self._keep_last = False
 
-    @torch.no_grad()
     def __enter__(self) -> FreezeRunningStatistics:
         self._buffers = running_statistics(self.model) if self.model is not None else []
-        self._start = [buffer.clone() for buffer in self._buffers]
+        self._start = [buffer.detach().clone() for buffer in self._buffers]
         self._after_first = None
         self._begun = self._keep_last = False
         return self
 
-    @torch.no_grad()
     def begin(self, *, keep_last: bool = False) -> None:
         """Start a pass: note the statistics the first pass ended with, or go back to those at entry.
 
@@ -66,17 +64,20 @@ class FreezeRunningStatistics:
         """
         self._keep_last = keep_last
         if self._begun and keep_last:
-            if self._buffers:
-                torch._foreach_copy_(self._buffers, self._start)
+            self._put_back(self._start)
         elif self._begun and self._after_first is None:
-            self._after_first = [buffer.clone() for buffer in self._buffers]
+            self._after_first = [buffer.detach().clone() for buffer in self._buffers]
         self._begun = True
 
-    @torch.no_grad()
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         keep = self._start if kind is not None else None if self._keep_last else self._after_first
         if keep:
-            torch._foreach_copy_(self._buffers, keep)
+            self._put_back(keep)
         self._buffers, self._start, self._after_first = [], [], None
+
+    def _put_back(self, values: list[Tensor]) -> None:
+        if values:  # entering no_grad() takes microseconds
+            with torch.no_grad():
+                torch._foreach_copy_(self._buffers, values)

@@ -56,17 +56,21 @@ class FiniteWatch:
         """
         if not self.looks:
             return
-        self._totals.append(total)
-        if self._at_end or not (self._on_host or last):
-            return
-        if self.is_finite():
+        if self._on_host and not self._at_end:
+            finite = scalars.is_finite((total,))
+        else:
+            self._totals.append(total)
+            if self._at_end or not last:
+                return
+            finite = self.is_finite()
+        if finite:
             self._known_finite |= vectors
             return
         suspects = sorted({str(self._recipe.pass_of(vector)) for vector in vectors - self._known_finite})
         self.refuse(f"{f'pass {listed(suspects)}' if self._on_host else 'a pass'} of {self._recipe.name}")
 
     def is_finite(self) -> bool:
-        """Whether all sums so far are finite; waits for an accelerator."""
+        """Whether all sums that were noted and not looked at are finite; waits for an accelerator."""
         return not self.looks or scalars.is_finite(self._totals)
 
     def refuse(self, where: str) -> NoReturn:

@@ -6,7 +6,7 @@ Its steps are in :mod:`gam_fast.stepping`; here is what lasts: parameter groups,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import radius
-from .active import Agenda, Rules
+from .active import COUNTS, Agenda, Rules
 from .backends import Backend, select
 from .bases import build_base
 from .distributed import SYNC, check_supported
@@ -123,6 +123,7 @@ class FlatOptimizer(Stepper):
         for param in self._parameters():
             self._select(param.device)
         self._progress = Progress()
+        self._check_difference(self.base.param_groups)
         for group in self.base.param_groups:
             self._complete_group(group)
         # torch's constructor would make groups and state of its own. Ours are those of the base optimizer (see the
@@ -211,7 +212,8 @@ class FlatOptimizer(Stepper):
     @interval.setter
     def interval(self, interval: float) -> None:
         self._refuse_nesting("setting interval")
-        self._set_agenda(Agenda(interval, self._agenda.active))
+        self._agenda.change(interval, self._agenda.active)
+        self._complete_groups()
 
     @property
     def active(self) -> Rules:
@@ -226,17 +228,13 @@ class FlatOptimizer(Stepper):
     @active.setter
     def active(self, active: Rules) -> None:
         self._refuse_nesting("setting active")
-        self._set_agenda(Agenda(self._agenda.interval, active))
+        self._agenda.change(self._agenda.interval, active)
+        self._complete_groups()
 
     @property
     def decides_in_first_pass(self) -> bool:
         """Whether a rule looks at the first gradient: what :attr:`Turn.last` says in the first pass is not final."""
         return self._agenda.trigger is not None
-
-    def _set_agenda(self, agenda: Agenda) -> None:
-        self._agenda = agenda
-        for group in self.param_groups:
-            self._complete_group(group)
 
     def key(self, name: str) -> str:
         """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has a hyper-parameter so named.
@@ -262,6 +260,7 @@ class FlatOptimizer(Stepper):
             if not isinstance(param_group["params"], Tensor | set):
                 param_group["params"] = list(param_group["params"])
             self._check_group(param_group)
+            self._check_difference([*self.param_groups, param_group])
         self.base.add_param_group(param_group)
         self._complete_group(self.param_groups[-1])
 
@@ -285,13 +284,15 @@ class FlatOptimizer(Stepper):
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        ours = (*self._own_defaults, *self._agenda.fields, radius.LENGTH, radius.NORM)
+        ours = (*self._own_defaults, *self._kept())
         kept = [{key: group[key] for key in ours if key in group} for group in self.param_groups]
         kept += [{}] * (len(state_dict["param_groups"]) - len(kept))
         groups = [{**own, **saved} for own, saved in zip(kept, state_dict["param_groups"], strict=False)]
         for group in groups:
             self._check_hyper(group)
+        self._check_difference(groups)
         self.base.load_state_dict({**state_dict, "param_groups": groups})
+        self._complete_groups()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -316,6 +317,8 @@ class FlatOptimizer(Stepper):
         self._agenda = Agenda()
         self._progress = Progress(state.get("skipped_steps", 0))
         super().__setstate__({name: value for name, value in state.items() if name != "skipped_steps"})
+        if hasattr(self, "_options"):
+            self._options.setdefault("ascent_share", 1.0)  # of a pickle from before there was one
 
     def __repr__(self) -> str:
         backends = sorted({self._select(param.device).name for param in self._parameters()})
@@ -346,12 +349,32 @@ class FlatOptimizer(Stepper):
             if key in group:
                 self.recipe.check(name, group[key])
                 radius.is_auto(group[key])
+        for key in (*COUNTS, radius.LENGTH):
+            value = group.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{key} of a parameter group must be a number that is not negative, got {value!r}")
+
+    def _check_difference(self, groups: Sequence[dict[str, Any]]) -> None:
+        name = self.recipe.difference
+        if name is not None:
+            key = self._keys[name]
+            radius.check_alike(name, [group.get(key, self._own_defaults[key]) for group in groups])
 
     def _complete_group(self, group: dict[str, Any]) -> None:
         for key, value in self._own_defaults.items():
             group.setdefault(key, value)
-        for key, number in self._agenda.fields.items():
+        for key, number in self._kept().items():
             group.setdefault(key, self.param_groups[0].get(key, number))
+
+    def _complete_groups(self) -> None:
+        for group in self.param_groups:
+            self._complete_group(group)
+
+    def _kept(self) -> dict[str, float]:
+        """What is kept in every group from step to step, as it is before the first."""
+        name = self.recipe.difference
+        auto = name is not None and any(isinstance(group.get(self._keys[name]), str) for group in self.param_groups)
+        return {**self._agenda.fields, **({radius.LENGTH: 0.0} if auto else {})}
 
 
 def _check_clip(limit: float | None) -> None:

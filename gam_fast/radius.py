@@ -12,10 +12,11 @@ changes over it as well: ``‖T[ĝ,ĝ]‖ = ‖Hĝ‖ / ℓ``. The sum is least,
 Besides, the point θ + ρ'ĝ is rounded, by a vector as long as ``ε‖θ‖/2`` at most, which the step should not be shorter
 than; and where the gradient hardly changes, so that ℓ means nothing, the size of the parameters bounds it:
 
-.. math:: ρ' = \max(\sqrt{2ε}\,\min(ℓ, ‖θ‖),\; ε‖θ‖/2) .
+.. math:: ρ' = \max(\sqrt{2ε}\,\min(ℓ, s),\; ε s/2), \qquad s = \max(‖θ‖, 1) .
 
-ℓ is measured by the differences themselves, ``ρ'‖g_0‖/‖g_1 − g_0‖`` of the steps before, by a mean of logarithms; in
-the first step it is taken for ``‖θ‖/10``.
+‖θ‖ and ε are those of the parameters that require gradients. ℓ is measured by the differences themselves,
+``ρ'‖g_0‖/‖g_1 − g_0‖`` of the steps before, by a mean of logarithms; in the first step it is taken for ``s/10``. On an
+accelerator, reading these norms waits for the device, at the beginning and at the end of a step.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import torch
 from torch import Tensor
 
 AUTO = "auto"
-LENGTH, NORM = "flat_length", "flat_norm"
-"""The keys in ``param_groups`` of ℓ and of ‖θ‖, where a radius is automatic."""
+LENGTH = "flat_length"
+"""The key in ``param_groups`` of ℓ, where a radius is automatic; 0.0 before it was measured."""
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _DECAY = 0.9
@@ -64,34 +65,56 @@ def epsilon(value: str, params: Iterable[Tensor]) -> float:
     return max(float(torch.finfo(dtype).eps) for dtype in dtypes)
 
 
-def radius(length: float, norm: float, eps: float) -> float:
-    """ρ' for a gradient that changes by its own length over ``length``, parameters of norm ``norm`` and a rounding.
+def radius(length: float, size: float, eps: float) -> float:
+    """ρ' for a gradient that changes by its own length over ``length``, parameters of norm ``size`` and a rounding.
 
-    >>> radius(length=0.5, norm=20.0, eps=2.0**-23)     # fp32: √(2ε)·.5
+    >>> radius(length=0.5, size=20.0, eps=2.0**-23)     # fp32: √(2ε)·.5
     0.000244140625
-    >>> radius(length=0.06, norm=12.0, eps=2.0**-7)     # bf16: the parameters' own rounding, ε·12/2
+    >>> radius(length=0.06, size=12.0, eps=2.0**-7)     # bf16: the parameters' own rounding, ε·12/2
     0.046875
     """
-    return max(math.sqrt(2.0 * eps) * min(length, norm), 0.5 * eps * norm)
+    size = max(size, 1.0)
+    return max(math.sqrt(2.0 * eps) * min(length, size), 0.5 * eps * size)
 
 
-def next_length(length: float, measured: float, *, first: bool) -> float:
-    """ℓ after a step in which ``measured`` was found, which is ignored if it is no positive number."""
-    if not (math.isfinite(measured) and measured > 0.0):
+def next_length(length: float, measured: float, size: float) -> float:
+    """ℓ after a step in which ``measured`` was found: infinite if the gradient has not changed; 0.0 is none so far."""
+    if math.isnan(measured) or measured <= 0.0:
         return length
-    if first:
-        return measured
-    return math.exp(_DECAY * math.log(length) + (1.0 - _DECAY) * math.log(measured))
+    measured = min(measured, max(size, 1.0))
+    return math.exp(_DECAY * math.log(length) + (1.0 - _DECAY) * math.log(measured)) if length else measured
 
 
 @torch.no_grad()
 def norm_of(params: Sequence[Tensor]) -> float:
-    """‖θ‖ over all parameters, on all devices and, of a DTensor, on all processes; at least 1e-12."""
-    total = 0.0
+    """‖θ‖ over all parameters, on all devices and, of DTensors, on all processes."""
+    together: dict[Any, list[Tensor]] = {}
     for param in params:
-        norm = torch.linalg.vector_norm(param, dtype=torch.promote_types(param.dtype, torch.float32))
-        total += float(getattr(norm, "full_tensor", lambda norm=norm: norm)()) ** 2
-    return max(math.sqrt(total), 1e-12)
+        together.setdefault((param.device, param.dtype, getattr(param, "device_mesh", None)), []).append(param)
+    total = 0.0
+    for (_, dtype, mesh), own in together.items():
+        if mesh is None:
+            norms = torch._foreach_norm(own, 2, dtype=torch.promote_types(dtype, torch.float32))
+            total += float(torch.stack(norms).square().sum())
+        else:
+            norm: Any = torch.nn.utils.get_total_norm(own)
+            total += float(norm.full_tensor()) ** 2
+    return math.sqrt(total)
+
+
+def check_alike(name: str, values: Sequence[Any]) -> bool:
+    """Whether a radius is automatic, in all groups.
+
+    Raises:
+        ValueError: in some groups only.
+    """
+    words = [value for value in values if isinstance(value, str) and is_auto(value)]
+    if 0 < len(words) < len(values):
+        raise ValueError(
+            f"{name} is {words[0]!r} in some parameter groups and a number in others, but the difference is of the "
+            "gradient as a whole: give all groups a number, or all of them 'auto'"
+        )
+    return bool(words)
 
 
 @dataclass(frozen=True)
@@ -100,13 +123,13 @@ class Difference:
 
     Args:
         radius: ρ'.
-        norm: ‖θ‖, when it was taken.
-        length: ℓ as it was before the step, ``None`` in the first.
+        size: ‖θ‖.
+        length: ℓ as it was before the step, 0.0 in the first.
     """
 
     radius: float
-    norm: float
-    length: float | None
+    size: float
+    length: float
 
     @classmethod
     def of(cls, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]], name: str) -> Difference | None:
@@ -115,27 +138,18 @@ class Difference:
         Raises:
             ValueError: it is automatic in some groups only.
         """
-        words = [value for h in hyper if is_auto(value := h[name])]
-        if not words:
+        if not check_alike(name, [h[name] for h in hyper]):
             return None
-        if len(words) < len(hyper):
-            raise ValueError(
-                f"{name} is {words[0]!r} in some parameter groups and a number in others, but the difference is of the "
-                "gradient as a whole: give all groups a number, or all of them 'auto'"
-            )
-        params = [param for group in groups for param in group["params"]]
-        norm = float(groups[0].get(NORM) or norm_of(params))
-        length = groups[0].get(LENGTH)
-        chosen = radius(0.1 * norm if length is None else length, norm, max(epsilon(word, params) for word in words))
+        params = [param for group in groups for param in group["params"] if param.requires_grad]
+        size = norm_of(params)
+        length = float(groups[0].get(LENGTH, 0.0))
+        eps = max((epsilon(h[name], params) for h in hyper), default=0.0) if params else 0.0
+        chosen = radius(length or 0.1 * max(size, 1.0), size, eps)
         for h in hyper:
             h[name] = chosen
-        return cls(chosen, norm, length)
+        return cls(chosen, size, length)
 
     def after(self, change: float) -> dict[str, float]:
         """What the groups keep, ``change`` being ‖g1 − g0‖/‖g0‖."""
-        measured = self.radius / change if change > 0.0 else math.inf
-        if self.length is None:
-            length = next_length(0.1 * self.norm, measured, first=True)
-        else:
-            length = next_length(self.length, measured, first=False)
-        return {LENGTH: length, NORM: self.norm}
+        measured = math.inf if change == 0.0 else self.radius / change
+        return {LENGTH: next_length(self.length, measured, self.size)}

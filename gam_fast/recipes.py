@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -172,7 +173,12 @@ class Recipe:
         >>> [EXACT_GAM.pass_of(i) for i in range(EXACT_GAM.vectors)]
         [0, 0, 1, 1]
         """
-        return sum(isinstance(step, Move) for step in self.walk[:vector])
+        return self._passes_before[vector]
+
+    @cached_property
+    def _passes_before(self) -> tuple[int, ...]:
+        moved = (isinstance(step, Move) for step in self.walk)
+        return tuple(accumulate(moved, initial=0))
 
     def coefficients(self, hyper: Hyperparameters) -> tuple[list[float], list[float], float]:
         """``(c, d, γ)`` for one parameter group; 0.0 where a gradient takes no part, ``d`` empty without ``m``.

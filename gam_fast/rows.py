@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-_PLAIN = (str, bytes, int, float, type(None))
+_MEND = "take its rows yourself: x[:turn.count(len(x))]"
 
 
 def is_array(value: Any) -> bool:
@@ -22,13 +23,15 @@ def is_array(value: Any) -> bool:
 def leading(batch: Any, count: Callable[[int], int]) -> Any:
     """``batch`` with the first ``count(n)`` of the ``n`` rows of everything in it that has rows.
 
-    Those are tensors and arrays, in mappings, lists, tuples and dataclasses, nested as they like; lists and tuples of
-    plain values (such as strings) that are as long; all else stays as it is, tensors without dimensions too. Nothing is
-    copied: tensors are views.
+    Those are tensors and arrays, which all have one number of rows, in mappings, lists, tuples and dataclasses, nested
+    as they like: a list of tensors is the parts of a batch, as a ``DataLoader`` collates it. Lists (or tuples of
+    strings) without any array in them are one entry a row. All else stays as it is: numbers, strings, tuples of
+    numbers, tensors without dimensions. Nothing is copied: tensors are views.
 
     Raises:
-        ValueError: tensors of different lengths.
-        TypeError: there is nothing that has rows.
+        ValueError: tensors of different lengths, or a list that is not one entry a row; a list of examples, each a
+            tuple.
+        TypeError: there is nothing that has rows, or what has them cannot be cut.
 
     >>> import torch
     >>> leading({"x": torch.arange(6).view(3, 2), "name": ["a", "b", "c"], "scale": 2.0}, lambda n: n - 1)
@@ -40,23 +43,25 @@ def leading(batch: Any, count: Callable[[int], int]) -> Any:
     if len(lengths) > 1:
         raise ValueError(
             f"the tensors of a batch must have one number of rows, got shapes {', '.join(map(str, shapes))}: which of "
-            "them belong to the first rows cannot be told. Take the rows yourself: x[:turn.count(len(x))]"
+            f"them belong to the first rows cannot be told. Of such a batch, {_MEND}"
         )
     if not lengths:
         lengths = [len(values) for values in _columns(batch)][:1]
     if not lengths:
         raise TypeError(
             f"there is no tensor with rows in {type(batch).__name__} {batch!r:.80}: a batch is tensors, or mappings, "
-            "lists, tuples or dataclasses of them. Take the rows of anything else yourself: x[:turn.count(len(x))]"
+            f"lists, tuples or dataclasses of them. Of anything else, {_MEND}"
         )
     return _cut(batch, lengths[0], count(lengths[0]))
 
 
 def _parts(value: Any) -> list[Any]:
     """What a container contains; of anything else, nothing."""
+    if isinstance(value, PackedSequence):
+        raise TypeError(f"a PackedSequence has no rows to be cut: pack what turn.rows() gives, or {_MEND}")
     if isinstance(value, Mapping):
         return list(value.values())
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
@@ -67,12 +72,19 @@ def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
     if is_array(value):
         yield tuple(value.shape)
         return
-    for part in _parts(value):
-        yield from _shapes(part)
+    parts = _parts(value)
+    shapes = [list(_shapes(part)) for part in parts]
+    if isinstance(value, list) and parts and all(type(part) is tuple for part in parts) and any(shapes):
+        raise ValueError(f"a list of tuples is a list of examples and not a batch: collate it first, or {_MEND}")
+    for found in shapes:
+        yield from found
 
 
 def _is_column(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(entry, _PLAIN) for entry in value)
+    """Whether it is one entry a row: a sequence without arrays in it that is no tuple of numbers, as sizes are."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value or any(_shapes(value)):
+        return False
+    return not isinstance(value, tuple) or all(isinstance(entry, str | bytes) for entry in value)
 
 
 def _columns(value: Any) -> Iterator[Any]:
@@ -84,21 +96,44 @@ def _columns(value: Any) -> Iterator[Any]:
 
 
 def _cut(value: Any, rows: int, keep: int) -> Any:
-    if is_array(value):
-        return value[:keep]
-    if _is_column(value):
-        return value[:keep] if len(value) == rows else value
+    try:
+        if is_array(value):
+            return value[:keep]
+        if _is_column(value):
+            if len(value) != rows:
+                raise ValueError(
+                    f"a list of {len(value)} beside tensors of {rows} rows: {value!r:.80} is not one entry a row. "
+                    f"Leave it out of what turn.rows() is given, or {_MEND}"
+                )
+            return value[:keep]
+        return _rebuilt(value, rows, keep)
+    except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        if _MEND in str(error):
+            raise
+        why = str(error).partition(". ")[0].partition("\n")[0]  # torch lists all its dispatch keys after that
+        raise TypeError(f"the rows of a {type(value).__name__} cannot be taken ({why}): {_MEND}") from error
+
+
+def _rebuilt(value: Any, rows: int, keep: int) -> Any:
+    """A container of the same kind, with what is in it cut."""
     if isinstance(value, Mapping):
         found = {key: _cut(part, rows, keep) for key, part in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
             return found
         out = copy.copy(value)
-        out.update(found)
+        for key, part in found.items():
+            out[key] = part
         return out
     if isinstance(value, list | tuple):
+        if all(not _has_rows(part) for part in value):
+            return value
         items = [_cut(part, rows, keep) for part in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.init]
         return dataclasses.replace(value, **{name: _cut(getattr(value, name), rows, keep) for name in names})
     return value
+
+
+def _has_rows(value: Any) -> bool:
+    return any(_shapes(value)) or any(map(bool, _columns(value)))

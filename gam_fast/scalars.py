@@ -42,7 +42,10 @@ def is_finite(values: Sequence[Scalar | Products]) -> bool:
     >>> is_finite([1.0, [[2.0, 3.0, 4.0]]]), is_finite([float("inf")])
     (True, False)
     """
-    return all(math.isfinite(x) for value in values for x in _numbers(value))
+    return all(
+        math.isfinite(value) if isinstance(value, float) else all(map(math.isfinite, _numbers(value)))
+        for value in values
+    )
 
 
 def _numbers(value: Scalar | Products) -> list[float]:

@@ -27,29 +27,38 @@ class Portion:
         self.share = share
         self.asked = False
         self.weight = 1.0
-        self._cuts_batches = False
+        self._cuts: str | None = None
+
+    def _cut(self, what: str) -> None:
+        """Somebody asks; a batch is cut by its rows or by its micro-batches, in all passes alike."""
+        self.asked = True
+        if self.share < 1.0 and self._cuts not in (None, what):
+            raise RuntimeError(
+                "turn.rows() or turn.count() in a step that iterates over micro_batches(), which are a share of the "
+                "batch already: leave one of them out"
+            )
+        self._cuts = what
 
     def count(self, n: int, share: float) -> int:
         """How many of ``n`` rows a pass sees: the nearest whole number to ``share · n``, but at least one."""
-        self.asked = True
-        return min(n, max(1, math.floor(share * n + 0.5)))
+        self._cut("rows")
+        return _part(n, share)
 
     def rows(self, batch: Any, share: float) -> Any:
         """See :meth:`Turn.rows`."""
-        if self._cuts_batches:
-            raise RuntimeError(
-                "turn.rows() in a step that iterates over micro_batches(), which are a share of the batch already: "
-                "leave one of them out"
-            )
-        self.asked = True
-        return batch if share == 1.0 else leading(batch, lambda n: self.count(n, share))
+        self._cut("rows")
+        return batch if share == 1.0 else leading(batch, lambda n: _part(n, share))
 
     def batches(self, batches: Sequence[Any], share: float) -> Sequence[Any]:
         """The micro-batches that a pass sees; their gradients are then weighted as those of all."""
-        kept = batches[: self.count(len(batches), share)]
-        self._cuts_batches = self.share < 1.0
+        self._cut("batches")
+        kept = batches[: _part(len(batches), share)]
         self.weight = len(batches) / len(kept)
         return kept
+
+
+def _part(n: int, share: float) -> int:
+    return min(n, max(1, math.floor(share * n + 0.5)))
 
 
 @dataclass(frozen=True)
@@ -79,14 +88,16 @@ class Turn:
 
         Args:
             batch: tensors or arrays, or mappings, lists, tuples or dataclasses of them. All that have rows have the
-                same number ``n`` of them, of which the first ``share · n`` are taken, rounded, at least one. Lists of
-                plain values, such as strings, that are as long as that are cut as well.
+                same number ``n`` of them, of which the first ``share · n`` are taken, rounded, at least one. (A
+                BatchNorm over rows needs two: mind the last batch of an epoch, or let the loader drop it.) A list of
+                tensors is the parts of a batch, as a ``DataLoader`` collates it; a list without tensors is one entry a
+                row.
 
         Returns what it was given, a tuple where it was given several. Nothing is copied.
 
         Raises:
-            ValueError: tensors of different lengths.
-            TypeError: nothing that has rows.
+            ValueError: tensors of different lengths, a list that is not one entry a row, a list of examples.
+            TypeError: nothing that has rows, or what cannot be cut, such as a sparse tensor.
             RuntimeError: the step iterates over :meth:`FlatOptimizer.micro_batches`, which are cut already.
 
         >>> import torch

@@ -204,14 +204,19 @@ class Walk:
         """``scaler.step(optimizer)`` was called in the last pass, or after it; whoever did will update the scaler.
 
         Raises:
-            RuntimeError: the scaler has unscaled the gradients of one of several passes; a local step, or one of second
-                order.
+            RuntimeError: the scaler has unscaled the gradients of one of several passes; a local step, one of second
+                order, or one that decides by its first gradient.
         """
         if self._local is not None or self.recipe.second_order:
             what = f"of {self.recipe.name}" if self.recipe.second_order else "with sync='local'"
             raise RuntimeError(
                 f"scaler.step(optimizer) in a step {what}: torch looks at the gradients of one pass on one process. "
                 "Leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
+            )
+        if self.settings.goes_on is not None:
+            raise RuntimeError(
+                "scaler.step(optimizer) in a step with a rule WhenSteep, which looks at the first gradient before the "
+                "scale is known: leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
             )
         if scale.unscaled and self.recipe.passes > 1:
             raise RuntimeError(

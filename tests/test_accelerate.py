@@ -92,6 +92,28 @@ def test_it_takes_the_steps_of_the_loop(form, precision):
     assert_same_model(accelerator.unwrap_model(model), by_hand(autocast=precision == "bf16", clip_grad_norm=0.5))
 
 
+def test_a_closure_with_an_argument_gets_the_turn():
+    accelerator = Accelerator(cpu=True)
+    options = {"ascent_share": 0.5, "interval": 2}
+    model, _, optimizer, batches = prepared(accelerator, **options)
+    torch.manual_seed(9)
+    for x, y in batches:
+
+        def closure(turn, x=x, y=y):
+            own_x, own_y = turn.rows(x, y)
+            accelerator.backward(F.cross_entropy(model(own_x), own_y))
+
+        optimizer.step(closure)
+    plain = net()
+    flat = gam_fast.GAM(plain.parameters(), torch.optim.SGD, **GAM, model=plain, **options)
+    torch.manual_seed(9)
+    for batch in loader():
+        for turn in flat.passes():
+            x, y = turn.rows(batch)
+            F.cross_entropy(plain(x), y).backward()
+    assert_same_model(accelerator.unwrap_model(model), plain)
+
+
 def test_its_state_is_saved_and_loaded(tmp_path):
     accelerator = Accelerator(cpu=True)
     model, _, optimizer, batches = prepared(accelerator)

@@ -50,7 +50,7 @@ def assert_equal(ours, theirs):
 def build(method_name, name="mlp", dtype=torch.float64, base="sgd_nesterov", **options):
     model, batches = make(name, dtype)
     method = METHODS[method_name]
-    return model, method.optimizer(model.parameters(), BASES[base], model=model, **method.hyper, **options), batches
+    return model, method.optimizer(model.parameters(), BASES[base], model=model, **{**method.hyper, **options}), batches
 
 
 # What steps there are
@@ -302,6 +302,23 @@ def test_loss_scaling_changes_no_decision(share):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_scaler_that_steps_by_itself_is_refused_by_a_rule_that_looks(share):
+    model, optimizer, batches = build("sam", active=WhenSteep(), ascent_share=share)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = everything(model, optimizer)
+
+    def step():
+        for turn in optimizer.passes():
+            scaler.scale(loss_of(model, *turn.rows(*batches[0]))).backward()
+            if turn.last:
+                scaler.step(optimizer)
+
+    with pytest.raises(RuntimeError, match=r"a rule WhenSteep.*call passes\(scaler=scaler\)"):
+        step()
+    assert_same(before, everything(model, optimizer))
+
+
 @pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
 def test_a_first_gradient_that_is_not_finite(policy):
     model, optimizer, batches = build("gam", active=WhenSteep(), on_nonfinite=policy)
@@ -332,6 +349,7 @@ RULES = {
     "between": {"active": Between(3, 7)},
     "sometimes": {"active": Sometimes(0.5, seed=3)},
     "steep": {"active": WhenSteep(deviations=0.3, decay=0.7)},
+    "automatic": {"interval": 2, "rho_prime": "auto"},
     "steep_of_a_share": {"active": WhenSteep(deviations=0.3, decay=0.7), "ascent_share": 0.25, "interval": 2},
 }
 
@@ -395,6 +413,47 @@ def test_checkpoints_go_to_the_base_optimizer_and_come_from_it():
     optimizer.load_state_dict(plain.state_dict())
     assert optimizer.param_groups[0]["flat_steps"] == 3  # what it does not say stays as it is
     assert train(model, optimizer, data(batches, 2)) == [4, 1]
+
+
+def test_a_state_loaded_into_the_base_optimizer_starts_the_count_anew():
+    model, optimizer, batches = build("sam", interval=2, active=WhenSteep(deviations=-1e9))
+    train(model, optimizer, batches[:1])
+    optimizer.base.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9).state_dict())
+    assert train(model, optimizer, batches) == [1, 2, 1, 2]
+
+
+def test_a_wrapper_that_copies_attributes_sees_what_is_set():
+    model, optimizer, batches = build("sam")
+    wrapper = copy.copy(optimizer)  # as Lightning's
+    wrapper.interval = 2
+    assert optimizer.interval == 2
+    optimizer.active = Between(4)
+    assert wrapper.active == Between(4)
+    assert train(model, wrapper, [*batches, *batches[:2]]) == [1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("key", ["flat_steps", "flat_looks", "flat_mean", "flat_variance", "flat_length"])
+@pytest.mark.parametrize("value", ["x", -1, math.nan, None, True])
+def test_a_state_that_makes_no_sense_is_refused(key, value):
+    model, optimizer, batches = build("gam", interval=2, active=WhenSteep(), rho_prime="auto")
+    train(model, optimizer, batches)
+    state = optimizer.state_dict()
+    assert key in state["param_groups"][0]
+    state["param_groups"][0][key] = value
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match=f"{key} of a parameter group must be a number.*got {value!r}"):
+        optimizer.load_state_dict(state)
+    assert_same(before, everything(model, optimizer))
+
+
+def test_a_pickle_from_before_there_was_a_share():
+    _, optimizer, _ = build("sam")
+    state = optimizer.__getstate__()
+    del state["_agenda"]
+    state["_options"] = {key: value for key, value in state["_options"].items() if key != "ascent_share"}
+    old = object.__new__(gam_fast.SAM)
+    old.__setstate__(state)
+    assert (old.ascent_share, old.interval, old.active) == (1.0, 1, None)
 
 
 def test_groups_that_come_later_count_with_the_others():

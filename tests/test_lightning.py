@@ -53,7 +53,8 @@ class Module(pl.LightningModule):
         self.batches, self.calls, self.losses, self.models = [], 0, [], []
 
     def loss(self, batch):
-        x, y = batch
+        optimizer = self.optimizers()
+        x, y = batch if optimizer.turn is None or optimizer.ascent_share == 1.0 else optimizer.turn.rows(*batch)
         return F.cross_entropy(self.net(x), y)
 
     def training_step(self, batch, batch_idx):
@@ -127,6 +128,23 @@ def test_automatic_optimization_takes_the_steps_of_the_loop(precision):
     assert module.losses == losses
     assert trainer.global_step == 8
     assert module.calls == 4 * 8
+
+
+def test_cheaper_steps_are_those_of_the_loop():
+    options = {"ascent_share": 0.5, "interval": 2}
+    module = Module(**options)
+    trainer = fit(module)
+    model = net()
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, **GAM, model=model, **options)
+    torch.manual_seed(9)
+    for _ in range(2):
+        for batch in DataLoader(data(), 12):
+            for turn in optimizer.passes():
+                x, y = turn.rows(*batch)
+                F.cross_entropy(model(x), y).backward()
+    assert_same_model(module.net, model)
+    assert trainer.global_step == 8
+    assert module.calls == 4 * (1 + 4)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -64,7 +64,7 @@ def test_it_is_near_the_radius_of_least_error(model_name, dtype, steps):
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto", model=model)
     train(model, optimizer, batches, steps)
     group = optimizer.param_groups[0]
-    chosen = radius.radius(group["flat_length"], group["flat_norm"], torch.finfo(dtype).eps)
+    chosen = radius.radius(group["flat_length"], radius.norm_of(list(model.parameters())), torch.finfo(dtype).eps)
     around = [chosen * 10 ** (k / 4) for k in range(-12, 13)]
     at_chosen, *others = errors_of(model, *batches[steps % len(batches)], [chosen, *around])
     assert at_chosen < 3.0 * min(others)
@@ -77,11 +77,14 @@ def test_its_formula():
     assert radius.radius(0.5, 20.0, eps) == 0.5 * math.sqrt(2 * eps)
     assert radius.radius(1e9, 20.0, eps) == 20.0 * math.sqrt(2 * eps)
     assert radius.radius(1e-9, 20.0, eps) == 10.0 * eps
-    assert radius.next_length(2.0, 5.0, first=True) == 5.0
-    assert radius.next_length(2.0, 8.0, first=False) == pytest.approx(2.0**0.9 * 8.0**0.1)
-    for nothing in (0.0, -1.0, math.inf, math.nan):
-        assert radius.next_length(2.0, nothing, first=False) == 2.0
-        assert radius.next_length(2.0, nothing, first=True) == 2.0
+    assert radius.radius(0.25, 0.01, eps) == 0.25 * math.sqrt(2 * eps)  # parameters that begin at zero
+    assert radius.next_length(0.0, 5.0, 20.0) == 5.0
+    assert radius.next_length(2.0, 8.0, 20.0) == pytest.approx(2.0**0.9 * 8.0**0.1)
+    assert radius.next_length(2.0, math.inf, 20.0) == pytest.approx(2.0**0.9 * 20.0**0.1)
+    assert radius.next_length(0.0, math.inf, 0.5) == 1.0
+    for nothing in (0.0, -1.0, math.nan):
+        assert radius.next_length(2.0, nothing, 20.0) == 2.0
+        assert radius.next_length(0.0, nothing, 20.0) == 0.0
 
 
 @pytest.mark.parametrize("method_name", ["gam", "fad"])
@@ -92,10 +95,10 @@ def test_steps_are_those_with_the_numbers_it_chooses(method_name, share):
     hyper = {**method.hyper, "ascent_share": share}
     optimizer = method.optimizer(ours.parameters(), BASES["adamw"], **{**hyper, "rho_prime": "auto"})
     plain = method.optimizer(theirs.parameters(), BASES["adamw"], **hyper)
-    norm = float(reference.norm([p.detach() for p in ours.parameters()]))
-    length, eps, first = 0.1 * norm, torch.finfo(torch.float64).eps, True
+    length, eps = 0.0, torch.finfo(torch.float64).eps
     for x, y in batches:
-        chosen = radius.radius(length, norm, eps)
+        size = float(reference.norm([p.detach() for p in theirs.parameters()]))
+        chosen = max(math.sqrt(2 * eps) * min(length or 0.1 * size, size), eps * size / 2)
         plain.param_groups[0]["rho_prime"] = chosen
         g0: list[torch.Tensor] = []
         for turn in plain.passes():
@@ -103,16 +106,15 @@ def test_steps_are_those_with_the_numbers_it_chooses(method_name, share):
             if turn.index < 2:
                 g0.append(nn.utils.parameters_to_vector([p.grad for p in theirs.parameters()]).clone())
         measured = chosen * float(g0[0].norm() / (g0[1] - g0[0]).norm())
-        length, first = radius.next_length(length, measured, first=first), False
+        length = length**0.9 * measured**0.1 if length else measured
         train(ours, optimizer, [(x, y)], 1)
         assert optimizer.param_groups[0]["flat_length"] == pytest.approx(length, rel=1e-6)
-        assert optimizer.param_groups[0]["flat_norm"] == pytest.approx(norm, rel=1e-12)
         assert optimizer.param_groups[0]["rho_prime"] == "auto"
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-def test_a_gradient_that_does_not_change_leaves_it_as_it_was():
+def test_a_gradient_that_does_not_change():
     weight = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     slope = torch.tensor([0.25, -0.5], dtype=torch.float64)
     optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.125, rho_prime="auto")
@@ -121,7 +123,42 @@ def test_a_gradient_that_does_not_change_leaves_it_as_it_was():
         for _ in optimizer.passes():
             (slope * weight).sum().backward()
         assert torch.equal(weight.detach(), before - 0.125 * slope), k
-        assert optimizer.param_groups[0]["flat_length"] == pytest.approx(0.5)  # a tenth of ‖θ‖
+        assert optimizer.param_groups[0]["flat_length"] == pytest.approx(5.0, rel=0.1)  # the bound, ‖θ‖
+
+
+def test_parameters_that_begin_at_zero():
+    layer = nn.Linear(4, 3).double()
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
+    optimizer = gam_fast.GAM(layer.parameters(), torch.optim.SGD, lr=0.1, rho_prime="auto")
+    apart = []
+    for _ in range(3):
+        start = layer.weight.detach().clone()
+        for turn in optimizer.passes():
+            if turn.index == 1:
+                apart.append(float((layer.weight.detach() - start).norm()))
+            (layer(x) - y).square().mean().backward()
+    assert min(apart) > 1e-10
+    assert 0.1 < optimizer.param_groups[0]["flat_length"] <= 1.0
+
+
+def test_frozen_parameters_do_not_count():
+    frozen, head = nn.Parameter(1e3 * torch.ones(50, dtype=torch.bfloat16), requires_grad=False), nn.Linear(3, 2)
+    optimizer = gam_fast.GAM([frozen, *head.parameters()], torch.optim.SGD, lr=0.1, rho_prime="auto")
+    start, x = [p.detach().clone() for p in head.parameters()], torch.randn(5, 3)
+    for turn in optimizer.passes():
+        if turn.index == 1:
+            moved = reference.norm([p.detach() - s for p, s in zip(head.parameters(), start, strict=True)])
+        head(x).square().sum().backward()
+    assert float(moved) == pytest.approx(0.1 * math.sqrt(2 * 2.0**-23), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_of_the_parameters(dtype):
+    params = [torch.full((3, 4), 200.0, dtype=dtype), torch.tensor(100.0, dtype=dtype), torch.ones(2)]
+    assert radius.norm_of(params) == pytest.approx(math.sqrt(12 * 4e4 + 1e4 + 2))
+    assert radius.norm_of([]) == 0.0
 
 
 def test_the_rounding_is_that_of_the_coarsest_parameter_or_of_autocast():
@@ -207,10 +244,20 @@ def test_what_is_no_radius_is_refused():
             gam_fast.GAM(weights, torch.optim.SGD, lr=0.1, **options)
     with pytest.raises(TypeError, match="rho must be a number"):
         gam_fast.CFlat(weights, torch.optim.SGD, lr=0.1, rho="auto")
+    mixed = "rho_prime is 'auto' in some parameter groups and a number in others"
     groups = [{"params": weights[:1], "rho_prime": "auto"}, {"params": weights[1:]}]
-    optimizer = gam_fast.GAM(groups, torch.optim.SGD, lr=0.1)
-    with pytest.raises(ValueError, match="rho_prime is 'auto' in some parameter groups and a number in others"):
+    with pytest.raises(ValueError, match=mixed):
+        gam_fast.GAM(groups, torch.optim.SGD, lr=0.1)
+    optimizer = gam_fast.GAM(weights[:1], torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=mixed):
+        optimizer.add_param_group(groups[0] | {"params": weights[1:]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": weights[1:]})
+    optimizer.param_groups[1]["rho_prime"] = "auto"
+    with pytest.raises(ValueError, match=mixed):
         optimizer.step(lambda: sum(w.square().sum() for w in weights).backward())
+    with pytest.raises(ValueError, match=mixed):
+        optimizer.load_state_dict(optimizer.state_dict())
     optimizer = gam_fast.GAM(weights, torch.optim.SGD, lr=0.1, rho_prime="auto")
     with pytest.raises(ValueError, match="rho_prime is 'auto', and only a number has a schedule"):
         gam_fast.schedules.LinearRadius(optimizer, "rho_prime", total_steps=4, end=0.0)

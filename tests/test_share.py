@@ -281,6 +281,7 @@ def test_whoever_ignores_the_turn_gets_the_whole_recipe_and_one_warning():
             for _ in optimizer.passes():
                 loss_of(ours, x, y).backward()
         assert ["ascent_share=0.25 of this GAM had no effect" in str(w.message) for w in caught] == [True] * (k == 0)
+        assert all(w.filename == __file__ for w in caught)
         for _ in plain.passes():
             loss_of(theirs, x, y).backward()
     for ours_, theirs_ in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
@@ -325,12 +326,17 @@ def closures_of(model, optimizer, x, y, seen):
         "object": Callable(),
         "method": Callable().method,
         "lambda": lambda turn: note(*turn.rows(x, y)),
+        "decorated": torch.enable_grad()(with_default),
+        "wrapped": functools.wraps(note)(lambda: note(*optimizer.turn.rows(x, y))),
         "partial": functools.partial(lambda data, turn: note(*turn.rows(*data)), (x, y)),
         "anything": lambda *args, **kwargs: note(*(args[0] if args else optimizer.turn).rows(x, y)),
     }
 
 
-@pytest.mark.parametrize("kind", ["default", "attribute", "object", "method", "lambda", "partial", "anything"])
+@pytest.mark.parametrize(
+    "kind",
+    ["default", "attribute", "object", "method", "lambda", "decorated", "wrapped", "partial", "anything"],
+)
 def test_a_closure_asks_its_turn(kind):
     model, batches = make("mlp")
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, ascent_share=0.25)
@@ -379,6 +385,8 @@ def test_rows_of_all_that_a_batch_may_be():
     assert (found["a"][1][1], found["weight"], found["why"], found["n"]) == (None, torch.tensor(2.0), "because", 8)
     assert found["names"] == ["a", "b"]
     assert nested["names"] == list("abcdefgh")
+    left, right = turn.rows([{"x": x}, Pair(x, y)])  # as a loader collates examples of a dict and a pair
+    assert torch.equal(left["x"], right.x)
     pair = turn.rows(Pair(x, y))
     assert isinstance(pair, Pair)
     assert torch.equal(pair.y, y[:2])
@@ -393,7 +401,24 @@ def test_rows_of_all_that_a_batch_may_be():
     assert isinstance(turn.rows(collections.OrderedDict(x=x)), collections.OrderedDict)
     assert np.array_equal(turn.rows(np.arange(8)), np.arange(2))
     assert turn.rows(["a", "b", "c", "d"]) == ["a"]
-    assert turn.rows(x, (224, 224))[1] == (224, 224)
+    assert turn.rows(x, tuple("abcdefgh"))[1] == ("a", "b")
+    assert turn.rows(x[:2], (224, 224), torch.Size([2, 3]))[1:] == ((224, 224), torch.Size([2, 3]))
+    assert turn.rows(x, range(8), [{"id": i} for i in range(8)])[1:] == (range(2), [{"id": 0}, {"id": 1}])
+    assert turn.rows(x, list(torch.arange(8)), [])[1:] == ([torch.tensor(0), torch.tensor(1)], [])
+
+
+def test_rows_of_a_tokenizer_and_a_model_output():
+    from transformers import BatchEncoding
+    from transformers.modeling_outputs import BaseModelOutput
+
+    x = torch.arange(16).view(8, 2)
+    turn = gam_fast.Turn(0, 4, share=0.25)
+    encoding = turn.rows(BatchEncoding({"input_ids": x, "attention_mask": torch.ones(8, 2)}))
+    assert isinstance(encoding, BatchEncoding)
+    assert torch.equal(encoding["input_ids"], x[:2])
+    output = turn.rows(BaseModelOutput(last_hidden_state=x))
+    assert isinstance(output, BaseModelOutput)
+    assert torch.equal(output.last_hidden_state, x[:2])
 
 
 def test_the_last_pass_gets_what_it_was_given():
@@ -430,6 +455,17 @@ def test_what_rows_cannot_cut_is_refused():
         turn.rows(object(), torch.tensor(1.0))
     with pytest.raises(TypeError, match="needs the batch"):
         turn.rows()
+    x = torch.ones(4, 2)
+    with pytest.raises(ValueError, match=r"a list of 3 beside tensors of 4 rows: \['a', 'b', 'c'\].*turn.count"):
+        turn.rows(x, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="a list of examples and not a batch: collate it first.*turn.count"):
+        turn.rows([(x, 1), (x, 0)])
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2)])
+    with pytest.raises(TypeError, match="a PackedSequence has no rows.*pack what turn.rows"):
+        turn.rows(packed)
+    for odd in (x.to_sparse(), collections.deque(["a", "b", "c", "d"])):
+        with pytest.raises(TypeError, match="the rows of a .* cannot be taken .*turn.count"):
+            turn.rows(torch.ones(4), odd)
 
 
 def test_rows_of_micro_batches_are_refused_and_the_step_is_undone():
@@ -442,9 +478,23 @@ def test_rows_of_micro_batches_are_refused_and_the_step_is_undone():
         for part in optimizer.micro_batches(zip(x.chunk(4), y.chunk(4), strict=True)):
             loss_of(model, *turn.rows(*part)).backward()
 
-    with pytest.raises(RuntimeError, match="a share of the batch already"):
-        optimizer.step(closure)
-    assert_same(before, everything(model, optimizer))
+    def counting(turn):
+        for a, b in optimizer.micro_batches(zip(x.chunk(4), y.chunk(4), strict=True)):
+            n = turn.count(len(a))
+            loss_of(model, a[:n], b[:n]).backward()
+
+    def rows_first(turn):
+        a, b = turn.rows(x, y)
+        for part in optimizer.micro_batches(zip(a.chunk(2), b.chunk(2), strict=True)):
+            loss_of(model, *part).backward()
+
+    for interval in (1, 2):  # in plain steps too
+        optimizer.interval = interval
+        before = everything(model, optimizer)
+        for wrong in (closure, counting, rows_first):
+            with pytest.raises(RuntimeError, match="a share of the batch already"):
+                optimizer.step(wrong)
+            assert_same(before, everything(model, optimizer))
 
 
 # The option

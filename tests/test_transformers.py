@@ -299,10 +299,24 @@ def test_the_optimizers_own_limit_comes_first(tmp_path):
     assert trainer.flat_optimizer.clip_grad_norm == 0.1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_takes_the_whole_recipe_every_second_step(accumulate, tmp_path):
+    options = {**GAM, "interval": 2, "active": [gam_fast.active.Between(0.4, total_steps=5)]}
+    trainer = trainer_of(tmp_path, optimizer=(gam_fast.GAM, options), gradient_accumulation_steps=accumulate)
+    trainer.train()
+    assert trainer.flat_optimizer.param_groups[0]["flat_steps"] == 5
+    assert trainer.calls == accumulate * 8
+
+
 def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
     exact = {"base_optimizer": torch.optim.SGD, "lr": 0.1}
     with pytest.raises(TypeError, match="ExactGAM differentiates the loss by itself: use GAM"):
         trainer_of(tmp_path, optimizer=(gam_fast.ExactGAM, exact)).train()
+    own = {"base_optimizer": torch.optim.SGD, "lr": 0.1}
+    with pytest.raises(TypeError, match="ascent_share=0.5: the Trainer divides each loss.*loop of your own"):
+        trainer_of(tmp_path, optimizer=(gam_fast.GAM, {**own, "ascent_share": 0.5})).train()
+    with pytest.raises(TypeError, match="WhenSteep.*the Trainer ends a step in its last pass.*another rule"):
+        trainer_of(tmp_path, optimizer=(gam_fast.GAM, {**own, "active": gam_fast.active.WhenSteep()})).train()
     trainer = trainer_of(tmp_path)
     trainer.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2))
     optimizer = gam_fast.GAM(trainer.model.parameters(), torch.optim.SGD, lr=0.1)
