@@ -17,11 +17,9 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     >>> [tuple(t.shape) for t in running_statistics(nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm(3)))]
     [(3,), (3,), ()]
     """
-    found = []
-    for module in model.modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        found += [buffers[name] for name in STATISTICS if name in buffers]
-    return found
+    buffers = (module._buffers for module in model.modules() if module._buffers)
+    found = [own.get(name) for own in buffers for name in STATISTICS]
+    return [buffer for buffer in found if buffer is not None]
 
 
 class FreezeRunningStatistics:

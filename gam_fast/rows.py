@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -38,6 +39,9 @@ def leading(batch: Any, count: Callable[[int], int]) -> Any:
     {'x': tensor([[0, 1],
             [2, 3]]), 'name': ['a', 'b'], 'scale': 2.0}
     """
+    if type(batch) is tuple and all(map(_is_usual, batch)) and len(rows := set(map(len, batch))) == 1:
+        keep = count(rows.pop())  # as it is mostly: what follows takes 50 µs
+        return tuple([part[:keep] for part in batch])
     shapes = list(_shapes(batch))
     lengths = sorted({shape[0] for shape in shapes})
     if len(lengths) > 1:
@@ -53,6 +57,10 @@ def leading(batch: Any, count: Callable[[int], int]) -> Any:
             f"lists, tuples or dataclasses of them. Of anything else, {_MEND}"
         )
     return _cut(batch, lengths[0], count(lengths[0]))
+
+
+def _is_usual(value: Any) -> bool:
+    return type(value) is Tensor and value.dim() > 0 and value.layout is torch.strided
 
 
 def _parts(value: Any) -> list[Any]:
