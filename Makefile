@@ -106,7 +106,7 @@ figures: setup-test  ## the README's figures of speed, measured anew on this mac
 	$(PY) -m bench.growth --json bench/results/growth_cpu.json --png docs/growth.png
 	$(PY) -m bench.readme
 
-pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (half an hour)
+pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (40 minutes)
 	$(PY) -m bench.pareto --json bench/results/pareto_cpu.json --png docs/pareto.png --markdown docs/results/pareto.md $(ARGS)
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.

@@ -3,7 +3,8 @@
 The contenders of one seed take turns, an epoch each, so that their times compare. Gradients per step are counted in the
 run: each pass by the share of the batch that it saw. The time of a step over the base's, and over what the count of
 gradients predicts, stand beside; forward and backward of each share are also timed alone, which tells what of the
-excess small batches cost and what the optimizer. Settings were chosen on other seeds than those that are reported.
+excess small batches cost; the rest is the optimizer, and that
+batches of two sizes alternate. Settings were chosen on other seeds than those that are reported.
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ def small_batches(figures: dict[str, Any]) -> str:
         parts.append(f"on {task['name']} {each}")
     return (
         "Gradients are not time: forward and backward of a share of the batch (in brackets) take, of the time of the "
-        f"whole, {'; '.join(parts)}. What the optimizer adds to each pass does not shrink with the batch either."
+        f"whole, {'; '.join(parts)}. The rest is what the optimizer adds to each pass, which does not "
+        "shrink with the batch, and that batches of two sizes alternate."
     )
 
 

@@ -60,7 +60,7 @@ def times(task: dict[str, Any]) -> Table:
         "cost": "time ÷ base",
         "excess": "÷ predicted",
         "small_batches": "of that small batches",
-        "optimizer": "of that the optimizer",
+        "rest": "of that the rest",
     }
     alone = ", ".join(f"{one['share']:g}: {one['ms']:.2f} ms" for one in task["gradient_ms"])
     note = f"forward and backward alone, by share of the batch of {task['batch']}: {alone}"

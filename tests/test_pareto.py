@@ -109,8 +109,8 @@ def test_figures_are_those_of_their_definitions():
     assert close["excess"] == pytest.approx(4.1 / 2 / 1.75)
     # three passes of half a millisecond beside the step of the base, of two
     assert close["small_batches"] == pytest.approx(3.5 / 2 / 1.75)
-    assert close["optimizer"] == pytest.approx(4.1 / 3.5)
-    assert close["excess"] == pytest.approx(close["small_batches"] * close["optimizer"])
+    assert close["rest"] == pytest.approx(4.1 / 3.5)
+    assert close["excess"] == pytest.approx(close["small_batches"] * close["rest"])
     assert rows["SAM"]["settings"] == {"rho": 0.1}
     assert (close["r1"], close["r1_std"]) == (0.22, 0.0)
 
