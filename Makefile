@@ -67,7 +67,7 @@ setup-lint: $(ENVIRONMENT)
 	$(call install,demo)
 	$(call install,lint)
 
-demo: setup-demo  ## train on handwritten digits by SGD, SAM and GAM, and write a report (4 minutes at most)
+demo: setup-demo  ## train on handwritten digits by SGD, SAM and GAM, and write a report (5 minutes)
 	$(PY) examples/digits.py $(ARGS)
 
 test: setup-test  ## all tests and doctests; without ARGS those of the Triton kernels too
