@@ -75,10 +75,11 @@ test: setup-test  ## all tests and doctests; without ARGS those of the Triton ke
 	@$(if $(ARGS),,$(MAKE) --no-print-directory interpret)
 
 # A process of its own, because Triton decides when it is imported how kernels are run. Every other test that runs on each
-# backend runs on Triton here.
+# backend runs on Triton here. SETUP= leaves what is installed as it is.
+SETUP ?= setup-test
 INTERPRETED_TESTS ?= $(addprefix tests/,test_interpreted.py test_backends.py test_engine.py test_identities.py \
   test_exact.py test_properties.py test_restore.py test_trajectories.py test_updates.py)
-interpret: setup-test  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
+interpret: $(SETUP)  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "Triton is for Linux: not tested"; exit 0; }; \
 	  $(PY) -c 'import sys, triton; sys.exit(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6))' || \
 	    { echo "the Triton of this torch is older than 3.6: its kernels are not tested"; exit 0; }; \
