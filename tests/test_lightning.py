@@ -53,8 +53,7 @@ class Module(pl.LightningModule):
         self.batches, self.calls, self.losses, self.models = [], 0, [], []
 
     def loss(self, batch):
-        optimizer = self.optimizers()
-        x, y = batch if optimizer.turn is None or optimizer.ascent_share == 1.0 else optimizer.turn.rows(*batch)
+        x, y = self.optimizers().turn.rows(*batch) if "ascent_share" in self.options else batch
         return F.cross_entropy(self.net(x), y)
 
     def training_step(self, batch, batch_idx):

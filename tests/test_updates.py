@@ -311,9 +311,16 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
         adam_update(optimizer.base, None, [weight], Leaves([OnCuda()], [0]), None)
     shards = SimpleNamespace(devices=[torch.device("cuda")])
-    step = SimpleNamespace(settings=SimpleNamespace(on_nonfinite=policy), shards=shards)
+    settings = SimpleNamespace(on_nonfinite=policy, goes_on=None, measure_change=False)
+    step = SimpleNamespace(settings=settings, shards=shards)
     if policy == "ignore":
         Walk._check_capture(step)
     else:
         with pytest.raises(RuntimeError, match=f"on_nonfinite='{policy}' looks at the norms.*on_nonfinite='ignore'"):
             Walk._check_capture(step)
+    settings.goes_on = lambda square: True
+    with pytest.raises(RuntimeError, match="a rule WhenSteep looks at the norms.*without such rules and radii"):
+        Walk._check_capture(step)
+    settings.goes_on, settings.measure_change = None, True
+    with pytest.raises(RuntimeError, match="an automatic radius looks at the norms.*without such rules and radii"):
+        Walk._check_capture(step)
