@@ -366,7 +366,6 @@ class Fold:
 
 
 @cache
-@cache
 def fold_plan(recipe: Recipe) -> tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]:
     """What happens to the vectors after each step of the walk: the folds, and the vectors that stay live.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import METHODS, loss_of, make
 from ranks import same_on_all_ranks
+from test_active import train
 from test_distributed import assert_close, optimizer_of, share, values
 from test_sharded import full, mesh_of, shard
 from torch import distributed
@@ -17,18 +18,6 @@ import gam_fast
 from gam_fast.active import Between, Sometimes, WhenSteep
 
 STEEP = WhenSteep(deviations=0.3, decay=0.7)
-
-
-def train(model, optimizer, batches):
-    """The numbers of turns of the steps."""
-    counts = []
-    for x, y in batches:
-        count = 0
-        for turn in optimizer.passes():
-            turn.backward(loss_of(model, *turn.rows(x, y)))
-            count += 1
-        counts.append(count)
-    return counts
 
 
 def of_rank(batches, rank, world):
