@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,15 +34,10 @@ class GivenScale:
         self._inverse = torch.ones(()) if grad_scale is None else grad_scale.float().reciprocal()
 
     @classmethod
-    @contextlib.contextmanager
-    def handed_to(cls, optimizer: object) -> Iterator[GivenScale | None]:
-        """What was handed to the optimizer, if anything was. After an error torch leaves it there: it is dropped."""
+    def handed_to(cls, optimizer: object) -> GivenScale | None:
+        """What was handed to the optimizer, if anything was. After an error torch leaves it there, see :meth:`drop`."""
         given = vars(optimizer)
-        try:
-            yield cls(given["grad_scale"]) if "found_inf" in given else None
-        except BaseException:
-            cls.drop(optimizer)
-            raise
+        return cls(given["grad_scale"]) if "found_inf" in given else None
 
     @staticmethod
     def drop(optimizer: object) -> None:

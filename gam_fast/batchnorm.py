@@ -17,9 +17,19 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     >>> [tuple(t.shape) for t in running_statistics(nn.Sequential(nn.BatchNorm1d(3), nn.LayerNorm(3)))]
     [(3,), (3,), ()]
     """
-    buffers = (module._buffers for module in model.modules() if module._buffers)
-    found = [own.get(name) for own in buffers for name in STATISTICS]
-    return [buffer for buffer in found if buffer is not None]
+    found: list[Tensor] = []
+    seen: set[nn.Module] = set()
+    rest: list[nn.Module | None] = [model]
+    while rest:  # as model.modules(), whose nested generators take longer than all else here
+        module = rest.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        rest.extend(reversed(module._modules.values()))
+        own = module._buffers
+        if own:
+            found.extend(buffer for name in STATISTICS if (buffer := own.get(name)) is not None)
+    return found
 
 
 class FreezeRunningStatistics:
@@ -49,22 +59,24 @@ class FreezeRunningStatistics:
 
     def __enter__(self) -> FreezeRunningStatistics:
         self._buffers = running_statistics(self.model) if self.model is not None else []
-        self._start = [buffer.detach().clone() for buffer in self._buffers]
+        self._start = [buffer.clone() for buffer in self._buffers]
         self._after_first = None
         self._begun = self._keep_last = False
         return self
 
-    def begin(self, *, keep_last: bool = False) -> None:
+    def begin(self, *, keep_last: bool = False, is_last: bool = True) -> None:
         """Start a pass: note the statistics the first pass ended with, or go back to those at entry.
 
         Args:
             keep_last: whether it is the last pass that counts, as known by now.
+            is_last: whether it is that pass.
         """
         self._keep_last = keep_last
         if self._begun and keep_last:
-            self._put_back(self._start)
+            if is_last:
+                self._put_back(self._start)
         elif self._begun and self._after_first is None:
-            self._after_first = [buffer.detach().clone() for buffer in self._buffers]
+            self._after_first = [buffer.clone() for buffer in self._buffers]
         self._begun = True
 
     def __exit__(
@@ -76,6 +88,6 @@ class FreezeRunningStatistics:
         self._buffers, self._start, self._after_first = [], [], None
 
     def _put_back(self, values: list[Tensor]) -> None:
-        if values:  # entering no_grad() takes microseconds
-            with torch.no_grad():
+        if values:  # what follows takes microseconds
+            with torch.set_grad_enabled(False):
                 torch._foreach_copy_(self._buffers, values)

@@ -35,12 +35,11 @@ class Coefficients:
         found = [recipe.coefficients(h) for h in hyper]
         self.gamma = [gamma for _, _, gamma in found]
         self.sign = [-1.0 if group.get("maximize", False) else 1.0 for group in groups]
-        signs = [self.sign if recipe.is_product(i) else [1.0] * len(groups) for i in range(recipe.vectors)]
-        self.u = [[s * c[i] for s, (c, _, _) in zip(signs[i], found, strict=True)] for i in range(recipe.vectors)]
-        self.m = [
-            [s * d[i] if d else 0.0 for s, (_, d, _) in zip(signs[i], found, strict=True)]
-            for i in range(recipe.vectors)
-        ]
+        self.u = [[c[i] for c, _, _ in found] for i in range(recipe.vectors)]
+        self.m = [[d[i] if d else 0.0 for _, d, _ in found] for i in range(recipe.vectors)]
+        for i in recipe.products:
+            for part in (self.u, self.m):
+                part[i] = [s * x for s, x in zip(self.sign, part[i], strict=True)]
 
     def part(self, name: str) -> list[list[float]]:
         """The coefficients in the combination ``"u"`` or ``"m"``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -57,7 +58,7 @@ class FiniteWatch:
         if not self.looks:
             return
         if self._on_host and not self._at_end:
-            finite = scalars.is_finite((total,))
+            finite = math.isfinite(total) if isinstance(total, float) else scalars.is_finite((total,))
         else:
             self._totals.append(total)
             if self._at_end or not last:

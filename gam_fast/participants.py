@@ -89,8 +89,8 @@ class Participants:
     def clear_gradients(self, *, recycle: bool = False) -> None:
         """No parameter has a gradient. With ``recycle``, large ones on a CPU are kept to become the backup."""
         recycle = recycle and not self._shards and not self.sharded
-        spare = self._books.clear_gradients(self._all, RECYCLE_BYTES if recycle else NEVER)
-        self._spare.update((self.params[i], grad) for i, grad in spare)
+        for i, grad in self._books.clear_gradients(self._all, RECYCLE_BYTES if recycle else NEVER):
+            self._spare[self.params[i]] = grad
 
     def note_versions(self) -> None:
         """From here on, nobody but the engine may write to a parameter."""
@@ -108,6 +108,22 @@ class Participants:
                 "until the step is over"
             )
 
+    def take_usual(self, index: int, *, keep: bool) -> bool:
+        """What :meth:`take_in` does, if all is as it mostly is, which is seen in one go; else nothing."""
+        if self._versions is None or self.sharded or len(self.devices) != 1:
+            return False
+        shard = next(iter(self._shards.values()), None)
+        if shard is not None and shard.leaves.params is not self._all:
+            return False
+        taken = self._books.take_usual_gradients(self._all, self._versions, self._flags, keep)
+        if taken is None:
+            return False
+        if shard is None:
+            self.activate(range(len(self.params)))
+            shard = next(iter(self._shards.values()))
+        shard.grads[index] = taken
+        return True
+
     def take_in(self, index: int, *, keep: bool, where: str, mend: str) -> None:
         """What is in ``param.grad`` becomes vector ``index``, as the optimizer's own if it is to be kept.
 
@@ -115,16 +131,9 @@ class Participants:
             RuntimeError: a parameter was written to since :meth:`note_versions`; no parameter has a gradient.
             TypeError: a sparse gradient.
         """
-        taken = None
-        in_order = not self._shards or next(iter(self)).leaves.params is self._all
-        if in_order and self._versions is not None and not self.sharded and len(self.devices) == 1:
-            taken = self._books.take_usual_gradients(self._all, self._versions, self._flags, keep)
-        if taken is None:
-            self._look_closely(where, mend)
-        elif not self._shards:
-            self.activate(range(len(self.params)))
+        self._look_closely(where, mend)
         for shard in self:
-            shard.grads[index] = self._take(shard, keep) if taken is None else taken
+            shard.grads[index] = self._take(shard, keep)
 
     def _look_closely(self, where: str, mend: str) -> None:
         """Raise the errors of :meth:`take_in`, and let those that have their first gradient take part."""

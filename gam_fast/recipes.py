@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from numbers import Real
 from typing import Any, TypeAlias
@@ -144,15 +144,39 @@ class Recipe:
         """The steps of the walk that go to another point."""
         return tuple(step for step in self.walk if isinstance(step, Move))
 
-    @property
+    @cached_property
     def vectors(self) -> int:
         """Gradients and Hessian-vector products in one step."""
         return len(self.walk) + 1
 
-    @property
+    @cached_property
     def passes(self) -> int:
         """Points of the walk, at each of which the loss is evaluated once."""
         return len(self.moves) + 1
+
+    @cached_property
+    def plan(self) -> FoldPlan:
+        """What happens to the vectors on the way, see :func:`fold_plan`."""
+        return fold_plan(self)
+
+    @cached_property
+    def keeps(self) -> tuple[bool, ...]:
+        """For each vector, whether it is needed after the next pass as it was taken over."""
+        return (*(i in live and not self.has_product(i) for i, (_, live) in enumerate(self.plan)), False)
+
+    @cached_property
+    def plain(self) -> Recipe:
+        """The base optimizer alone, in the name of this recipe: what a step is that does not take it.
+
+        >>> GAM.plain.name, GAM.plain.passes
+        ('GAM', 1)
+        """
+        return replace(BASE, name=self.name)
+
+    @cached_property
+    def products(self) -> tuple[int, ...]:
+        """The vectors that are Hessian-vector products."""
+        return tuple(i for i in range(self.vectors) if self.is_product(i))
 
     @cached_property
     def second_order(self) -> bool:
@@ -186,8 +210,8 @@ class Recipe:
         >>> GAM.coefficients({"alpha": 0.25, "beta": 0.5, "gamma": 0.03})
         ([0.0, 0.25, 0.0, 0.75], [0.5, 0.0, 0.5, 0.0], 0.03)
         """
-        c = [_evaluate(x, hyper) for x in self.u]
-        d = [_evaluate(x, hyper) for x in self.m]
+        c = [0.0 if x is None else float(x(hyper)) if callable(x) else float(x) for x in self.u]
+        d = [0.0 if x is None else float(x(hyper)) if callable(x) else float(x) for x in self.m]
         return c, d, float(hyper[self.gamma]) if self.gamma else 0.0
 
     def check(self, name: str, value: Any) -> None:
@@ -209,12 +233,6 @@ class Recipe:
         radii = {move.radius for move in self.moves} | {self.adaptive}
         if name in radii and value < 0:
             raise ValueError(f"{self.name}: {name} must not be negative, got {value!r}")
-
-
-def _evaluate(coefficient: Coefficient, hyper: Hyperparameters) -> float:
-    if coefficient is None:
-        return 0.0
-    return float(coefficient(hyper)) if callable(coefficient) else float(coefficient)
 
 
 def _is_finite(value: Any) -> bool:
@@ -254,16 +272,6 @@ def _gam_walk(rho: str, rho_prime: str) -> tuple[Move, ...]:
 
 
 BASE = Recipe(name="Base", citation="the base optimizer alone, one pass", defaults={}, walk=(), u=(1.0,))
-
-
-@cache
-def plain(recipe: Recipe) -> Recipe:
-    """The base optimizer alone, in the name of a recipe: what a step is that does not take it.
-
-    >>> plain(GAM).name, plain(GAM).passes
-    ('GAM', 1)
-    """
-    return replace(BASE, name=recipe.name)
 
 
 SAM = Recipe(
@@ -365,8 +373,10 @@ class Fold:
     part: str
 
 
-@cache
-def fold_plan(recipe: Recipe) -> tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]:
+FoldPlan: TypeAlias = "tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]"
+
+
+def fold_plan(recipe: Recipe) -> FoldPlan:
     """What happens to the vectors after each step of the walk: the folds, and the vectors that stay live.
 
     A vector that no later move goes along is folded into the first live one that belongs to the same combination

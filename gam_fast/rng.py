@@ -21,7 +21,7 @@ def _device_module(device: torch.device) -> Any:
 def get_state(device: torch.device) -> Tensor:
     """The state of torch's default generator of ``device``."""
     if device.type == "cpu":
-        return torch.get_rng_state()
+        return torch.default_generator.get_state()
     module = _device_module(device)
     state: Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
     return state
@@ -30,7 +30,7 @@ def get_state(device: torch.device) -> Tensor:
 def set_state(device: torch.device, state: Tensor) -> None:
     """Put torch's default generator of ``device`` into ``state``."""
     if device.type == "cpu":
-        torch.set_rng_state(state)
+        torch.default_generator.set_state(state)
     elif device.type == "mps":
         _device_module(device).set_rng_state(state)
     else:
@@ -103,7 +103,7 @@ class ReplayRNG:
         if not self._begun:
             self._begun = True
             return
-        if self._after_first is None:
+        if self._after_first is None and not keep_last:
             self._after_first = [get_state(device) for device in self.devices]
         self._set(self._start)
 

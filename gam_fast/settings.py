@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,3 +29,19 @@ class Settings:
     """Whether ‖g0‖² is such that the walk goes on; ``None`` where that is not asked."""
     measure_change: bool = False
     """Whether :attr:`Walk.relative_change` is wanted."""
+
+    def check_capture(self, devices: Iterable[torch.device]) -> None:
+        """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
+        if all(device.type != "cuda" for device in devices) or not torch.cuda.is_current_stream_capturing():
+            return
+        found = {
+            f"on_nonfinite={self.on_nonfinite!r}": self.on_nonfinite != "ignore",
+            "a rule WhenSteep": self.goes_on is not None,
+            "an automatic radius": self.measure_change,
+        }
+        looking = [name for name, looks in found.items() if looks]
+        if looking:
+            raise RuntimeError(
+                f"{' and '.join(looking)} looks at the norms of a step, which a CUDA graph cannot: construct the "
+                "optimizer with on_nonfinite='ignore' and without such rules and radii to capture it"
+            )

@@ -23,7 +23,7 @@ from .active import STEPS, Agenda
 from .amp import GivenScale, LossScale
 from .backends import Backend
 from .finite import SkipStep
-from .recipes import BASE, Recipe, plain
+from .recipes import BASE, Recipe
 from .settings import Settings
 from .turn import Turn
 from .updates import apply, only_makes_state
@@ -145,7 +145,8 @@ class Stepper(torch.optim.Optimizer):
         >>> optimizer.step(closure).item()
         25.0
         """
-        with GivenScale.handed_to(self) as given:
+        try:
+            given = GivenScale.handed_to(self)
             walk = self._walk
             if walk is not None and walk.by_loop and (walk.complete or (walk.in_last_pass and closure is None)):
                 return self._end(walk, closure, given, scaler)
@@ -159,6 +160,9 @@ class Stepper(torch.optim.Optimizer):
                     "scaler.step(optimizer, closure): a gradient scaler takes no closure. Call step(closure, "
                     "scaler=scaler), or run the loop over passes(scaler=scaler)"
                 )
+        except BaseException:
+            GivenScale.drop(self)
+            raise
         first = None
         evaluate: Callable[..., Any] = closure
         wants_turn = _takes_one_argument(closure)
@@ -221,9 +225,7 @@ class Stepper(torch.optim.Optimizer):
                 yield turn
                 if walk.over:  # step() was called in the last pass
                     return
-                walk.collect()
-                if not walk.at_end:
-                    walk.move()
+                walk.advance()
                 index += 1
             walk.complete = True
             if by_loop:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
@@ -243,7 +245,7 @@ class Stepper(torch.optim.Optimizer):
             if given is not None:
                 walk.unscale_by(given)
             if not walk.complete:
-                walk.collect()
+                walk.advance()
                 walk.complete = True
             elif closure is not None:
                 result = closure()
@@ -263,7 +265,7 @@ class Stepper(torch.optim.Optimizer):
                 "no scaler"
             )
         with self._open(scale) as walk:
-            walk.collect()
+            walk.advance()
             walk.finish(partial(apply, self.base))
 
     @contextlib.contextmanager
@@ -284,7 +286,7 @@ class Stepper(torch.optim.Optimizer):
             difference = radius.Difference.of(groups, hyper, self.recipe.difference)
         self._progress.seen, self._progress.difference = {}, difference
         settings = Settings(
-            self.recipe if whole else plain(self.recipe),
+            self.recipe if whole else self.recipe.plain,
             self._select,
             self._model,
             goes_on=None if agenda.trigger is None else self._goes_on,

@@ -49,9 +49,14 @@ class Sums:
             shard.backend.inner_products(shard.leaves, u, m, self._groups)
             for shard, (u, m) in zip(self._shards, combinations, strict=True)
         ]
-        layouts = [shard.layout for shard in self._shards]
-        return scalars.inner_products(add_up_over_processes(tables, layouts), self.on_host)
+        return scalars.inner_products(self._over_processes(tables), self.on_host)
 
-    def _add_up(self, squares: Sequence[Tensor]) -> Scalar:
-        layouts = [shard.layout for shard in self._shards]
-        return scalars.square_norm(add_up_over_processes(squares, layouts), self.on_host)
+    def _add_up(self, squares: list[Tensor]) -> Scalar:
+        if len(squares) == 1 and self.on_host and not self._shards.sharded:
+            return float(squares[0])
+        return scalars.square_norm(self._over_processes(squares), self.on_host)
+
+    def _over_processes(self, sums: list[Tensor]) -> list[Tensor]:
+        if not self._shards.sharded:
+            return sums
+        return add_up_over_processes(sums, [shard.layout for shard in self._shards])

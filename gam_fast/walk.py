@@ -25,7 +25,7 @@ from .distributed import LocalSync, mean_over_processes, reshard, without_last_s
 from .finite import FiniteWatch, SkipStep
 from .local_step import agree, averaged, mean_of_all
 from .participants import Participants, Shard
-from .recipes import Move, fold_plan, plain
+from .recipes import Move
 from .rng import ReplayRNG
 from .settings import Settings
 from .sums import Sums
@@ -58,7 +58,7 @@ class Walk:
         self.recipe = recipe = settings.recipe
         self.groups = groups
         self.hyper = hyper
-        self.plan = fold_plan(recipe)
+        self.plan = recipe.plan
         self.coefficients = Coefficients(recipe, groups, hyper)
         self.portion = Portion(settings.ascent_share)
         self.shards = Participants(groups, settings.select, recipe.name)
@@ -183,7 +183,7 @@ class Walk:
         peak of a step does not grow.
         """
         if not self._begun:
-            self._check_capture()
+            self.settings.check_capture(self.shards.devices)
             self._begun = True
             if self.settings.replay_rng:
                 self._rng = ReplayRNG(self.shards.devices)
@@ -194,9 +194,10 @@ class Walk:
                 self._local.begin()
         torch.clear_autocast_cache()  # where autocast is around the step, it holds the weights of the pass before
         self.shards.clear_gradients(recycle=self.recipe.passes > 1)
+        is_cut = self._is_cut
         if self._rng is not None:
-            self._rng.begin(keep_last=self._is_cut)
-        self._statistics.begin(keep_last=self._is_cut)
+            self._rng.begin(keep_last=is_cut)
+        self._statistics.begin(keep_last=is_cut, is_last=self._passes_left() == 1)
         self.portion.weight = 1.0
         self.shards.note_versions()
 
@@ -236,23 +237,6 @@ class Walk:
         self._on_exit.callback(found.close)  # its no_sync() ends with the step, however that ends
         return found
 
-    def _check_capture(self) -> None:
-        """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
-        settings = self.settings
-        found = {
-            f"on_nonfinite={settings.on_nonfinite!r}": settings.on_nonfinite != "ignore",
-            "a rule WhenSteep": settings.goes_on is not None,
-            "an automatic radius": settings.measure_change,
-        }
-        looking = [name for name, looks in found.items() if looks]
-        if not looking or all(device.type != "cuda" for device in self.shards.devices):
-            return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{' and '.join(looking)} looks at the norms of a step, which a CUDA graph cannot: construct the "
-                "optimizer with on_nonfinite='ignore' and without such rules and radii to capture it"
-            )
-
     def backward(self, loss: Tensor) -> None:
         """What :meth:`gam_fast.turn.Turn.backward` does."""
         if self.recipe.second_order:
@@ -267,16 +251,23 @@ class Walk:
         else:
             scaled.backward()
 
-    @torch.no_grad()
-    def collect(self) -> None:
-        """After a pass: take its gradient in, and the Hessian-vector product that the recipe makes of it.
+    def advance(self) -> None:
+        """After a pass: take its gradient in, and go to the next point of the walk, if there is one.
 
         Raises:
             RuntimeError: no parameter has a gradient, a parameter was written to during the pass, or, for a recipe of
                 second order, there is no loss, or backward was called on it.
             SecondDerivativeError: a loss that cannot be differentiated twice.
             TypeError: a sparse gradient.
+            NonFiniteGradientError, SkipStep: a gradient on the way is not finite.
         """
+        with torch.set_grad_enabled(False):  # a third of the time that the decorator no_grad() takes
+            self._collect()
+            if not self.at_end:
+                self._move()
+
+    def _collect(self) -> None:
+        """Take the gradient of a pass in, and the Hessian-vector product that the recipe makes of it."""
         index = self._newest + 1
         if self._watch.scale is not None:
             self._watch.scale.check_pass(f"pass {self.recipe.pass_of(index)} of {self.recipe.name}")
@@ -284,8 +275,8 @@ class Walk:
         if self.recipe.second_order:
             losses, self._losses = self._losses, []
             graph = second_order.differentiate(self.recipe, self.shards, losses, index)
-        if not self.recipe.has_product(index):
-            graph.clear()
+            if not self.recipe.has_product(index):
+                graph.clear()
         self._take_in(index)
         if self.portion.weight != 1.0:
             self.coefficients.weigh(index, self.portion.weight)
@@ -312,8 +303,8 @@ class Walk:
 
     def _stay(self) -> None:
         """The step becomes one of the base optimizer, with the gradient there is, or with that of the whole batch."""
-        self.recipe = plain(self.recipe)
-        self.plan = fold_plan(self.recipe)
+        self.recipe = self.recipe.plain
+        self.plan = self.recipe.plan
         self.coefficients = Coefficients(self.recipe, self.groups, [{} for _ in self.groups])
         if self._is_cut:
             self.shards.drop(0)
@@ -330,17 +321,18 @@ class Walk:
 
     def _take_in(self, index: int) -> None:
         """What is in ``param.grad`` becomes vector ``index``."""
-        mend = "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
-        if self.recipe.second_order:
-            mend = "the loss does not depend on the parameters of this optimizer"
-        last = index == self.recipe.vectors - 1
-        keep = not last and index in self.plan[index][1] and not self.recipe.has_product(index)
-        where = f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
-        self.shards.take_in(index, keep=keep, where=where, mend=mend)
+        keep = self.recipe.keeps[index]
+        if not self.shards.take_usual(index, keep=keep):
+            mend = (
+                "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
+            )
+            if self.recipe.second_order:
+                mend = "the loss does not depend on the parameters of this optimizer"
+            where = f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
+            self.shards.take_in(index, keep=keep, where=where, mend=mend)
         self._newest = index
 
-    @torch.no_grad()
-    def move(self) -> None:
+    def _move(self) -> None:
         """From the pass just made to the next point of the walk, and fold what is no longer needed."""
         index = self._newest
         if index < 0:  # stay at θ
@@ -370,7 +362,7 @@ class Walk:
                 shard.grads[move.along],
                 None if minus is None else shard.grads[minus],
                 radius,
-                scalars.on(total, shard.leaves.params[0].device),
+                total if self._sums.on_host else scalars.on(total, shard.leaves.params[0].device),
                 from_start=move.from_start,
                 eta=eta,
                 folds=into,

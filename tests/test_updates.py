@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 
 import gam_fast
 from gam_fast.backends.base import Leaves
+from gam_fast.settings import Settings
 from gam_fast.updates import adam_update, fused_update, sgd_update
-from gam_fast.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("_on_each_backend")
 
@@ -310,17 +309,17 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     optimizer = gam_fast.GAM([weight], torch.optim.AdamW, on_nonfinite=policy)
     with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
         adam_update(optimizer.base, None, [weight], Leaves([OnCuda()], [0]), None)
-    shards = SimpleNamespace(devices=[torch.device("cuda")])
-    settings = SimpleNamespace(on_nonfinite=policy, goes_on=None, measure_change=False)
-    step = SimpleNamespace(settings=settings, shards=shards)
+    cuda = [torch.device("cuda")]
+    settings = Settings(gam_fast.GAM.recipe, None, on_nonfinite=policy)
+    settings.check_capture([torch.device("cpu")])
     if policy == "ignore":
-        Walk._check_capture(step)
+        settings.check_capture(cuda)
     else:
         with pytest.raises(RuntimeError, match=f"on_nonfinite='{policy}' looks at the norms.*on_nonfinite='ignore'"):
-            Walk._check_capture(step)
+            settings.check_capture(cuda)
     settings.goes_on = lambda square: True
     with pytest.raises(RuntimeError, match="a rule WhenSteep looks at the norms.*without such rules and radii"):
-        Walk._check_capture(step)
+        settings.check_capture(cuda)
     settings.goes_on, settings.measure_change = None, True
     with pytest.raises(RuntimeError, match="an automatic radius looks at the norms.*without such rules and radii"):
-        Walk._check_capture(step)
+        settings.check_capture(cuda)

@@ -31,7 +31,8 @@ def over_groups(products: Products) -> tuple[Scalar, Scalar, Scalar]:
     if isinstance(products, Tensor):
         uu, um, mm = products.sum(0)
         return uu, um, mm
-    return sum(row[0] for row in products), sum(row[1] for row in products), sum(row[2] for row in products)
+    uu, um, mm = (sum(column) for column in zip(*products, strict=True))
+    return uu, um, mm
 
 
 def inverse_norm(square: Scalar) -> Scalar:
