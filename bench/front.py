@@ -11,10 +11,10 @@ from .runs import Contender, Run
 
 Row = dict[str, Any]
 
-CHEAP = "GAM .15"
+CHEAP = "GAM .33 /2"
 """Of at most 1.5 gradients, chosen on the seeds of the settings: to be as good as SAM at 2."""
 
-CLOSE = "GAM .25"
+CLOSE = "GAM .5 /2"
 """Of at most 1.75 gradients, chosen likewise: to be close to GAM at 4."""
 
 WALL = 1.15

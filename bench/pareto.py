@@ -43,7 +43,9 @@ def measure(task: Task, contenders: list[Contender], seeds: list[int]) -> tuple[
     with Console(stderr=True).status("") as status:
         timed = gradient_ms(task, shares)
         runs = [run for seed in seeds for run in train(task, contenders, seed, status.update)]
-    settings = {contender.name: task.settings(contender.method, contender.share) for contender in contenders}
+    settings = {
+        contender.name: task.settings(contender.method, contender.share, contender.interval) for contender in contenders
+    }
     about = {
         "name": task.name,
         "about": task.about,

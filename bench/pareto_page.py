@@ -28,7 +28,15 @@ def against(figures: dict[str, Any], task: dict[str, Any], name: str, other: str
     )
 
 
-PAIRS = ((CLOSE, "GAM"), (CLOSE, "SAM"), (CHEAP, "SAM"), (CLOSE, "GAM /4"), ("SAM .25", "SAM"), ("GAM", "SAM"))
+PAIRS = (
+    (CLOSE, "GAM"),
+    (CHEAP, "SAM"),
+    ("GAM .25", "GAM"),
+    ("GAM .25", CLOSE),
+    ("GAM .25", "GAM /4"),
+    ("SAM .25", "SAM"),
+    ("GAM", "SAM"),
+)
 """Who is to be compared: shares with whole batches, GAM with SAM, shares with intervals at the same cost."""
 
 
@@ -53,9 +61,10 @@ def _accuracies(figures: dict[str, Any], task: dict[str, Any], name: str) -> lis
 
 
 ADVICE = (
-    (CLOSE, "GAM", "GAM by a quarter of the batch in place of all of it"),
-    (CLOSE, "GAM /4", "GAM by a quarter of the batch at every step in place of whole batches at every fourth"),
-    (CHEAP, "SAM", "GAM by 15 % of the batch in place of SAM by all of it"),
+    ("GAM .25", "GAM", "GAM by a quarter of the batch in place of all of it"),
+    (CLOSE, "GAM", "GAM by half of the batch at every second step in place of all of it at every step"),
+    (CHEAP, "SAM", "GAM by a third of the batch at every second step in place of SAM by all of it at every step"),
+    ("GAM .25", "GAM /4", "GAM by a quarter of the batch at every step in place of whole batches at every fourth"),
     ("SAM .25", "SAM", "SAM by a quarter of the batch in place of all of it"),
 )
 """What might be done, in place of what."""

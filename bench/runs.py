@@ -44,7 +44,7 @@ class Contender:
 
     def optimizer(self, model: torch.nn.Module, task: Task) -> gam_fast.FlatOptimizer:
         """For a model, around the base optimizer of a task."""
-        own: dict[str, Any] = dict(task.settings(self.method, self.share))
+        own: dict[str, Any] = dict(task.settings(self.method, self.share, self.interval))
         if self.share < 1:
             own["ascent_share"] = self.share
         if self.interval > 1:
@@ -64,10 +64,10 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("GAM", 0.5),
         Contender("GAM", 0.25),
         Contender("GAM", 0.15),
-        Contender("GAM", 0.1),
         Contender("GAM", interval=4),
+        Contender("GAM", 0.5, interval=2),
+        Contender("GAM", 0.33, interval=2),
         Contender("GAM", 0.25, interval=2),
-        Contender("GAM", 0.25, interval=4),
     )
 }
 

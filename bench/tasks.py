@@ -47,7 +47,7 @@ class Task:
         build: the network with the weights of a seed.
         base: class of the base optimizer, and ``hyper`` its arguments; the learning rate falls along a cosine.
         methods: hyper-parameters of SAM and GAM.
-        alphas: GAM's α where the ascent sees a share of the batch; other shares have that of ``methods``.
+        own: what a method has of its own at a share of the batch and an interval, in place of what ``methods`` says.
         radius: ρ of R1.
         measured: examples of the training set on which λmax and R1 are measured, which takes longer than training.
         chosen_on: seeds on which the settings were chosen.
@@ -62,7 +62,7 @@ class Task:
     epochs: int
     batch: int
     methods: Mapping[str, Mapping[str, float]]
-    alphas: Mapping[float, float] = field(default_factory=dict)
+    own: Mapping[tuple[str, float, int], Mapping[str, float]] = field(default_factory=dict)
     radius: float = 0.1
     measured: int = 1000
     chosen_on: tuple[int, ...] = ()
@@ -72,12 +72,9 @@ class Task:
         """The mean over a batch."""
         return F.cross_entropy(output, y)
 
-    def settings(self, method: str, share: float) -> dict[str, float]:
-        """Hyper-parameters of a method whose ascent sees ``share`` of the batch."""
-        found = dict(self.methods.get(method, {}))
-        if method == "GAM" and share in self.alphas:
-            found["alpha"] = self.alphas[share]
-        return found
+    def settings(self, method: str, share: float, interval: int = 1) -> dict[str, float]:
+        """Hyper-parameters of a method whose ascent sees ``share`` of the batch, every ``interval`` steps."""
+        return {**self.methods.get(method, {}), **self.own.get((method, share, interval), {})}
 
     def quick(self, examples: int) -> Task:
         """One epoch of four steps, on a few examples."""
@@ -93,6 +90,10 @@ class Task:
         """Of the training set, or of its first ``measured`` examples: what is measured of a minimum."""
         data = self.data.head(self.measured)
         return flatness.Loss(model, nn.CrossEntropyLoss(), [(data.train_x, data.train_y)])
+
+
+FARTHER = {"rho": 0.15, "alpha": 0.15}
+"""Of GAM on the digits with plain steps between."""
 
 
 def digits(wrong_labels: bool = True) -> Task:
@@ -123,7 +124,14 @@ def digits(wrong_labels: bool = True) -> Task:
         epochs=setting.epochs,
         batch=setting.batch_size,
         methods={method.name: method.hyper for method in demo.METHODS if method.name in ("SAM", "GAM")},
-        alphas={0.15: 0.15, 0.1: 0.15},
+        own={
+            ("GAM", 0.15, 1): {"alpha": 0.15},
+            ("SAM", 1.0, 2): {
+                "rho": 0.15
+            },  # fewer ascents, of a larger radius; with it at every step SAM fails to train
+            ("GAM", 1.0, 4): FARTHER,
+            **{("GAM", share, 2): FARTHER for share in (0.5, 0.33, 0.25)},
+        },
         radius=setting.radius,
         chosen_on=(10, 11, 12, 13, 14, 15),
     )
@@ -165,7 +173,7 @@ def names() -> Task:
             "SAM": {"rho": 0.01},
             "GAM": {"rho": 0.02, "rho_prime": 0.005, "alpha": 0.3, "beta": 0.3, "gamma": 0.03},
         },
-        alphas={0.15: 0.15, 0.1: 0.15},
+        own={("GAM", 0.15, 1): {"alpha": 0.15}},
         radius=0.02,
         chosen_on=(10, 11, 12),
     )

@@ -88,16 +88,16 @@ def known(close_ms: float = 3.6) -> list[front.Row]:
         *(run("base", seed, 1.0, 87.0, 140.0, 2.0) for seed in (0, 1)),
         *(run("SAM", seed, 2.0, 91.0 + seed, 30.0, 4.0) for seed in (0, 1)),
         *(run("GAM", seed, 4.0, 92.0 + seed, 20.0, 8.0) for seed in (0, 1)),
-        *(run("GAM .15", seed, 1.45, 91.5 + seed, 24.0, 3.0) for seed in (0, 1)),
-        *(run("GAM .25", seed, 1.75, 92.0, 22.0, close_ms + seed) for seed in (0, 1)),
+        *(run(front.CHEAP, seed, 1.495, 91.5 + seed, 24.0, 3.0) for seed in (0, 1)),
+        *(run(front.CLOSE, seed, 1.75, 92.0, 22.0, close_ms + seed) for seed in (0, 1)),
     ]
-    alone = {1.0: 1.5, 0.25: 0.5, 0.15: 0.25}
+    alone = {1.0: 1.5, 0.5: 1.0, 0.33: 0.8}
     return front.rows(table, [CONTENDERS[name] for name in front.needed()], {"SAM": {"rho": 0.1}}, alone)
 
 
 def test_figures_are_those_of_their_definitions():
     rows = {row["contender"]: row for row in known()}
-    close = rows["GAM .25"]
+    close = rows[front.CLOSE]
     assert close["accuracy"] == 92.0
     assert close["accuracy_std"] == 0.0
     assert rows["GAM"]["accuracy_std"] == pytest.approx(0.5**0.5)
@@ -107,7 +107,7 @@ def test_figures_are_those_of_their_definitions():
     assert close["step_ms"] == pytest.approx(4.1)
     assert close["cost"] == pytest.approx(4.1 / 2)
     assert close["excess"] == pytest.approx(4.1 / 2 / 1.75)
-    # three passes of half a millisecond beside the step of the base, of two
+    # three passes of a millisecond at every second step, beside the step of the base, of two
     assert close["small_batches"] == pytest.approx(3.5 / 2 / 1.75)
     assert close["rest"] == pytest.approx(4.1 / 3.5)
     assert close["excess"] == pytest.approx(close["small_batches"] * close["rest"])
@@ -125,12 +125,12 @@ def test_criteria_are_met_or_missed():
     assert [criterion.is_met for criterion in front.check(known(3.0))] == [True, True, True]
     slow = front.check(known(5.0))
     assert [criterion.is_met for criterion in slow] == [True, True, False]
-    assert "GAM .25 takes 1.57 times as long" in slow[-1].found
+    assert f"{front.CLOSE} takes 1.57 times as long" in slow[-1].found
     rows = known()
     for row in rows:
-        if row["contender"] == "GAM .25":
+        if row["contender"] == front.CLOSE:
             row["lambda_max"] = 26.1
-        if row["contender"] == "GAM .15":
+        if row["contender"] == front.CHEAP:
             row["accuracy"] = 91.4
     assert [criterion.is_met for criterion in front.check(rows)][:2] == [False, False]
 
@@ -173,6 +173,7 @@ def test_the_digits_are_those_of_the_demo():
     assert (noisy.name, clean.name) == ("digits", "clean")
     assert noisy.settings("GAM", 1.0)["alpha"] == noisy.settings("GAM", 0.25)["alpha"] == 0.3
     assert noisy.settings("GAM", 0.15)["alpha"] < 0.3
+    assert noisy.settings("GAM", 0.25, 2)["rho"] > noisy.settings("GAM", 0.25)["rho"]
     assert noisy.settings("base", 1.0) == {}
 
 
@@ -215,7 +216,7 @@ def test_another_package_of_that_name_is_told_apart(monkeypatch, tmp_path):
         (["--check", "--quick"], "--check: a quick run has nothing to be checked"),
         (["--check", "--seeds", "0,1,2,3"], "--check needs --task digits, at least 5 seeds"),
         (["--check", "--task", "names"], "--check needs --task digits"),
-        (["--check", "--contenders", "base,SAM"], "of the contenders base, SAM, GAM, GAM .15, GAM .25"),
+        (["--check", "--contenders", "base,SAM"], "of the contenders base, SAM, GAM, GAM .33 /2, GAM .5 /2"),
         (["--read", "nowhere.json"], "--read: nowhere.json holds no figures of this benchmark"),
     ],
 )
@@ -230,7 +231,7 @@ def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pareto")
     files = {name: folder / f"figures.{name}" for name in ("json", "png", "markdown")}
     paths = [text for name, path in files.items() for text in (f"--{name}", str(path))]
-    contenders = ",".join((*front.needed(), "GAM .25 /2"))
+    contenders = ",".join((*front.needed(), "GAM .25"))
     assert pareto.main(["--quick", "--task", "digits", "--contenders", contenders, *paths]) == 0
     return files
 
@@ -242,7 +243,7 @@ def test_every_contender_has_its_row(outputs):
     for task in figures["tasks"]:
         gradients = {row["contender"]: row["gradients"] for row in task["rows"]}
         assert gradients == pytest.approx(
-            {"base": 1.0, "SAM": 2.0, "GAM": 4.0, "GAM .15": 1.45, "GAM .25": 1.75, "GAM .25 /2": 1.375}
+            {"base": 1.0, "SAM": 2.0, "GAM": 4.0, "GAM .33 /2": 1.495, "GAM .5 /2": 1.75, "GAM .25": 1.75}
         )
         for row in task["rows"]:
             assert 0 <= row["accuracy"] <= 100
@@ -251,7 +252,7 @@ def test_every_contender_has_its_row(outputs):
             assert row["step_ms"] > 0
             assert row["accuracy_std"] is None
         assert task["rows"][0]["cost"] == 1.0
-        assert [one["share"] for one in task["gradient_ms"]] == [1.0, 0.25, 0.15]
+        assert [one["share"] for one in task["gradient_ms"]] == [1.0, 0.5, 0.33, 0.25]
     assert len(figures["runs"]) == 6
     assert {"processor", "cores", "torch", "threads", "gam_fast"} <= figures.keys()
 
