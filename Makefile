@@ -107,8 +107,11 @@ figures: setup-test  ## the README's figures of speed, measured anew on this mac
 	$(PY) -m bench.growth --json bench/results/growth_cpu.json --png docs/growth.png
 	$(PY) -m bench.readme
 
+# A quick run keeps away from the figures that are stored.
+PARETO_FILES = $(if $(findstring --quick,$(ARGS)),build/pareto.json build/pareto.png build/pareto.md,bench/results/pareto_cpu.json docs/pareto.png docs/results/pareto.md)
 pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (40 minutes)
-	$(PY) -m bench.pareto --json bench/results/pareto_cpu.json --png docs/pareto.png --markdown docs/results/pareto.md $(ARGS)
+	@mkdir -p build
+	$(PY) -m bench.pareto $(join --json= --png= --markdown=,$(PARETO_FILES)) $(ARGS)
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.
 SANITIZED_TESTS ?= test_backends.py test_native.py test_cuda.py test_properties.py

@@ -126,9 +126,8 @@ def digits(wrong_labels: bool = True) -> Task:
         methods={method.name: method.hyper for method in demo.METHODS if method.name in ("SAM", "GAM")},
         own={
             ("GAM", 0.15, 1): {"alpha": 0.15},
-            ("SAM", 1.0, 2): {
-                "rho": 0.15
-            },  # fewer ascents, of a larger radius; with it at every step SAM fails to train
+            # at every step SAM fails to train with so large a radius
+            ("SAM", 1.0, 2): {"rho": 0.15},
             ("GAM", 1.0, 4): FARTHER,
             **{("GAM", share, 2): FARTHER for share in (0.5, 0.33, 0.25)},
         },

@@ -20,7 +20,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     found: list[Tensor] = []
     seen: set[nn.Module] = set()
     rest: list[nn.Module | None] = [model]
-    while rest:  # as model.modules(), whose nested generators take longer than all else here
+    while rest:  # as model.modules(), whose nested generators take longer than all else here; overrides are not asked
         module = rest.pop()
         if module is None or module in seen:
             continue
@@ -64,17 +64,15 @@ class FreezeRunningStatistics:
         self._begun = self._keep_last = False
         return self
 
-    def begin(self, *, keep_last: bool = False, is_last: bool = True) -> None:
+    def begin(self, *, keep_last: bool = False) -> None:
         """Start a pass: note the statistics the first pass ended with, or go back to those at entry.
 
         Args:
-            keep_last: whether it is the last pass that counts, as known by now.
-            is_last: whether it is that pass.
+            keep_last: whether it is the last pass that counts, as known by now; once true, it stays so.
         """
         self._keep_last = keep_last
         if self._begun and keep_last:
-            if is_last:
-                self._put_back(self._start)
+            self._put_back(self._start)
         elif self._begun and self._after_first is None:
             self._after_first = [buffer.clone() for buffer in self._buffers]
         self._begun = True
@@ -88,6 +86,6 @@ class FreezeRunningStatistics:
         self._buffers, self._start, self._after_first = [], [], None
 
     def _put_back(self, values: list[Tensor]) -> None:
-        if values:  # what follows takes microseconds
+        if values:  # without any, not even the context is free
             with torch.set_grad_enabled(False):
                 torch._foreach_copy_(self._buffers, values)

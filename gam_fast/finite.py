@@ -58,6 +58,7 @@ class FiniteWatch:
         if not self.looks:
             return
         if self._on_host and not self._at_end:
+            # a number needs no generators, which take a microsecond
             finite = math.isfinite(total) if isinstance(total, float) else scalars.is_finite((total,))
         else:
             self._totals.append(total)

@@ -18,7 +18,7 @@ from .active import COUNTS, Agenda, Rules
 from .backends import Backend, select
 from .bases import build_base
 from .distributed import SYNC, check_supported
-from .recipes import BASE, Recipe
+from .recipes import BASE, Recipe, fold_plan
 from .stepping import Progress, Stepper
 
 _ON_NONFINITE = ("raise", "skip", "ignore")
@@ -98,7 +98,7 @@ class FlatOptimizer(Stepper):
         _check_clip(clip_grad_norm)
         _check_share(ascent_share)
         self._agenda = Agenda(interval, active)
-        _ = self.recipe.plan  # refuses a table that needs more than three buffers
+        fold_plan(self.recipe)  # refuses a table that needs more than three buffers
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
         for name, value in own.items():
             self.recipe.check(name, value)

@@ -109,7 +109,7 @@ class Participants:
             )
 
     def take_usual(self, index: int, *, keep: bool) -> bool:
-        """What :meth:`take_in` does, if all is as it mostly is, which is seen in one go; else nothing."""
+        """What :meth:`take_in` does, in one go, if all is as it mostly is; whether it was."""
         if self._versions is None or self.sharded or len(self.devices) != 1:
             return False
         shard = next(iter(self._shards.values()), None)

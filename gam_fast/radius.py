@@ -138,7 +138,7 @@ class Difference:
         Raises:
             ValueError: it is automatic in some groups only.
         """
-        if not any(isinstance(h[name], str) for h in hyper) or not check_alike(name, [h[name] for h in hyper]):
+        if not check_alike(name, [h[name] for h in hyper]):
             return None
         params = [param for group in groups for param in group["params"] if param.requires_grad]
         size = norm_of(params)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from numbers import Real
@@ -139,6 +139,10 @@ class Recipe:
         if not names <= set(self.defaults):
             raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The table alone: what follows from it is worked out by the release that reads it."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
     @cached_property
     def moves(self) -> tuple[Move, ...]:
         """The steps of the walk that go to another point."""
@@ -210,8 +214,10 @@ class Recipe:
         >>> GAM.coefficients({"alpha": 0.25, "beta": 0.5, "gamma": 0.03})
         ([0.0, 0.25, 0.0, 0.75], [0.5, 0.0, 0.5, 0.0], 0.03)
         """
-        c = [0.0 if x is None else float(x(hyper)) if callable(x) else float(x) for x in self.u]
-        d = [0.0 if x is None else float(x(hyper)) if callable(x) else float(x) for x in self.m]
+        c, d = (
+            [0.0 if x is None else float(x(hyper)) if callable(x) else float(x) for x in row]
+            for row in (self.u, self.m)
+        )
         return c, d, float(hyper[self.gamma]) if self.gamma else 0.0
 
     def check(self, name: str, value: Any) -> None:

@@ -96,7 +96,7 @@ class ReplayRNG:
         """Start a pass: note the state the first pass ends with, and go back to the state at entry.
 
         Args:
-            keep_last: whether it is the last pass whose end counts, as known by now.
+            keep_last: whether it is the last pass whose end counts, as known by now; once true, it stays so.
         """
         assert self._start is not None, "begin() belongs inside the with block"
         self._keep_last = keep_last

@@ -163,6 +163,7 @@ class Stepper(torch.optim.Optimizer):
         except BaseException:
             GivenScale.drop(self)
             raise
+        # from here on nothing was handed over: that was refused
         first = None
         evaluate: Callable[..., Any] = closure
         wants_turn = _takes_one_argument(closure)

@@ -105,7 +105,7 @@ class Walk:
             return False
         # Once the update is done the step stands, whatever a hook raises afterwards.
         undo = None if self.finished else kind
-        # A Ctrl-C inside torch.no_grad() itself, here or before, would leave gradients switched off.
+        # A Ctrl-C inside no_grad() or set_grad_enabled() itself, here or before, would leave gradients switched off.
         # (Not so when a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
         stays = kind is None or issubclass(kind, GeneratorExit)
         grad_enabled = torch.is_grad_enabled() if stays else self._grad_enabled
@@ -197,7 +197,7 @@ class Walk:
         is_cut = self._is_cut
         if self._rng is not None:
             self._rng.begin(keep_last=is_cut)
-        self._statistics.begin(keep_last=is_cut, is_last=self._passes_left() == 1)
+        self._statistics.begin(keep_last=is_cut)
         self.portion.weight = 1.0
         self.shards.note_versions()
 
@@ -362,7 +362,9 @@ class Walk:
                 shard.grads[move.along],
                 None if minus is None else shard.grads[minus],
                 radius,
-                total if self._sums.on_host else scalars.on(total, shard.leaves.params[0].device),
+                total
+                if self._sums.on_host
+                else scalars.on(total, shard.leaves.params[0].device),  # a device takes 1 µs
                 from_start=move.from_start,
                 eta=eta,
                 folds=into,

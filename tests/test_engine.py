@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import os
@@ -620,6 +621,17 @@ def test_rows_of_a_table_that_contradict_themselves_are_refused():
     greedy = recipe("X", "", {"rho": 0.1}, (*three, move(0, "rho", minus=1)), (1.0, 1.0, 1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="at most two can be kept"):
         gam_fast.recipes.fold_plan(greedy)
+
+
+@pytest.mark.parametrize("name", gam_fast.recipes.RECIPES)
+def test_a_pickled_recipe_is_its_table_and_nothing_that_follows_from_it(name):
+    recipe = gam_fast.recipes.RECIPES[name]
+    assert recipe.plan == gam_fast.recipes.fold_plan(recipe)
+    assert recipe.keeps[-1] is False
+    for copied in (pickle.loads(pickle.dumps(recipe)), copy.deepcopy(recipe)):
+        assert copied == recipe
+        assert vars(copied).keys() == {field.name for field in dataclasses.fields(recipe)}
+        assert (copied.plan, copied.keeps, copied.plain) == (recipe.plan, recipe.keeps, recipe.plain)
 
 
 def test_a_published_method_is_one_table_and_a_subclass():

@@ -180,10 +180,10 @@ class NativeBackend:
     @staticmethod
     def _takes_sums(leaves: Leaves) -> bool:
         """Whether the device reads norms and products itself; a CPU gets the factors that follow from them."""
-        found = leaves.cache.get("takes_sums")
-        if found is None:
-            found = leaves.cache["takes_sums"] = leaves.params[0].device.type != "cpu"
-        return found is True
+        known = leaves.cache.get("takes_sums")
+        if known is None:
+            known = leaves.cache["takes_sums"] = leaves.params[0].device.type != "cpu"
+        return known is True
 
     def _direction(self, leaves: Leaves, d: Direction) -> Direction:
         """``d`` as the core takes it."""
