@@ -66,6 +66,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("GAM", 0.15),
         Contender("GAM", interval=4),
         Contender("GAM", 0.5, interval=2),
+        Contender("GAM", 0.5, interval=3),
         Contender("GAM", 0.33, interval=2),
         Contender("GAM", 0.25, interval=2),
     )

@@ -129,6 +129,7 @@ def digits(wrong_labels: bool = True) -> Task:
             # at every step SAM fails to train with so large a radius
             ("SAM", 1.0, 2): {"rho": 0.15},
             ("GAM", 1.0, 4): FARTHER,
+            ("GAM", 0.5, 3): FARTHER,
             **{("GAM", share, 2): FARTHER for share in (0.5, 0.33, 0.25)},
         },
         radius=setting.radius,
