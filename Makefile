@@ -109,7 +109,7 @@ figures: setup-test  ## the README's figures of speed, measured anew on this mac
 
 # A quick run keeps away from the figures that are stored.
 PARETO_FILES = $(if $(findstring --quick,$(ARGS)),build/pareto.json build/pareto.png build/pareto.md,bench/results/pareto_cpu.json docs/pareto.png docs/results/pareto.md)
-pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (40 minutes)
+pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (50 minutes)
 	@mkdir -p build
 	$(PY) -m bench.pareto $(join --json= --png= --markdown=,$(PARETO_FILES)) $(ARGS)
 
