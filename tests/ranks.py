@@ -28,6 +28,9 @@ from torch import Tensor, distributed
 SECONDS = 120
 """In which a function has to be done on all ranks."""
 
+READY = "ready"
+"""What a process says first, when it has imported all it needs and can be asked what it does."""
+
 
 def free_port() -> int:
     """A TCP port that nobody listens on."""
@@ -45,6 +48,7 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: str) -> None:
     torch.set_num_threads(1)
     log = Path(stacks).open("w")  # noqa: SIM115  # faulthandler writes to it as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    pipe.send(READY)
     while True:
         try:
             function, arguments, port, seconds = pipe.recv()
@@ -85,6 +89,19 @@ class Ranks:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        """So that imports, which take long on a busy machine, are not within the time of a function."""
+        deadline = time.monotonic() + SECONDS
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                there = pipe.poll(max(0.0, deadline - time.monotonic())) and pipe.recv() == READY
+            except (EOFError, ConnectionError):
+                self._processes[rank].join()
+                raise RankError(f"rank {rank} ended with code {self._processes[rank].exitcode} at its start") from None
+            if not there:
+                raise RankError(f"rank {rank} of {self.world} has not started in {SECONDS} s")
 
     def _stacks(self, rank: int) -> str:
         return str(Path(self._folder, f"{rank}.txt"))
@@ -105,28 +122,39 @@ class Ranks:
         self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS
     ) -> list[tuple[bool, Any]]:
         """As :meth:`run`; for each rank, whether it went well, and the result or the traceback."""
+        try:
+            answers = self._answers(function, arguments, seconds)
+        except BaseException:
+            self.close()  # an answer that comes later would be taken for that of the next function
+            raise
+        if not all(fine for fine, _ in answers):
+            self.close()
+        return answers
+
+    def _answers(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float
+    ) -> list[tuple[bool, Any]]:
         if not self._processes:
             self._start()
         port = free_port()
         for pipe in self._pipes:
             pipe.send((function, arguments, port, seconds))
         deadline = time.monotonic() + seconds
-        answers: list[tuple[bool, Any] | None] = []
+        answers: list[tuple[bool, Any]] = []
+        late = []
         for rank, pipe in enumerate(self._pipes):
             try:
-                there = pipe.poll(max(0.0, deadline - time.monotonic()))
-                answers.append(pipe.recv() if there else None)
+                if pipe.poll(max(0.0, deadline - time.monotonic())):
+                    answers.append(pipe.recv())
+                else:
+                    late.append(rank)
             except (EOFError, ConnectionError):
                 self._processes[rank].join()
                 answers.append((False, f"the process ended with code {self._processes[rank].exitcode}"))
-        late = [rank for rank, answer in enumerate(answers) if answer is None]
         if late:
             where = self._where(late)
-            self.close()
             raise RankError(f"{function.__name__}: ranks {late} of {self.world} not done in {seconds} s\n{where}")
-        if not all(answer is not None and answer[0] for answer in answers):
-            self.close()
-        return [answer for answer in answers if answer is not None]
+        return answers
 
     def _where(self, late: list[int]) -> str:
         for rank in late:
