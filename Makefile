@@ -113,7 +113,8 @@ pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradient
 	@mkdir -p build
 	$(PY) -m bench.pareto $(join --json= --png= --markdown=,$(PARETO_FILES)) $(ARGS)
 
-# The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there.
+# The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there. Tests of
+# the plain backend have nothing for a sanitizer.
 SANITIZED_TESTS ?= test_backends.py test_native.py test_cuda.py test_properties.py
 sanitize: setup-test  ## the core under the address, undefined-behaviour and thread sanitizers
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "make sanitize runs on Linux"; exit 1; }
@@ -125,7 +126,8 @@ sanitize: setup-test  ## the core under the address, undefined-behaviour and thr
 	cd build/sanitize/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=PASSIVE GAM_FAST_SANITIZED=1 \
 	  $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) --confcutdir $(CURDIR)/tests -p no:cacheprovider \
-	  -o pythonpath=$(CURDIR)/tests -k "not memory_is_lost and not three_buffers and not planted and not step_is_as_many" \
+	  -o pythonpath=$(CURDIR)/tests -k "not memory_is_lost and not three_buffers and not planted and not step_is_as_many \
+	    and (not eager or test_native)" \
 	  $(addprefix $(CURDIR)/tests/,$(SANITIZED_TESTS)) $(ARGS)
 
 sass: setup-test  ## registers, spills, vector accesses, occupancy of the CUDA kernels (a core for CUDA, no GPU)

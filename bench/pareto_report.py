@@ -83,24 +83,35 @@ def fronts(task: dict[str, Any], cost: str) -> dict[str, list[str]]:
 
 
 def chart(figures: dict[str, Any]) -> bytes:
-    """Each figure against both costs, two rows of panels for each task; error bars are standard deviations."""
+    """Each figure against both costs, two rows of panels for each task; error bars are standard deviations.
+
+    Labels keep off each other, as adjustText places them; where it is not installed, they stand beside their points.
+    """
     from matplotlib.figure import Figure
 
     lines = [(task, cost) for task in figures["tasks"] for cost in COSTS]
-    figure = Figure(figsize=(13, 3.4 * len(lines) + 0.8), layout="constrained")
+    figure = Figure(figsize=(15, 3.9 * len(lines) + 0.8), layout="constrained")
     figure.suptitle(conditions(figures), fontsize=9)
+    panels = []
     for (task, cost), axes in zip(lines, figure.subplots(len(lines), 3, squeeze=False), strict=True):
         for (key, label), axis in zip(FIGURES.items(), axes, strict=True):
             _panel(axis, task["rows"], cost, key, fronts(task, cost)[key])
             axis.set(xlabel=COSTS[cost], ylabel=label)
             axis.set_title(task["name"], loc="left", fontsize=10)
+            panels.append((axis, task["rows"], cost, key))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    figure.draw_without_rendering()  # the panels have their places now
+    figure.set_layout_engine("none")
+    for panel in panels:
+        _label(*panel)
     return png(figure)
 
 
 def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[str]) -> None:
-    """Points of all contenders; those of the front are ringed and joined, curvature is drawn by logarithms."""
+    """Points of all contenders; those of the front are ringed and joined, costs and curvature drawn by logarithms."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     places = {row["contender"]: (row[cost], row[key]) for row in rows}
     axis.plot(*zip(*(places[name] for name in best), strict=True), color="#555", linewidth=1, linestyle="--", zorder=1)
     for row in rows:
@@ -119,10 +130,29 @@ def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[s
         )
         if name in best:
             axis.plot(*places[name], marker="o", markersize=11, markerfacecolor="none", color="#555", linewidth=1)
-        axis.annotate(_short(row), places[name], xytext=(5, 4), textcoords="offset points", fontsize=7, color="#444")
+    axis.margins(x=0.08)
+    axis.set_xscale("log")
     if key != "accuracy":
         axis.set_yscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _label(axis: Any, rows: Sequence[Row], cost: str, key: str) -> list[Any]:
+    """The name of each point, off the others, their bars and their names."""
+    texts = [axis.text(row[cost], row[key], f" {_short(row)}", fontsize=7, color="#444") for row in rows]
+    try:
+        from adjustText import adjust_text
+    except ImportError:
+        return texts
+    bars = [(row[cost], row[key] + part * (row[f"{key}_std"] or 0.0)) for row in rows for part in (-1, -0.5, 0, 0.5, 1)]
+    x, y = zip(*bars, strict=True)
+    arrows = {"arrowstyle": "-", "color": "#999", "linewidth": 0.5}
+    # iterations are counted, not timed: the same picture anywhere
+    adjust_text(texts, x, y, ax=axis, iter_lim=100, expand=(1.6, 2.0), force_text=(0.3, 0.5), arrowprops=arrows)
+    return texts
 
 
 def _short(row: Row) -> str:

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from bench import census, front, pareto, pareto_page, runs, tasks
+from bench import census, front, pareto, pareto_page, pareto_report, runs, tasks
 from bench.data import DataError
 from bench.runs import CONTENDERS, Contender, Run
 
@@ -264,6 +265,24 @@ def test_the_page_has_tables_and_advice(outputs):
     for words in ("## digits", "## Which to take", "`GAM .25` against `GAM`", "python -m bench.pareto"):
         assert words in text
     assert outputs["png"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_labels_of_near_points_keep_off_each_other(installed, monkeypatch):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "adjustText", None)
+    axis = Figure(figsize=(5, 4)).subplots()
+    shared = {"method": "GAM", "accuracy_std": 0.3}
+    names = ["GAM .25", "GAM .5 /2", "GAM .33 /2", "GAM /4"]
+    rows = [{"contender": name, "ms": 1.5 + 0.01 * i, "accuracy": 92.0, **shared} for i, name in enumerate(names)]
+    axis.set(xlim=(1, 4), ylim=(90, 94))
+    texts = pareto_report._label(axis, rows, "ms", "accuracy")
+    assert [text.get_text().strip() for text in texts] == [".25", ".5 /2", ".33 /2", "/4"]
+    boxes = [text.get_window_extent() for text in texts]
+    crossing = [a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    assert any(crossing) is not installed
+    if not installed:  # they stand at their points, which is what is there without it
+        assert [text.get_position() for text in texts] == [(row["ms"], row["accuracy"]) for row in rows]
 
 
 def test_figures_of_before_are_shown_again_and_checked(outputs, tmp_path, capsys):
