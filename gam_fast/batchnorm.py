@@ -28,7 +28,8 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
         rest.extend(reversed(module._modules.values()))
         own = module._buffers
         if own:
-            found.extend(buffer for name in STATISTICS if (buffer := own.get(name)) is not None)
+            # (a script module's are no dict, and have no get())
+            found.extend(buffer for name in STATISTICS if name in own and (buffer := own[name]) is not None)
     return found
 
 
@@ -53,16 +54,21 @@ class FreezeRunningStatistics:
     def __init__(self, model: nn.Module | None) -> None:
         self.model = model
         self._buffers: list[Tensor] = []
+        self._entry: list[Tensor] = []
         self._start: list[Tensor] = []
         self._after_first: list[Tensor] | None = None
         self._keep_last = False
 
     def __enter__(self) -> FreezeRunningStatistics:
         self._buffers = running_statistics(self.model) if self.model is not None else []
-        self._start = [buffer.clone() for buffer in self._buffers]
+        self._entry = self._start = [buffer.clone() for buffer in self._buffers]
         self._after_first = None
         self._begun = self._keep_last = False
         return self
+
+    def start_anew(self) -> None:
+        """Passes start from the statistics as they are now; a block that raises still goes back to those at entry."""
+        self._start = [buffer.clone() for buffer in self._buffers]
 
     def begin(self, *, keep_last: bool = False) -> None:
         """Start a pass: note the statistics the first pass ended with, or go back to those at entry.
@@ -80,10 +86,10 @@ class FreezeRunningStatistics:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        keep = self._start if kind is not None else None if self._keep_last else self._after_first
+        keep = self._entry if kind is not None else None if self._keep_last else self._after_first
         if keep:
             self._put_back(keep)
-        self._buffers, self._start, self._after_first = [], [], None
+        self._buffers, self._entry, self._start, self._after_first = [], [], [], None
 
     def _put_back(self, values: list[Tensor]) -> None:
         if values:  # without any, not even the context is free

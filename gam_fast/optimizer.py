@@ -41,10 +41,11 @@ class FlatOptimizer(Stepper):
         base_optimizer: a torch optimizer class (or any callable with its signature), or an instance over ``params``.
         model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
         backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
-        replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass.
+        replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass. Read the batch before the
+            passes, or by :meth:`micro_batches`: what else draws random numbers in the first pass only shifts its masks.
         freeze_running_statistics: switch for what ``model`` does.
         ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, the last
-            sees all of it. The body takes its rows by ``x, y = turn.rows(x, y)``; over micro-batches,
+            sees all of it. The body takes its rows by ``xb, yb = turn.rows(x, y)``; over micro-batches,
             :meth:`micro_batches` does it. A step of GAM then costs 3 s + 1 gradients. Running statistics, and random
             numbers as they are after a step, are then those of the last pass, which sees the whole batch, and the loss
             of the first pass is that of its share. Shuffled batches are assumed: the leading rows are as good as any.

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import refuse_to_look
+
 AUTO = "auto"
 LENGTH = "flat_length"
 """The key in ``param_groups`` of ℓ, where a radius is automatic; 0.0 before it was measured."""
@@ -137,10 +139,12 @@ class Difference:
 
         Raises:
             ValueError: it is automatic in some groups only.
+            RuntimeError: it is automatic, and a CUDA graph is being captured.
         """
         if not check_alike(name, [h[name] for h in hyper]):
             return None
         params = [param for group in groups for param in group["params"] if param.requires_grad]
+        refuse_to_look(["an automatic radius"], {param.device for param in params})
         size = norm_of(params)
         length = float(groups[0].get(LENGTH, 0.0))
         eps = max((epsilon(h[name], params) for h in hyper), default=0.0) if params else 0.0

@@ -5,13 +5,15 @@ Without it the difference of two gradients of a step, from which GAM takes the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .capture import is_capturing
 
 
 def _device_module(device: torch.device) -> Any:
@@ -47,8 +49,8 @@ def seed(device: torch.device, value: int) -> None:
         module.manual_seed(value)
 
 
-def _capturing(devices: Iterable[torch.device]) -> bool:
-    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(map(torch.equal, some, others))
 
 
 class ReplayRNG:
@@ -56,8 +58,11 @@ class ReplayRNG:
 
     As a context manager it spans one step: call :meth:`begin` at the start of each pass. Every pass starts from the
     state at entry; on leaving, the state is that of the end of the first pass, as if it had been the only one (or, with
-    ``begin(keep_last=True)``, of the last); when the block raises, it is the state at entry. Python's and NumPy's
-    generators are not touched.
+    ``begin(keep_last=True)``, of the last, if that drew anything); when the block raises, it is the state at entry.
+    Python's and NumPy's generators are not touched.
+
+    What only the first pass draws, because it reads what all of them use, belongs in a block of :meth:`reading`; the
+    others call :meth:`skip_reading` at that point.
 
     Args:
         devices: accelerators whose generators are replayed besides the CPU's.
@@ -79,17 +84,18 @@ class ReplayRNG:
         self.devices = [torch.device("cpu"), *accelerators]
         self._start: list[Tensor] | None = None
         self._after_first: list[Tensor] | None = None
+        self._after_reading: list[Tensor] | None = None
         self._keep_last = False
 
     def __enter__(self) -> ReplayRNG:
-        if _capturing(self.devices):
+        if is_capturing(self.devices):
             raise RuntimeError(
                 "random numbers cannot be replayed inside a CUDA graph capture: construct the optimizer with "
                 "replay_rng=False, which is exact for a model without dropout or other randomness"
             )
-        self._start = [get_state(device) for device in self.devices]
-        self._after_first = None
-        self._begun = self._keep_last = False
+        self._start = self._states()
+        self._after_first = self._after_reading = None
+        self._begun = self._keep_last = self._is_after_reading = False
         return self
 
     def begin(self, *, keep_last: bool = False) -> None:
@@ -103,18 +109,43 @@ class ReplayRNG:
         if not self._begun:
             self._begun = True
             return
-        if self._after_first is None and not keep_last:
-            self._after_first = [get_state(device) for device in self.devices]
+        if self._after_first is None:
+            self._after_first = self._states()
+        self._is_after_reading = False
         self._set(self._start)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """In the first pass: what is drawn within the block is drawn in this pass only."""
+        before = self._states()
+        yield
+        after = self._states()
+        if not _same(before, after):
+            self._after_reading = after
+        self._is_after_reading = True
+
+    def skip_reading(self) -> None:
+        """In a later pass, at the point where the first was :meth:`reading`: go on as the first did after it."""
+        if not self._is_after_reading:
+            self._is_after_reading = True
+            self._set(self._after_reading)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
             self._set(self._start)
-        elif self._after_first is not None and not self._keep_last:
+        elif self._after_first is not None and not (self._keep_last and self._has_drawn()):
             self._set(self._after_first)
-        self._start = self._after_first = None
+        self._start = self._after_first = self._after_reading = None
+
+    def _has_drawn(self) -> bool:
+        """Whether the pass under way has; if it has not, what the first alone drew counts, as in plain training."""
+        start = self._after_reading if self._is_after_reading and self._after_reading is not None else self._start
+        return start is None or not _same(start, self._states())
+
+    def _states(self) -> list[Tensor]:
+        return [get_state(device) for device in self.devices]
 
     def _set(self, states: list[Tensor] | None) -> None:
         for device, state in zip(self.devices, states or (), strict=False):

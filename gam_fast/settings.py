@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .backends import Backend
+from .capture import refuse_to_look
 from .recipes import Recipe
 
 
@@ -32,16 +33,7 @@ class Settings:
 
     def check_capture(self, devices: Iterable[torch.device]) -> None:
         """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
-        if all(device.type != "cuda" for device in devices) or not torch.cuda.is_current_stream_capturing():
-            return
-        found = {
-            f"on_nonfinite={self.on_nonfinite!r}": self.on_nonfinite != "ignore",
-            "a rule WhenSteep": self.goes_on is not None,
-            "an automatic radius": self.measure_change,
-        }
-        looking = [name for name, looks in found.items() if looks]
-        if looking:
-            raise RuntimeError(
-                f"{' and '.join(looking)} looks at the norms of a step, which a CUDA graph cannot: construct the "
-                "optimizer with on_nonfinite='ignore' and without such rules and radii to capture it"
-            )
+        looking = [f"on_nonfinite={self.on_nonfinite!r}"] if self.on_nonfinite != "ignore" else []
+        if self.goes_on is not None:
+            looking.append("a rule WhenSteep")
+        refuse_to_look(looking, devices)

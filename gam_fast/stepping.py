@@ -183,9 +183,10 @@ class Stepper(torch.optim.Optimizer):
 
         To be iterated over in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum
         of the losses: divide each by their number for the mean. With ``ascent_share`` all passes but the last get that
-        share of them, at least one, and their gradients count as those of all (times all, divided by those seen). An
-        iterator is read once, in the first pass. Gradients of a DistributedDataParallel (``model``) are averaged over
-        its processes with the last micro-batch only.
+        share of them, at least one, and their gradients count as those of all (times all, divided by those seen): all
+        processes then need the same number of them. An iterator is read once, in the first pass, and random numbers
+        that it draws are drawn once. Gradients of a DistributedDataParallel (``model``) are averaged over its processes
+        with the last micro-batch only.
 
         Args:
             batches: the micro-batches of the step, such as ``itertools.islice(loader_iterator, 4)``.
@@ -275,7 +276,7 @@ class Stepper(torch.optim.Optimizer):
         groups, agenda = self.param_groups, self._agenda
         whole = agenda.is_always or not groups
         if not whole:
-            if STEPS not in groups[0]:  # somebody has loaded a state into the base optimizer
+            if not agenda.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
                 self._complete_groups()
             whole = agenda.wants(int(groups[0][STEPS]))
         hyper = [
@@ -345,7 +346,7 @@ class Stepper(torch.optim.Optimizer):
         self._progress.warned_of_share = True
         warnings.warn(
             f"ascent_share={walk.portion.share} of this {type(self).__name__} had no effect: nobody asked which rows a "
-            "pass is to see. In the loop over passes(), take x, y = turn.rows(x, y); a closure gets the turn as its "
+            "pass is to see. In the loop over passes(), take xb, yb = turn.rows(x, y); a closure gets the turn as its "
             "argument if it has one (or asks optimizer.turn)",
             stacklevel=_frames_of_libraries(),
         )

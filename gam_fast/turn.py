@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from .rows import leading
+from .rows import leading, rows_of
 
 
 class Portion:
@@ -28,6 +27,13 @@ class Portion:
         self.asked = False
         self.weight = 1.0
         self._cuts: str | None = None
+        self._taken: list[tuple[int, int]] = []
+        self._taken_before: list[tuple[int, int]] = []
+
+    def begin(self) -> None:
+        """Before a pass."""
+        self.weight = 1.0
+        self._taken_before, self._taken = self._taken, []
 
     def _cut(self, what: str) -> None:
         """Somebody asks; a batch is cut by its rows or by its micro-batches, in all passes alike."""
@@ -42,12 +48,30 @@ class Portion:
     def count(self, n: int, share: float) -> int:
         """How many of ``n`` rows a pass sees: the nearest whole number to ``share · n``, but at least one."""
         self._cut("rows")
-        return _part(n, share)
+        return self._take(n, share)
 
     def rows(self, batch: Any, share: float) -> Any:
         """See :meth:`Turn.rows`."""
         self._cut("rows")
-        return batch if share == 1.0 else leading(batch, lambda n: _part(n, share))
+        if share < 1.0:
+            return leading(batch, lambda n: self._take(n, share))
+        if self._taken_before:
+            self._take(rows_of(batch), share)
+        return batch
+
+    def _take(self, n: int, share: float) -> int:
+        """As :meth:`count`, for a batch that is to be as long as it was in the pass before."""
+        keep = _part(n, share)
+        at = len(self._taken)
+        if at < len(self._taken_before):
+            offered, kept = self._taken_before[at]
+            if n == kept < offered:
+                raise RuntimeError(
+                    f"a batch of {n} rows in this pass, which is what the pass before kept of {offered}: each pass "
+                    "takes its rows from the whole batch, so leave that as it is: xb, yb = turn.rows(x, y)"
+                )
+        self._taken.append((n, keep))
+        return keep
 
     def batches(self, batches: Sequence[Any], share: float) -> Sequence[Any]:
         """The micro-batches that a pass sees; their gradients are then weighted as those of all."""
@@ -61,7 +85,6 @@ def _part(n: int, share: float) -> int:
     return min(n, max(1, math.floor(share * n + 0.5)))
 
 
-@dataclass(frozen=True)
 class Turn:
     """One pass of a step, as :meth:`FlatOptimizer.passes` yields it.
 
@@ -69,14 +92,39 @@ class Turn:
         index: 0 for the pass at θ, then 1, 2, ….
         passes: how many there are; with :class:`gam_fast.active.WhenSteep`, how many there are at most, until the
             gradient of the first has decided it.
-        share: the part of the batch that this pass is to see: ``ascent_share`` of the optimizer, and 1.0 in the last.
     """
 
-    index: int
-    passes: int
-    share: float = 1.0
-    _backward: Callable[[Tensor], None] = field(default=Tensor.backward, repr=False, compare=False)
-    _portion: Portion = field(default_factory=lambda: Portion(1.0), repr=False, compare=False)
+    __slots__ = ("_backward", "_portion", "_share", "index", "passes")
+
+    def __init__(
+        self,
+        index: int,
+        passes: int,
+        share: float = 1.0,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+        portion: Portion | None = None,
+    ) -> None:
+        self.index = index
+        self.passes = passes
+        self._share = share
+        self._backward = backward
+        self._portion = Portion(1.0) if portion is None else portion
+
+    def __repr__(self) -> str:
+        return f"Turn(index={self.index}, passes={self.passes}, share={self._share})"
+
+    @property
+    def share(self) -> float:
+        """The part of the batch that this pass is to see: ``ascent_share`` of the optimizer, and 1.0 in the last.
+
+        Who reads it is taken to go by it, as one who calls :meth:`rows` or :meth:`count`.
+
+        >>> Turn(0, 2, share=0.25)
+        Turn(index=0, passes=2, share=0.25)
+        """
+        if self._share < 1.0:
+            self._portion.asked = True
+        return self._share
 
     @property
     def last(self) -> bool:
@@ -93,12 +141,14 @@ class Turn:
                 tensors is the parts of a batch, as a ``DataLoader`` collates it; a list without tensors is one entry a
                 row.
 
-        Returns what it was given, a tuple where it was given several. Nothing is copied.
+        Returns what it was given, a tuple where it was given several. Nothing is copied. Leave the batch as it is
+        (``xb, yb = turn.rows(x, y)``): the next pass takes its rows from it.
 
         Raises:
             ValueError: tensors of different lengths, a list that is not one entry a row, a list of examples.
             TypeError: nothing that has rows, or what cannot be cut, such as a sparse tensor.
-            RuntimeError: the step iterates over :meth:`FlatOptimizer.micro_batches`, which are cut already.
+            RuntimeError: the step iterates over :meth:`FlatOptimizer.micro_batches`, which are cut already; the batch
+                is what the pass before kept of it.
 
         >>> import torch
         >>> Turn(0, 2, share=0.25).rows(torch.arange(8), {"weight": torch.ones(8, 3)})
@@ -106,8 +156,8 @@ class Turn:
                 [1., 1., 1.]])})
         """
         if not batch:
-            raise TypeError("turn.rows() needs the batch: x, y = turn.rows(x, y)")
-        found = self._portion.rows(batch, self.share)
+            raise TypeError("turn.rows() needs the batch: xb, yb = turn.rows(x, y)")
+        found = self._portion.rows(batch, self._share)
         return found[0] if len(batch) == 1 else found
 
     def count(self, n: int) -> int:
@@ -116,7 +166,7 @@ class Turn:
         >>> Turn(0, 4, share=0.25).count(10), Turn(3, 4).count(10)
         (3, 10)
         """
-        return self._portion.count(n, self.share)
+        return self._portion.count(n, self._share)
 
     def backward(self, loss: Tensor) -> None:
         """``loss.backward()``, for a loop that serves every method: ExactGAM differentiates the loss itself, twice.

@@ -192,13 +192,14 @@ class Walk:
             if self._local is not None:
                 self._on_exit.callback(self._local.close)
                 self._local.begin()
+                self._statistics.start_anew()  # from those of rank 0
         torch.clear_autocast_cache()  # where autocast is around the step, it holds the weights of the pass before
         self.shards.clear_gradients(recycle=self.recipe.passes > 1)
         is_cut = self._is_cut
         if self._rng is not None:
             self._rng.begin(keep_last=is_cut)
         self._statistics.begin(keep_last=is_cut)
-        self.portion.weight = 1.0
+        self.portion.begin()
         self.shards.note_versions()
 
     def unscale_by(self, scale: GivenScale) -> None:
@@ -229,9 +230,12 @@ class Walk:
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """What :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches` does."""
         if self._micro_batches is None:
-            self._micro_batches = list(batches)
+            with self._rng.reading() if self._rng is not None else contextlib.nullcontext():
+                self._micro_batches = list(batches)
             if not self._micro_batches:
                 raise ValueError("micro_batches() got none: the loader is at its end")
+        elif self._rng is not None:
+            self._rng.skip_reading()
         share = 1.0 if self.in_last_pass else self.portion.share
         found = without_last_sync(self.settings.model, self.portion.batches(self._micro_batches, share))
         self._on_exit.callback(found.close)  # its no_sync() ends with the step, however that ends

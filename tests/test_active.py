@@ -422,6 +422,16 @@ def test_a_state_loaded_into_the_base_optimizer_starts_the_count_anew():
     assert train(model, optimizer, batches) == [1, 2, 1, 2]
 
 
+def test_a_state_without_what_a_trigger_keeps_starts_that_anew():
+    model, optimizer, batches = build("sam", interval=2)
+    train(model, optimizer, batches[:1])
+    state = optimizer.state_dict()
+    model, optimizer, batches = build("sam", interval=2, active=WhenSteep(deviations=-1e9))
+    optimizer.base.load_state_dict(state)
+    assert train(model, optimizer, batches) == [2, 1, 2, 1]  # the count goes on
+    assert optimizer.param_groups[0]["flat_looks"] == 2
+
+
 def test_a_wrapper_that_copies_attributes_sees_what_is_set():
     model, optimizer, batches = build("sam")
     wrapper = copy.copy(optimizer)  # as Lightning's

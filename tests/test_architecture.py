@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
+    {"capture"},
     {"_version", "_torch_version", "recipes", "ownership", "rows", "active", "radius"},
     {"kernels.table"},
     {"kernels.elements", "kernels.formulas"},

@@ -73,6 +73,22 @@ def test_a_share_in_local_steps(two):
     two.run(train_shares_locally)
 
 
+def statistics_of_shares(rank, world):
+    """With radius and learning rate 0, the last pass is the forward of plain training."""
+    (model, batches), (plain, _) = make("batchnorm_cnn"), make("batchnorm_cnn")
+    ddp, plain_ddp = DistributedDataParallel(model), DistributedDataParallel(plain)
+    options = {"lr": 0.0, "rho": 0.0, "ascent_share": 0.5}
+    optimizer = gam_fast.SAM(ddp.parameters(), torch.optim.SGD, model=ddp, sync="local", **options)
+    for x, y in of_rank(batches, rank, world):
+        train(ddp, optimizer, [(x, y)])
+        loss_of(plain_ddp, x, y).backward()
+    assert all(torch.equal(p, q) for p, q in zip(model.buffers(), plain.buffers(), strict=True))
+
+
+def test_statistics_of_local_steps_start_from_those_of_the_first_rank(two):
+    two.run(statistics_of_shares)
+
+
 def accumulate_shares(rank, world):
     (whole, batches), (model, _) = make("mlp"), make("mlp")
     one, other = DistributedDataParallel(whole), DistributedDataParallel(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -275,3 +276,13 @@ def test_a_group_that_comes_later_may_be_automatic_too():
     optimizer.add_param_group({"params": weights[1:]})
     optimizer.step(closure)
     assert optimizer.param_groups[0]["flat_length"] == optimizer.param_groups[1]["flat_length"]
+
+
+def test_a_radius_is_not_chosen_while_a_graph_is_captured(monkeypatch):
+    """It reads norms; a parameter that says that it is on a GPU stands for one."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu = SimpleNamespace(requires_grad=True, device=torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="an automatic radius looks at the norms.*without such rules and radii"):
+        radius.Difference.of([{"params": [on_gpu]}], [{"rho_prime": "auto"}], "rho_prime")
+    weight = nn.Parameter(torch.ones(2))
+    assert radius.Difference.of([{"params": [weight]}], [{"rho_prime": "auto"}], "rho_prime").size > 0

@@ -230,6 +230,19 @@ def test_the_mps_generator_takes_no_device(monkeypatch):
     assert int(state) == 4
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_statistics_of_a_script_module_are_found():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    for found in (torch.jit.script(model), nn.Sequential(torch.jit.script(model), nn.BatchNorm1d(3))):
+        assert len(running_statistics(found)) == len(running_statistics(copy.deepcopy(model))) * len(
+            [m for m in found.modules() if hasattr(m, "running_mean")]
+        )
+    script = torch.jit.script(model)
+    optimizer = gam_fast.SAM(script.parameters(), torch.optim.SGD, lr=0.1, model=script)
+    optimizer.step(lambda: script(torch.randn(4, 2)).square().sum().backward())
+    assert int(model[1].num_batches_tracked) == 1
+
+
 def test_a_cuda_graph_capture_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="replay_rng=False"), ReplayRNG([torch.device("cuda", 0)]):

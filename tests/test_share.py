@@ -229,6 +229,68 @@ def test_the_ascent_passes_draw_the_same_masks():
     assert torch.equal(masks[0], masks[2])
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_loader_that_is_read_in_the_first_pass_draws_as_in_plain_training(dropout, share):
+    """Its numbers are drawn once, go on from step to step, and all passes have the masks that come after them."""
+    torch.manual_seed(5)
+    drop = nn.Dropout(dropout)
+    weight = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1, ascent_share=share)
+
+    def loader():
+        for _ in range(4):
+            yield torch.rand(2, 8, dtype=torch.float64)
+
+    steps, masks = [], []
+    start = torch.get_rng_state()
+    for _ in range(2):
+        for turn in optimizer.passes():
+            seen = []
+            for x in optimizer.micro_batches(loader()):
+                masks.append((turn.index, drop(torch.ones_like(x))))
+                seen.append(x)
+                (masks[-1][1] * x * weight).square().sum().backward()
+        steps.append(seen)
+    end = torch.get_rng_state()
+    torch.set_rng_state(start)
+    for seen in steps:  # as plain training: all batches, then a mask for each
+        plain = list(loader())
+        expected = [drop(torch.ones_like(x)) for x in plain]
+        assert all(map(torch.equal, seen, plain))
+        mine, masks = masks[: 12 + 4 if share == 1.0 else 3 + 4], masks[12 + 4 if share == 1.0 else 3 + 4 :]
+        for k in range(4):
+            assert all(map(torch.equal, [mask for at, mask in mine if at == k], expected))
+    assert torch.equal(torch.get_rng_state(), end)
+
+
+def test_a_loader_that_fails_while_it_is_read_leaves_the_random_state():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, ascent_share=0.5)
+
+    def loader():
+        yield torch.rand(3)
+        raise OSError("the disk is gone")
+
+    before = torch.get_rng_state()
+    with pytest.raises(OSError, match="the disk is gone"):
+        optimizer.step(lambda: list(optimizer.micro_batches(loader())))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_that_is_drawn_in_the_first_pass_is_another_in_the_next_step():
+    weight = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, ascent_share=0.5)
+    drawn = []
+    for _ in range(2):
+        for turn in optimizer.passes():
+            if turn.index == 0:
+                x = torch.rand(4, 8, dtype=torch.float64)
+                drawn.append(x)
+            (turn.rows(x) * weight).square().sum().backward()
+    assert not torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("at", range(4))
 def test_a_step_left_early_leaves_nothing_behind(at, dtype):
@@ -286,6 +348,65 @@ def test_whoever_ignores_the_turn_gets_the_whole_recipe_and_one_warning():
             loss_of(theirs, x, y).backward()
     for ours_, theirs_ in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         assert torch.equal(ours_, theirs_)
+
+
+@pytest.mark.parametrize("by", ["rows", "count"])
+@pytest.mark.parametrize("method_name", ["sam", "gam"])
+def test_rows_of_what_the_pass_before_has_kept_are_refused_and_the_step_is_undone(method_name, by):
+    """Else ``x, y = turn.rows(x, y)`` would train on a part of a part."""
+    model, batches = make("mlp")
+    method = METHODS[method_name]
+    optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, ascent_share=0.25, **method.hyper)
+    before = everything(model, optimizer)
+
+    def step(x, y):
+        for turn in optimizer.passes():
+            if by == "rows":
+                x, y = turn.rows(x, y)
+            else:
+                n = turn.count(len(x))
+                x, y = x[:n], y[:n]
+            loss_of(model, x, y).backward()
+
+    with pytest.raises(RuntimeError, match=r"a batch of 3 rows in this pass, which is what the pass before kept of 12"):
+        step(*batches[0])
+    assert_same(everything(model, optimizer), before)
+
+
+def test_several_batches_of_one_pass_may_be_as_long_as_parts_of_each_other():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1, ascent_share=0.25)
+    seen = []
+    for turn in optimizer.passes():
+        for n in (16, 4, 1, 16):
+            x = turn.rows(torch.ones(n, 2))
+            seen.append(len(x))
+            (x * weight).square().sum().backward()
+    assert seen == [4, 1, 1, 4] * 3 + [16, 4, 1, 16]
+
+
+def test_whoever_goes_by_the_share_has_asked():
+    """As by rows: statistics of the last pass, the whole batch in a step that stays, and no warning."""
+    (ours, batches), (theirs, _) = make("batchnorm_cnn"), make("batchnorm_cnn")
+    options = {"lr": 0.1, "ascent_share": 0.25, "active": gam_fast.active.WhenSteep(deviations=0.0)}
+    optimizer = gam_fast.GAM(ours.parameters(), torch.optim.SGD, model=ours, **options)
+    other = gam_fast.GAM(theirs.parameters(), torch.optim.SGD, model=theirs, **options)
+    passes = []
+    for x, y in batches:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for turn in optimizer.passes():
+                n = int(turn.share * len(x))
+                turn.backward(loss_of(ours, x[:n], y[:n]))
+        passes.append(turn.index + 1)
+        train_by_turns(theirs, other, [(x, y)])
+    assert set(passes) == {2, 4}
+    for ours_, theirs_ in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(ours_, theirs_)
+
+
+def test_a_turn_says_which_it_is():
+    assert repr(gam_fast.Turn(0, 4, share=0.25)) == "Turn(index=0, passes=4, share=0.25)"
 
 
 def test_the_base_optimizer_alone_takes_no_notice_of_the_share():

@@ -320,6 +320,3 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     settings.goes_on = lambda square: True
     with pytest.raises(RuntimeError, match="a rule WhenSteep looks at the norms.*without such rules and radii"):
         settings.check_capture(cuda)
-    settings.goes_on, settings.measure_change = None, True
-    with pytest.raises(RuntimeError, match="an automatic radius looks at the norms.*without such rules and radii"):
-        settings.check_capture(cuda)

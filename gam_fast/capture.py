@@ -1,0 +1,29 @@
+"""What a CUDA graph cannot hold is refused while one is being captured, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+
+def is_capturing(devices: Iterable[torch.device]) -> bool:
+    """Whether work on one of the devices goes into a CUDA graph."""
+    return any(device.type == "cuda" for device in devices) and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_to_look(looking: Sequence[str], devices: Iterable[torch.device]) -> None:
+    """Refuse what waits for a device.
+
+    Args:
+        looking: the names of what would look at norms of a step.
+        devices: where those are.
+
+    Raises:
+        RuntimeError: a graph is being captured.
+    """
+    if looking and is_capturing(devices):
+        raise RuntimeError(
+            f"{' and '.join(looking)} looks at the norms of a step, which a CUDA graph cannot: construct the optimizer "
+            "with on_nonfinite='ignore' and without such rules and radii to capture it"
+        )
