@@ -163,6 +163,8 @@ class Turn:
     def count(self, n: int) -> int:
         """How many of ``n`` rows this pass is to see: for batches that :meth:`rows` does not know how to cut.
 
+        The nearest whole number to ``share · n``, at least 1. Raises RuntimeError as :meth:`rows` does.
+
         >>> Turn(0, 4, share=0.25).count(10), Turn(3, 4).count(10)
         (3, 10)
         """
