@@ -6,7 +6,7 @@ import contextlib
 import math
 import struct
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +60,22 @@ def reshard(model: nn.Module | None) -> None:
             module.reshard()
 
 
-def without_last_sync(model: nn.Module | None, batches: Sequence[Any]) -> Generator[Any, None, None]:
-    """The batches, gradients being averaged over processes with the last of them only."""
+def without_last_sync(model: nn.Module | None, batches: Iterable[Any]) -> Generator[Any, None, None]:
+    """Yield the batches; a DistributedDataParallel averages gradients with the last of them only.
+
+    Each is read when it is asked for; with a DistributedDataParallel the one after it as well, to know the last.
+    """
     parallel = data_parallel(model)
-    for i, batch in enumerate(batches):
-        waits = parallel is not None and i < len(batches) - 1
-        with parallel.no_sync() if waits and parallel is not None else contextlib.nullcontext():
-            yield batch
+    if parallel is None:
+        yield from batches
+        return
+    held: list[Any] = []
+    for batch in batches:
+        if held:
+            with parallel.no_sync():
+                yield held.pop()
+        held.append(batch)
+    yield from held
 
 
 def mean_over_processes(value: float, model: nn.Module | None, device: torch.device) -> float:

@@ -244,6 +244,17 @@ class Participants:
         return part is before or part.data_ptr() == before.data_ptr()
 
 
+def clear_weight_caches() -> None:
+    """Forget what torch has computed from weights to use it again: autocast's casts, ``parametrize.cached()``.
+
+    Where such a block is around the step, it would serve the weights of one pass to the next.
+    """
+    torch.clear_autocast_cache()
+    cache = getattr(torch.nn.utils.parametrize, "_cache", None)
+    if cache:
+        cache.clear()
+
+
 @torch.no_grad()
 def materialise(shard: Shard, direction: Direction) -> TensorList:
     """The direction as tensors, and θ restored; in the storage of a gradient the engine holds, if it holds one."""

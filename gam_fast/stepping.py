@@ -184,9 +184,14 @@ class Stepper(torch.optim.Optimizer):
         To be iterated over in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum
         of the losses: divide each by their number for the mean. With ``ascent_share`` all passes but the last get that
         share of them, at least one, and their gradients count as those of all (times all, divided by those seen): all
-        processes then need the same number of them. An iterator is read once, in the first pass, and random numbers
-        that it draws are drawn once. Gradients of a DistributedDataParallel (``model``) are averaged over its processes
-        with the last micro-batch only.
+        processes then need the same number of them. Gradients of a DistributedDataParallel (``model``) are averaged
+        over its processes with the last micro-batch only.
+
+        An iterator is read once. Where the step may have several passes, all of it is read in the first, before the
+        first micro-batch is used, and held until the step is over; random numbers that reading draws are drawn once.
+        Where one pass is all (``Base``, an inactive step of ``interval=`` or ``active=``), each micro-batch is read
+        when it is used and not held, as in a loop of one's own. (A DistributedDataParallel has one more read, to know
+        the last.)
 
         Args:
             batches: the micro-batches of the step, such as ``itertools.islice(loader_iterator, 4)``.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class Portion:
         self.weight = 1.0
         self._taken_before, self._taken = self._taken, []
 
-    def _cut(self, what: str) -> None:
+    def cut(self, what: str) -> None:
         """Somebody asks; a batch is cut by its rows or by its micro-batches, in all passes alike."""
         self.asked = True
         if self.share < 1.0 and self._cuts not in (None, what):
@@ -47,12 +48,12 @@ class Portion:
 
     def count(self, n: int, share: float) -> int:
         """How many of ``n`` rows a pass sees: the nearest whole number to ``share · n``, but at least one."""
-        self._cut("rows")
+        self.cut("rows")
         return self._take(n, share)
 
     def rows(self, batch: Any, share: float) -> Any:
         """See :meth:`Turn.rows`."""
-        self._cut("rows")
+        self.cut("rows")
         if share < 1.0:
             return leading(batch, lambda n: self._take(n, share))
         if self._taken_before:
@@ -73,12 +74,32 @@ class Portion:
         self._taken.append((n, keep))
         return keep
 
+    def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The micro-batches of a step's only pass, each read when it is asked for."""
+        self.cut("batches")
+        return some(batches)
+
     def batches(self, batches: Sequence[Any], share: float) -> Sequence[Any]:
         """The micro-batches that a pass sees; their gradients are then weighted as those of all."""
-        self._cut("batches")
+        self.cut("batches")
         kept = batches[: _part(len(batches), share)]
         self.weight = len(batches) / len(kept)
         return kept
+
+
+def some(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches, none of which is held here.
+
+    Raises:
+        ValueError: there is none.
+    """
+    iterator = iter(batches)
+    first = list(islice(iterator, 1))
+    if first:
+        yield first.pop()
+        yield from chain(iterator)  # which is not closed when this is
+        return
+    raise ValueError("micro_batches() got none: the loader is at its end, or is an iterator that was read before")
 
 
 def _part(n: int, share: float) -> int:

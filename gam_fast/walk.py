@@ -24,12 +24,12 @@ from .coefficients import Coefficients
 from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
 from .local_step import agree, averaged, mean_of_all
-from .participants import Participants, Shard
+from .participants import Participants, Shard, clear_weight_caches
 from .recipes import Move
 from .rng import ReplayRNG
 from .settings import Settings
 from .sums import Sums
-from .turn import Portion, Turn
+from .turn import Portion, Turn, some
 
 Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
 
@@ -120,7 +120,7 @@ class Walk:
             finally:
                 torch.set_grad_enabled(grad_enabled)
                 self._over = True
-                torch.clear_autocast_cache()
+                clear_weight_caches()
                 self._losses.clear()
                 self._micro_batches = None
                 self.shards.release()
@@ -193,7 +193,7 @@ class Walk:
                 self._on_exit.callback(self._local.close)
                 self._local.begin()
                 self._statistics.start_anew()  # from those of rank 0
-        torch.clear_autocast_cache()  # where autocast is around the step, it holds the weights of the pass before
+        clear_weight_caches()
         self.shards.clear_gradients(recycle=self.recipe.passes > 1)
         is_cut = self._is_cut
         if self._rng is not None:
@@ -230,14 +230,17 @@ class Walk:
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """What :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches` does."""
         if self._micro_batches is None:
+            if self.recipe.passes == 1:  # no other pass will ask for them
+                return self._until_end(self.portion.stream(batches))
             with self._rng.reading() if self._rng is not None else contextlib.nullcontext():
-                self._micro_batches = list(batches)
-            if not self._micro_batches:
-                raise ValueError("micro_batches() got none: the loader is at its end")
+                self._micro_batches = list(some(batches))
         elif self._rng is not None:
             self._rng.skip_reading()
         share = 1.0 if self.in_last_pass else self.portion.share
-        found = without_last_sync(self.settings.model, self.portion.batches(self._micro_batches, share))
+        return self._until_end(self.portion.batches(self._micro_batches, share))
+
+    def _until_end(self, batches: Iterable[Any]) -> Iterator[Any]:
+        found = without_last_sync(self.settings.model, batches)
         self._on_exit.callback(found.close)  # its no_sync() ends with the step, however that ends
         return found
 

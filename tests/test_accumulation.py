@@ -204,3 +204,113 @@ def test_step_before_the_last_pass_is_refused():
     with pytest.raises(RuntimeError, match=r"step\(\) while a step of this SAM is under way"):
         step()
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def plain_or_inactive(method_name, params, **options):
+    """A step of one pass: the base optimizer alone, as a method and as an inactive step of another."""
+    method = METHODS[method_name]
+    interval = 1 if method.passes == 1 else float("inf")
+    return method.optimizer(params, torch.optim.SGD, interval=interval, **options, **method.hyper)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("form", ["passes", "closure"])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_where_one_pass_is_all_each_micro_batch_is_read_when_it_is_used(method_name, form, share):
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = plain_or_inactive(method_name, [weight], ascent_share=share, lr=0.125)
+    held, log = [], []
+
+    def read():
+        for i in range(3):
+            log.append(("read", i))
+            batch = torch.ones(1)
+            held.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    def body():
+        for i, batch in enumerate(optimizer.micro_batches(read())):
+            log.append(("use", i))
+            assert [r() is not None for r in held] == [j == i for j in range(i + 1)]
+            (batch * weight).sum().backward()
+            del batch
+
+    if form == "closure":
+        optimizer.step(body)
+    else:
+        for _ in optimizer.passes():
+            body()
+    assert log == [(what, i) for i in range(3) for what in ("read", "use")]
+    assert weight.item() == 1 - 3 * 0.125
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_where_one_pass_is_all_random_numbers_come_as_in_a_loop_of_ones_own(method_name):
+    """Each batch is drawn, and then the masks of its forward."""
+
+    def build():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+
+    def read():
+        for _ in range(3):
+            yield torch.rand(5, 4)
+
+    ours, plain = build(), build()
+    optimizer = plain_or_inactive(method_name, ours.parameters(), lr=0.1)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(2):
+        state = torch.get_rng_state()
+        for _ in optimizer.passes():
+            for x in optimizer.micro_batches(read()):
+                ours(x).sum().backward()
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        reference.zero_grad()
+        for x in read():
+            plain(x).sum().backward()
+        reference.step()
+        assert torch.equal(after, torch.get_rng_state())
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_decision_after_the_first_pass_has_all_of_them_read():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.125, active=gam_fast.active.WhenSteep(), rho=0.0)
+    for _ in range(6):
+        source = iter([1.0, 2.0])
+        for _ in optimizer.passes():
+            for x in optimizer.micro_batches(source):
+                (x * weight).sum().backward()
+    assert weight.item() == 1 - 6 * 3 * 0.125
+
+
+def test_an_iterator_that_was_read_in_this_pass_says_so_and_a_list_can_be_read_twice():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = gam_fast.Base([weight], torch.optim.SGD, lr=0.25)
+
+    def step(batches):
+        for _ in optimizer.passes():
+            for _ in range(2):
+                for x in optimizer.micro_batches(batches):
+                    (x * weight).sum().backward()
+
+    step([1.0, 2.0])
+    assert weight.item() == 1 - 6 * 0.25
+    with pytest.raises(ValueError, match="or is an iterator that was read before"):
+        step(iter([1.0, 2.0]))
+    assert weight.item() == 1 - 6 * 0.25
+
+
+def test_micro_batches_of_one_pass_do_not_close_the_generator_they_come_from():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = gam_fast.Base([weight], torch.optim.SGD, lr=0.25)
+    source = (float(i) for i in range(4))
+    for _ in optimizer.passes():
+        for x in optimizer.micro_batches(source):
+            (x * weight).sum().backward()
+            if x == 1.0:
+                break
+    assert list(source) == [2.0, 3.0]

@@ -1,0 +1,93 @@
+"""``torch.nn.utils.parametrize.cached()`` around a step: no pass gets the weights of another."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from cases import METHODS, loss_of, make
+from torch import nn
+from torch.nn.utils import parametrize
+
+import gam_fast
+
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+
+class Symmetric(nn.Module):
+    """Saves nothing for its backward, so that torch itself does not notice a stale weight."""
+
+    def forward(self, weight):
+        return weight.triu() + weight.triu(1).T
+
+
+class Squared(nn.Module):
+    """Saves its input for its backward: a stale weight is an error of torch."""
+
+    def forward(self, weight):
+        return weight**2
+
+
+def model_of(parametrization):
+    _, batches = make("mlp")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    parametrize.register_parametrization(model[0], "weight", parametrization())
+    return model, batches
+
+
+@pytest.mark.parametrize("parametrization", [Symmetric, Squared])
+@pytest.mark.parametrize("where", ["passes", "closure"])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_the_cache_serves_one_pass(method_name, where, parametrization):
+    method, found = METHODS[method_name], []
+    for around in (False, True):
+        model, batches = model_of(parametrization)
+        optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, **method.hyper)
+        losses = []
+
+        def closure(model=model, losses=losses, batches=batches):
+            loss = loss_of(model, *batches[0])
+            loss.backward()
+            losses.append(loss.item())
+
+        with parametrize.cached() if around else contextlib.nullcontext():
+            for _ in range(2):
+                if where == "closure":
+                    optimizer.step(closure)
+                else:
+                    for _ in optimizer.passes():
+                        closure()
+            losses.append(loss_of(model, *batches[0]).item())  # of the weights after the step
+        found.append((losses, *model.parameters()))
+    (plain, *expected), (cached, *params) = found
+    assert cached == plain
+    assert all(torch.equal(p, q) for p, q in zip(params, expected, strict=True))
+
+
+def test_an_undone_step_leaves_no_moved_weight_in_the_cache():
+    model, batches = model_of(Symmetric)
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, rho_prime=0.5)
+    before = loss_of(model, *batches[0]).item()
+
+    def step():
+        for turn in optimizer.passes():
+            loss_of(model, *batches[0]).backward()
+            if turn.last:
+                raise KeyError
+
+    with parametrize.cached():
+        with pytest.raises(KeyError):
+            step()
+        assert loss_of(model, *batches[0]).item() == before
+
+
+def test_within_a_pass_the_cache_serves_as_it_does_in_torch():
+    model, batches = model_of(Symmetric)
+    optimizer = gam_fast.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with parametrize.cached():
+        for _ in optimizer.passes():
+            weight = model[0].weight
+            assert model[0].weight is weight
+            loss_of(model, *batches[0]).backward()
