@@ -5,11 +5,10 @@ The transient part of a step is in :mod:`gam_fast.walk`; what lasts is in :mod:`
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -23,6 +22,7 @@ from .active import STEPS, Agenda
 from .amp import GivenScale, LossScale
 from .backends import Backend
 from .finite import SkipStep
+from .passes import Passes
 from .recipes import BASE, Recipe
 from .settings import Settings
 from .turn import Turn
@@ -36,9 +36,14 @@ class Progress:
 
     skipped_steps: int = 0
     walk: Walk | None = None
-    turn: Turn | None = None
     stepped: bool = False
     """Whether there was a step before, and it came to an end."""
+    loop_took_step: bool = False
+    """Whether a loop over the passes has driven that step, and it was taken."""
+    error: Exception | None = None
+    """An error that the next step raises, because nobody would have seen it when it occurred."""
+    owed: Callable[[], None] | None = None
+    """A message to the other processes that the next step begins with."""
     warned_of_share: bool = False
     seen: dict[str, float] = field(default_factory=dict)
     """What the step under way has to put into the groups once it is taken."""
@@ -73,19 +78,20 @@ class Stepper(torch.optim.Optimizer):
     @property
     def turn(self) -> Turn | None:
         """The pass that is under way, for code that is called in it, such as a closure; ``None`` between steps."""
-        return None if self._walk is None else self._progress.turn
+        return None if self._walk is None else self._walk.current
 
     @property
     def _walk(self) -> Walk | None:
         walk = self._progress.walk  # which a Ctrl-C at an unlucky moment may leave behind
         return walk if walk is not None and walk.under_way else None
 
-    def passes(self, scaler: Any = None) -> Generator[Turn, None, None]:
+    def passes(self, scaler: Any = None) -> Passes:
         """The passes of one step: run forward and backward once in the body for each.
 
         The update happens when the loop asks for a pass after the last, or, where a framework wants to see it, when
-        :meth:`step` or ``scaler.step(optimizer)`` is called in the last. Leaving the loop early undoes the step. The
-        hooks of ``register_step_pre_hook`` and ``register_step_post_hook`` run around the update.
+        :meth:`step` or ``scaler.step(optimizer)`` is called in the last. Leaving the loop early undoes the step;
+        :class:`~gam_fast.passes.Passes` says more of how loops end. The hooks of ``register_step_pre_hook`` and
+        ``register_step_post_hook`` run around the update.
 
         Args:
             scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
@@ -114,7 +120,7 @@ class Stepper(torch.optim.Optimizer):
         [0.0, 0.0]
         """
         self._refuse_nesting("passes()")
-        return self._run(self._loss_scale(scaler), by_loop=True)
+        return Passes(self, self._loss_scale(scaler))
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:
         """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
@@ -167,8 +173,9 @@ class Stepper(torch.optim.Optimizer):
         first = None
         evaluate: Callable[..., Any] = closure
         wants_turn = _takes_one_argument(closure)
-        with contextlib.closing(self._run(scale)) as turns:
-            for turn in turns:
+        passes = Passes(self, scale, by_loop=False)
+        try:
+            while (turn := next(passes, None)) is not None:
                 with torch.enable_grad():
                     loss = evaluate(turn) if wants_turn else evaluate()
                 if self.recipe.second_order:
@@ -176,6 +183,9 @@ class Stepper(torch.optim.Optimizer):
                     loss = loss.detach()  # its graph would live as long as the loss does
                 if turn.index == 0:
                     first = loss
+        except BaseException as error:
+            passes.undo(error)
+            raise
         return first
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -220,64 +230,27 @@ class Stepper(torch.optim.Optimizer):
         scale = None if scaler is None else LossScale(scaler, self)
         return scale if scale is not None and scale.enabled else None
 
-    def _run(self, scale: LossScale | None, *, by_loop: bool = False) -> Generator[Turn, None, None]:
+    def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Walk:
+        """Begin a step of several passes; nothing is done to the parameters yet."""
         self._refuse_nesting("passes()")
-        with self._open(scale, by_loop=by_loop) as walk:
-            GivenScale.drop(self)  # of a call that came to nothing
-            self._warn_of_unused_gradients(stacklevel=3 if by_loop else 5)
-            index = 0
-            while not walk.at_end:
-                walk.begin()
-                self._progress.turn = turn = walk.turn(index)
-                yield turn
-                if walk.over:  # step() was called in the last pass
-                    return
-                walk.advance()
-                index += 1
-            walk.complete = True
-            if by_loop:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
-                self.step()
-            else:
-                walk.finish(partial(apply, self.base))
+        walk = self._open(scale, by_loop=by_loop)
+        GivenScale.drop(self)  # of a call that came to nothing
+        try:
+            self._warn_of_unused_gradients()
+        except BaseException as error:
+            self._leave(walk, error)
+            raise
+        return walk
 
-    def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any = None) -> Any:
-        """The update of a loop, all passes of which are made or in the last of which it is.
-
-        A wrapper that steps with a closure of its own, such as Lightning's, has it called.
-        """
-        result = None
-        with self._closing(walk):
-            if scaler is not None:
-                raise RuntimeError("step(scaler=) in the last pass of a loop: the loop is passes(scaler=scaler)")
-            if given is not None:
-                walk.unscale_by(given)
-            if not walk.complete:
-                walk.advance()
-                walk.complete = True
-            elif closure is not None:
-                result = closure()
-            walk.finish(partial(apply, self.base))
-        return result
-
-    def _step_without_closure(self, scale: LossScale | GivenScale | None) -> None:
-        if self.recipe.passes > 1:
-            if only_makes_state(self.base):
-                self.base.step()
-                return
-            raise RuntimeError(
-                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
-                "called once a pass, or run forward and backward in `for turn in optimizer.passes():`. Where a "
-                "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning's "
-                "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
-                "no scaler"
-            )
-        with self._open(scale) as walk:
-            walk.advance()
-            walk.finish(partial(apply, self.base))
-
-    @contextlib.contextmanager
-    def _open(self, scale: LossScale | GivenScale | None, *, by_loop: bool = False) -> Iterator[Walk]:
+    def _open(self, scale: LossScale | GivenScale | None, *, by_loop: bool = False) -> Walk:
         self._check_can_step()
+        progress = self._progress
+        owed, progress.owed = progress.owed, None
+        if owed is not None:
+            owed()
+        missed, progress.error = progress.error, None
+        if missed is not None:
+            raise missed
         groups, agenda = self.param_groups, self._agenda
         whole = agenda.is_always or not groups
         if not whole:
@@ -291,7 +264,7 @@ class Stepper(torch.optim.Optimizer):
         difference = None
         if whole and self.recipe.difference is not None:
             difference = radius.Difference.of(groups, hyper, self.recipe.difference)
-        self._progress.seen, self._progress.difference = {}, difference
+        progress.seen, progress.difference = {}, difference
         settings = Settings(
             self.recipe if whole else self.recipe.plain,
             self._select,
@@ -300,34 +273,100 @@ class Stepper(torch.optim.Optimizer):
             measure_change=difference is not None,
             **self._options,
         )
-        walk = self._progress.walk = Walk(settings, groups, hyper, scale, by_loop=by_loop)
-        with self._closing(walk):
-            yield walk
+        walk = progress.walk = Walk(settings, groups, hyper, scale, by_loop=by_loop)
+        return walk
 
-    @contextlib.contextmanager
-    def _closing(self, walk: Walk) -> Iterator[None]:
-        """To the end of a step, or back to its beginning."""
+    def _take(self, walk: Walk) -> None:
+        """Update the parameters; all passes were made."""
+        if walk.by_loop:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
+            self.step()
+        else:
+            walk.finish(partial(apply, self.base))
+
+    def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any = None) -> Any:
+        """Update by a loop, all passes of which are made or in the last of which it is.
+
+        A wrapper that steps with a closure of its own, such as Lightning's, has it called.
+        """
+        result = None
         try:
-            with walk:
-                try:
-                    yield
-                except SkipStep:
-                    self._progress.skipped_steps += 1
-                    self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
-                    raise
+            if scaler is not None:
+                raise RuntimeError("step(scaler=) in the last pass of a loop: the loop is passes(scaler=scaler)")
+            if given is not None:
+                walk.unscale_by(given)
+            if not walk.complete:
+                walk.advance()
+                walk.complete = True
+            elif closure is not None:
+                result = closure()
+            walk.finish(partial(apply, self.base))
+        except BaseException as error:
+            if not self._leave(walk, error):
+                raise
+        else:
+            self._leave(walk, None)
+        return result
+
+    def _step_without_closure(self, scale: LossScale | GivenScale | None) -> None:
+        if self.recipe.passes > 1:
+            if only_makes_state(self.base):
+                self.base.step()
+                return
+            raise RuntimeError(
+                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
+                "called once a pass, or run forward and backward in `for turn in optimizer.passes():`. Where a "
+                "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning's "
+                "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
+                "no scaler. Behind a loop over passes(), which has taken its step, leave step() out"
+            )
+        if self._progress.loop_took_step and hasattr(self._first_gradient(), "_gam_fast_left"):
+            raise RuntimeError(
+                f"step() of {type(self).__name__} behind a loop over passes(), which has taken this step already: "
+                "leave step() out (or call it in the last pass)"
+            )
+        walk = self._open(scale)
+        try:
+            walk.advance()
+            walk.finish(partial(apply, self.base))
+        except BaseException as error:
+            if not self._leave(walk, error):
+                raise
+        else:
+            self._leave(walk, None)
+
+    def _leave(self, walk: Walk, error: BaseException | None) -> bool:
+        """End a step, or undo it because of ``error``. Return True if the error asks to skip the step."""
+        progress = self._progress
+        first = progress.walk is walk  # the end of a loop is within the step that it calls
+        try:
+            if isinstance(error, SkipStep) and first:
+                progress.skipped_steps += 1
+                self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
+            is_skipped = walk.leave(error)
         finally:
-            first = self._progress.walk is walk  # the end of a loop is within the step that it calls
             if first:
                 if walk.finished:
                     self._count(walk)
-                self._progress.walk = self._progress.turn = None
+                progress.walk = None
+                progress.owed = walk.owed
                 left = self._first_gradient()
                 if left is not None:
                     left._gam_fast_left = True  # type: ignore[attr-defined]
-                self._progress.stepped = True
-
+                progress.stepped = True
+                progress.loop_took_step = walk.by_loop and walk.finished
         if first and walk.finished:
             self._warn_of_unused_share(walk)
+        return is_skipped
+
+    def _fail_later(self, error: Exception) -> None:
+        """Keep an error that cannot be raised now for the next step."""
+        self._progress.error = error
+        warnings.warn(
+            f"a loop over passes() of {type(self).__name__} did not ask for a pass after its last (zip and islice do "
+            f"not, break and return do not), and the update that it left undone failed: {error}. The error is raised "
+            "by the next step; `with optimizer.passes() as turns:` around the loop raises it at once",
+            stacklevel=_frames_of_libraries(),
+        )
 
     def _goes_on(self, square: float) -> bool:
         """Whether a step takes the whole recipe, its first gradient being so large."""
@@ -360,7 +399,7 @@ class Stepper(torch.optim.Optimizer):
         params = (param for group in self.param_groups for param in group["params"])
         return next((param.grad for param in params if param.grad is not None), None)
 
-    def _warn_of_unused_gradients(self, stacklevel: int) -> None:
+    def _warn_of_unused_gradients(self) -> None:
         """Where somebody called backward() since the last step: each pass computes gradients of its own.
 
         What a step has left behind has a mark; what another backward has added to it since is not seen. Before the
@@ -375,7 +414,7 @@ class Stepper(torch.optim.Optimizer):
                 "micro-batches, have all of them in every pass, by optimizer.micro_batches() (Lightning's "
                 "accumulate_grad_batches and accelerator.accumulate() show the step the last of them only). Where they "
                 "are of something else, zero_grad() says so",
-                stacklevel=stacklevel,
+                stacklevel=_frames_of_libraries(),
             )
 
     def _check_can_step(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -35,7 +35,7 @@ Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
 
 
 class Walk:
-    """Context manager of one step; leaving it by an exception undoes the step.
+    """The state of one step.
 
     Args:
         settings: what the optimizer was constructed with.
@@ -88,54 +88,59 @@ class Walk:
         self._squares: list[Scalar] = []  # of the lengths that the moves are divided by
         self.relative_change: float | None = None
         """‖g1 − g0‖/‖g0‖, once the step was taken, where that is wanted."""
+        self.current: Turn | None = None
+        """The pass that is under way."""
+        self.may_communicate = True
+        """Whether leaving the step may wait for other processes: not in the garbage collector."""
+        self.owed: Callable[[], None] | None = None
+        """What other processes have to be told before anything else."""
         self._on_exit = contextlib.ExitStack()
-        self._grad_enabled = True
+        self._grad_enabled = torch.is_grad_enabled()
         self._begun = False
         self._rng: ReplayRNG | None = None
         self._statistics = FreezeRunningStatistics(settings.model if settings.freeze_running_statistics else None)
 
-    def __enter__(self) -> Walk:
-        self._grad_enabled = torch.is_grad_enabled()
-        return self  # what has to be undone begins in begin(), when a Ctrl-C already leads to __exit__
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    def leave(self, error: BaseException | None) -> bool:
+        """End the step, or undo it because of ``error``, once. Return True if the error asks to skip the step."""
         if self._over:
             return False
         # Once the update is done the step stands, whatever a hook raises afterwards.
-        undo = None if self.finished else kind
+        undo = None if error is None or self.finished else type(error)
         # A Ctrl-C inside no_grad() or set_grad_enabled() itself, here or before, would leave gradients switched off.
         # (Not so when a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
-        stays = kind is None or issubclass(kind, GeneratorExit)
+        stays = error is None or isinstance(error, GeneratorExit)
         grad_enabled = torch.is_grad_enabled() if stays else self._grad_enabled
         try:
             if undo is not None:
                 self.restore()
         finally:
             try:
-                self._statistics.__exit__(undo, value, traceback)
+                self._statistics.__exit__(undo, error, None)
                 if self._rng is not None:
-                    self._rng.__exit__(undo, value, traceback)
+                    self._rng.__exit__(undo, error, None)
             finally:
                 torch.set_grad_enabled(grad_enabled)
                 self._over = True
+                self.current = None  # which refers to this object
                 clear_weight_caches()
                 self._losses.clear()
                 self._micro_batches = None
                 self.shards.release()
                 self._on_exit.close()
                 if undo is not None:
-                    self._leave()
-        return kind is not None and issubclass(kind, SkipStep)
+                    self._tell()
+        return isinstance(error, SkipStep)
 
-    def _leave(self) -> None:
+    def _tell(self) -> None:
         """The step was undone: of what was gathered nothing is kept, and the other processes are told."""
         reshard(self.settings.model)
         if self._local is not None and self._begun:
-            # an error of the network would hide the one that the step is left by
-            with contextlib.suppress(RuntimeError):
-                self._local.give_up(len(self.params))
+            self.owed = partial(self._local.give_up, len(self.params))
+            if self.may_communicate:
+                owed, self.owed = self.owed, None
+                # an error of the network would hide the one that the step is left by
+                with contextlib.suppress(RuntimeError):
+                    owed()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -158,6 +163,11 @@ class Walk:
         return self._begun and not self.complete and self._passes_left() == 1
 
     @property
+    def has_gradient(self) -> bool:
+        """Whether backward was called in the pass that is under way."""
+        return bool(self._losses) or any(param.grad is not None for param in self.params)
+
+    @property
     def at_end(self) -> bool:
         """Whether the last pass was made."""
         return self._newest == self.recipe.vectors - 1
@@ -165,7 +175,8 @@ class Walk:
     def turn(self, index: int) -> Turn:
         """The pass that begins, which is the ``index``-th."""
         left = self._passes_left()
-        return Turn(index, index + left, 1.0 if left == 1 else self.portion.share, self.backward, self.portion)
+        self.current = Turn(index, index + left, 1.0 if left == 1 else self.portion.share, self.backward, self.portion)
+        return self.current
 
     def _passes_left(self) -> int:
         return self.recipe.passes - self.recipe.pass_of(self._newest + 1)

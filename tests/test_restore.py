@@ -82,14 +82,17 @@ def test_a_step_that_is_left_leaves_no_trace_and_the_next_one_works(method_name,
 
         with pytest.raises(Interruption):
             optimizer.step(closure)
-    elif how in ("break", "close"):
-        turns = optimizer.passes()
-        for turn in turns:
-            loss_of(model, x, y).backward()
+    elif how == "break":
+        for turn in optimizer.passes():
             if turn.index == at:
                 break
-        turns.close() if how == "close" else None
-        del turns
+            loss_of(model, x, y).backward()
+    elif how == "close":
+        turns = optimizer.passes()
+        for _ in range(at + 1):
+            next(turns)
+            loss_of(model, x, y).backward()
+        turns.close()
     else:
         error = KeyboardInterrupt if how == "keyboard" else Interruption
         with pytest.raises(error):  # noqa: PT012 - the loop is what is left

@@ -1,0 +1,235 @@
+"""The passes of one step as an iterator that notices how its loop is left.
+
+A ``for`` loop holds its iterator on the stack of the interpreter, which lets go of it at the moment that the loop is
+left: before an exception handler runs. So every loop gets an iterator of its own, :class:`_Loop`. Its end is the end of
+the loop, also where a name or a traceback holds what :meth:`Stepper.passes` returned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dis
+import gc
+import sys
+import warnings
+from collections.abc import Iterator
+from types import CodeType, FrameType, TracebackType
+from typing import Any, ClassVar, Protocol
+
+from .amp import LossScale
+from .turn import Turn
+from .walk import Walk
+
+
+class Steps(Protocol):
+    """The optimizer that takes the steps."""
+
+    def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Walk:
+        """Begin a step; nothing is done to the parameters yet."""
+        ...
+
+    def _take(self, walk: Walk) -> None:
+        """Update the parameters; all passes were made."""
+        ...
+
+    def _leave(self, walk: Walk, error: BaseException | None) -> bool:
+        """End a step, or undo it because of ``error``. Return True if the error asks to skip the step."""
+        ...
+
+    def _fail_later(self, error: Exception) -> None:
+        """Keep an error that cannot be raised now for the next step."""
+        ...
+
+
+class Passes(Iterator[Turn]):
+    """The passes of one step, for a loop whose body runs forward and backward once a pass.
+
+    The step is taken when the loop asks for a pass after the last. It is also taken where a loop ends in its last pass,
+    after a backward, without asking: by ``break`` or ``return``, or because a ``zip`` or ``islice`` around it ends.
+
+    The step is undone when the loop is left by an exception, or before the last pass. An exception handler around the
+    loop finds the parameters as they were. There is one loop that cannot be seen to be left: over a wrapper with a name
+    of its own (``pairs = enumerate(optimizer.passes())``), because the name holds it. There, and where a loop does not
+    ask for a pass after its last and errors of the update should be raised at once, use the context manager::
+
+        with optimizer.passes() as turns:
+            pairs = enumerate(turns)
+            for i, turn in pairs:
+                ...
+
+    Its end takes the step if the last pass is done, and undoes it otherwise.
+
+    >>> import torch
+    >>> from gam_fast import SAM
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = SAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> with optimizer.passes() as turns:
+    ...     for batch, turn in zip([1.0, 1.0], turns):
+    ...         (batch * weight.square().sum()).backward()
+    >>> weight.item()
+    0.25
+    """
+
+    def __init__(self, steps: Steps, scale: LossScale | None, *, by_loop: bool = True) -> None:
+        self._steps = steps
+        self._scale = scale
+        self._by_loop = by_loop
+        self._walk: Walk | None = None
+        self._index = 0
+        self._ended = False
+        self._is_managed = False
+        self._loop = 0
+        """The ``id`` of the loop that asked last."""
+
+    def __iter__(self) -> Iterator[Turn]:
+        return _Loop(self)
+
+    def __next__(self) -> Turn:
+        if self._ended:
+            raise StopIteration
+        walk = self._walk
+        try:
+            if walk is None:
+                walk = self._walk = self._steps._begin(self._scale, by_loop=self._by_loop)
+            elif not walk.over:  # it is, where step() was called in the last pass
+                walk.advance()
+            if not walk.over and not walk.at_end:
+                walk.begin()
+                turn = walk.turn(self._index)
+                self._index += 1
+                return turn
+            if not walk.over:
+                walk.complete = True
+                self._steps._take(walk)
+        except BaseException as error:
+            if not self.undo(error):
+                raise
+        else:
+            self._ended = True
+            self._steps._leave(walk, None)
+        raise StopIteration
+
+    def undo(self, error: BaseException | None = None) -> bool:
+        """Undo the step, if it is under way, because of ``error``; return True if that asks to skip it."""
+        self._ended = True
+        return self._walk is not None and self._steps._leave(self._walk, error or GeneratorExit())
+
+    def close(self) -> None:
+        """Undo the step, if it is under way."""
+        self.undo()
+
+    def __enter__(self) -> Passes:
+        self._is_managed = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None and self._walk is not None and self._walk.in_last_pass:
+            next(self, None)
+        self.undo(error)
+
+    def __del__(self) -> None:
+        if self._walk is not None and not self._ended:
+            self._walk.may_communicate = False
+            self.undo()
+
+    def left(self, loop: _Loop, how: str | None) -> None:
+        """Take or undo the step whose loop has gone.
+
+        Args:
+            loop: the loop; nothing happens if another one goes on with the passes.
+            how: ``"end"`` if what is around it has ended, ``"break"``, ``"error"``, or None if it was left before now.
+        """
+        walk = self._walk
+        if self._ended or walk is None or self._loop != id(loop):
+            return
+        if walk.in_last_pass and (how == "end" or (how == "break" and walk.has_gradient)):
+            if not self._is_managed:
+                try:
+                    next(self, None)
+                except Exception as error:  # nobody would see it raised in a finalizer
+                    self._steps._fail_later(error)
+            return
+        walk.may_communicate = how is not None
+        self.undo()
+        if how is None and not sys.is_finalizing():
+            warnings.warn(
+                "a loop over passes() was left while something still held its iterator, and the parameters were put "
+                "back only when that went away: write `with optimizer.passes() as turns:` around the loop",
+                stacklevel=3,
+            )
+
+
+class _Loop(Iterator[Turn]):
+    """The iterator of one loop over :class:`Passes`."""
+
+    __slots__ = ("_at", "_code", "_frame", "_passes")
+
+    failed: ClassVar[tuple[int, int] | None] = None
+    """Frame and place of the loop in which a step failed last: what ``zip`` has beside it did not end in good order."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        self._code: CodeType | None = None
+        self._frame = 0  # its id: a reference would keep the frame, which holds the loop
+        self._at = -1
+
+    def __iter__(self) -> Iterator[Turn]:
+        return _Loop(self._passes)
+
+    def __next__(self) -> Turn:
+        passes = self._passes
+        frame = sys._getframe(1)
+        code = frame.f_code
+        if self._code is not code:
+            self._code, self._frame, _Loop.failed = code, id(frame), None
+            if code.co_varnames[:1] == (".0",):
+                _leave_to_the_stack(frame, self)
+        self._at = frame.f_lasti
+        passes._loop = id(self)
+        try:
+            return passes.__next__()
+        except StopIteration:
+            raise
+        except BaseException:
+            _Loop.failed = self._frame, self._at
+            raise
+
+    def __del__(self) -> None:
+        if self._code is not None and not self._passes._ended:
+            self._passes.left(self, self._how(sys._getframe(1)))
+
+    def _how(self, frame: FrameType) -> str | None:
+        """Find out how the loop was left, ``frame`` being the one that runs: see :meth:`Passes.left`.
+
+        A frame whose exception is on its way stands at the instruction that raised it.
+        """
+        if id(frame) != self._frame or frame.f_code is not self._code:
+            return None
+        if frame.f_lasti == self._at:
+            return "error" if _Loop.failed == (self._frame, self._at) else "end"
+        return "break" if dis.opname[frame.f_code.co_code[frame.f_lasti]] in _BREAK else "error"
+
+
+_BREAK = ("POP_TOP", "POP_ITER", "END_FOR")
+"""The instructions by which ``break`` and ``return`` let go of the iterator."""
+
+
+def _leave_to_the_stack(frame: FrameType, loop: _Loop) -> None:
+    """Take the iterator out of the hidden variable of a comprehension, which would live on in a traceback.
+
+    The loop has it on the stack. (Comprehensions have a frame of their own up to Python 3.11, generator expressions
+    always.)
+    """
+    variables = frame.f_locals
+    held: list[Any] = [variables.get(".0")]
+    for _ in range(3):  # enumerate(zip(...)) and the like
+        if any(value is loop for value in held):
+            break
+        held = gc.get_referents(*held)
+    else:
+        return
+    variables[".0"] = None
+    if sys.version_info < (3, 13):
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))

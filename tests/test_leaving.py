@@ -1,0 +1,351 @@
+"""However a loop over the passes is left: the step is taken, or undone at once; never lost in silence."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+import threading
+
+import pytest
+import torch
+from cases import METHODS, closure_of, loss_of, make
+from snapshots import assert_same, everything
+
+import gam_fast
+
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+PASSES = [(name, k) for name, method in METHODS.items() for k in range(method.passes)]
+
+
+class Interruption(Exception):
+    pass
+
+
+def setting(method_name, **options):
+    method = METHODS[method_name]
+    model, batches = make("batchnorm_cnn")
+    optimizer = method.optimizer(
+        model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model, **method.hyper, **options
+    )
+    optimizer.step(closure_of(model, *batches[0]))
+    return model, optimizer, batches[1]
+
+
+def tensors(model, optimizer):
+    return [*model.state_dict().values(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+
+
+# Exceptions: a handler around the loop sees the parameters as they were
+
+
+def plain(turns, body):
+    for turn in turns:
+        body(turn)
+
+
+def named(turns, body):
+    held = turns
+    for turn in held:
+        body(turn)
+
+
+def named_iterator(turns, body):
+    held = iter(turns)
+    for turn in held:
+        body(turn)
+
+
+def enumerated(turns, body):
+    for _, turn in enumerate(turns):
+        body(turn)
+
+
+def zipped(turns, body):
+    for turn, _ in zip(turns, itertools.count(), strict=False):
+        body(turn)
+
+
+def comprehension(turns, body):
+    return [body(turn) for turn in turns]
+
+
+def enumerated_comprehension(turns, body):
+    return [body(turn) for _, turn in enumerate(turns)]
+
+
+def generator_expression(turns, body):
+    return list(body(turn) for turn in turns)  # noqa: C400 - a generator expression is what is tested
+
+
+def inner_comprehension(turns, body):
+    return {n: body(turn) for n in range(1) for turn in turns}
+
+
+def generator(turns, body):
+    def parts():
+        for turn in turns:
+            yield body(turn)
+
+    return list(parts())
+
+
+def by_context(turns, body):
+    with turns:
+        held = enumerate(turns)
+        for _, turn in held:
+            body(turn)
+
+
+LOOPS = [
+    plain, named, named_iterator, enumerated, zipped, comprehension, enumerated_comprehension, generator_expression,
+    inner_comprehension, generator, by_context,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [Interruption, KeyboardInterrupt])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("method_name", "at"), [p for p in PASSES if p[0] in ("base", "sam", "gam")])
+def test_an_exception_handler_sees_the_parameters_as_they_were(method_name, at, loop, error):
+    model, optimizer, (x, y) = setting(method_name)
+    before = everything(model, optimizer)
+
+    def body(turn):
+        loss_of(model, x, y).backward()
+        if turn.index == at:
+            raise error
+
+    turns = optimizer.passes()  # a name that holds it
+    try:
+        loop(turns, body)
+    except error:
+        after = everything(model, optimizer)
+        assert sys.exc_info()[2] is not None  # which holds the frames
+    assert_same(before, after)
+    assert optimizer.turn is None
+    assert list(turns) == []
+    optimizer.step(closure_of(model, x, y))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_every_kind_of_loop_takes_the_same_step(method_name, loop):
+    def train(loop):
+        model, optimizer, (x, y) = setting(method_name)
+        loop(optimizer.passes(), lambda turn: loss_of(model, x, y).backward())
+        return tensors(model, optimizer)
+
+    assert all(map(torch.equal, train(plain), train(loop)))
+
+
+def test_a_kept_wrapper_around_the_passes_is_noticed_when_it_goes_and_says_what_to_write():
+    model, optimizer, (x, y) = setting("sam")
+    before = everything(model, optimizer)
+    held = [enumerate(optimizer.passes())]
+
+    def train():
+        for i, _ in held[0]:
+            loss_of(model, x, y).backward()
+            if i == 1:
+                raise Interruption
+
+    with pytest.raises(Interruption):
+        train()
+    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+        held.clear()
+    assert_same(before, everything(model, optimizer))
+
+
+# Loops whose last body ran, and that do not ask for a pass after it
+
+
+def by_zip(optimizer, passes, body):
+    for _, turn in zip(range(passes), optimizer.passes(), strict=False):
+        body(turn)
+
+
+def by_islice(optimizer, passes, body):
+    for turn in itertools.islice(optimizer.passes(), passes):
+        body(turn)
+
+
+def by_break(optimizer, passes, body):
+    for turn in optimizer.passes():
+        body(turn)
+        if turn.last:
+            break
+
+
+def by_return(optimizer, passes, body):
+    for turn in optimizer.passes():
+        loss = body(turn)
+        if turn.last:
+            return loss
+    return None
+
+
+def by_return_of_a_constant(optimizer, passes, body):
+    for turn in optimizer.passes():
+        body(turn)
+        if turn.last:
+            return
+
+
+def by_held_zip_in_a_context(optimizer, passes, body):
+    with optimizer.passes() as turns:
+        pairs = zip(range(passes), turns, strict=False)
+        for _, turn in pairs:
+            body(turn)
+
+
+def by_next_in_a_context(optimizer, passes, body):
+    with optimizer.passes() as turns:
+        for _ in range(passes):
+            body(next(turns))
+
+
+def by_step(optimizer, passes, body):
+    for turn in optimizer.passes():
+        body(turn)
+        if turn.last:
+            optimizer.step()
+            break
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        by_zip, by_islice, by_break, by_return, by_return_of_a_constant, by_held_zip_in_a_context, by_next_in_a_context,
+        by_step,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method_name", METHODS)
+def test_a_loop_that_does_not_ask_again_takes_its_step(method_name, how):
+    def train(how):
+        model, optimizer, (x, y) = setting(method_name)
+        how(optimizer, METHODS[method_name].passes, lambda turn: loss_of(model, x, y).backward())
+        assert optimizer.turn is None
+        return tensors(model, optimizer)
+
+    expected = train(lambda optimizer, passes, body: plain(optimizer.passes(), body))
+    assert all(map(torch.equal, expected, train(how)))
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_two_optimizers_in_lockstep(method_name):
+    """Each walks by the gradients of its own parameters; both see the other's perturbation."""
+    method = METHODS[method_name]
+
+    def train(together):
+        model, batches = make("mlp")
+        params = list(model.parameters())
+        parts = [params[::2], params[1::2]]
+        optimizers = [method.optimizer(part, torch.optim.SGD, lr=0.1, **method.hyper) for part in parts]
+        for x, y in batches:
+            if together:
+                for _ in zip(*(o.passes() for o in optimizers), strict=False):
+                    loss_of(model, x, y).backward()
+            else:
+                loops = [o.passes() for o in optimizers]
+                for _ in range(method.passes):
+                    for turns in loops:
+                        next(turns)
+                    loss_of(model, x, y).backward()
+                for turns in loops:
+                    assert next(turns, None) is None
+        return params
+
+    for p, q in zip(train(True), train(False), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_an_error_in_one_of_two_undoes_both():
+    model, batches = make("mlp")
+    params = list(model.parameters())
+    first = gam_fast.SAM(params[:2], torch.optim.SGD, lr=0.1)
+    second = gam_fast.SAM(params[2:], torch.optim.SGD, lr=0.1)
+    before = [p.detach().clone() for p in params]
+
+    def train():
+        for turn, _ in zip(first.passes(), second.passes(), strict=False):
+            loss_of(model, *batches[0]).backward()
+            if turn.last:
+                params[0].grad.fill_(float("nan"))
+
+    with pytest.raises(gam_fast.NonFiniteGradientError):
+        train()
+    assert all(map(torch.equal, before, params))
+
+
+def test_an_error_of_a_step_that_nobody_asked_for_is_raised_by_the_next():
+    model, optimizer, (x, y) = setting("sam")
+    before = everything(model, optimizer)
+
+    def train():
+        for i, _ in zip(range(2), optimizer.passes(), strict=False):
+            (loss_of(model, x, y) * (float("nan") if i else 1.0)).backward()
+
+    with pytest.warns(UserWarning, match=r"raised by the next step"):
+        train()
+    assert_same(before, everything(model, optimizer))
+    with pytest.raises(gam_fast.NonFiniteGradientError):
+        optimizer.step(closure_of(model, x, y))
+    optimizer.step(closure_of(model, x, y))
+
+
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_a_break_before_backward_undoes_the_step(method_name, at):
+    model, optimizer, (x, y) = setting(method_name)
+    before = everything(model, optimizer)
+    for turn in optimizer.passes():
+        if turn.index == at:
+            break
+        loss_of(model, x, y).backward()
+    assert_same(before, everything(model, optimizer))
+
+
+def test_a_context_left_before_the_last_pass_undoes_the_step():
+    model, optimizer, (x, y) = setting("gam")
+    before = everything(model, optimizer)
+    with optimizer.passes() as turns:
+        next(turns)
+        loss_of(model, x, y).backward()
+        next(turns)
+    assert_same(before, everything(model, optimizer))
+    with pytest.raises(RuntimeError, match="without a gradient"), optimizer.passes() as turns:  # noqa: PT012
+        for _ in zip(range(4), turns, strict=False):
+            if optimizer.turn.index < 3:
+                loss_of(model, x, y).backward()
+    assert_same(before, everything(model, optimizer))
+
+
+def test_a_step_left_in_a_cycle_is_undone_by_the_collector_in_any_thread():
+    model, optimizer, (x, y) = setting("sam")
+    before = everything(model, optimizer)
+    turns = optimizer.passes()
+    next(turns)
+    loss_of(model, x, y).backward()
+    next(turns)
+    cycle = [turns]
+    cycle.append(cycle)
+    del turns, cycle
+    thread = threading.Thread(target=gc.collect)
+    thread.start()
+    thread.join()
+    assert_same(before, everything(model, optimizer))
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_step_behind_the_loop_is_refused(method_name):
+    model, optimizer, (x, y) = setting(method_name)
+    plain(optimizer.passes(), lambda turn: loss_of(model, x, y).backward())
+    before = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match="leave step\\(\\) out|step\\(\\) out"):
+        optimizer.step()
+    assert_same(before, everything(model, optimizer))
+    if METHODS[method_name].passes == 1:  # a gradient of the user's own is one for step()
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.step()  # by the same gradient, as torch allows
