@@ -146,7 +146,9 @@ void bind_emulator(py::module_& m);  // in tests/cuda_emulator
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The compiled core. What the operations compute is stated in gam_fast.backends.base.";
+  m.doc() =  // the version is read from the file where it cannot be loaded
+      "The compiled core. What the operations compute is stated in gam_fast.backends.base. "
+      "Built for torch " TORCH_VERSION ".";
 
   py::class_<gam::Tensors, std::shared_ptr<gam::Tensors>>(
       m, "Tensors", py::module_local(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 
@@ -18,9 +19,21 @@ def report() -> str:
         lines.append(f"  {name:<8}{'available' if status.available else 'not available'}: {status.reason}")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     for device in (torch.device("cpu"), *([accelerator] if accelerator else [])):
-        lines.append(f"backend='auto' on {device.type}: {select('auto', device).name}")
+        lines.append(f"backend='auto' on {device.type}: {_chosen(device)}")
     lines.append(f"override for a process: {ENVIRONMENT_VARIABLE}=<name>")
     return "\n".join(lines)
+
+
+def _chosen(device: torch.device) -> str:
+    """The name of the backend, and why it is not the compiled core."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a core that does not fit: the report says so
+        chosen = select("auto", device).name
+    try:
+        select("native", device)
+    except RuntimeError as error:
+        return chosen if device.type == "cpu" else f"{chosen} ({error})"
+    return chosen
 
 
 if __name__ == "__main__":

@@ -124,18 +124,19 @@ class Participants:
         shard.grads[index] = taken
         return True
 
-    def take_in(self, index: int, *, keep: bool, where: str, mend: str) -> None:
+    def take_in(self, index: int, *, keep: bool, where: str, mend: str | None) -> None:
         """What is in ``param.grad`` becomes vector ``index``, as the optimizer's own if it is to be kept.
 
         Raises:
-            RuntimeError: a parameter was written to since :meth:`note_versions`; no parameter has a gradient.
+            RuntimeError: a parameter was written to since :meth:`note_versions`; no parameter has a gradient, and
+                there is a ``mend`` for that.
             TypeError: a sparse gradient.
         """
         self._look_closely(where, mend)
         for shard in self:
             shard.grads[index] = self._take(shard, keep)
 
-    def _look_closely(self, where: str, mend: str) -> None:
+    def _look_closely(self, where: str, mend: str | None) -> None:
         """Raise the errors of :meth:`take_in`, and let those that have their first gradient take part."""
         self._check_versions(where)
         newcomers, any_gradient, sparse = self._books.survey_gradients(self._all, self._flags)
@@ -147,7 +148,7 @@ class Participants:
             )
         if newcomers:
             self.activate(newcomers)
-        if not any_gradient:
+        if not any_gradient and mend is not None:
             raise RuntimeError(f"{where} ended without a gradient for any parameter: {mend}")
 
     def _take(self, shard: Shard, keep: bool) -> TensorList:

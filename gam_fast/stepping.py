@@ -101,7 +101,7 @@ class Stepper(torch.optim.Optimizer):
                 goes down, and :attr:`skipped_steps` up.
 
         Raises:
-            RuntimeError: a pass ended without a gradient; a parameter was modified during a pass (modified in the first
+            RuntimeError: one of several passes ended without a gradient; a parameter was modified in one (in the first
                 pass, it stays so; later, it is restored); a step of this optimizer is already under way; the loss was
                 not scaled, or its gradient was unscaled, where there is a scaler; with ``sync="local"``, another
                 process left the step by an exception.
@@ -130,9 +130,9 @@ class Stepper(torch.optim.Optimizer):
 
         Returns what the closure returned in the first pass: the loss at θ, before any perturbation, and with
         ``ascent_share`` that of the part of the batch that this pass saw (``None`` when it returns nothing, which is
-        allowed). Without a closure, a recipe of one pass uses the gradients there are, as any
-        torch optimizer; the others refuse. Without one in the last pass of a loop over :meth:`passes`, it takes that
-        step there and then, and the loop ends.
+        allowed). Without a closure, a recipe of one pass uses the gradients there are, as any torch optimizer, and does
+        nothing where there are none; the others refuse. Without one in the last pass of a loop over :meth:`passes`, it
+        takes that step there and then, and the loop ends.
 
         Args:
             closure: what evaluates the loss.

@@ -341,11 +341,13 @@ class Walk:
         """What is in ``param.grad`` becomes vector ``index``."""
         keep = self.recipe.keeps[index]
         if not self.shards.take_usual(index, keep=keep):
-            mend = (
+            mend: str | None = (
                 "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
             )
             if self.recipe.second_order:
                 mend = "the loss does not depend on the parameters of this optimizer"
+            elif self.recipe.passes == 1 and self._local is None:
+                mend = None  # as torch's optimizers do nothing then
             where = f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
             self.shards.take_in(index, keep=keep, where=where, mend=mend)
         self._newest = index
@@ -405,7 +407,7 @@ class Walk:
         q: list[list[float]] | None = None
         limit = self.settings.clip_grad_norm
         products: Products | None = None
-        if projected or limit is not None or self._watch.looks:
+        if len(self.shards) and (projected or limit is not None or self._watch.looks):
             products = self._sums.inner_products(
                 [
                     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -345,3 +346,80 @@ def test_the_command_says_what_is_there_and_why_the_rest_is_not():
     for name, status in backends.available().items():
         assert f"{name:<8}{'available' if status.available else 'not available'}: {status.reason}" in text
     assert f"backend='auto' on cpu: {BACKENDS[-1]}" in text
+
+
+BROKEN_CORE = """
+import sys, warnings
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import spec_from_file_location
+
+class Finder:  # what an installed core is to the import system that another torch has moved away from
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "gam_fast._C":
+            return spec_from_file_location(name, FILE, loader=ExtensionFileLoader(name, FILE))
+
+sys.meta_path.insert(0, Finder)
+import torch, gam_fast
+
+def make(**options):
+    return gam_fast.GAM([torch.nn.Parameter(torch.ones(1))], **options)
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    make(backend="eager"), gam_fast.backends.available(), make(), make()
+for warning in caught:
+    print(f"{warning.category.__name__}: {warning.message}")
+print(make().base, gam_fast.backends.available()["native"])
+try:
+    make(backend="native")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("stamp", ["Built for torch 2.5.1+cu124.", ""])
+def test_a_core_of_another_torch_is_warned_of_once(tmp_path, stamp):
+    """Once in a process, by the first optimizer that would have had it; both versions and the mend are named."""
+    file = tmp_path / "_C.so"
+    file.write_bytes(b"\x7fELF no library\0" + stamp.encode() + b"\0 and so on")
+    done = _in_a_process(f"FILE = {str(file)!r}\n{BROKEN_CORE}")
+    was = "2.5.1+cu124" if stamp else "another version"
+    mend = rf"built for torch {re.escape(was)}, this is {re.escape(torch.__version__)}; pip install --no-build-iso"
+    first, *rest = done.splitlines()
+    assert re.search(rf"UserWarning: gam_fast runs without its compiled core.*{mend}.*backend='eager'", first)
+    assert not any("UserWarning" in line for line in rest)
+    assert re.search(rf"Status\(available=False.*{mend}", done)
+    assert re.search(rf"backend='native' is not available for cpu: .*{mend}", done)
+
+
+def test_a_core_that_loads_and_is_of_another_torch_is_warned_of_once():
+    program = """
+import sys, types, warnings
+import torch
+core = types.ModuleType("gam_fast._C")
+core.torch_version, core.__file__ = "2.5.1", "/site-packages/gam_fast/_C.so"
+sys.modules["gam_fast._C"] = core
+import gam_fast
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        gam_fast.Base([torch.nn.Parameter(torch.ones(1))])
+for warning in caught:
+    print(warning.message)
+"""
+    (said,) = _in_a_process(program).splitlines()
+    assert re.search(rf"torch 2.5.1, this is {re.escape(torch.__version__)}; pip install --no-build-iso", said)
+
+
+def test_without_a_core_nothing_is_warned_of():
+    """``GAM_FAST_BUILD=none``, or a processor or compiler for which there is none."""
+    program = "import sys; sys.modules['gam_fast._C'] = None; import torch, gam_fast; "
+    program += "print(gam_fast.GAM([torch.nn.Parameter(torch.ones(1))])._select(torch.device('cpu')).name)"
+    assert _in_a_process(program) == "eager\n"
+
+
+def _in_a_process(program):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import io
+import math
 import os
 import pickle
 import warnings
@@ -442,7 +443,7 @@ def test_repr_names_base_backend_and_hyper_parameters():
 # Misuse
 
 
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("method_name", [name for name in METHODS if METHODS[name].passes > 1])
 def test_a_pass_without_backward_is_an_error_and_undone(method_name):
     method = METHODS[method_name]
     for at in range(method.passes):
@@ -555,9 +556,50 @@ def test_step_without_closure_is_the_base_step_for_one_pass():
     closure()
     assert optimizer.step() is None
     assert weight.tolist() == [0.0, 0.0]
-    optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match="ended without a gradient"):
-        optimizer.step()
+
+
+NOTHING = {
+    "no closure": lambda optimizer: optimizer.step(),
+    "a closure": lambda optimizer: optimizer.step(lambda: None),
+    "a loop": lambda optimizer: [None for _ in optimizer.passes()],
+}
+
+
+@pytest.mark.parametrize("how", NOTHING)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop])
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}, {"on_nonfinite": "skip"}, {"on_nonfinite": "ignore"}])
+def test_one_pass_without_any_gradient_does_nothing_as_in_torch(how, base, options):
+    weight, closure = parabola()
+    optimizer = gam_fast.Base([weight], base, lr=0.5, **options)
+    plain = base([copy.deepcopy(weight)], lr=0.5)
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    NOTHING[how](optimizer)
+    plain.step()
+    scheduler.step()  # does not warn that no step came before it
+    assert weight.tolist() == [3.0, 4.0]
+    made = plain.state.values()  # by the constructor of Adagrad, nowhere else
+    torch.testing.assert_close(dict(optimizer.state), dict(zip([weight], made, strict=False)))
+    assert (called, optimizer.skipped_steps) == (["pre", "post"], 0)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    closure()
+    optimizer.step()
+    assert weight.tolist() != [3.0, 4.0]
+
+
+def test_an_inactive_step_without_any_gradient_does_nothing():
+    weight, _ = parabola()
+    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.5, interval=math.inf)
+    assert optimizer.step(lambda: 7.0) == 7.0
+    for _ in optimizer.passes():
+        pass
+    assert weight.tolist() == [3.0, 4.0]
+    optimizer.interval = 1
+    with pytest.raises(RuntimeError, match="pass 0 of GAM ended without a gradient"):
+        optimizer.step(lambda: None)
+    assert weight.tolist() == [3.0, 4.0]
 
 
 @pytest.mark.parametrize("method_name", METHODS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,6 +47,20 @@ def _classes() -> dict[str, type[Backend] | str]:
     return {**found, "eager": EagerBackend}
 
 
+@cache
+def _warn_of_misfit() -> None:
+    """Warn, once in a process, of a compiled core that is installed and does not fit this torch."""
+    try:
+        from . import native  # noqa: F401
+    except ImportError as error:
+        if error.path:
+            warnings.warn(
+                f"gam_fast runs without its compiled core, several times slower on a CPU: {error}. backend='eager', or "
+                f"{ENVIRONMENT_VARIABLE}=eager, does without it and this warning",
+                stacklevel=6,
+            )
+
+
 def available() -> dict[str, Status]:
     """All backends in order of preference: what each does, or why no device of this machine can have it.
 
@@ -69,6 +84,8 @@ def select(name: str, device: torch.device) -> Backend:
     The order is native, triton, eager. Triton is imported when it comes to it: for an NVIDIA or AMD GPU that the
     compiled core has no code for.
 
+    ``"auto"`` warns, once in a process, where the compiled core is installed and does not fit this torch.
+
     The environment variable ``GAM_FAST_BACKEND``, when set, is used in place of ``name``. Each optimizer has a backend
     of its own for each device, so that it may keep plans between steps.
 
@@ -88,6 +105,8 @@ def select(name: str, device: torch.device) -> Backend:
         if wanted == "auto" and candidate == "triton" and device.type == "cpu":
             continue  # Triton's interpreter is for tests
         found = classes[candidate]
+        if wanted == "auto" and candidate == "native" and isinstance(found, str) and device.type in ("cpu", "cuda"):
+            _warn_of_misfit()
         reason = found if isinstance(found, str) else found.refusal(device)
         if not isinstance(found, str) and reason is None:
             return found()

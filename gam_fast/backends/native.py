@@ -7,28 +7,41 @@ copied to the device, asynchronously, only when they have changed. A sum of squa
 and everything after that is added in fp64, in an order that depends on the numbers of elements only
 (``csrc/cuda/sums.cuh``). That of 16-bit numbers is off by 5 · 2⁻²⁴ at most; of fp64 numbers by 2 · 10⁻¹⁴.
 
-Importing this module raises ``ImportError``, with the reason, where the core was not built or does not fit this torch.
+Importing this module raises ``ImportError``, with the reason, where the core was not built or does not fit this torch;
+its ``path`` is the file of a core that does not fit.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-try:
-    from .. import _C
-except ImportError as error:
-    raise ImportError(
-        f"the compiled core cannot be loaded ({error}); with torch, ninja and a C++17 compiler installed, "
-        "pip install --no-build-isolation . builds it"
-    ) from error
-
 from . import scalars
 from .base import AdamGroup, Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
 from .eager import EagerBackend
+
+INSTALL = "pip install --no-build-isolation . (in a checkout of gam_fast; torch, ninja and a C++17 compiler are needed)"
+
+try:
+    from .. import _C
+except ImportError as error:
+    _spec = find_spec(f"{(__package__ or '').rpartition('.')[0]}._C")
+    _file = None if _spec is None else _spec.origin
+    if _file is None:
+        raise ImportError(f"the compiled core cannot be loaded ({error}); {INSTALL} builds it") from error
+    _stamp = re.search(rb"Built for torch ([\w.+]*\w)", Path(_file).read_bytes())  # in the docstring of the core
+    _was = _stamp[1].decode() if _stamp else "another version"
+    raise ImportError(
+        f"the compiled core cannot be loaded ({error}). It was built for torch {_was}, this is {torch.__version__}; "
+        f"{INSTALL} builds it anew",
+        path=_file,
+    ) from error
 
 
 def _release(version: str) -> list[str]:
@@ -37,7 +50,9 @@ def _release(version: str) -> list[str]:
 
 if _release(_C.torch_version) != _release(torch.__version__):
     raise ImportError(
-        f"the compiled core was built for torch {_C.torch_version}, this is {torch.__version__}; install gam_fast again"
+        f"the compiled core was built for torch {_C.torch_version}, this is {torch.__version__}; {INSTALL} builds it "
+        "anew",
+        path=_C.__file__,
     )
 
 
