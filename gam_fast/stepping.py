@@ -22,11 +22,12 @@ from .active import STEPS, Agenda
 from .amp import GivenScale, LossScale
 from .backends import Backend
 from .finite import SkipStep
+from .hooks import Calls, Hooked, any_before, call_before
 from .passes import Passes
 from .recipes import BASE, Recipe
 from .settings import Settings
 from .turn import Turn
-from .updates import apply, only_makes_state
+from .updates import Directions, apply, only_makes_state
 from .walk import Walk
 
 
@@ -49,9 +50,10 @@ class Progress:
     """What the step under way has to put into the groups once it is taken."""
     difference: radius.Difference | None = None
     """The automatic radius of the step under way."""
+    calls: Calls = field(default_factory=Calls)
 
 
-class Stepper(torch.optim.Optimizer):
+class Stepper(Hooked):
     """The steps of :class:`gam_fast.optimizer.FlatOptimizer`, which has what lasts between them."""
 
     recipe: ClassVar[Recipe] = BASE
@@ -91,7 +93,8 @@ class Stepper(torch.optim.Optimizer):
         The update happens when the loop asks for a pass after the last, or, where a framework wants to see it, when
         :meth:`step` or ``scaler.step(optimizer)`` is called in the last. Leaving the loop early undoes the step;
         :class:`~gam_fast.passes.Passes` says more of how loops end. The hooks of ``register_step_pre_hook`` and
-        ``register_step_post_hook`` run around the update.
+        ``register_step_post_hook`` run around the update; the first find the final direction in ``param.grad``, and
+        what they leave there is taken.
 
         Args:
             scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
@@ -226,6 +229,15 @@ class Stepper(torch.optim.Optimizer):
             )
         return self._walk.micro_batches(batches)
 
+    def _update(self, directions: Directions) -> None:
+        """End a step: call the hooks before it, and update the parameters."""
+        progress = self._progress
+        call = progress.calls.current or ((self,), {})
+        before = partial(call_before, self, call) if any_before(self) else None
+        # of one pass, param.grad is what the hooks leave there, as with any torch optimizer
+        apply(self.base, directions, before, copy=progress.walk is None or progress.walk.recipe.passes > 1)
+        progress.calls.updated = call
+
     def _loss_scale(self, scaler: Any) -> LossScale | None:
         scale = None if scaler is None else LossScale(scaler, self)
         return scale if scale is not None and scale.enabled else None
@@ -281,7 +293,7 @@ class Stepper(torch.optim.Optimizer):
         if walk.by_loop:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
             self.step()
         else:
-            walk.finish(partial(apply, self.base))
+            walk.finish(self._update)
 
     def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any = None) -> Any:
         """Update by a loop, all passes of which are made or in the last of which it is.
@@ -299,7 +311,7 @@ class Stepper(torch.optim.Optimizer):
                 walk.complete = True
             elif closure is not None:
                 result = closure()
-            walk.finish(partial(apply, self.base))
+            walk.finish(self._update)
         except BaseException as error:
             if not self._leave(walk, error):
                 raise
@@ -327,7 +339,7 @@ class Stepper(torch.optim.Optimizer):
         walk = self._open(scale)
         try:
             walk.advance()
-            walk.finish(partial(apply, self.base))
+            walk.finish(self._update)
         except BaseException as error:
             if not self._leave(walk, error):
                 raise

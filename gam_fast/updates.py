@@ -7,7 +7,8 @@ The state of the base optimizer is laid out by torch's own conventions (``moment
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,11 +16,18 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .backends.base import AdamGroup, Backend, Direction, Leaves, SGDGroup, TensorList
+from .chain import members
+from .hooks import step_of_base
+from .ownership import as_dtype
 from .participants import Shard, materialise
-from .sharded import any_sharded, local, spread
+from .sharded import any_sharded, local, local_gradient, spread
 
-FusedUpdate: TypeAlias = "Callable[[Optimizer, Backend, TensorList, Leaves, Direction], None]"
-"""By the base optimizer, the backend, the parameters that the leaves are (or are local parts of), the direction."""
+Directions: TypeAlias = "list[tuple[Shard, Direction]]"
+"""The direction of each shard."""
+
+FusedUpdate: TypeAlias = "Callable[[Optimizer, Backend, TensorList, Leaves, Direction, int], None]"
+"""By the base optimizer, the backend, the parameters that the leaves are (or are local parts of), the direction, and
+the number of the base optimizer's first group among all groups."""
 
 _SGD_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 _ADAM_NUMBERS = ("lr", "eps", "weight_decay")
@@ -55,24 +63,125 @@ def fused_update(base: Optimizer) -> FusedUpdate | None:
     return None
 
 
-def apply(base: Optimizer, directions: list[tuple[Shard, Direction]]) -> None:
-    """Restore θ and let the base optimizer step along the directions, one a device."""
-    update = fused_update(base)
-    if update is not None:
-        for shard, direction in directions:
-            update(base, shard.backend, shard.owners, shard.leaves, direction)
-        base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
+def apply(
+    base: Optimizer, directions: Directions, before: Callable[[], None] | None = None, *, copy: bool = True
+) -> None:
+    """Restore θ and let the base optimizer step along the directions, one a device.
+
+    Args:
+        base: the base optimizer, or a chain of them, each of which steps along its part.
+        directions: what stands for the gradients.
+        before: hooks, which find the direction in ``param.grad`` and leave there what is taken in its place; a
+            parameter without a gradient is then left alone.
+        copy: whether ``param.grad`` is afterwards as it was, whatever ``before`` does; else it is what that left.
+    """
+    if before is None:
+        _step(base, directions)
         return
+    grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
+    done = False
+    try:
+        for shard, direction in directions:
+            made = materialise(shard, direction)
+            if copy and made is direction.terms[-1]:  # perhaps the gradients themselves
+                made = [x.clone(memory_format=torch.preserve_format) for x in made]
+            for param, grad in zip(shard.owners, made, strict=True):
+                param.grad = spread(grad, param)
+        with torch.enable_grad():
+            before()
+        left = _left(grads, directions)
+        if left is not None:
+            _step(base, left)
+        else:
+            for member in members(base):
+                with torch.enable_grad():
+                    step_of_base(member)
+        done = True
+    finally:
+        if copy or not done:
+            for param, grad in grads:
+                param.grad = grad
+
+
+def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions) -> Directions | None:
+    """The directions that hooks have left in ``param.grad``; ``None`` where they gave one to another parameter too."""
+    found: Directions = []
+    count = 0
+    for shard, direction in directions:
+        chosen = [i for i, param in enumerate(shard.owners) if param.grad is not None]
+        if not chosen:
+            continue
+        count += len(chosen)
+        part = _part(shard, chosen)
+        part.leaves.backup, part.leaves.saved = [], False  # θ is there, perhaps changed by a hook
+        term = [as_dtype(local_gradient(p), x.dtype) for p, x in zip(part.owners, part.leaves.params, strict=True)]
+        ones = [[1.0] * len(direction.p[0])]
+        found.append((part, Direction([shard.backend.bookkeeping.hold(term)], ones)))
+    dense = all(param.grad is None or param.grad.layout is torch.strided for param, _ in grads)
+    return found if dense and count == sum(param.grad is not None for param, _ in grads) else None
+
+
+def _part(shard: Shard, chosen: Sequence[int]) -> Shard:
+    """Some leaves of a shard as one of their own."""
+    leaves, hold = shard.leaves, shard.backend.bookkeeping.hold
+    params, backup = list(leaves.params), list(leaves.backup)
+    part = Leaves(hold([params[i] for i in chosen]), [leaves.group[i] for i in chosen], saved=leaves.saved)
+    if leaves.saved:
+        part.backup = hold([backup[i] for i in chosen])
+    return Shard(shard.backend, part, [shard.owners[i] for i in chosen], shard.layout)
+
+
+def _by_member(base: Optimizer, directions: Directions) -> Iterator[tuple[Optimizer, Directions, int]]:
+    """Each base optimizer of a chain, its part of the directions, and the number of its first group."""
+    first = 0
+    for member in members(base):
+        if member is base:
+            yield base, directions, 0
+            return
+        groups = range(first, first + len(member.param_groups))
+        parts: Directions = []
+        for shard, direction in directions:
+            chosen = [i for i, group in enumerate(shard.leaves.group) if group in groups]
+            if not chosen:
+                continue
+            terms = [list(term) for term in direction.terms]
+            hold = shard.backend.bookkeeping.hold
+            picked = replace(direction, terms=[hold([term[i] for i in chosen]) for term in terms])
+            parts.append((_part(shard, chosen), picked))
+        yield member, parts, first
+        first = groups.stop
+
+
+def _step(base: Optimizer, directions: Directions) -> None:
+    """As :func:`apply`, without hooks that look on."""
+    for member, parts, first in _by_member(base, directions):
+        update = fused_update(member)
+        if update is None:
+            _step_by_torch(member, parts)
+            continue
+        for shard, direction in parts:
+            update(member, shard.backend, shard.owners, shard.leaves, direction, first)
+        member._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
+
+
+def _step_by_torch(base: Optimizer, directions: Directions) -> None:
     grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
     try:
         for shard, direction in directions:
             for param, grad in zip(shard.owners, materialise(shard, direction), strict=True):
                 param.grad = spread(grad, param)
         with torch.enable_grad():
-            base.step()
+            step_of_base(base)
     finally:
         for param, grad in grads:
             param.grad = grad
+
+
+def _among_all(groups: list[Any], first: int, total: int) -> list[Any]:
+    """Hyper-parameters of groups ``first`` … of ``total``, at their numbers; what stands at the others is not read."""
+    return (
+        groups if len(groups) == total else [groups[0]] * first + groups + [groups[0]] * (total - first - len(groups))
+    )
 
 
 def only_makes_state(base: Optimizer) -> bool:
@@ -112,7 +221,9 @@ def _locals(state: Sequence[Tensor | None]) -> list[Any]:
     return [None if value is None else local(value) for value in state]
 
 
-def sgd_update(base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction) -> None:
+def sgd_update(
+    base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction, first_group: int = 0
+) -> None:
     """Restore, and one step of :class:`torch.optim.SGD` along ``d`` (formula: :meth:`Backend.sgd`)."""
     groups = [
         SGDGroup(
@@ -125,6 +236,7 @@ def sgd_update(base: Optimizer, backend: Backend, owners: TensorList, leaves: Le
         )
         for group in base.param_groups
     ]
+    groups = _among_all(groups, first_group, len(d.p[0]))
     has_momentum = [group.momentum != 0.0 for group in groups]
     buffers: list[Tensor | None] = [None] * len(owners)
     if any(has_momentum):
@@ -140,7 +252,9 @@ def sgd_update(base: Optimizer, backend: Backend, owners: TensorList, leaves: Le
         base.state[owners[i]]["momentum_buffer"] = buffers[i]
 
 
-def adam_update(base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction) -> None:
+def adam_update(
+    base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction, first_group: int = 0
+) -> None:
     """Restore, and one step of :class:`torch.optim.Adam` or AdamW along ``d`` (formula: :meth:`Backend.adam`).
 
     Raises:
@@ -164,6 +278,7 @@ def adam_update(base: Optimizer, backend: Backend, owners: TensorList, leaves: L
         )
         for group in base.param_groups
     ]
+    groups = _among_all(groups, first_group, len(d.p[0]))
     states = []
     for param, group, before in zip(owners, leaves.group, _states(base, owners), strict=True):
         state = dict(before)

@@ -31,7 +31,7 @@ LAYERS = [
     {"backends.trial"},
     {"backends.native", "backends.triton"},
     {"backends"},
-    {"rng", "batchnorm", "hvp", "amp", "distributed"},
+    {"rng", "batchnorm", "hvp", "amp", "distributed", "hooks", "chain"},
     {"scalars", "turn", "sharded", "coefficients", "settings"},
     {"finite"},
     {"participants"},

@@ -1,0 +1,116 @@
+"""The step hooks of torch's optimizers, of one optimizer and of all, around the update of a step.
+
+Torch calls them around ``step()``. A step of several passes has its gradient, the direction, only after the last of
+them, so here they are called around the update, whatever drives the passes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+"""Positional arguments, of which the first is the optimizer, and keyword arguments of a ``step()``."""
+
+
+@dataclass(eq=False)
+class Calls:
+    """The calls of ``step()`` of one optimizer."""
+
+    current: Call | None = None
+    """The one that is under way."""
+    updated: Call | None = None
+    """One that has updated the parameters: the hooks after it are due."""
+
+    def take_updated(self) -> Call | None:
+        """Give :attr:`updated` out, once."""
+        found, self.updated = self.updated, None
+        return found
+
+
+class Hooked(Optimizer):
+    """An optimizer that calls the hooks before a step itself, where it updates the parameters."""
+
+    _progress: Any
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap ``step()``, as torch does: for the profiler, and the hooks after a step that was taken."""
+
+        @functools.wraps(func)
+        def wrapper(self: Hooked, *args: Any, **kwargs: Any) -> Any:
+            calls: Calls = self._progress.calls
+            calls.take_updated()  # of a step that raised
+            outer, calls.current = calls.current, ((self, *args), kwargs)
+            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+                try:
+                    out = func(self, *args, **kwargs)
+                finally:
+                    calls.current = outer
+                self._optimizer_step_code()
+                updated = calls.take_updated()
+                if updated is not None:
+                    call_after(self, updated)
+                return out
+
+        return wrapper
+
+
+_TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def any_before(optimizer: Optimizer) -> bool:
+    """Whether a hook is to be called before the update of this optimizer.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = torch.optim.SGD([weight])
+    >>> handle = optimizer.register_step_pre_hook(lambda *_: None)
+    >>> any_before(optimizer), handle.remove(), any_before(optimizer)
+    (True, None, False)
+    """
+    return bool(_global_optimizer_pre_hooks or optimizer._optimizer_step_pre_hooks)
+
+
+def call_before(optimizer: Optimizer, call: Call) -> None:
+    """Call the hooks of all optimizers and those of this one.
+
+    Raises:
+        RuntimeError: a hook has returned other arguments for ``step()``, which has evaluated its closure already.
+    """
+    for hook in (*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()):
+        result = hook(optimizer, *call)
+        if result is not None and (not isinstance(result, tuple) or result != call):
+            raise RuntimeError(
+                f"a step pre-hook of {type(optimizer).__name__} returned other arguments for step() (a "
+                f"{type(result).__name__}): it is called before the update, when the closure has been called already, "
+                "and must return None; call step() with what it is to get"
+            )
+
+
+def call_after(optimizer: Optimizer, call: Call) -> None:
+    """Call the hooks of this optimizer and those of all."""
+    for hook in (*optimizer._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
+        hook(optimizer, *call)
+
+
+def step_of_base(base: Optimizer) -> None:
+    """``base.step()`` with its own hooks, without those of all optimizers, which the optimizer around it has called."""
+    step = type(base).step
+    patched = "step" in vars(base) and not hasattr(base.step, "_wrapped_by_lr_sched")
+    everywhere = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    if not everywhere or patched or getattr(step, "__code__", None) is not _TORCHS_WRAPPER:
+        base.step()
+        return
+    base._opt_called = True  # type: ignore[attr-defined]  # as the wrapper of a scheduler constructed on the base does
+    call: Any = ((base,), {})
+    for pre_hook in base._optimizer_step_pre_hooks.values():
+        call = pre_hook(base, *call) or call
+    args, kwargs = call
+    step.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
+    for post_hook in base._optimizer_step_post_hooks.values():
+        post_hook(base, *call)
