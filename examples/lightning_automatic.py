@@ -21,7 +21,7 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         loss = F.cross_entropy(self.net(x), y)
-        if self.optimizers().turn.index == 0:  # the later passes are at perturbed weights
+        if gam_fast.first_pass(self.optimizers()):  # the later passes are at perturbed weights
             self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
 

@@ -17,9 +17,7 @@ def main(steps: int = 30, size: int = 1000) -> list[float]:
     torch.manual_seed(0)
     x, y = mnist(size).tensors
     model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
-    optimizer = timm.optim.create_optimizer_v2(
-        model, "gamadamw", lr=2e-3, weight_decay=0.05, rho=0.1, rho_prime=0.05, model=model
-    )
+    optimizer = timm.optim.create_optimizer_v2(model, "gamadamw", lr=2e-3, weight_decay=0.05, rho=0.1, rho_prime=0.05)
     losses = []
     for step in range(steps):
         rows = torch.arange(step * 50, step * 50 + 50) % len(x)

@@ -17,7 +17,7 @@ from .finite import NonFiniteGradientError  # noqa: E402
 from .hvp import SecondDerivativeError  # noqa: E402
 from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
 from .optimizer import FlatOptimizer  # noqa: E402
-from .turn import Turn  # noqa: E402
+from .turn import Turn, first_pass  # noqa: E402
 
 __all__ = [
     "ASAM",
@@ -37,6 +37,7 @@ __all__ = [
     "active",
     "backends",
     "batchnorm",
+    "first_pass",
     "flatness",
     "integrations",
     "recipes",

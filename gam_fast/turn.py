@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .rows import leading, rows_of
@@ -200,3 +201,32 @@ class Turn:
             TypeError, RuntimeError: for ExactGAM, a loss that is not one number in a tensor, or a constant.
         """
         self._backward(loss)
+
+
+def first_pass(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell the first pass of a step from the others, for logging and metrics in code that is called once a pass.
+
+    True in the first pass and outside a step, where the weights are not perturbed, and always for an optimizer that is
+    not of gam_fast. Wrappers (of Lightning, Fabric and Accelerate) are looked into.
+
+    Raises:
+        TypeError: not an optimizer, such as the list that ``self.optimizers()`` of Lightning is for several of them.
+
+    >>> import torch, gam_fast
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    >>> for turn in optimizer.passes():
+    ...     weight.sum().backward()
+    ...     print(first_pass(optimizer))
+    True
+    False
+    >>> first_pass(optimizer), first_pass(torch.optim.SGD([weight], lr=0.1))
+    (True, True)
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"first_pass() takes one optimizer, got {optimizer!r}")
+    inner: Any = optimizer
+    while not hasattr(inner, "turn") and isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+        inner = inner.optimizer
+    turn = getattr(inner, "turn", None)
+    return turn is None or turn.index == 0

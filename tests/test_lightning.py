@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+from functools import partial
+from importlib import metadata
+from pathlib import Path
 
 import lightning.pytorch as pl
 import lightning_automatic
 import lightning_manual
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -62,7 +67,7 @@ class Module(pl.LightningModule):
         self.models = [optimizer.model]  # in a list, or it would become a submodule
         if self.automatic_optimization:
             loss = self.loss(batch)
-            if optimizer.turn is None or optimizer.turn.index == 0:
+            if gam_fast.first_pass(optimizer):
                 self.losses.append(float(loss.detach()))
             return loss
         self.batches.append(batch)
@@ -216,11 +221,106 @@ def test_the_callback_leaves_other_optimizers_alone():
     assert fit(module, gradient_clip_val=0.5, accumulate_grad_batches=2).global_step == 4
 
 
+@pytest.fixture
+def _not_installed(monkeypatch):
+    """gam_fast is on the path only: Lightning finds no entry point of it."""
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+
+
+@pytest.fixture
+def _installed(monkeypatch):
+    """The entry points of pyproject.toml, whatever the environment was installed from."""
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.findall(r'\[project.entry-points."(\S+)"\]\n(\w+) = "(\S+)"', text)
+    points = [metadata.EntryPoint(name, value, group) for group, name, value in found]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if point.group == group])
+
+
+@pytest.mark.usefixtures("_installed")
+def test_lightning_adds_the_callback_by_itself():
+    module = Module()
+    trainer = fit(module, callbacks=[], epochs=1)
+    assert sum(isinstance(callback, FlatCallback) for callback in trainer.callbacks) == 1
+    assert module.models[0] is module
+    assert int(module.net[1].num_batches_tracked) == 4
+    with pytest.raises(MisconfigurationException, match="clips the gradient of each pass"):
+        fit(Module(), callbacks=[], gradient_clip_val=0.5)
+    assert registry._load_external_callbacks("pytorch_lightning.callbacks_factory") == []
+
+
+@pytest.mark.usefixtures("_installed")
+def test_the_callback_that_is_always_there_leaves_other_optimizers_alone():
+    module = Module()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    module.training_step = lambda batch, batch_idx: module.loss(batch)
+    assert fit(module, callbacks=[], gradient_clip_val=0.5, accumulate_grad_batches=2).global_step == 4
+
+
+class Logging(Module):
+    """Logs as the README says, whatever the optimizer."""
+
+    def __init__(self, make, **options):
+        super().__init__(**options)
+        self.make, self.said = make, []
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            self.said.append(gam_fast.first_pass(optimizer))
+        loss = self.loss(batch)
+        if self.said[-1]:
+            self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        assert gam_fast.first_pass(self.optimizers())
+
+    def configure_optimizers(self):
+        return self.make(self.parameters())
+
+
+@pytest.mark.usefixtures("_not_installed")
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (partial(torch.optim.SGD, lr=0.1), [True] * 4),
+        (partial(gam_fast.Base, lr=0.1), [True] * 4),
+        (partial(gam_fast.SAM, lr=0.1), [True, False] * 4),
+        (partial(gam_fast.GAM, lr=0.1), [True, False, False, False] * 4),
+        (partial(gam_fast.GAM, lr=0.1, interval=2), [True, True, False, False, False] * 2),
+    ],
+)
+def test_the_first_pass_is_known_with_any_optimizer(make, expected):
+    module = Logging(make)
+    trainer_of(epochs=1).fit(module, DataLoader(data(), 12), DataLoader(data(), 12))
+    assert module.said == expected
+
+
+@pytest.mark.usefixtures("_not_installed")
+def test_the_first_pass_is_known_outside_a_step():
+    """Of several batches, Lightning evaluates all but the last outside the step."""
+    loaders = (DataLoader(data(), 12), DataLoader(data(), 12))
+    module = Logging(partial(torch.optim.SGD, lr=0.1))
+    trainer_of(epochs=1, accumulate_grad_batches=2).fit(module, *loaders)
+    assert module.said == [True] * 4
+    module = Logging(partial(gam_fast.SAM, lr=0.1))
+    with pytest.warns(UserWarning, match="not used.*accumulate_grad_batches"):
+        trainer_of(epochs=1, accumulate_grad_batches=2).fit(module, *loaders)
+    assert module.said == [True, True, False] * 2
+
+
+def test_the_first_pass_of_what_is_no_optimizer_is_an_error():
+    with pytest.raises(TypeError, match="takes one optimizer, got \\[\\]"):
+        gam_fast.first_pass([])
+
+
+@pytest.mark.usefixtures("_not_installed")
 def test_without_the_callback_accumulation_is_warned_of():
     with pytest.warns(UserWarning, match="not used.*accumulate_grad_batches"):
         fit(Module(), callbacks=[], accumulate_grad_batches=2, epochs=1)
 
 
+@pytest.mark.usefixtures("_not_installed")
 def test_without_the_callback_automatic_optimization_in_fp16_is_an_error():
     with pytest.raises(RuntimeError, match="GAM takes 4 passes.*16-mixed"):
         fit(OneClosure(), callbacks=[], plugins=mixed_precision())

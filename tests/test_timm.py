@@ -23,6 +23,7 @@ METHODS = [
     gam_fast.ExactGAM,
     gam_fast.CFlat,
     gam_fast.FAD,
+    gam_fast.Base,
 ]
 
 
@@ -46,13 +47,46 @@ def step(model, optimizer):
 @pytest.mark.parametrize(("base", "made"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("lamb", "Lamb")])
 def test_every_method_around_a_base(method, base, made):
     model = net()
-    optimizer = create_optimizer_v2(model, f"{method.__name__.lower()}{base}", lr=1e-3, model=model, rho=0.07)
+    radius = {"rho": 0.07} if "rho" in method.recipe.defaults else {}
+    optimizer = create_optimizer_v2(model, f"{method.__name__.lower()}{base}", lr=1e-3, **radius)
+    assert optimizer.model is model
     assert type(optimizer) is method
     assert type(optimizer.base) is (getattr(timm.optim, made) if isinstance(made, str) else made)
     before = [p.detach().clone() for p in model.parameters()]
     step(model, optimizer)
     assert not any(torch.equal(p, q) for p, q in zip(before[:1], model.parameters(), strict=False))
-    assert optimizer.param_groups[0][optimizer.key("rho")] == 0.07
+    assert all(optimizer.param_groups[0][optimizer.key(name)] == value for name, value in radius.items())
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def test_one_line_serves_every_name():
+    """A script with ``--opt``: timm's own optimizers do not get ``model=``, ours find it."""
+    for name in ("sgd", "adamw", "lamb", "lookahead_sgd", "basesgd", "samadamw", "lookahead_gamsgd"):
+        for hand_over in (True, False):
+            model = net()
+            optimizer = create_optimizer_v2(model, name, lr=0.1, **({"model": model} if hand_over else {}))
+            inner = getattr(optimizer, "_base_optimizer", optimizer)  # of Lookahead
+            assert isinstance(inner, gam_fast.FlatOptimizer) == name.endswith(("basesgd", "samadamw", "gamsgd"))
+            if isinstance(inner, gam_fast.FlatOptimizer):
+                assert inner.model is model
+    wrapped = nn.DataParallel(net())
+    assert create_optimizer_v2(wrapped.module, "gamsgd", lr=0.1, model=wrapped).model is wrapped
+    assert create_optimizer_v2(net().parameters(), "gamsgd", lr=0.1).model is None
+    with pytest.raises(ValueError, match="not found"):
+        create_optimizer_v2(net(), "gamnosuch")
+
+
+def test_the_base_alone_takes_the_steps_of_timms_own():
+    ours, theirs = net(), net()
+    base = create_optimizer_v2(ours, "basesgd", lr=0.1, momentum=0.8, weight_decay=0.05)
+    plain = create_optimizer_v2(theirs, "sgd", lr=0.1, momentum=0.8, weight_decay=0.05)
+    for _ in range(3):
+        step(ours, base)
+        plain.zero_grad()
+        theirs(torch.ones(5, 4).cumsum(0)).square().mean().backward()
+        plain.step()
+    for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_timms_own_arguments_are_those_of_the_base():

@@ -20,7 +20,10 @@ except ModuleNotFoundError as error:
 
 
 class FlatCallback(Callback):
-    """Add it to the callbacks of a ``Trainer`` whose module is optimized by gam_fast.
+    """Prepare a ``Trainer`` whose module is optimized by gam_fast.
+
+    Lightning adds it by itself where gam_fast is installed (an entry point, ``lightning.pytorch.callbacks_factory``),
+    and it leaves other optimizers alone. Add it to the callbacks where gam_fast is only on the path.
 
     At the start of the run it sets ``model=`` of the optimizers to the model as the strategy has wrapped it, for
     BatchNorm and DistributedDataParallel. It refuses, with what to use instead, settings under which Lightning shows
@@ -31,7 +34,8 @@ class FlatCallback(Callback):
     - ``precision="16-mixed"`` with automatic optimization, which evaluates the closure once.
 
     Lightning calls ``training_step`` once a pass. What it logs, and metrics that it updates, are of perturbed weights
-    in all passes but the first: write ``if self.optimizers().turn.index == 0:`` around them.
+    in all passes but the first: write ``if gam_fast.first_pass(self.optimizers()):`` around them, which holds for any
+    optimizer, and in validation.
 
     Raises:
         MisconfigurationException: at the start of the run, or once they are there, for these settings.
@@ -75,6 +79,19 @@ class FlatCallback(Callback):
                 f"{found[0].recipe.passes} passes. Use precision='bf16-mixed', or manual optimization: `for turn in "
                 "self.optimizers().passes(): self.manual_backward(loss)`"
             )
+
+
+def external_callbacks() -> list[Callback]:
+    """For the entry point ``lightning.pytorch.callbacks_factory``."""
+    return [FlatCallback()] if _is_lightning else []
+
+
+def external_callbacks_of_older_name() -> list[Callback]:
+    """For the entry point ``pytorch_lightning.callbacks_factory``; a process has :class:`FlatCallback` for one name."""
+    return [] if _is_lightning else [FlatCallback()]
+
+
+_is_lightning = Callback.__module__.startswith("lightning.")
 
 
 def _flat(trainer: Any) -> list[FlatOptimizer]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from timm.optim import OptimInfo, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.optim._optim_factory import default_registry
+from torch import nn
 
 from .. import methods
 from ..optimizer import FlatOptimizer
@@ -21,6 +22,7 @@ _METHODS = (
     methods.ExactGAM,
     methods.CFlat,
     methods.FAD,
+    methods.Base,
 )
 
 
@@ -28,10 +30,12 @@ def register_timm() -> list[str]:
     """Let ``timm.optim.create_optimizer_v2`` make these optimizers around every base that timm knows.
 
     A name is that of the method followed by that of the base, in lower case: ``"gamsgd"``, ``"gamadamw"``,
-    ``"samlamb"``, ``"gradientnormpenaltyadamw"``. Weight decay, layer decay and timm's defaults are those of the base;
-    the method's hyper-parameters, and ``model=``, are keyword arguments. Where base and method have one of the same
-    name (``alpha`` of RMSprop), it is the method's. A base whose package or device is missing says so when it is made;
-    with timm's prefix ``lookahead_`` there is the closure form only. Calling it again changes nothing.
+    ``"samlamb"``, ``"gradientnormpenaltyadamw"``, and ``"basesgd"`` for the base alone, stepped as the others. Weight
+    decay, layer decay and timm's defaults are those of the base; the method's hyper-parameters are keyword arguments.
+    ``model=`` is the model that the factory is given, unless it is passed, and timm's own optimizers do not get it: one
+    line serves every name. Where base and method have a hyper-parameter of the same name (``alpha`` of RMSprop), it is
+    the method's. A base whose package or device is missing says so when it is made; with timm's prefix ``lookahead_``
+    there is the closure form only. Calling it again changes nothing.
 
     Returns the names that it added.
 
@@ -39,9 +43,9 @@ def register_timm() -> list[str]:
     >>> from gam_fast.integrations import register_timm
     >>> _ = register_timm()
     >>> model = torch.nn.Linear(2, 1)
-    >>> optimizer = timm.optim.create_optimizer_v2(model, "gamadamw", lr=1e-3, weight_decay=0.05, rho=0.1, model=model)
-    >>> type(optimizer).__name__, type(optimizer.base).__name__
-    ('GAM', 'AdamW')
+    >>> optimizer = timm.optim.create_optimizer_v2(model, "gamadamw", lr=1e-3, weight_decay=0.05, rho=0.1)
+    >>> type(optimizer).__name__, type(optimizer.base).__name__, optimizer.model is model
+    ('GAM', 'AdamW', True)
     >>> [(group["weight_decay"], group["rho"]) for group in optimizer.param_groups]  # no decay of the bias
     [(0.0, 0.1), (0.05, 0.1)]
     """
@@ -66,7 +70,26 @@ def register_timm() -> list[str]:
                 )
             )
             added.append(name)
+    # the factory tells an optimizer its parameters, but not the module that they are of
+    create = default_registry.create_optimizer
+    if not hasattr(create, "__wrapped__"):
+        default_registry.create_optimizer = _with_model(create)
     return added
+
+
+def _with_model(create: Callable[..., Any]) -> Callable[..., Any]:
+    """The factory, with ``model=`` for the optimizers of gam_fast and for no other."""
+
+    @wraps(create)
+    def create_optimizer(model_or_params: Any, opt: str, *args: Any, **arguments: Any) -> Any:
+        name = opt.lower().rpartition("_")[2]
+        if name not in list_optimizers() or not _is_ours(name):
+            arguments.pop("model", None)
+        elif isinstance(model_or_params, nn.Module):
+            arguments.setdefault("model", model_or_params)
+        return create(model_or_params, opt, *args, **arguments)
+
+    return create_optimizer
 
 
 def _make(
