@@ -13,8 +13,6 @@ from torch import Tensor, device
 
 from .backends.base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
 
-__file__: str
-
 torch_version: str
 """The version of torch it was built for."""
 
