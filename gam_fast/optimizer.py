@@ -6,7 +6,7 @@ Its steps are in :mod:`gam_fast.stepping`; here is what lasts: parameter groups,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from . import radius
 from .active import COUNTS, Agenda, Rules
 from .backends import Backend, select
-from .bases import build_base
+from .bases import Given, build_base, filled, is_instance, left_behind
+from .chain import members
 from .distributed import SYNC, check_supported
 from .recipes import BASE, Recipe, fold_plan
 from .stepping import Progress, Stepper
@@ -39,6 +40,9 @@ class FlatOptimizer(Stepper):
         params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
             hyper-parameter of the recipe or of the base may be set for the group. ``None`` with an instance.
         base_optimizer: a torch optimizer class (or any callable with its signature), or an instance over ``params``.
+            Or a list of instances over disjoint parameters that are together ``params`` (:mod:`gam_fast.chain`): one
+            perturbation, whose norm is that of all, and each of them updates its own parameters. What an earlier
+            optimizer around the same instance has put into its groups goes; what you have set there yourself stays.
         model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
         backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
         replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass. Read the batch before the
@@ -78,7 +82,7 @@ class FlatOptimizer(Stepper):
     def __init__(
         self,
         params: Iterable[Any] | None,
-        base_optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         model: nn.Module | None = None,
         backend: str = "auto",
@@ -106,9 +110,16 @@ class FlatOptimizer(Stepper):
             radius.is_auto(value)
         self.base = build_base(params, base_optimizer, hyper)
         prefix = self.recipe.name.lower()
-        self._keys = {name: f"{prefix}_{name}" if name in self.base.defaults else name for name in own}
+        taken = {name for member in members(self.base) for name in member.defaults}
+        self._keys = {name: f"{prefix}_{name}" if name in taken else name for name in own}
         self._own_defaults = {self._keys[name]: value for name, value in own.items()}
-        for group in self.base.param_groups:
+        explicit = {self._keys[name]: value for name, value in own.items() if value != self.recipe.defaults[name]}
+        stale = left_behind(self.base, explicit if is_instance(base_optimizer) else {})
+        groups = [
+            {key: value for key, value in group.items() if key not in keys}
+            for group, keys in zip(self.base.param_groups, stale, strict=True)
+        ]
+        for group in groups:
             self._check_group(group)
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
@@ -124,9 +135,12 @@ class FlatOptimizer(Stepper):
         for param in self._parameters():
             self._select(param.device)
         self._progress = Progress()
-        self._check_difference(self.base.param_groups)
-        for group in self.base.param_groups:
-            self._complete_group(group)
+        self._check_difference(groups)
+        for group, keys, mine in zip(self.base.param_groups, stale, filled(self.base), strict=True):
+            for key in keys:
+                group.pop(key, None)
+            mine.clear()
+        self._complete_groups()
         # torch's constructor would make groups and state of its own. Ours are those of the base optimizer (see the
         # properties below), so only its hooks and its profiling are set up, as it does itself when it unpickles.
         super().__setstate__({"defaults": {**self.base.defaults, **self._own_defaults}})
@@ -263,7 +277,7 @@ class FlatOptimizer(Stepper):
             self._check_group(param_group)
             self._check_difference([*self.param_groups, param_group])
         self.base.add_param_group(param_group)
-        self._complete_group(self.param_groups[-1])
+        self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the base optimizer, in its own layout; the groups hold the recipe's hyper-parameters besides."""
@@ -311,19 +325,22 @@ class FlatOptimizer(Stepper):
             "_agenda",
         )
         found = {name: self.__dict__[name] for name in names if name in self.__dict__}
-        return {**found, "skipped_steps": self.skipped_steps}
+        return {**found, "skipped_steps": self.skipped_steps, "filled": filled(self.base)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._backends = {}
         self._agenda = Agenda()
         self._progress = Progress(state.get("skipped_steps", 0))
-        super().__setstate__({name: value for name, value in state.items() if name != "skipped_steps"})
+        super().__setstate__({name: value for name, value in state.items() if name not in ("skipped_steps", "filled")})
+        for keys, known in zip(filled(self.base), state.get("filled", []), strict=False) if "base" in state else ():
+            keys |= known
         if hasattr(self, "_options"):
             self._options.setdefault("ascent_share", 1.0)  # of a pickle from before there was one
 
     def __repr__(self) -> str:
         backends = sorted({self._select(param.device).name for param in self._parameters()})
-        head = f"{type(self).__name__} (base: {type(self.base).__name__}, backend: {', '.join(backends)}"
+        bases = " + ".join(type(member).__name__ for member in members(self.base))
+        head = f"{type(self).__name__} (base: {bases}, backend: {', '.join(backends)}"
         return head + super().__repr__().removeprefix(f"{type(self).__name__} (")
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -361,15 +378,14 @@ class FlatOptimizer(Stepper):
             key = self._keys[name]
             radius.check_alike(name, [group.get(key, self._own_defaults[key]) for group in groups])
 
-    def _complete_group(self, group: dict[str, Any]) -> None:
-        for key, value in self._own_defaults.items():
-            group.setdefault(key, value)
-        for key, number in self._kept().items():
-            group.setdefault(key, self.param_groups[0].get(key, number))
-
     def _complete_groups(self) -> None:
-        for group in self.param_groups:
-            self._complete_group(group)
+        first = self.param_groups[0] if self.param_groups else {}
+        kept = {key: first.get(key, number) for key, number in self._kept().items()}
+        for group, mine in zip(self.param_groups, filled(self.base), strict=True):
+            for key, value in {**self._own_defaults, **kept}.items():
+                if key not in group:
+                    group[key] = value
+                    mine.add(key)
 
     def _kept(self) -> dict[str, float]:
         """What is kept in every group from step to step, as it is before the first."""

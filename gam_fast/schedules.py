@@ -53,7 +53,7 @@ class RadiusSchedule:
 
     def get_last_value(self) -> list[float]:
         """The values in force, one a group."""
-        return [float(group[self._key]) for group in self.optimizer.param_groups]
+        return [self._value_of(group) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, as plain numbers."""
@@ -67,9 +67,13 @@ class RadiusSchedule:
     def _apply(self) -> None:
         groups = self.optimizer.param_groups
         # A group that was added meanwhile starts from its value now.
-        self.initial += [float(group[self._key]) for group in groups[len(self.initial) :]]
+        self.initial += [self._value_of(group) for group in groups[len(self.initial) :]]
         for initial, group in zip(self.initial, groups, strict=False):
             group[self._key] = self.value(initial, group)
+
+    def _value_of(self, group: dict[str, Any]) -> float:
+        """The value of a group; one that was added to the base optimizer itself may have none."""
+        return float(group.get(self._key, self.optimizer.defaults[self._key]))
 
     def _positive_steps(self, total_steps: int) -> int:
         if not isinstance(total_steps, int) or total_steps < 1:
