@@ -6,16 +6,23 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import distributed
+from typing_extensions import Unpack
 
 from . import recipes
 from .optimizer import FlatOptimizer
+from .options import Options, OptionsOfBase, OptionsWithAlpha, documented
 
 Coefficients: TypeAlias = "float | tuple[float, float]"
 """A number ``a``, which stands for ``(a, 1 - a)``, or the pair itself."""
 
 
+@documented
 class Base(FlatOptimizer):
     """The base optimizer alone: one pass, so that a training loop over ``passes()`` serves it too.
+
+    Args:
+        params: as everywhere.
+        options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = Base([weight], torch.optim.SGD, lr=0.25)
@@ -27,14 +34,20 @@ class Base(FlatOptimizer):
 
     recipe = recipes.BASE
 
+    def __init__(self, params: Any, base_optimizer: Any = torch.optim.SGD, **options: Unpack[OptionsOfBase]) -> None:
+        super().__init__(params, base_optimizer, **options)
 
+
+@documented
 class SAM(FlatOptimizer):
     r"""Sharpness-Aware Minimization: the gradient at :math:`θ + ρ\, g_0/‖g_0‖`. Two passes.
 
-    Source: Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021, arXiv 2010.01412. Options and errors: :class:`FlatOptimizer`.
+    Source: Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021, arXiv 2010.01412. Errors: :class:`FlatOptimizer`.
 
     Args:
+        params: as everywhere.
         rho: ρ, radius of the perturbation.
+        options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = SAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
@@ -47,19 +60,27 @@ class SAM(FlatOptimizer):
     recipe = recipes.SAM
 
     def __init__(
-        self, params: Any, base_optimizer: Any = torch.optim.SGD, *, rho: float = 0.05, **options: Any
+        self,
+        params: Any,
+        base_optimizer: Any = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        **options: Unpack[OptionsWithAlpha],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, **options)
 
 
+@documented
 class ASAM(FlatOptimizer):
     r"""Adaptive SAM: the gradient at :math:`θ + ρ\, T^2 g_0/‖T g_0‖` with :math:`T = |θ| + η` elementwise. Two passes.
 
-    Source: Kwon, Kim, Park, Choi, ICML 2021, arXiv 2102.11600. Options and errors: :class:`FlatOptimizer`.
+    Source: Kwon, Kim, Park, Choi, ICML 2021, arXiv 2102.11600. Errors: :class:`FlatOptimizer`.
 
     Args:
+        params: as everywhere.
         rho: ρ, radius relative to the size of the weights.
         eta: η, added to the size of each weight; the authors' code uses 0.01, the definition 0.
+        options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
     >>> optimizer = ASAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
@@ -78,20 +99,23 @@ class ASAM(FlatOptimizer):
         *,
         rho: float = 0.5,
         eta: float = 0.0,
-        **options: Any,
+        **options: Unpack[OptionsWithAlpha],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, eta=eta, **options)
 
 
+@documented
 class GSAM(FlatOptimizer):
     r"""Surrogate Gap SAM: :math:`g_1 − α\, g_{0⊥}`, with :math:`g_{0⊥}` the part of :math:`g_0` orthogonal to it.
 
-    Two passes, at the points of SAM. Source: Zhuang et al., ICLR 2022, arXiv 2203.08065. Options and errors:
+    Two passes, at the points of SAM. Source: Zhuang et al., ICLR 2022, arXiv 2203.08065. Errors:
     :class:`FlatOptimizer`. The paper lets ρ follow the learning rate: :class:`gam_fast.schedules.ProportionalRadius`.
 
     Args:
+        params: as everywhere.
         rho: ρ, radius of the perturbation.
         alpha: α, weight of the surrogate gap.
+        options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = GSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, alpha=0.4)
@@ -110,20 +134,23 @@ class GSAM(FlatOptimizer):
         *,
         rho: float = 0.04,
         alpha: float = 0.4,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, alpha=alpha, **options)
 
 
+@documented
 class GradientNormPenalty(FlatOptimizer):
     r"""Penalty on the gradient norm: :math:`(1−α)\, g_0 + α\, g_1` at the points of SAM. Two passes.
 
     It descends :math:`L + λ‖∇L‖` with :math:`α = λ/ρ`. Source: Zhao, Zhang, Hu, ICML 2022, arXiv 2202.03599.
-    Options and errors: :class:`FlatOptimizer`.
+    Errors: :class:`FlatOptimizer`.
 
     Args:
+        params: as everywhere.
         rho: r of the paper, radius of the perturbation.
         alpha: α, or the pair ``(weight of g1, weight of g0)``.
+        options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = GradientNormPenalty([weight], torch.optim.SGD, lr=0.25, rho=0.5, alpha=0.5)
@@ -142,11 +169,12 @@ class GradientNormPenalty(FlatOptimizer):
         *,
         rho: float = 0.05,
         alpha: Coefficients = 0.8,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, alpha=alpha, **options)
 
 
+@documented
 class GAM(FlatOptimizer):
     r"""Gradient norm Aware Minimization, accelerated (Algorithm 2). Four passes.
 
@@ -155,9 +183,10 @@ class GAM(FlatOptimizer):
         θ_2 &= θ + ρ\, h_0/‖h_0‖, & g_2 &= g(θ_2), & g_3 &= g(θ_2 + ρ'\, g_2/‖g_2‖), \\
         h_+ &= α g_1 + (1−α) g_3, & h_- &= β g_0 + (1−β) g_2, & d &= h_+ − γ\, h_{-⊥}.
 
-    Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. Options and errors: :class:`FlatOptimizer`.
+    Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. Errors: :class:`FlatOptimizer`.
 
     Args:
+        params: as everywhere.
         rho: ρ, outer radius: how far along the gradient of the gradient norm.
         rho_prime: ρ', radius of the finite differences that stand for Hessian-vector products; or ``"auto"`` for the
             one at which the difference is most exact (:mod:`gam_fast.radius`), and ``"auto:bfloat16"`` where gradients
@@ -166,6 +195,7 @@ class GAM(FlatOptimizer):
         alpha: α, or a pair ``(weight of g1, weight of g3)``.
         beta: β, or a pair ``(weight of g0, weight of g2)``; ``(1.0, 1 - β)`` reproduces the authors' released code.
         gamma: γ, weight of the part of h₋ orthogonal to h₊.
+        options: those of every method.
 
     The defaults are the paper's for ResNets on CIFAR-100.
 
@@ -189,12 +219,13 @@ class GAM(FlatOptimizer):
         alpha: Coefficients = 0.6,
         beta: Coefficients = 0.5,
         gamma: float = 0.03,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         own: dict[str, Any] = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "beta": beta, "gamma": gamma}
         super().__init__(params, base_optimizer, **own, **options)
 
 
+@documented
 class ExactGAM(FlatOptimizer):
     r"""Gradient norm Aware Minimization with Hessian-vector products (Algorithm 1). Two passes, three with ``sam_rho``.
 
@@ -209,13 +240,14 @@ class ExactGAM(FlatOptimizer):
     What a step costs in time and memory: ``python -m bench.curvature``. :class:`GAM` approximates it by four gradients.
 
     Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. The defaults are ours: with ρ = .2 and α = .1 the
-    weight of the gradient norm, αρ, is the ρ' = .02 of :class:`GAM`. Options and further errors:
-    :class:`FlatOptimizer`.
+    weight of the gradient norm, αρ, is the ρ' = .02 of :class:`GAM`. Further errors: :class:`FlatOptimizer`.
 
     Args:
+        params: as everywhere.
         rho: ρ, radius: how far along the gradient of the gradient norm.
         alpha: α, weight of the first-order flatness :math:`ρ‖∇L(θ')‖` beside the loss.
         sam_rho: :math:`ρ_s`, radius of SAM's perturbation; ``None`` for none.
+        options: those of every method.
 
     Raises:
         SecondDerivativeError: an operation of the model has no second derivative (fused attention, a compiled model).
@@ -242,7 +274,7 @@ class ExactGAM(FlatOptimizer):
         rho: float = 0.2,
         alpha: float = 0.1,
         sam_rho: float | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         own: dict[str, Any] = {"rho": rho, "alpha": alpha}
         if sam_rho is not None:
@@ -251,6 +283,7 @@ class ExactGAM(FlatOptimizer):
         super().__init__(params, base_optimizer, **own, **options)
 
     def _check_can_step(self) -> None:
+        super()._check_can_step()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise RuntimeError(
                 "ExactGAM differentiates the loss without the backward in which gradients are averaged over the "
@@ -267,14 +300,17 @@ class ExactGAM(FlatOptimizer):
         super()._check_hyper(group)
 
 
+@documented
 class CFlat(FlatOptimizer):
     r"""C-Flat: :math:`g_1 + λ (g_3 − g_2)` on the walk of GAM with one radius. Four passes.
 
-    Source: Bian et al., NeurIPS 2024, arXiv 2404.00986. Options and errors: :class:`FlatOptimizer`.
+    Source: Bian et al., NeurIPS 2024, arXiv 2404.00986. Errors: :class:`FlatOptimizer`.
 
     Args:
+        params: as everywhere.
         rho: ρ, radius of all three moves.
         lam: λ, weight of the first-order flatness.
+        options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = CFlat([weight], torch.optim.SGD, lr=0.25, rho=0.5, lam=0.5)
@@ -293,24 +329,27 @@ class CFlat(FlatOptimizer):
         *,
         rho: float = 0.2,
         lam: float = 0.2,
-        **options: Any,
+        **options: Unpack[OptionsWithAlpha],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, lam=lam, **options)
 
 
+@documented
 class FAD(FlatOptimizer):
     r"""Flatness-Aware Minimization for domain generalization, on the walk of GAM. Four passes.
 
     .. math:: d = (1−λα)\, g_0 + λα\, g_1 − λ(1−α)\, g_2 + λ(1−α)\, g_3
 
     Source: Zhang, Xu, Yu, Zou, Cui, ICCV 2023, arXiv 2307.11108; the coefficients are second-hand, and the defaults are
-    ours. Options and errors: :class:`FlatOptimizer`.
+    ours. Errors: :class:`FlatOptimizer`.
 
     Args:
+        params: as everywhere.
         rho: ρ, outer radius.
         rho_prime: ρ', radius of the finite differences; or ``"auto"``, as in :class:`GAM`.
         alpha: α, share of zeroth-order flatness against first-order flatness.
         lam: λ, weight of both.
+        options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = FAD([weight], torch.optim.SGD, lr=0.25, rho=0.5, rho_prime=0.5, alpha=0.5, lam=1.0)
@@ -331,7 +370,7 @@ class FAD(FlatOptimizer):
         rho_prime: float | str = 0.05,
         alpha: float = 0.5,
         lam: float = 0.5,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         own: dict[str, Any] = {"rho": rho, "rho_prime": rho_prime, "alpha": alpha, "lam": lam}
         super().__init__(params, base_optimizer, **own, **options)

@@ -6,25 +6,28 @@ Its steps are in :mod:`gam_fast.stepping`; here is what lasts: parameter groups,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import radius
+from . import radius, saved
 from .active import COUNTS, Agenda, Rules
 from .backends import Backend, select
 from .bases import Given, build_base, filled, is_instance, left_behind
 from .chain import members
 from .distributed import SYNC, check_supported
+from .options import check_arguments, check_params, documented, no_attribute
 from .recipes import BASE, Recipe, fold_plan
 from .stepping import Progress, Stepper
 
 _ON_NONFINITE = ("raise", "skip", "ignore")
 
 
+@documented
 class FlatOptimizer(Stepper):
     """A torch optimizer that hands its base optimizer the direction of a :class:`~gam_fast.recipes.Recipe`.
 
@@ -37,35 +40,8 @@ class FlatOptimizer(Stepper):
     gradient that is not finite) leaves parameters, running statistics and random state as they were, bit for bit.
 
     Args:
-        params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
-            hyper-parameter of the recipe or of the base may be set for the group. ``None`` with an instance.
-        base_optimizer: a torch optimizer class (or any callable with its signature), or an instance over ``params``.
-            Or a list of instances over disjoint parameters that are together ``params`` (:mod:`gam_fast.chain`): one
-            perturbation, whose norm is that of all, and each of them updates its own parameters. What an earlier
-            optimizer around the same instance has put into its groups goes; what you have set there yourself stays.
-        model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
-        backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
-        replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass. Read the batch before the
-            passes, or by :meth:`micro_batches`: what else draws random numbers in the first pass only shifts its masks.
-        freeze_running_statistics: switch for what ``model`` does.
-        ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, the last
-            sees all of it. The body takes its rows by ``xb, yb = turn.rows(x, y)``; over micro-batches,
-            :meth:`micro_batches` does it. A step of GAM then costs 3 s + 1 gradients. Running statistics, and random
-            numbers as they are after a step, are then those of the last pass, which sees the whole batch, and the loss
-            of the first pass is that of its share. Shuffled batches are assumed: the leading rows are as good as any.
-        interval: the whole recipe at every ``interval``-th step, the base optimizer alone between; ``math.inf`` for
-            never.
-        active: which steps take the whole recipe besides: a rule of :mod:`gam_fast.active`, a function of the number of
-            the step, or a list of these, which must all agree.
-        clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
-        sync: in several processes of data parallelism, ``"global"``: each pass averages its gradient, as
-            DistributedDataParallel does, and all processes go to the same points. ``"local"``: each process walks along
-            its own gradients (m-sharpness), and only the final direction is averaged, once; pass the
-            DistributedDataParallel as ``model``. It is what it says at the end of a step: the processes agree on which
-            parameters take part, and no process takes a step that another has left or found not finite.
-        on_nonfinite: ``"raise"`` :class:`~gam_fast.NonFiniteGradientError`, or ``"skip"`` the step and count it in
-            :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking
-            costs an accelerator one wait for the device at the end of a step, and a norm of the last gradient.
+        params: as everywhere.
+        options: those of every method.
         hyper: the recipe's hyper-parameters and, where ``base_optimizer`` is a class, its arguments. Where the base
             has one of the same name (``alpha`` of RMSprop), the keyword is the recipe's, its key in ``param_groups``
             gets the recipe's name in front (``gam_alpha``), and the base's own is given through an instance.
@@ -78,6 +54,9 @@ class FlatOptimizer(Stepper):
     """
 
     recipe: ClassVar[Recipe] = BASE
+    _copied: saved.ModelOfCopy | None
+    train: Callable[..., Any]  # these two only where the base has them, see __getattr__
+    eval: Callable[..., Any]
 
     def __init__(
         self,
@@ -108,6 +87,7 @@ class FlatOptimizer(Stepper):
         for name, value in own.items():
             self.recipe.check(name, value)
             radius.is_auto(value)
+        check_arguments(type(self).__name__, tuple(own), params, base_optimizer, hyper)
         self.base = build_base(params, base_optimizer, hyper)
         prefix = self.recipe.name.lower()
         taken = {name for member in members(self.base) for name in member.defaults}
@@ -145,6 +125,30 @@ class FlatOptimizer(Stepper):
         # properties below), so only its hooks and its profiling are set up, as it does itself when it unpickles.
         super().__setstate__({"defaults": {**self.base.defaults, **self._own_defaults}})
 
+    if not TYPE_CHECKING:  # for which every name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # a property that failed: by its own error
+            if name in ("train", "eval") and any(hasattr(base, name) for base in members(self.__dict__.get("base"))):
+                return partial(self._switch, name)
+            raise AttributeError(no_attribute(type(self).__name__, name), name=name, obj=self)
+
+    def _switch(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        """``train()`` or ``eval()`` of a base that has them, such as a schedule-free one.
+
+        Raises:
+            RuntimeError: during a step; but ``train()``, which a Trainer calls before each backward, does nothing there
+                if it was called before the step.
+        """
+        if self._walk is not None and mode == self._progress.mode == "train":
+            return
+        self._refuse_nesting(f"{mode}()")
+        for base in members(self.base):
+            if hasattr(base, mode):
+                getattr(base, mode)(*args, **kwargs)
+        self._progress.mode = mode
+
     # What is shared with the base optimizer, for good: also after load_state_dict has replaced it.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -168,9 +172,15 @@ class FlatOptimizer(Stepper):
     def model(self) -> nn.Module | None:
         """The module being trained. Set it where a wrapper is put around it later (by ``Accelerator.prepare``).
 
+        A copy or a pickle of the optimizer does not contain it: a copy takes the module that holds its parameters.
+
         Raises:
             TypeError: no module; a module of FSDP1 or DeepSpeed, which are not supported.
         """
+        if self._copied is not None:
+            found = self._copied.find(self._parameters())
+            if found is not None or not self._copied.matters:
+                self.model = found
         return self._model
 
     @model.setter
@@ -178,7 +188,7 @@ class FlatOptimizer(Stepper):
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
         check_supported(model, list(self._parameters()))
-        self._model = model
+        self._model, self._copied = model, None
 
     @property
     def clip_grad_norm(self) -> float | None:
@@ -280,16 +290,24 @@ class FlatOptimizer(Stepper):
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the base optimizer, in its own layout; the groups hold the recipe's hyper-parameters besides."""
+        """The state of the base optimizer, in its own layout.
+
+        The groups hold the recipe's hyper-parameters besides, and as ``flat_method`` the name of the recipe.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base.state_dict()
+        groups = saved.groups_in(state_dict) or []
+        state_dict = saved.with_groups(state_dict, [{**group, saved.METHOD: self.recipe.name} for group in groups])
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer, or of its base optimizer alone: then the recipe's values stay as they are.
+
+        They also stay where the state is of another method, whose numbers of the same name mean something else; the
+        logger ``gam_fast`` says so.
 
         Raises:
             RuntimeError: during a step.
@@ -299,15 +317,19 @@ class FlatOptimizer(Stepper):
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        ours = (*self._own_defaults, *self._kept())
-        kept = [{key: group[key] for key in ours if key in group} for group in self.param_groups]
-        kept += [{}] * (len(state_dict["param_groups"]) - len(kept))
-        groups = [{**own, **saved} for own, saved in zip(kept, state_dict["param_groups"], strict=False)]
+        names = (*self._own_defaults, *self._kept())
+        own = [{key: group[key] for key in names if key in group} for group in self.param_groups]
+        groups, other = saved.merged(saved.groups_in(state_dict) or [], own, self.recipe.name, self._own_defaults)
         for group in groups:
             self._check_hyper(group)
         self._check_difference(groups)
-        self.base.load_state_dict({**state_dict, "param_groups": groups})
+        self.base.load_state_dict(saved.with_groups(state_dict, groups))
+        self._progress.mode = ""  # as the state says
+        for group, kept in zip(self.param_groups, own, strict=False):
+            group.update({key: value for key, value in kept.items() if key not in group})
         self._complete_groups()
+        if other is not None:
+            saved.tell_of_another(other, self.recipe.name, self.param_groups, self._own_defaults)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -320,17 +342,18 @@ class FlatOptimizer(Stepper):
             "_keys",
             "_own_defaults",
             "_backend_name",
-            "_model",
             "_options",
             "_agenda",
         )
         found = {name: self.__dict__[name] for name in names if name in self.__dict__}
-        return {**found, "skipped_steps": self.skipped_steps, "filled": filled(self.base)}
+        model = self._copied or saved.ModelOfCopy.of(self._model, matters=self._options["sync"] != "global")
+        return {**found, "skipped_steps": self.skipped_steps, "filled": filled(self.base), "_copied": model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._backends = {}
         self._agenda = Agenda()
         self._progress = Progress(state.get("skipped_steps", 0))
+        self._model, self._copied = None, None  # a pickle of 0.7.0 or before has a model
         super().__setstate__({name: value for name, value in state.items() if name not in ("skipped_steps", "filled")})
         for keys, known in zip(filled(self.base), state.get("filled", []), strict=False) if "base" in state else ():
             keys |= known
@@ -343,6 +366,16 @@ class FlatOptimizer(Stepper):
         head = f"{type(self).__name__} (base: {bases}, backend: {', '.join(backends)}"
         return head + super().__repr__().removeprefix(f"{type(self).__name__} (")
 
+    def _check_can_step(self) -> None:
+        if self._progress.mode == "eval":
+            raise RuntimeError("a step after optimizer.eval(): call optimizer.train() before training goes on")
+        if self._copied is not None and self.model is None and self._copied is not None:
+            raise RuntimeError(
+                f"this {type(self).__name__} is a copy without its model (a {self._copied.name}, whose buffers are "
+                "to move once a step), and no module holds its parameters: set optimizer.model to the module that is "
+                "trained, or to None"
+            )
+
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:
             yield from group["params"]
@@ -354,13 +387,7 @@ class FlatOptimizer(Stepper):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyper(group)
-        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        for param in (entry[1] if isinstance(entry, tuple) else entry for entry in params):
-            if isinstance(param, Tensor) and param.is_complex():
-                raise TypeError(
-                    f"a parameter of shape {tuple(param.shape)} is complex ({param.dtype}): optimize a real "
-                    "parameter and use torch.view_as_complex of it in the model"
-                )
+        check_params(group["params"])
 
     def _check_hyper(self, group: dict[str, Any]) -> None:
         for name, key in self._keys.items():

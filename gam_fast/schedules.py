@@ -6,9 +6,12 @@ The value of each parameter group at construction is where its schedule starts.
 
 from __future__ import annotations
 
+import gc
 import math
 from numbers import Real
 from typing import Any
+
+from torch.optim.lr_scheduler import CyclicLR
 
 from .optimizer import FlatOptimizer
 
@@ -148,12 +151,16 @@ class ProportionalRadius(RadiusSchedule):
 
     .. math:: ρ_t = ρ_{min} + (ρ_0 − ρ_{min}) \frac{lr_t − lr_{min}}{lr_0 − lr_{min}}
 
+    :math:`lr_0`, at which the radius is the one it was constructed with, is the largest learning rate of a
+    ``OneCycleLR`` or ``CyclicLR`` of this optimizer; else the rate at construction, before a warm-up lowers it. The two
+    schedules may be constructed in either order: the first one takes notice of the other in its first ``step()``.
+
     Args:
         min_value: :math:`ρ_{min}`.
         min_lr: :math:`lr_{min}`, where the radius reaches ``min_value``.
 
     Attributes:
-        initial_lr: for each group, the learning rate at construction, :math:`lr_0`.
+        initial_lr: for each group, :math:`lr_0`.
 
     >>> optimizer = _example()
     >>> schedule = ProportionalRadius(optimizer)
@@ -173,11 +180,25 @@ class ProportionalRadius(RadiusSchedule):
         groups = self.optimizer.param_groups
         for group in groups[len(self.initial_lr) :]:
             # torch's schedulers note where the learning rate started, before a warm-up lowers it.
-            lr = float(group.get("initial_lr", group["lr"]))
+            self.initial_lr.append(float(group.get("initial_lr", group["lr"])))
+        for i, lr in enumerate(self._largest_lr()):
+            self.initial_lr[i] = lr
+        for lr in self.initial_lr:
             if lr <= self.min_lr:
                 raise ValueError(f"min_lr must be below the learning rate {lr}, got {self.min_lr!r}")
-            self.initial_lr.append(lr)
         super()._apply()
+
+    def _largest_lr(self) -> list[float]:
+        """For each group that a cycle begins below its largest learning rate: that rate."""
+        groups = self.optimizer.param_groups
+        if all("max_lr" in group for group in groups):  # of OneCycleLR
+            return [float(group["max_lr"]) for group in groups]
+        if self.count > 1:  # by then both schedules are there
+            return []
+        for found in gc.get_objects():  # CyclicLR leaves no trace in the groups
+            if issubclass(type(found), CyclicLR) and found.optimizer.param_groups[0] is groups[0]:
+                return [float(lr) for lr in found.max_lrs]
+        return []
 
     def value(self, initial: float, group: dict[str, Any]) -> float:
         index = next(i for i, other in enumerate(self.optimizer.param_groups) if other is group)

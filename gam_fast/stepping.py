@@ -5,14 +5,12 @@ The transient part of a step is in :mod:`gam_fast.walk`; what lasts is in :mod:`
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from .hooks import Calls, Hooked, any_before, call_before
 from .passes import Passes
 from .recipes import BASE, Recipe
 from .settings import Settings
-from .turn import Turn
+from .turn import Loss, Turn, TurnClosure, evaluation
 from .updates import Directions, apply, only_makes_state
 from .walk import Walk
 
@@ -46,6 +44,8 @@ class Progress:
     owed: Callable[[], None] | None = None
     """A message to the other processes that the next step begins with."""
     warned_of_share: bool = False
+    mode: str = ""
+    """``"train"`` or ``"eval"``, whichever the optimizer was last told, if it was."""
     seen: dict[str, float] = field(default_factory=dict)
     """What the step under way has to put into the groups once it is taken."""
     difference: radius.Difference | None = None
@@ -125,11 +125,17 @@ class Stepper(Hooked):
         self._refuse_nesting("passes()")
         return Passes(self, self._loss_scale(scaler))
 
-    def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:
+    @overload
+    def step(self, closure: None = None, *, scaler: Any = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss], *, scaler: Any = None) -> Loss: ...
+    @overload
+    def step(self, closure: TurnClosure[Loss], *, scaler: Any = None) -> Loss: ...
+    def step(self, closure: Callable[..., Any] | None = None, *, scaler: Any = None) -> Any:
         """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
 
-        A closure that must be given one argument gets the :class:`~gam_fast.Turn`, for ``turn.rows(x, y)``. For
-        ``ExactGAM`` it returns the loss and does not call backward.
+        A closure whose one required argument is called ``turn`` gets the :class:`~gam_fast.Turn`, for
+        ``turn.rows(x, y)``. For ``ExactGAM`` it returns the loss and does not call backward.
 
         Returns what the closure returned in the first pass: the loss at θ, before any perturbation, and with
         ``ascent_share`` that of the part of the batch that this pass saw (``None`` when it returns nothing, which is
@@ -143,6 +149,7 @@ class Stepper(Hooked):
 
         Raises:
             RuntimeError, TypeError, NonFiniteGradientError: as :meth:`passes`.
+            TypeError: a closure that is not a function, or needs other arguments.
 
         >>> from gam_fast import Base
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -164,6 +171,7 @@ class Stepper(Hooked):
             if closure is None:
                 self._step_without_closure(scale or given)
                 return None
+            evaluate = evaluation(closure)
             if given is not None:
                 raise RuntimeError(
                     "scaler.step(optimizer, closure): a gradient scaler takes no closure. Call step(closure, "
@@ -174,13 +182,11 @@ class Stepper(Hooked):
             raise
         # from here on nothing was handed over: that was refused
         first = None
-        evaluate: Callable[..., Any] = closure
-        wants_turn = _takes_one_argument(closure)
         passes = Passes(self, scale, by_loop=False)
         try:
             while (turn := next(passes, None)) is not None:
                 with torch.enable_grad():
-                    loss = evaluate(turn) if wants_turn else evaluate()
+                    loss = evaluate(turn)
                 if self.recipe.second_order:
                     turn.backward(loss)
                     loss = loss.detach()  # its graph would live as long as the loss does
@@ -403,7 +409,7 @@ class Stepper(Hooked):
         warnings.warn(
             f"ascent_share={walk.portion.share} of this {type(self).__name__} had no effect: nobody asked which rows a "
             "pass is to see. In the loop over passes(), take xb, yb = turn.rows(x, y); a closure gets the turn as its "
-            "argument if it has one (or asks optimizer.turn)",
+            "argument if that is called turn (or asks optimizer.turn)",
             stacklevel=_frames_of_libraries(),
         )
 
@@ -438,22 +444,6 @@ class Stepper(Hooked):
                 f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
                 "end, or close() the iterator to undo the step"
             )
-
-
-def _takes_one_argument(closure: Callable[..., Any]) -> bool:
-    """Whether it cannot be called without one positional argument, and can with it."""
-    if type(closure) is FunctionType and not hasattr(closure, "__wrapped__"):  # what follows takes 20 µs
-        code = closure.__code__
-        if not code.co_kwonlyargcount and not code.co_flags & inspect.CO_VARARGS:
-            return code.co_argcount - len(closure.__defaults__ or ()) == 1
-    try:
-        parameters = inspect.signature(closure, follow_wrapped=False).parameters.values()
-        if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # of a decorator: what it decorates has the arguments
-            parameters = inspect.signature(closure).parameters.values()
-    except (TypeError, ValueError):  # of a builtin
-        return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return len(needed) == 1 and needed[0].kind is not inspect.Parameter.KEYWORD_ONLY
 
 
 def _frames_of_libraries() -> int:

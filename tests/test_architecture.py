@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
     {"capture"},
-    {"_version", "_torch_version", "recipes", "ownership", "rows", "active", "radius"},
+    {"_version", "_torch_version", "recipes", "ownership", "rows", "active", "radius", "saved"},
     {"kernels.table"},
     {"kernels.elements", "kernels.formulas"},
     {"kernels.combine"},
@@ -41,6 +41,7 @@ LAYERS = [
     {"passes"},
     {"stepping"},
     {"bases"},
+    {"options"},
     {"optimizer"},
     {"methods"},
     {"schedules"},

@@ -1,0 +1,255 @@
+"""The keyword arguments of every method: their documentation, their types, and what is said of others.
+
+An option of :class:`gam_fast.optimizer.FlatOptimizer` has its text in :data:`OPTIONS` and its type in :class:`Options`;
+a test compares both with the constructor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn, optim
+from typing_extensions import TypedDict  # which torch needs itself
+
+from .active import Rules
+
+OPTIONS = """\
+model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
+backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
+replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass. Read the batch before the
+    passes, or by :meth:`micro_batches`: what else draws random numbers in the first pass only shifts its masks.
+freeze_running_statistics: switch for what ``model`` does.
+ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, the last
+    sees all of it. The body takes its rows by ``xb, yb = turn.rows(x, y)``; over micro-batches,
+    :meth:`micro_batches` does it. A step of GAM then costs 3 s + 1 gradients. Running statistics, and random
+    numbers as they are after a step, are then those of the last pass, which sees the whole batch, and the loss
+    of the first pass is that of its share. Shuffled batches are assumed: the leading rows are as good as any.
+interval: the whole recipe at every ``interval``-th step, the base optimizer alone between; ``math.inf`` for
+    never.
+active: which steps take the whole recipe besides: a rule of :mod:`gam_fast.active`, a function of the number of
+    the step, or a list of these, which must all agree.
+clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
+sync: in several processes of data parallelism, ``"global"``: each pass averages its gradient, as
+    DistributedDataParallel does, and all processes go to the same points. ``"local"``: each process walks along
+    its own gradients (m-sharpness), and only the final direction is averaged, once; pass the
+    DistributedDataParallel as ``model``. It is what it says at the end of a step: the processes agree on which
+    parameters take part, and no process takes a step that another has left or found not finite.
+on_nonfinite: ``"raise"`` :class:`~gam_fast.NonFiniteGradientError`, or ``"skip"`` the step and count it in
+    :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking
+    costs an accelerator one wait for the device at the end of a step, and a norm of the last gradient.
+"""
+
+ARGUMENTS = """\
+params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
+    hyper-parameter of the recipe or of the base may be set for the group. ``None`` with an instance.
+base_optimizer: a torch optimizer class (or any callable with its signature), or an instance over ``params``.
+    Or a list of instances over disjoint parameters that are together ``params`` (:mod:`gam_fast.chain`): one
+    perturbation, whose norm is that of all, and each of them updates its own parameters. What an earlier
+    optimizer around the same instance has put into its groups goes; what you have set there yourself stays.
+"""
+
+BASE_ARGUMENTS = """\
+lr, momentum, betas, weight_decay, …: the arguments of ``base_optimizer``, where that is a class.
+"""
+
+
+class BaseArguments(TypedDict, total=False):
+    """Keyword arguments of torch's optimizers; others are given by ``functools.partial`` or an instance."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float | Tensor
+    nesterov: bool
+    betas: tuple[float | Tensor, float | Tensor]
+    eps: float | tuple[float | None, float]
+    amsgrad: bool
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    centered: bool
+    decoupled_weight_decay: bool
+    momentum_decay: float
+    lr_decay: float
+    initial_accumulator_value: float
+    lambd: float
+    t0: float
+    etas: tuple[float, float]
+    step_sizes: tuple[float, float]
+    beta2_decay: float
+    d: float
+    ns_coefficients: tuple[float, float, float]
+    ns_steps: int
+    adjust_lr_fn: str | None
+    optimizer_class: type[optim.Optimizer]
+    process_group: Any
+    parameters_as_bucket_view: bool
+
+
+class Options(BaseArguments, total=False):
+    """Keyword arguments of every method beside its own hyper-parameters."""
+
+    model: nn.Module | None
+    backend: str
+    replay_rng: bool
+    freeze_running_statistics: bool
+    clip_grad_norm: float | None
+    on_nonfinite: str
+    sync: str
+    ascent_share: float
+    interval: float
+    active: Rules
+
+
+class OptionsWithAlpha(Options, total=False):
+    """For a method without an α of its own, so that it is that of RMSprop."""
+
+    alpha: float
+
+
+class OptionsOfBase(OptionsWithAlpha, total=False):
+    """For :class:`gam_fast.methods.Base`, so that ρ is that of Adadelta."""
+
+    rho: float
+
+
+_HINTS = {
+    "adaptive": "the adaptive form of SAM is gam_fast.ASAM (for adaptive=False, leave it out)",
+    "base": "the base optimizer is the second argument, base_optimizer=",
+    "optimizer": "the base optimizer is the second argument, base_optimizer=",
+    "clip_norm": "to clip, write clip_grad_norm=",
+    "max_norm": "to clip, write clip_grad_norm=",
+    "max_grad_norm": "to clip, write clip_grad_norm=",
+    "grad_clip": "to clip, write clip_grad_norm=",
+    "grad_rho": "it is rho_prime= here",
+    "grad_norm_rho": "it is rho= here",
+    "grad_beta_0": "it is beta=(1.0, 1 - grad_beta_0) here",
+    "grad_beta_1": "it is alpha= here",
+    "grad_gamma": "it is gamma= here",
+}
+_LOOP = "for turn in optimizer.passes(): criterion(model(x), y).backward()"
+_METHODS = {
+    **dict.fromkeys(("first_step", "second_step", "ascent_step", "descent_step"), f"one loop is the step: {_LOOP}"),
+    "set_closure": f"write optimizer.step(closure), or {_LOOP}",
+}
+
+T = TypeVar("T", bound=type)
+
+
+def documented(method: T) -> T:
+    """Put the texts of all options into the docstring, in place of a line ``options: those of every method.``"""
+    lines = []
+    for line in (method.__doc__ or "").splitlines():  # there is none under python -OO
+        indent = line[: len(line) - len(line.lstrip())]
+        if line.strip() == "params: as everywhere.":
+            lines += [indent + text for text in ARGUMENTS.splitlines()]
+        elif line.strip() == "options: those of every method.":
+            lines += [indent + text for text in (OPTIONS + BASE_ARGUMENTS).splitlines()]
+        else:
+            lines.append(line)
+    if lines:
+        method.__doc__ = "\n".join(lines)
+    return method
+
+
+def names() -> tuple[str, ...]:
+    """The names of all options."""
+    return tuple(re.findall(r"^(\w+):", OPTIONS, flags=re.MULTILINE))
+
+
+def check_arguments(
+    method: str, own: Sequence[str], params: Any, base_optimizer: Any, arguments: dict[str, Any]
+) -> None:
+    """Refuse what cannot be right, before the base optimizer complains about it in its own name.
+
+    Args:
+        method: the name of the method.
+        own: the names of its hyper-parameters.
+        params, base_optimizer: as given to the constructor.
+        arguments: the keyword arguments that are left for the base optimizer.
+
+    Raises:
+        TypeError: parameters or a base optimizer of the wrong kind; a keyword that neither takes.
+    """
+    if isinstance(params, optim.Optimizer):
+        raise TypeError(
+            f"params of {method} is an optimizer ({type(params).__name__}): write {method}(None, optimizer) to wrap it"
+        )
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params of {method} is a module ({type(params).__name__}): write {method}(model.parameters(), …, "
+            "model=model)"
+        )
+    if inspect.isroutine(params):
+        raise TypeError(f"params of {method} is a function: call it, as in {method}(model.parameters(), …)")
+    if isinstance(base_optimizer, str | float):
+        word = str(base_optimizer).lower()
+        mend = next((f"torch.optim.{name}" for name in dir(optim) if name.lower() == word), "torch.optim.SGD")
+        mend = f"write {mend}" if isinstance(base_optimizer, str) else f"a learning rate is lr={base_optimizer!r}"
+        raise TypeError(f"base_optimizer must be a torch optimizer class or instance, got {base_optimizer!r}: {mend}")
+    parameters = _parameters(base_optimizer)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    for name, value in arguments.items():
+        if name in known or (takes_any and name in BaseArguments.__annotations__):
+            continue
+        near = difflib.get_close_matches(name, [*own, *names(), *known], n=1, cutoff=0.75)
+        if takes_any and name not in _HINTS and not (near and near[0] not in known):
+            continue  # it may be for the base
+        hint = f"{_HINTS[name]}. " if name in _HINTS else f"did you mean {near[0]}? " if near else ""
+        base = getattr(base_optimizer, "__name__", "its base optimizer")
+        raise TypeError(
+            f"{method} got an unexpected keyword argument {name!r} ({value!r}): {hint}{method} takes "
+            f"{', '.join((*own, *names()))}, and {base} {', '.join(known) or 'what its own constructor takes'}"
+        )
+
+
+def check_params(params: Any) -> None:
+    """Refuse parameters of a group that no step can be right for; what else there is, torch checks.
+
+    Raises:
+        TypeError: a complex one.
+        ValueError: one that is listed twice, or on the meta device.
+    """
+    seen = set()
+    for entry in [params] if isinstance(params, Tensor) else params:
+        param = entry[1] if isinstance(entry, tuple) else entry
+        if not isinstance(param, Tensor):
+            continue
+        shape = tuple(param.shape)
+        if id(param) in seen:
+            raise ValueError(
+                f"a parameter of shape {shape} is listed twice in a parameter group: list each once "
+                "(list(dict.fromkeys(params)) leaves the others out)"
+            )
+        seen.add(id(param))
+        if param.is_meta:
+            raise ValueError(
+                f"a parameter of shape {shape} is on the meta device, without values: materialise the model "
+                "(model.to_empty(device=…), then initialise or load it), and construct the optimizer after that"
+            )
+        if param.is_complex():
+            raise TypeError(
+                f"a parameter of shape {shape} is complex ({param.dtype}): optimize a real parameter and use "
+                "torch.view_as_complex of it in the model"
+            )
+
+
+def no_attribute(method: str, name: str) -> str:
+    """The message for an attribute that is not there."""
+    hint = _METHODS.get(name)
+    return f"{method!r} object has no attribute {name!r}" + (f": {hint}" if hint else "")
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    if callable(function):
+        with contextlib.suppress(TypeError, ValueError):  # of a builtin
+            return list(inspect.signature(function).parameters.values())
+    return [inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)]  # not ours to say
