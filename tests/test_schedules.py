@@ -59,6 +59,65 @@ def test_proportional_follows_the_learning_rate():
         assert schedule.get_last_value() == pytest.approx([0.1 + part * 0.1, 0.1 + part * 0.3])
 
 
+CYCLES = {
+    "one": lambda o, rates: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=rates, total_steps=24, pct_start=0.25),
+    "cyclic": lambda o, rates: torch.optim.lr_scheduler.CyclicLR(o, base_lr=0.001, max_lr=rates, step_size_up=5),
+    "in a sequence": lambda o, rates: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.CyclicLR(o, base_lr=0.001, max_lr=rates, step_size_up=5)], []
+    ),
+}
+
+
+@pytest.mark.parametrize("lr", [0.001, 0.1, 3.0])
+@pytest.mark.parametrize("cycle", CYCLES)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_proportional_is_right_before_and_after_a_cycle_of_the_learning_rate(base, cycle, lr):
+    """ρ is the constructor's where the rate is largest, whatever the optimizer was constructed with."""
+    rates = [0.1, 0.4]
+
+    def run_of(first):
+        target = optimizer(base, **({"momentum": 0.9} if base is torch.optim.SGD else {}))
+        for group in target.param_groups:
+            group["lr"] = lr
+        if first == "radius":
+            schedule = ProportionalRadius(target, min_value=0.05)
+            scheduler = CYCLES[cycle](target, rates)
+        else:
+            scheduler = CYCLES[cycle](target, rates)
+            schedule = ProportionalRadius(target, min_value=0.05)
+        for _ in range(11):
+            target.step(lambda: sum(p.sum() ** 2 for g in target.param_groups for p in g["params"]).backward())
+            scheduler.step()
+            schedule.step()
+            for group, rate, value, rho in zip(
+                target.param_groups, rates, schedule.get_last_value(), (0.2, 0.4), strict=True
+            ):
+                assert value == pytest.approx(0.05 + (rho - 0.05) * group["lr"] / rate)
+            yield schedule.get_last_value()
+
+    values = list(run_of("radius"))
+    assert values == list(run_of("lr"))
+    assert [max(column) for column in zip(*values, strict=True)] == pytest.approx([0.2, 0.4])
+
+
+def test_proportional_resumes_within_a_cycle():
+    def build():
+        target = optimizer(momentum=0.9)
+        return target, CYCLES["cyclic"](target, [0.1, 0.4]), ProportionalRadius(target)
+
+    first = build()
+    second = build()
+    for target, scheduler, schedule in (first, second):
+        for _ in range(3 if target is first[0] else 0):
+            target.step(lambda t=target: sum(p.sum() for g in t.param_groups for p in g["params"]).backward())
+            scheduler.step()
+            schedule.step()
+    for ours, theirs in zip(second, first, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    assert second[2].get_last_value() == first[2].get_last_value()
+    assert second[2].initial_lr == first[2].initial_lr == [0.1, 0.4]
+
+
 def test_any_hyper_parameter_and_one_under_another_key():
     target = optimizer(torch.optim.RMSprop)
     LinearRadius(target, "alpha", total_steps=1, end=0.5).step()

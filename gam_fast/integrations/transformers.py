@@ -155,6 +155,8 @@ class FlatTrainer(Trainer):
             optimizer.model = model
         if optimizer.clip_grad_norm is None and self.args.max_grad_norm:
             optimizer.clip_grad_norm = self.args.max_grad_norm
+        if hasattr(optimizer, "train"):  # of a schedule-free base; the Trainer calls it in each pass
+            optimizer.train()
         return _Step(optimizer, self.accelerator.scaler)
 
     def _check(self, optimizer: FlatOptimizer) -> None:

@@ -1,0 +1,350 @@
+"""What other packages do to an optimizer: modes, nested states, checkpoints of other methods, pickles and copies."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+from cases import METHODS, closure_of, make
+from schedule_free import Lookahead, ScheduleFree
+from snapshots import assert_same, everything
+from torch import nn
+
+import gam_fast
+
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+BASES = {
+    "schedule_free": ScheduleFree,
+    "lookahead": lambda params: Lookahead(torch.optim.SGD(params, lr=0.1, momentum=0.9)),
+    "lookahead_adam": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.01), k=3),
+}
+
+
+def setting(method_name, base, model_name="batchnorm_cnn", **options):
+    model, batches = make(model_name, torch.float32)
+    method = METHODS[method_name]
+    return model, method.optimizer(model.parameters(), base, model=model, **method.hyper, **options), batches
+
+
+def train(model, optimizer, batches, steps):
+    for k in steps:
+        optimizer.step(closure_of(model, *batches[k % len(batches)]))
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_equal(ours, theirs):
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        assert torch.equal(p, q), i
+
+
+# Modes
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_train_and_eval_are_those_of_the_base(method_name):
+    model, optimizer, batches = setting(method_name, ScheduleFree)
+    train(model, optimizer, batches, range(3))
+    at_y = weights(model)
+    average = [p + (optimizer.state[q]["z"] - p) * (1 - 1 / 0.9) for p, q in zip(at_y, model.parameters(), strict=True)]
+    optimizer.eval()
+    for p, q in zip(model.parameters(), average, strict=True):
+        torch.testing.assert_close(p.detach(), q)
+    with pytest.raises(RuntimeError, match=r"after optimizer.eval\(\): call optimizer.train\(\)"):
+        train(model, optimizer, batches, [3])
+    optimizer.train()
+    for p, q in zip(model.parameters(), at_y, strict=True):
+        torch.testing.assert_close(p.detach(), q)
+    train(model, optimizer, batches, [3])
+
+
+def test_base_and_the_schedule_free_optimizer_alone_take_the_same_steps():
+    model, optimizer, batches = setting("base", ScheduleFree)
+    twin, _ = make("batchnorm_cnn", torch.float32)
+    plain = ScheduleFree(twin.parameters())
+    for k in range(6):
+        train(model, optimizer, batches, [k])
+        plain.zero_grad()
+        closure_of(twin, *batches[k % len(batches)])()
+        plain.step()
+        if k == 3:
+            for each in (optimizer, plain):
+                each.eval()
+                each.train()
+    assert_equal(model.state_dict().values(), twin.state_dict().values())
+
+
+def test_a_base_without_modes_has_none():
+    _, optimizer, _ = setting("gam", torch.optim.SGD, lr=0.1)
+    assert not hasattr(optimizer, "train")
+    assert not hasattr(optimizer, "eval")
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert not hasattr(copied, "eval")
+    _, optimizer, _ = setting("gam", ScheduleFree)
+    assert callable(copy.deepcopy(optimizer).eval)
+
+
+def test_modes_in_a_step():
+    model, optimizer, batches = setting("sam", ScheduleFree)
+    before = everything(model, optimizer)
+    for mode in ("train", "eval"):
+        with pytest.raises(RuntimeError, match=rf"{mode}\(\) while a step of this SAM is under way"):  # noqa: PT012
+            for _ in optimizer.passes():
+                getattr(optimizer, mode)()
+        assert_same(before, everything(model, optimizer))
+    twin, plain, _ = setting("sam", ScheduleFree)
+    optimizer.train()
+    closure = closure_of(model, *batches[0])
+    for _ in optimizer.passes():  # a Trainer calls it before each backward
+        optimizer.train()
+        closure()
+    train(twin, plain, batches, [0])
+    assert_equal(model.parameters(), twin.parameters())
+    optimizer.eval()
+    optimizer.load_state_dict(plain.state_dict())  # whose mode is that of training
+    train(model, optimizer, batches, [1])
+
+
+def test_a_property_that_fails_says_why():
+    class Failing(gam_fast.SAM):
+        @property
+        def shown(self):
+            return self.nothing_like_it
+
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = Failing([nn.Parameter(torch.ones(1))]).shown
+
+
+# State dicts
+
+
+@pytest.mark.parametrize("base_name", BASES)
+@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
+def test_nested_states_resume_with_the_same_bits(method_name, base_name):
+    model, optimizer, batches = setting(method_name, BASES[base_name])
+    key = optimizer.key("rho") if method_name != "base" else "lr"
+    optimizer.param_groups[0][key] = 0.07
+    train(model, optimizer, batches, range(3))
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    train(model, optimizer, batches, range(3, 7))
+    file.seek(0)
+    of_model, of_optimizer = torch.load(file, weights_only=True)
+    twin, resumed, _ = setting(method_name, BASES[base_name])
+    twin.load_state_dict(of_model)
+    resumed.load_state_dict(of_optimizer)
+    assert resumed.param_groups[0][key] == 0.07
+    train(twin, resumed, batches, range(3, 7))
+    assert_equal(model.state_dict().values(), twin.state_dict().values())
+
+
+def test_a_nested_state_of_the_wrapper_alone_loads():
+    model, optimizer, batches = setting("gam", BASES["lookahead"])
+    train(model, optimizer, batches, [0])
+    plain = BASES["lookahead"](make("batchnorm_cnn", torch.float32)[0].parameters())
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.param_groups[0]["rho"] == METHODS["gam"].hyper["rho"]
+    plain.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, batches, [1])
+
+
+def test_a_nested_state_out_of_range_changes_nothing():
+    model, optimizer, batches = setting("gam", BASES["lookahead"])
+    train(model, optimizer, batches, [0])
+    state = optimizer.state_dict()
+    state["wrapped"]["inner"]["param_groups"][0]["rho"] = -1.0
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match="rho must not be negative, got -1.0"):
+        optimizer.load_state_dict(state)
+    assert_same(before, everything(model, optimizer))
+
+
+def test_a_state_without_any_groups_is_for_the_base_to_read():
+    class Opaque(torch.optim.SGD):
+        def state_dict(self):
+            return {"all": torch.tensor(self.param_groups[0]["lr"])}
+
+        def load_state_dict(self, state_dict):
+            self.param_groups = [{"params": self.param_groups[0]["params"], **self.defaults}]
+            self.param_groups[0]["lr"] = float(state_dict["all"])
+
+    _, optimizer, _ = setting("gam", Opaque, lr=0.5)
+    optimizer.param_groups[0]["rho"] = 0.3
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["rho"]) == (0.5, 0.3)
+
+
+PAIRS = [(a, b) for a in METHODS for b in METHODS if METHODS[a].optimizer is not METHODS[b].optimizer]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), PAIRS)
+def test_a_state_of_another_method_keeps_the_values_of_the_constructor(saved, loaded, caplog):
+    """The momentum is the checkpoint's, the recipe's numbers are those of the method that goes on."""
+    model, before, batches = setting(saved, torch.optim.SGD, "mlp", lr=0.1, momentum=0.9)
+    train(model, before, batches, [0])
+    twin, after, _ = setting(loaded, torch.optim.SGD, "mlp", lr=0.2, momentum=0.9)
+    given = {key: after.param_groups[0][key] for key in after.recipe.defaults}
+    with caplog.at_level(logging.WARNING, "gam_fast"):
+        after.load_state_dict(before.state_dict())
+    assert {key: after.param_groups[0][key] for key in after.recipe.defaults} == given
+    assert after.param_groups[0]["lr"] == 0.1
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == bool(given)
+    for line in said:
+        assert f"a state of {before.recipe.name} into {after.recipe.name}" in line
+        assert all(f"{key}={value!r}" in line for key, value in given.items())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(before.state[p]["momentum_buffer"], after.state[q]["momentum_buffer"])
+
+
+def test_a_state_of_the_same_method_brings_its_values(caplog):
+    params = [nn.Parameter(torch.ones(2))]
+    saved = gam_fast.GAM(params, rho=0.7, beta=(1.0, 0.5)).state_dict()
+    assert saved["param_groups"][0]["flat_method"] == "GAM"
+    optimizer = gam_fast.GAM(params, rho=0.1)
+    optimizer.load_state_dict(saved)
+    assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["beta"]) == (0.7, (1.0, 0.5))
+    assert "flat_method" not in optimizer.param_groups[0]
+    for group in saved["param_groups"]:  # as 0.7.0 wrote it
+        del group["flat_method"]
+    optimizer.param_groups[0]["rho"] = 0.2
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["rho"] == 0.7
+    assert not caplog.records
+
+
+def test_a_state_goes_through_the_plain_base_and_comes_back(caplog):
+    params = [nn.Parameter(torch.ones(2))]
+    plain = torch.optim.SGD(params, lr=0.1)
+    plain.load_state_dict(gam_fast.SAM(params, lr=0.3, rho=0.4).state_dict())
+    assert plain.param_groups[0]["lr"] == 0.3
+    same = gam_fast.SAM(params, lr=0.1, rho=0.1)
+    same.load_state_dict(plain.state_dict())
+    assert same.param_groups[0]["rho"] == 0.4
+    other = gam_fast.GAM(params, lr=0.1, rho=0.1)
+    other.load_state_dict(plain.state_dict())
+    assert other.param_groups[0]["rho"] == 0.1
+    assert other.state_dict()["param_groups"][0]["flat_method"] == "GAM"
+    assert len(caplog.records) == 1
+
+
+def test_groups_and_bases_with_names_of_their_own_keep_them():
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+
+    def of(method, alpha):
+        groups = [{"params": params[:1]}, {"params": params[1:], f"{method.recipe.name.lower()}_alpha": alpha}]
+        return method(groups, torch.optim.RMSprop, lr=0.1, alpha=0.3)
+
+    optimizer = of(gam_fast.GAM, 0.2)
+    optimizer.load_state_dict(of(gam_fast.GSAM, 0.9).state_dict())
+    assert [group["gam_alpha"] for group in optimizer.param_groups] == [0.3, 0.2]
+    assert [group["alpha"] for group in optimizer.param_groups] == [0.99, 0.99]  # of RMSprop
+
+
+# Pickles and copies
+
+
+class Unpicklable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = make("batchnorm_cnn", torch.float32)[0]
+        self.activation = lambda v: v
+
+    def forward(self, x):
+        return self.activation(self.inner(x))
+
+
+def pickled(what):
+    return pickle.loads(pickle.dumps(what))
+
+
+def saved_by_torch(what):
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved_by_torch}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
+def test_an_optimizer_is_copied_without_its_module(method_name, how):
+    model = Unpicklable()
+    method = METHODS[method_name]
+    optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, model=model, **method.hyper)
+    batches = make("batchnorm_cnn", torch.float32)[1]
+    train(model, optimizer, batches, [0])
+    if how != "deepcopy":  # which copies a function as it is
+        with pytest.raises((pickle.PicklingError, AttributeError)):
+            COPIES[how](model)
+    twin = COPIES[how](optimizer)
+    gc.collect()
+    held = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for group in twin.param_groups for p in group["params"]) == held
+    assert twin.model is None
+    with pytest.raises(RuntimeError, match="a copy without its model .a Unpicklable, whose buffers"):
+        next(iter(twin.passes()))
+    assert pickled(twin).state_dict()["param_groups"] == twin.state_dict()["param_groups"]
+    twin.model = None  # says that it is known
+    next(iter(twin.passes())).backward(twin.param_groups[0]["params"][0].sum())
+
+
+@pytest.mark.parametrize("first", ["model", "optimizer"])
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_model_and_optimizer_together_stay_together(method_name, how, first):
+    model, optimizer, batches = setting(method_name, torch.optim.SGD, lr=0.1, momentum=0.9)
+    train(model, optimizer, batches, [0])
+    if first == "model":
+        twin_model, twin = COPIES[how]((model, optimizer))
+    else:
+        twin, twin_model = COPIES[how]((optimizer, model))
+    train(model, optimizer, batches, [1, 2])
+    train(twin_model, twin, batches, [1, 2])
+    assert_equal(model.state_dict().values(), twin_model.state_dict().values())
+    assert twin.model is twin_model
+
+
+def test_a_shallow_copy_has_the_same_module():
+    model, optimizer, _ = setting("sam", torch.optim.SGD, lr=0.1)
+    assert copy.copy(optimizer).model is model
+
+
+def test_a_copy_needs_no_module_that_has_no_buffers():
+    model, optimizer, batches = setting("gam", torch.optim.SGD, "mlp", lr=0.1)
+    twin = copy.deepcopy(optimizer)
+    twin_params = [p for group in twin.param_groups for p in group["params"]]
+    x, y = batches[0]
+
+    def closure():
+        names = [name for name, _ in model.named_parameters()]
+        out = torch.func.functional_call(model, dict(zip(names, twin_params, strict=True)), (x,))
+        loss = nn.functional.cross_entropy(out.float(), y)
+        loss.backward()
+        return loss
+
+    twin.step(closure)
+    optimizer.step(closure_of(model, x, y))
+    for p, q in zip(model.parameters(), twin_params, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_deep_copy_does_not_copy_the_buffers():
+    model = nn.utils.spectral_norm(nn.Linear(4, 3))
+    model(torch.randn(2, 4))
+    optimizer = gam_fast.GAM(model.parameters(), lr=0.1, model=model)
+    memo = {}
+    twin = copy.deepcopy(optimizer, memo)
+    assert id(model) not in memo
+    assert all(id(buffer) not in memo for buffer in model.buffers())
+    assert len(twin.param_groups[0]["params"]) == 2
