@@ -92,6 +92,17 @@ def test_a_base_without_modes_has_none():
     assert callable(copy.deepcopy(optimizer).eval)
 
 
+def test_several_bases_change_their_mode_together():
+    model, _ = make("mlp", torch.float32)
+    params = list(model.parameters())
+    bases = [ScheduleFree(params[:2]), torch.optim.SGD(params[2:3], lr=0.1), ScheduleFree(params[3:])]
+    optimizer = gam_fast.SAM(None, bases)
+    optimizer.eval()
+    assert [group.get("train_mode") for group in optimizer.param_groups] == [False, None, False]
+    optimizer.train()
+    assert [group.get("train_mode") for group in optimizer.param_groups] == [True, None, True]
+
+
 def test_modes_in_a_step():
     model, optimizer, batches = setting("sam", ScheduleFree)
     before = everything(model, optimizer)
