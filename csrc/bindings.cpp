@@ -149,6 +149,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() =  // the version is read from the file where it cannot be loaded
       "The compiled core. What the operations compute is stated in gam_fast.backends.base. "
       "Built for torch " TORCH_VERSION ".";
+  gam::learn_counts();
 
   py::class_<gam::Tensors, std::shared_ptr<gam::Tensors>>(
       m, "Tensors", py::module_local(),
@@ -210,7 +211,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("params"), py::arg("flags"));
 
-  m.def("clear_gradients", &gam::clear_gradients, py::arg("params"), py::arg("recycle"));
+  m.def("clear_gradients", &gam::clear_gradients, py::arg("params"), py::arg("recycle"), py::arg("keep_parts") = true);
 
   m.def(
       "take_usual_gradients",

@@ -49,10 +49,12 @@ void Call::choose_layouts() {
   }
 }
 
-void Call::record_uses() {
+std::vector<const at::Tensor*> Call::used_last() const {
+  std::vector<const at::Tensor*> result;
   for (const Slot& slot : slots_) {
-    for (size_t i = 0; slot.last && i < slot.list->size(); ++i) plan_.executor().record_use(*(*slot.list)[i]);
+    for (size_t i = 0; slot.last && i < slot.list->size(); ++i) result.push_back((*slot.list)[i]);
   }
+  return result;
 }
 
 void Call::bump_versions() {

@@ -53,10 +53,12 @@ class Call {
   // Calls f(executor) without the GIL, and lets autograd know what was written.
   template <class F>
   void run(F&& f) {
+    std::vector<const at::Tensor*> used;
+    if (plan_.executor().records_use()) used = used_last();
     {
-      const pybind11::gil_scoped_release release;
+      const pybind11::gil_scoped_release no_gil;
       f(plan_.executor());
-      if (plan_.executor().records_use()) record_uses();
+      for (const at::Tensor* tensor : used) plan_.executor().record_use(*tensor);
     }
     bump_versions();
   }
@@ -117,7 +119,7 @@ class Call {
 
   void choose_layouts();
 
-  void record_uses();
+  std::vector<const at::Tensor*> used_last() const;
   void bump_versions();
 
   struct Extent {

@@ -1,10 +1,15 @@
 #include "gradients.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/StringUtil.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <map>
+#include <set>
 #include <utility>
 
 #include "checks.h"
@@ -45,6 +50,23 @@ size_t sole_count_with_object() {
   return count;
 }
 
+// The same of a storage.
+size_t sole_count_of_storage_with_object() {
+  static const size_t count = [] {
+    const at::Storage storage = at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).storage();
+    Py_DECREF(torch::createPyObject(storage));
+    return storage.use_count();
+  }();
+  return count;
+}
+
+// References to a storage, but for that of a Python object which nobody in Python refers to.
+size_t uses_of(const at::Storage& storage) {
+  PyObject* object = object_in(*storage.unsafeGetStorageImpl()->pyobj_slot(), 0);
+  const bool seen = object && Py_REFCNT(object) == 1;
+  return storage.use_count() - (seen ? sole_count_of_storage_with_object() - 1 : 0);
+}
+
 // Whether nobody but param.grad refers to a gradient, and nothing but it to its memory, all of which it is.
 bool is_sole(const at::Tensor& grad) {
   if (!grad.has_storage()) return false;
@@ -55,11 +77,53 @@ bool is_sole(const at::Tensor& grad) {
   return storage.use_count() == 1 && storage.resizable() && storage.nbytes() == grad.nbytes();
 }
 
+// Whether it may be part of a buffer that somebody else holds: parts_of_buffers() says whether it is. Autograd makes
+// no gradient that is a view in this sense, but it makes some that are parts of one storage.
+bool may_be_part(const at::Tensor& grad) {
+  if (!grad.has_storage() || grad.is_inference() || grad.unsafeGetTensorImpl()->is_python_dispatch()) return false;
+  const at::Storage& storage = grad.storage();
+  return storage.use_count() > 1 && (storage.nbytes() > grad.nbytes() || grad.is_view());
+}
+
+// Of gradients that may be parts of buffers, whether each is: its memory has an owner besides these gradients and the
+// tensors that nobody but they are views of.
+std::vector<bool> parts_of_buffers(const std::vector<at::Tensor>& grads) {
+  std::set<const at::TensorImpl*> tensors;
+  std::map<at::TensorImpl*, size_t> views;  // by what they are views of
+  std::map<const c10::StorageImpl*, size_t> owners;
+  const auto storage_of = [](const at::Tensor& tensor) { return tensor.storage().unsafeGetStorageImpl(); };
+  std::map<at::TensorImpl*, at::Tensor> bases;
+  for (const at::Tensor& grad : grads) {
+    if (!tensors.insert(grad.unsafeGetTensorImpl()).second) continue;
+    ++owners[storage_of(grad)];
+    if (!grad.is_view()) continue;
+    const at::Tensor base(grad._base());
+    ++views[base.unsafeGetTensorImpl()];
+    bases.try_emplace(base.unsafeGetTensorImpl(), base);
+  }
+  for (const auto& [impl, base] : bases) {
+    // the views, and `bases` itself; in newer releases an object counts only while somebody in Python has it
+    PyObject* object = object_of(base);
+    const size_t others = views[impl] + (object ? sole_count_with_object() : 1);
+    if (base.use_count() == others && (!object || Py_REFCNT(object) == 1)) ++owners[storage_of(base)];
+  }
+  std::vector<bool> result;
+  result.reserve(grads.size());
+  for (const at::Tensor& grad : grads) result.push_back(uses_of(grad.storage()) > owners[storage_of(grad)]);
+  return result;
+}
+
 // Whether it is as checks.h has it, and dense, in the shape, dtype and device of its parameter.
 bool is_plain_and_like(const at::Tensor& grad, const at::Tensor& param) {
   return grad.sizes() == param.sizes() && grad.scalar_type() == param.scalar_type() &&
          grad.device() == param.device() && known_dtype(grad.scalar_type()) && grad.is_non_overlapping_and_dense() &&
          is_plain(grad);
+}
+
+// Whether a gradient has numbers of more bits than its parameter.
+bool is_wider(const at::Tensor& grad, const at::Tensor& param) {
+  return grad.scalar_type() != param.scalar_type() && grad.is_floating_point() &&
+         grad.element_size() > param.element_size();
 }
 
 bool is_alike(const at::Tensor& a, const at::Tensor& b) {
@@ -94,6 +158,11 @@ void check_same_count(size_t count, const Tensors& tensors, const char* name) {
 
 }  // namespace
 
+void learn_counts() {
+  sole_count_with_object();
+  sole_count_of_storage_with_object();
+}
+
 Versions::Versions(const Tensors& tensors) {
   values_.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -124,14 +193,20 @@ Survey survey_gradients(const Tensors& params, const std::vector<unsigned char>&
   return result;
 }
 
-std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle) {
+std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle, bool keep_parts) {
   std::vector<std::pair<int64_t, at::Tensor>> result;
-  std::vector<at::Tensor> gone;
+  std::vector<at::Tensor> gone, parts;
+  std::vector<size_t> places;  // of the parts
   gone.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     prefetch_gradients(params, i);
     const at::Tensor &param = params[i], &grad = gradient_of(param);
     if (!grad.defined()) continue;
+    if (keep_parts && may_be_part(grad)) {
+      parts.push_back(grad);
+      places.push_back(i);
+      continue;
+    }
     const bool large = param.is_cpu() && static_cast<int64_t>(param.nbytes()) >= recycle;
     const bool spare = large && is_sole(grad) && is_alike(grad, param);
     at::Tensor taken = std::move(param.mutable_grad());
@@ -140,6 +215,20 @@ std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& param
     } else {
       gone.push_back(std::move(taken));
     }
+  }
+  if (!parts.empty()) {
+    const std::vector<bool> of_others = parts_of_buffers(parts);
+    std::vector<at::Tensor> zeroed;
+    for (size_t k = 0; k < parts.size(); ++k) {
+      if (of_others[k]) {
+        zeroed.push_back(parts[k]);
+      } else {
+        gone.push_back(std::move(params[places[k]].mutable_grad()));
+      }
+    }
+    const at::NoGradGuard no_grad;
+    const py::gil_scoped_release no_gil;
+    if (!zeroed.empty()) at::_foreach_zero_(zeroed);
   }
   release(gone);
   return result;
@@ -162,7 +251,7 @@ class Taking {
     if ((keep_ && !sole) || !fits) rest_.push_back(i);
     exclusive_ = exclusive_ && (sole || !fits);
     taken_[i] = grad;
-    if (keep_) param.mutable_grad().reset();
+    if (keep_ && (sole || !may_be_part(grad))) param.mutable_grad().reset();
   }
 
   // As if nothing had been taken.
@@ -177,8 +266,12 @@ class Taking {
   // Has torch make the rest: zeros, copies, other dtypes.
   std::shared_ptr<Tensors> finish() {
     if (!rest_.empty()) {
-      const py::gil_scoped_release release;
-      for (const size_t i : rest_) taken_[i] = made(params_[i], taken_[i]);
+      std::vector<at::Tensor> made;
+      {
+        const py::gil_scoped_release no_gil;
+        for (const size_t i : rest_) made.push_back(make(params_[i], taken_[i]));
+      }
+      for (size_t k = 0; k < rest_.size(); ++k) taken_[rest_[k]] = std::move(made[k]);  // lets go of what was there
     }
     return std::make_shared<Tensors>(std::move(taken_), keep_        ? Hold::kOwned
                                                         : exclusive_ ? Hold::kExclusive
@@ -186,7 +279,7 @@ class Taking {
   }
 
  private:
-  static at::Tensor made(const at::Tensor& param, const at::Tensor& grad) {
+  static at::Tensor make(const at::Tensor& param, const at::Tensor& grad) {
     if (!grad.defined()) return at::zeros_like(param);
     return grad.scalar_type() == param.scalar_type() ? grad.clone(at::MemoryFormat::Preserve)
                                                      : grad.to(param.scalar_type());
@@ -212,7 +305,8 @@ std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& sh
   for (size_t i = 0; i < params.size(); ++i) {
     prefetch_gradients(params, i);
     const at::Tensor& grad = gradient_of(params[i]);
-    const bool usual = grad.defined() && grad.layout() == at::kStrided && version_of(params[i]) == versions[i];
+    const bool usual = grad.defined() && grad.layout() == at::kStrided && !is_wider(grad, params[i]) &&
+                       version_of(params[i]) == versions[i];
     if (!usual || flags[i] != flags[0]) {
       taking.undo();
       return nullptr;

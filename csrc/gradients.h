@@ -11,6 +11,9 @@
 
 namespace gam {
 
+// To be called at import, when no other thread can wait, with the GIL, for what one that needs the GIL is finding out.
+void learn_counts();
+
 // What autograd counts the changes of tensors by, as it was.
 class Versions {
  public:
@@ -34,18 +37,20 @@ struct Survey {
 
 Survey survey_gradients(const Tensors& params, const std::vector<unsigned char>& flags);
 
-// No parameter has a gradient after it. Those of `recycle` bytes and more on a CPU that nobody else has a hold on, and
-// that are like their parameters in memory, are handed out with their positions.
-std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle);
+// No parameter has a gradient after it; those that are parts of a buffer which somebody else holds stay, with
+// `keep_parts`, and are zeroed. Those of `recycle` bytes and more on a CPU that nobody else has a hold on, and that are
+// like their parameters in memory, are handed out with their positions.
+std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle, bool keep_parts);
 
 // take_gradients where all is as it mostly is: no tensor was written to since, all flags are the same, and each
-// parameter has a dense gradient. Null, and nothing done, where it is not. One look at each tensor instead of three:
+// parameter has a dense gradient, of no more bits than it. Null, and nothing done, where it is not. One look at each tensor instead of three:
 // with many small ones, what they say of themselves is more than the caches hold.
 std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
                                               const std::vector<unsigned char>& flags, bool keep);
 
 // The gradients in the dtypes of their parameters, zeros where there is none. With `keep` they are the caller's to
-// overwrite, and the parameters have none: a gradient that somebody else could see change is copied.
+// overwrite, and the parameters have none: a gradient that somebody else could see change is copied, and stays where it
+// is if it may be part of a buffer, until clear_gradients() finds out.
 std::shared_ptr<Tensors> take_gradients(const Tensors& params, bool keep);
 
 }  // namespace gam

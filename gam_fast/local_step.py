@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .backends.base import Direction
+import torch
+
+from .backends.base import Direction, TensorList
 from .distributed import Agreement, LocalSync
 from .finite import FiniteWatch, listed
 from .participants import Participants, Shard, materialise
@@ -65,8 +67,16 @@ def averaged(
 ) -> list[tuple[Shard, Direction]]:
     """The mean of the directions over the processes, of a norm of at most ``limit``."""
     ones = [[1.0] * len(gamma)]
-    made = [(shard, materialise(shard, direction)) for shard, direction in directions]
+    made = [(shard, _own(shard, materialise(shard, direction))) for shard, direction in directions]
     of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
     local.average([of[param] for param in shards.params if param in of])
     products = None if limit is None else sums.inner_products([(Direction([xs], ones), None) for _, xs in made])
     return [(shard, Direction([xs], ones, None, products, gamma, limit)) for shard, xs in made]
+
+
+def _own(shard: Shard, tensors: TensorList) -> TensorList:
+    """The tensors, to be written to: copies of those that are the gradients which the parameters keep."""
+    return [
+        x.clone(memory_format=torch.preserve_format) if x is param.grad else x
+        for param, x in zip(shard.owners, tensors, strict=True)
+    ]

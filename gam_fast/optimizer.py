@@ -21,6 +21,7 @@ from .bases import Given, build_base, filled, is_instance, left_behind
 from .chain import members
 from .distributed import SYNC, check_supported
 from .options import check_arguments, check_params, documented, no_attribute
+from .others import Surroundings
 from .recipes import BASE, Recipe, fold_plan
 from .stepping import Progress, Stepper
 
@@ -115,6 +116,7 @@ class FlatOptimizer(Stepper):
         for param in self._parameters():
             self._select(param.device)
         self._progress = Progress()
+        self._surroundings = Surroundings()
         self._check_difference(groups)
         for group, keys, mine in zip(self.base.param_groups, stale, filled(self.base), strict=True):
             for key in keys:
@@ -352,6 +354,7 @@ class FlatOptimizer(Stepper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._backends = {}
         self._agenda = Agenda()
+        self._surroundings = Surroundings()
         self._progress = Progress(state.get("skipped_steps", 0))
         self._model, self._copied = None, None  # a pickle of 0.7.0 or before has a model
         super().__setstate__({name: value for name, value in state.items() if name not in ("skipped_steps", "filled")})

@@ -6,6 +6,7 @@ The functions on lists are :class:`gam_fast.backends.base.Bookkeeping` for backe
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,8 @@ def take(param: Tensor) -> Tensor:
     """Take ``param.grad`` away, for the engine to keep and to overwrite; ``param.grad`` is then ``None``.
 
     It is copied when somebody else could see it change: another Python or C++ reference to the tensor, a view of its
-    storage (the buckets of DistributedDataParallel with ``gradient_as_bucket_view=True`` are such views).
+    storage (the buckets of DistributedDataParallel with ``gradient_as_bucket_view=True`` are such views). One that may
+    be part of a buffer stays where it is, until :func:`clear_gradients` finds out.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> weight.sum().backward()
@@ -32,7 +34,11 @@ def take(param: Tensor) -> Tensor:
     grad = param.grad
     assert grad is not None
     param.grad = None
-    return grad if _references(grad) == _sole() else grad.clone(memory_format=torch.preserve_format)
+    if _references(grad) == _sole():
+        return grad
+    if may_be_part(grad):
+        param.grad = grad
+    return grad.clone(memory_format=torch.preserve_format)
 
 
 def take_sole(param: Tensor) -> Tensor | None:
@@ -75,9 +81,72 @@ def _measure(param: Tensor) -> References:
     return _references(grad)
 
 
+def may_be_part(grad: Tensor) -> bool:
+    """Whether it may be part of a buffer that somebody else holds: :func:`parts_of_buffers` says whether it is.
+
+    Autograd makes no gradient that is a view in this sense, but it makes some that are parts of one storage.
+    """
+    if type(grad) is not Tensor or grad.layout != torch.strided or grad.is_inference():
+        return False
+    return grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
+
+
+def parts_of_buffers(grads: list[Tensor]) -> list[bool]:
+    """Of gradients that may be parts of buffers, whether each is.
+
+    It is where its memory has an owner besides these gradients and the tensors that nobody but they are views of.
+
+    >>> buffer = torch.zeros(3)
+    >>> parts_of_buffers([buffer[:2], buffer[2:]]), parts_of_buffers([torch.zeros(3)[:2]])
+    ([True, True], [False])
+    """
+    distinct = list({id(grad): grad for grad in grads}.values())
+    owners = Counter(grad.untyped_storage()._cdata for grad in distinct)
+    views: dict[int, list[Tensor]] = {}  # by what they are views of
+    for grad in distinct:
+        if grad._is_view():
+            views.setdefault(id(grad._base), []).append(grad)
+    of_one_view, of_one_owner = _counts()
+    for of_base in views.values():
+        if _references_to_base(of_base) == of_one_view:
+            owners[of_base[0].untyped_storage()._cdata] += 1
+    return [_uses(grad) - of_one_owner + 1 > owners[grad.untyped_storage()._cdata] for grad in grads]
+
+
+def _uses(grad: Tensor) -> int:
+    """References to the storage."""
+    uses: int = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
+    return uses
+
+
+def _references_to_base(views: list[Tensor]) -> tuple[int, int]:
+    """References to what these are views of, besides those of all of them but one."""
+    base: Any = views[0]._base
+    return sys.getrefcount(base), base._use_count() - len(views)
+
+
+@cache
+def _counts() -> tuple[tuple[int, int], int]:
+    """What the two functions above say of the base of one view, and of a storage of one owner."""
+    with torch.inference_mode(False):
+        return _references_to_base([torch.zeros(1, device="cpu").view(1)]), _uses(torch.zeros(1, device="cpu"))
+
+
 def as_dtype(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient in the parameter's dtype: itself, where it has that."""
     return grad if grad.dtype == dtype else grad.to(dtype)
+
+
+def wider_dtype(param: Tensor) -> torch.dtype | None:
+    """The dtype of its gradient, where that has more bits than the parameter (``Parameter.grad_dtype``).
+
+    >>> wider_dtype(torch.zeros(2, requires_grad=True))
+    """
+    grad = param.grad
+    dtype = getattr(param, "grad_dtype", None) if grad is None else grad.dtype
+    if dtype is None or dtype == param.dtype or not dtype.is_floating_point or dtype.itemsize <= param.dtype.itemsize:
+        return None
+    return dtype
 
 
 def is_alike(a: Tensor, b: Tensor) -> bool:
@@ -113,6 +182,11 @@ def versions(tensors: list[Tensor]) -> Versions:
     return Versions([tensor._version for tensor in tensors])
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as autograd counts it; 0 for an inference tensor, where it does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def devices(tensors: list[Tensor]) -> list[torch.device]:
     """What they are on, each device once."""
     return list(dict.fromkeys(tensor.device for tensor in tensors))
@@ -126,15 +200,32 @@ def survey_gradients(params: list[Tensor], flags: bytearray) -> tuple[list[int],
     return [i for i in present if not flags[i]], bool(present), sparse
 
 
-def clear_gradients(params: list[Tensor], recycle: int) -> list[tuple[int, Tensor]]:
-    """Take all gradients away; those that can become a backup are handed out with their positions."""
+def clear_gradients(params: list[Tensor], recycle: int, keep_parts: bool = True) -> list[tuple[int, Tensor]]:
+    """Take all gradients away; those that can become a backup are handed out with their positions.
+
+    With ``keep_parts``, those that are parts of a buffer which somebody else holds stay, and are zeroed.
+    """
     found = []
+    parts: list[Tensor] = []
     for i, param in enumerate(params):
-        if param.grad is not None and param.device.type == "cpu" and param.numel() * param.element_size() >= recycle:
+        if param.grad is None:
+            continue
+        if keep_parts and may_be_part(param.grad):
+            parts.append(param)
+            continue
+        if param.device.type == "cpu" and param.numel() * param.element_size() >= recycle:
             spare = take_sole(param)
             if spare is not None and is_alike(spare, param):
                 found.append((i, spare))
         param.grad = None
+    if parts:
+        grads = [param.grad for param in parts if param.grad is not None]
+        with torch.no_grad():
+            for param, grad, is_part in zip(parts, grads, parts_of_buffers(grads), strict=True):
+                if is_part:
+                    grad.zero_()
+                else:
+                    param.grad = None
     return found
 
 
@@ -142,15 +233,19 @@ def take_usual_gradients(params: list[Tensor], versions: Any, flags: bytearray, 
     """The gradients where all is as usual, which here is no faster to find out."""
     newcomers, _, sparse = survey_gradients(params, bytearray(len(params)))
     usual = len(newcomers) == len(params) and sparse < 0 and len(set(flags)) < 2
+    usual = usual and all(wider_dtype(param) is None for param in params)
     return take_gradients(params, keep) if usual and versions.first_changed(params) < 0 else None
 
 
-def take_gradients(params: list[Tensor], keep: bool) -> list[Tensor]:
-    """The gradients in the dtypes of the parameters, zeros where there is none; with ``keep`` to be overwritten."""
+def take_gradients(params: list[Tensor], keep: bool, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The gradients, zeros where there is none; with ``keep`` to be overwritten.
+
+    Their dtypes are those of the parameters, or ``dtype``.
+    """
     taken = []
     for param in params:
         if param.grad is None:
-            taken.append(torch.zeros_like(param))
+            taken.append(torch.zeros_like(param, dtype=dtype))
         else:
-            taken.append(as_dtype(take(param) if keep else param.grad, param.dtype))
+            taken.append(as_dtype(take(param) if keep else param.grad, dtype or param.dtype))
     return taken

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import ownership
 from .backends.base import Backend, Bookkeeping, Direction, Leaves, TensorList, Versions
-from .ownership import as_dtype
+from .backends.eager import EagerBackend
+from .ownership import as_dtype, wider_dtype
 from .sharded import Layout, any_sharded, layout_of, local, local_gradient, spread, take_local
 
 RECYCLE_BYTES = 1 << 16
@@ -23,7 +24,7 @@ NEVER = 1 << 62
 
 @dataclass(eq=False)
 class Shard:
-    """The leaves of one device and one layout over processes, and the gradients being held for them, by vector.
+    """The leaves of one device, layout over processes and dtype of vectors, and the gradients held, by vector.
 
     Attributes:
         backend: what works on them.
@@ -47,6 +48,7 @@ class Participants:
         groups: the parameter groups.
         select: the backend of a device.
         recipe: the name of the recipe, for messages.
+        keep_parts: whether gradients that are parts of a buffer of somebody else's stay where they are.
 
     Attributes:
         params: all parameters, whether they take part or not.
@@ -55,7 +57,12 @@ class Participants:
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], select: Callable[[torch.device], Backend], recipe: str
+        self,
+        groups: Sequence[dict[str, Any]],
+        select: Callable[[torch.device], Backend],
+        recipe: str,
+        *,
+        keep_parts: bool = True,
     ) -> None:
         self.groups = groups
         self.params: TensorList = [param for group in groups for param in group["params"]]
@@ -63,7 +70,8 @@ class Participants:
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._select = select
         self._recipe = recipe
-        self._shards: dict[tuple[torch.device, Layout | None], Shard] = {}
+        self._keep_parts = keep_parts and not self.sharded
+        self._shards: dict[tuple[torch.device, Layout | None, torch.dtype | None], Shard] = {}
         self._flags = bytearray(len(self.params))  # whether a parameter takes part
         self._spare: dict[Tensor, Tensor] = {}
         self._books: Bookkeeping = ownership
@@ -87,9 +95,12 @@ class Participants:
         return [flag != 0 for flag in self._flags]
 
     def clear_gradients(self, *, recycle: bool = False) -> None:
-        """No parameter has a gradient. With ``recycle``, large ones on a CPU are kept to become the backup."""
+        """No parameter has a gradient, or (a part of somebody's buffer) one of zeros.
+
+        With ``recycle``, large ones on a CPU are kept to become the backup.
+        """
         recycle = recycle and not self._shards and not self.sharded
-        for i, grad in self._books.clear_gradients(self._all, RECYCLE_BYTES if recycle else NEVER):
+        for i, grad in self._books.clear_gradients(self._all, RECYCLE_BYTES if recycle else NEVER, self._keep_parts):
             self._spare[self.params[i]] = grad
 
     def note_versions(self) -> None:
@@ -119,7 +130,7 @@ class Participants:
         if taken is None:
             return False
         if shard is None:
-            self.activate(range(len(self.params)))
+            self.activate(range(len(self.params)), usual=True)
             shard = next(iter(self._shards.values()))
         shard.grads[index] = taken
         return True
@@ -153,6 +164,8 @@ class Participants:
 
     def _take(self, shard: Shard, keep: bool) -> TensorList:
         """The gradients of a shard, to be read until the next pass, or to be kept."""
+        if shard.leaves.vectors is not None:
+            return ownership.take_gradients(shard.owners, keep, shard.leaves.vectors)
         if not self.sharded:
             return shard.backend.bookkeeping.take_gradients(shard.leaves.params, keep)
         read = take_local if keep else local_gradient
@@ -161,22 +174,34 @@ class Participants:
             for param, part in zip(shard.owners, shard.leaves.params, strict=True)
         ]
 
-    def activate(self, positions: Sequence[int]) -> None:
-        """Let parameters take part from now on; in the passes before, their gradients count as zero."""
-        places: dict[tuple[torch.device, Layout | None], list[int]] = {}
-        if not self.sharded and len(self.devices) == 1:
-            places[self.devices[0], None] = list(positions)
+    def activate(self, positions: Sequence[int], *, usual: bool = False) -> None:
+        """Let parameters take part from now on; in the passes before, their gradients count as zero.
+
+        ``usual``: they are of one device and not sharded, and no gradient has more bits than its parameter.
+        """
+        places: dict[tuple[torch.device, Layout | None, torch.dtype | None], list[int]] = {}
+        if usual or self._all_usual(positions):
+            places[self.devices[0], None, None] = list(positions)
         else:
             for i in positions:
                 param = self.params[i]
-                places.setdefault((local(param).device, layout_of(param)), []).append(i)
-        for (device, layout), chosen in places.items():
-            shard = self._shards.get((device, layout))
+                key = local(param).device, layout_of(param), None if self.sharded else wider_dtype(param)
+                places.setdefault(key, []).append(i)
+        for key, chosen in places.items():
+            shard = self._shards.get(key)
             if shard is None:
                 held = next(iter(self)).grads if self._shards else {}
-                shard = Shard(self._select(device), layout=layout, grads={k: [] for k in held})
-                self._shards[device, layout] = shard
+                device, layout, wider = key
+                backend = self._select(device) if wider is None else EagerBackend()
+                shard = Shard(backend, Leaves(vectors=wider), layout=layout, grads={k: [] for k in held})
+                self._shards[key] = shard
             self._add(shard, chosen)
+
+    def _all_usual(self, positions: Sequence[int]) -> bool:
+        if self.sharded or len(self.devices) != 1:
+            return False
+        pairs = [(param.dtype, param.grad) for param in map(self.params.__getitem__, positions)]
+        return all([grad is not None and grad.dtype is dtype for dtype, grad in pairs])  # no generator: they are slow
 
     def _add(self, shard: Shard, positions: Sequence[int]) -> None:
         """A signal may come between any two of these assignments; restore() believes the last of them."""
@@ -187,10 +212,10 @@ class Participants:
             copies = [part.clone(memory_format=torch.preserve_format) for part in parts]
             leaves.backup = hold([*leaves.backup, *copies])
         for index, grads in shard.grads.items():
-            shard.grads[index] = hold([*grads, *(torch.zeros_like(part) for part in parts)])
+            shard.grads[index] = hold([*grads, *(torch.zeros_like(part, dtype=leaves.vectors) for part in parts)])
         leaves.group.extend([self._group[i] for i in positions])
         shard.owners.extend(owners)
-        is_all = len(positions) == len(self.params) and not self.sharded
+        is_all = len(positions) == len(self.params) and not self.sharded and leaves.vectors is None
         leaves.params = self._all if is_all else hold([*leaves.params, *parts])
         for i in positions:
             self._flags[i] = 1
@@ -214,7 +239,8 @@ class Participants:
         """Vector ``index`` is the gradient that the parameters have after all."""
         for shard in self:
             for owner, grad in zip(shard.owners, shard.grads[index], strict=True):
-                owner.grad = spread(grad, owner)
+                if owner.grad is None:  # one that is there is part of a buffer, with the same numbers
+                    owner.grad = spread(grad, owner)
 
     def restore(self) -> None:
         """Put θ back, bit for bit."""
@@ -269,6 +295,9 @@ def materialise(shard: Shard, direction: Direction) -> TensorList:
     if plain:
         shard.backend.restore(shard.leaves)
         return last
-    out = direction.terms[0] if len(direction.terms) > 1 else [torch.empty_like(part) for part in shard.leaves.params]
+    leaves = shard.leaves
+    out = direction.terms[0]
+    if len(direction.terms) == 1:
+        out = [torch.empty_like(part, dtype=leaves.vectors) for part in leaves.params]
     shard.backend.direction(shard.leaves, direction, out)
     return out

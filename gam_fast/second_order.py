@@ -8,7 +8,7 @@ from torch import Tensor
 from . import hvp, scalars
 from .backends.base import Scalar
 from .backends.scalars import steps
-from .ownership import as_dtype
+from .ownership import as_dtype, may_be_part
 from .participants import Participants
 from .recipes import Recipe
 
@@ -19,9 +19,11 @@ def differentiate(recipe: Recipe, shards: Participants, losses: list[Tensor], in
     Raises:
         RuntimeError: there is no loss, backward was called on it, or no parameter requires a gradient.
     """
-    called = any(param.grad is not None for param in shards.params)
-    if called or not losses:
-        wrong = "backward() was called in it" if called else "it ended without a loss"
+    found = [param.grad for param in shards.params if param.grad is not None]
+    if found or not losses:
+        wrong = "backward() was called in it" if found else "it ended without a loss"
+        if any(map(may_be_part, found)):
+            wrong = "a gradient is part of a buffer, in which nothing arrives: set param.grad = None"
         raise RuntimeError(
             f"pass {recipe.pass_of(index)} of {recipe.name}: {wrong}. {recipe.name} differentiates the loss itself, "
             f"twice: {hvp.HOW_TO_GIVE_A_LOSS}"
@@ -29,10 +31,10 @@ def differentiate(recipe: Recipe, shards: Participants, losses: list[Tensor], in
     params = [param for param in shards.params if param.requires_grad]
     if not params:
         raise RuntimeError(f"no parameter of this {recipe.name} requires a gradient: there is nothing to optimize")
-    found = dict(zip(params, hvp.gradient(losses, params, twice=recipe.has_product(index)), strict=True))
-    for param, grad in found.items():
+    grads = dict(zip(params, hvp.gradient(losses, params, twice=recipe.has_product(index)), strict=True))
+    for param, grad in grads.items():
         param.grad = None if grad is None else as_dtype(grad.detach(), param.dtype)
-    return [found.get(param) for param in shards.params]
+    return [grads.get(param) for param in shards.params]
 
 
 def multiply(shards: Participants, index: int, graph: list[Tensor | None], total: Scalar, *, keep: bool) -> None:

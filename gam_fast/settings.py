@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .backends import Backend
 from .capture import refuse_to_look
@@ -28,6 +28,10 @@ class Settings:
     ascent_share: float = 1.0
     goes_on: Callable[[float], bool] | None = None
     """Whether ‖g0‖² is such that the walk goes on; ``None`` where that is not asked."""
+    others: Sequence[Tensor] = ()
+    """Parameters of ``model`` that belong to another optimizer."""
+    keep_parts: bool = True
+    """Whether gradients that are parts of a buffer of somebody else's stay where they are."""
     measure_change: bool = False
     """Whether :attr:`Walk.relative_change` is wanted."""
 

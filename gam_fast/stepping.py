@@ -21,9 +21,12 @@ from .amp import GivenScale, LossScale
 from .backends import Backend
 from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
+from .others import Surroundings
+from .ownership import version
 from .passes import Passes
 from .recipes import BASE, Recipe
 from .settings import Settings
+from .sharded import local
 from .turn import Loss, Turn, TurnClosure, evaluation
 from .updates import Directions, apply, only_makes_state
 from .walk import Walk
@@ -43,6 +46,8 @@ class Progress:
     """An error that the next step raises, because nobody would have seen it when it occurred."""
     owed: Callable[[], None] | None = None
     """A message to the other processes that the next step begins with."""
+    zeroes_in_place: bool = False
+    """Whether somebody zeroes gradients in place between steps."""
     warned_of_share: bool = False
     mode: str = ""
     """``"train"`` or ``"eval"``, whichever the optimizer was last told, if it was."""
@@ -65,6 +70,7 @@ class Stepper(Hooked):
     _model: nn.Module | None
     _progress: Progress
     _agenda: Agenda
+    _surroundings: Surroundings
 
     def _select(self, device: torch.device) -> Backend:
         raise NotImplementedError
@@ -283,11 +289,14 @@ class Stepper(Hooked):
         if whole and self.recipe.difference is not None:
             difference = radius.Difference.of(groups, hyper, self.recipe.difference)
         progress.seen, progress.difference = {}, difference
+        around = self._surroundings.look(self._model, groups)
         settings = Settings(
             self.recipe if whole else self.recipe.plain,
             self._select,
             self._model,
             goes_on=None if agenda.trigger is None else self._goes_on,
+            others=around.others,
+            keep_parts=not around.has_bucket_views,
             measure_change=difference is not None,
             **self._options,
         )
@@ -369,7 +378,7 @@ class Stepper(Hooked):
                 progress.owed = walk.owed
                 left = self._first_gradient()
                 if left is not None:
-                    left._gam_fast_left = True  # type: ignore[attr-defined]
+                    left._gam_fast_left = version(left)  # type: ignore[attr-defined]
                 progress.stepped = True
                 progress.loop_took_step = walk.by_loop and walk.finished
         if first and walk.finished:
@@ -420,12 +429,14 @@ class Stepper(Hooked):
     def _warn_of_unused_gradients(self) -> None:
         """Where somebody called backward() since the last step: each pass computes gradients of its own.
 
-        What a step has left behind has a mark; what another backward has added to it since is not seen. Before the
+        What a step has left behind is marked with its version, which moves when another backward adds to it. Before the
         first step what is there may well be of another optimizer.
         """
         found, stepped = self._first_gradient(), self._progress.stepped
         self._progress.stepped = False  # until the end of this step, if it comes to one
-        if found is not None and stepped and not hasattr(found, "_gam_fast_left"):
+        if found is None or not stepped or getattr(found, "_gam_fast_left", None) == version(found):
+            return
+        if not self._is_zeroed(found):
             warnings.warn(
                 f"the gradients that were there before this step of {type(self).__name__} are not used: each of its "
                 "passes computes its own. Call no backward() before step(closure) or passes(); to accumulate over "
@@ -434,6 +445,16 @@ class Stepper(Hooked):
                 "are of something else, zero_grad() says so",
                 stacklevel=_frames_of_libraries(),
             )
+
+    def _is_zeroed(self, found: Tensor) -> bool:
+        """Whether a gradient was zeroed in place, as ``zero_grad(set_to_none=False)`` does.
+
+        Looking waits for an accelerator, so there only the first look counts.
+        """
+        progress = self._progress
+        if found.device.type == "cpu" or not progress.zeroes_in_place:
+            progress.zeroes_in_place = not bool(local(found).any())
+        return progress.zeroes_in_place
 
     def _check_can_step(self) -> None:
         """For a method that cannot work in every process."""

@@ -24,6 +24,7 @@ from .coefficients import Coefficients
 from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
 from .local_step import agree, averaged, mean_of_all
+from .others import OtherGradients
 from .participants import Participants, Shard, clear_weight_caches
 from .recipes import Move
 from .rng import ReplayRNG
@@ -61,7 +62,7 @@ class Walk:
         self.plan = recipe.plan
         self.coefficients = Coefficients(recipe, groups, hyper)
         self.portion = Portion(settings.ascent_share)
-        self.shards = Participants(groups, settings.select, recipe.name)
+        self.shards = Participants(groups, settings.select, recipe.name, keep_parts=settings.keep_parts)
         self.params = self.shards.params
         self.by_loop = by_loop
         self.complete = False
@@ -99,6 +100,7 @@ class Walk:
         self._begun = False
         self._rng: ReplayRNG | None = None
         self._statistics = FreezeRunningStatistics(settings.model if settings.freeze_running_statistics else None)
+        self._others = OtherGradients(settings.others, self.params)
 
     def leave(self, error: BaseException | None) -> bool:
         """End the step, or undo it because of ``error``, once. Return True if the error asks to skip the step."""
@@ -115,6 +117,7 @@ class Walk:
                 self.restore()
         finally:
             try:
+                self._others.close(undone=undo is not None)
                 self._statistics.__exit__(undo, error, None)
                 if self._rng is not None:
                     self._rng.__exit__(undo, error, None)
@@ -210,6 +213,7 @@ class Walk:
         if self._rng is not None:
             self._rng.begin(keep_last=is_cut)
         self._statistics.begin(keep_last=is_cut)
+        self._others.begin(keep_last=is_cut)
         self.portion.begin()
         self.shards.note_versions()
 
@@ -438,6 +442,7 @@ class Walk:
             directions = averaged(self._local, self.shards, self._sums, directions, gammas, ceiling)
         update(directions)
         self.finished = True
+        self._others.finish()
         if self._local is None:
             self._measure_change()
         if self._watch.scale is not None:

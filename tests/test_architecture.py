@@ -33,7 +33,7 @@ LAYERS = [
     {"backends"},
     {"rng", "batchnorm", "hvp", "amp", "distributed", "hooks", "chain"},
     {"scalars", "turn", "sharded", "coefficients", "settings"},
-    {"finite"},
+    {"finite", "others"},
     {"participants"},
     {"updates", "second_order", "sums"},
     {"local_step"},

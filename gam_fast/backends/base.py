@@ -3,7 +3,8 @@ r"""The primitives a backend implements, and the data they work on.
 Every primitive handles a list of any number of tensors, of all parameter groups of one device, in one call.
 Conventions for all of them:
 
-- Lists of tensors are aligned with :attr:`Leaves.params`: same length, shapes and dtypes, same device.
+- Lists of tensors are aligned with :attr:`Leaves.params`: same length, shapes and dtypes, same device. Only
+  ``eager`` takes vectors of another dtype (:attr:`Leaves.vectors`).
 - Scalars that may differ between parameter groups come as a sequence indexed by group.
 - Tensors are float16, bfloat16, float32 or float64, of any layout. Arithmetic is done in fp32 (fp64 for float64) and
   rounded once, when a value is stored. Sums are combined in fp64 in a fixed order: a result depends neither on the
@@ -50,6 +51,7 @@ class Leaves:
         params: the parameters.
         group: for each, the index of its parameter group.
         backup: θ, one tensor a parameter, from :meth:`Backend.allocate`; it counts only once ``saved`` is true.
+        vectors: the dtype of the gradients and directions where they have more bits than the parameters, else ``None``.
         saved: set by :meth:`Backend.perturb` once the backup is complete; no signal finds a parameter moved before.
         cache: whatever a backend wants to keep for the duration of the step.
     """
@@ -58,6 +60,7 @@ class Leaves:
     group: list[int] = field(default_factory=list)
     backup: TensorList = field(default_factory=list)
     saved: bool = False
+    vectors: torch.dtype | None = None
     cache: dict[str, object] = field(default_factory=dict)
 
 
@@ -170,9 +173,10 @@ class Bookkeeping(Protocol):
         """
         ...
 
-    def clear_gradients(self, params: TensorList, recycle: int) -> list[tuple[int, Tensor]]:
-        """Take all gradients away.
+    def clear_gradients(self, params: TensorList, recycle: int, keep_parts: bool = True) -> list[tuple[int, Tensor]]:
+        """Take all gradients away; those that are parts of a buffer which somebody else holds stay, and are zeroed.
 
+        Without ``keep_parts`` these are taken away too.
         Those of ``recycle`` bytes and more on a CPU that could serve as memory for the backup, as nobody else has a
         hold on them, are handed out with their positions.
         """
@@ -183,8 +187,8 @@ class Bookkeeping(Protocol):
     ) -> TensorList | None:
         """:meth:`take_gradients` where all is as it mostly is.
 
-        That is, no tensor was written to since, all flags are the same, and every parameter has a dense gradient.
-        Otherwise None, and nothing is done.
+        That is, no tensor was written to since, all flags are the same, and every parameter has a dense gradient, of no
+        more bits than it. Otherwise None, and nothing is done.
         """
         ...
 
@@ -192,7 +196,7 @@ class Bookkeeping(Protocol):
         """The gradients in the dtypes of the parameters, zeros where there is none.
 
         With ``keep`` they are the engine's to overwrite, and the parameters have none; one that somebody else could see
-        change is copied.
+        change is copied, and stays where it is if it may be part of a buffer.
         """
         ...
 

@@ -84,14 +84,15 @@ class Arena:
 class Chunk:
     """Pieces of leaves of one dtype and one group, and the scratch memory they are worked on in."""
 
-    def __init__(self, pieces: list[Piece], group: int, params: TensorList, arena: Arena) -> None:
+    def __init__(self, pieces: list[Piece], group: int, leaves: Leaves, arena: Arena) -> None:
         self.pieces = pieces
         self.arena = arena
         self.group = group
+        params = leaves.params
         like = params[pieces[0].leaf]
         self.device = like.device
         self.dtype = like.dtype
-        self.opmath = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.opmath = torch.float64 if torch.float64 in (like.dtype, leaves.vectors) else torch.float32
         self.sizes = [piece.of(params).size() for piece in pieces]
         self.numel = sum(size.numel() for size in self.sizes)
 
@@ -176,11 +177,11 @@ def chunks(leaves: Leaves) -> list[Chunk]:
         for piece in pieces:
             numel = piece.of(leaves.params).numel()
             if fill and numel > room:
-                result.append(Chunk(fill, group, leaves.params, arena))
+                result.append(Chunk(fill, group, leaves, arena))
                 fill, room = [], limit
             fill.append(piece)
             room -= numel
-        result.append(Chunk(fill, group, leaves.params, arena))
+        result.append(Chunk(fill, group, leaves, arena))
     leaves.cache.update(chunks=result, count=len(leaves.params))
     return result
 

@@ -83,7 +83,8 @@ def _clip_factor_on_device(products: Tensor, gamma: PerGroup, kappa: Scalar | No
         square = uu.sum()
     else:
         same = all(g == gamma[0] for g in gamma)
-        g = gamma[0] if same else torch.tensor(gamma, dtype=products.dtype, device=products.device)
+        # filled by the device: a copy of the list would wait for it
+        g = gamma[0] if same else torch.stack([products.new_full((), g) for g in gamma])
         a = 1.0 + g * kappa
         square = (a * a * uu - 2.0 * a * g * um + g * g * mm).sum().clamp_min(0.0)
     return (limit / (square.sqrt() + CLIP_EPSILON)).clamp_max(1.0)
