@@ -43,8 +43,8 @@ Survey survey_gradients(const Tensors& params, const std::vector<unsigned char>&
 std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle, bool keep_parts);
 
 // take_gradients where all is as it mostly is: no tensor was written to since, all flags are the same, and each
-// parameter has a dense gradient, of no more bits than it. Null, and nothing done, where it is not. One look at each tensor instead of three:
-// with many small ones, what they say of themselves is more than the caches hold.
+// parameter has a dense gradient, of no more bits than it. Null, and nothing done, where it is not. One look at each
+// tensor instead of three: with many small ones, what they say of themselves is more than the caches hold.
 std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
                                               const std::vector<unsigned char>& flags, bool keep);
 

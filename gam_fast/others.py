@@ -103,7 +103,7 @@ class OtherGradients:
                 self._throw_away(params)
 
     def _throw_away(self, params: Sequence[Tensor]) -> None:
-        """No parameter has a gradient, or (a part of somebody's buffer) one of zeros; that of the first pass is held."""
+        """Clear the gradients, and hold those of the first pass. A part of somebody's buffer is zeroed."""
         in_buffers = [param for param in params if param.grad is not None and may_be_part(param.grad)]
         are_parts = parts_of_buffers([param.grad for param in in_buffers if param.grad is not None])
         parts = {param for param, is_part in zip(in_buffers, are_parts, strict=True) if is_part}

@@ -200,8 +200,11 @@ class Participants:
     def _all_usual(self, positions: Sequence[int]) -> bool:
         if self.sharded or len(self.devices) != 1:
             return False
-        pairs = [(param.dtype, param.grad) for param in map(self.params.__getitem__, positions)]
-        return all([grad is not None and grad.dtype is dtype for dtype, grad in pairs])  # no generator: they are slow
+        for param in map(self.params.__getitem__, positions):  # no generator: it takes twice as long
+            grad = param.grad
+            if grad is None or grad.dtype is not param.dtype:
+                return False
+        return True
 
     def _add(self, shard: Shard, positions: Sequence[int]) -> None:
         """A signal may come between any two of these assignments; restore() believes the last of them."""
