@@ -36,10 +36,11 @@ class FlatOptimizer(Stepper):
 
     A step is either ``optimizer.step(closure)``, the closure being called once a pass, or the loop
     ``for turn in optimizer.passes(): loss_fn(model(x), y).backward()``. Gradients are the optimizer's during a step: it
-    clears them before each pass, and afterwards ``param.grad`` is the gradient of the last pass. Those that are parts of
-    a buffer which somebody else holds are zeroed and stay where they are; with a gradient scaler the last pass's are
-    unscaled in place, as by ``scaler.unscale_``. Several backward calls in one pass add up. A step that does not come to its end (an exception, a ``break``, a KeyboardInterrupt, a
-    gradient that is not finite) leaves parameters, running statistics and random state as they were, bit for bit.
+    clears them before each pass, and afterwards ``param.grad`` is the gradient of the last pass. Those that are parts
+    of a buffer which somebody else holds are zeroed and stay where they are; with a gradient scaler the last pass's are
+    unscaled in place, as by ``scaler.unscale_``. Several backward calls in one pass add up. A step that does not come
+    to its end (an exception, a ``break``, a KeyboardInterrupt, a gradient that is not finite) leaves parameters,
+    running statistics and random state as they were, bit for bit.
 
     Args:
         params: as everywhere.

@@ -91,6 +91,12 @@ def may_be_part(grad: Tensor) -> bool:
     return grad._is_view() or grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
 
 
+def has_gradient(param: Tensor) -> bool:
+    """Whether backward was called since :func:`clear_gradients`; waits for an accelerator if that has left a part."""
+    grad = param.grad
+    return grad is not None and (not may_be_part(grad) or bool(grad.any()))
+
+
 def parts_of_buffers(grads: list[Tensor]) -> list[bool]:
     """Of gradients that may be parts of buffers, whether each is.
 

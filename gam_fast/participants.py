@@ -100,7 +100,9 @@ class Participants:
         With ``recycle``, large ones on a CPU are kept to become the backup.
         """
         recycle = recycle and not self._shards and not self.sharded
-        for i, grad in self._books.clear_gradients(self._all, RECYCLE_BYTES if recycle else NEVER, self._keep_parts):
+        least, clear = RECYCLE_BYTES if recycle else NEVER, self._books.clear_gradients
+        found = clear(self._all, least) if self._keep_parts else clear(self._all, least, keep_parts=False)
+        for i, grad in found:
             self._spare[self.params[i]] = grad
 
     def note_versions(self) -> None:

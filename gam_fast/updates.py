@@ -114,7 +114,10 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
         count += len(chosen)
         part = _part(shard, chosen)
         part.leaves.backup, part.leaves.saved = [], False  # θ is there, perhaps changed by a hook
-        term = [as_dtype(local_gradient(p), x.dtype) for p, x in zip(part.owners, part.leaves.params, strict=True)]
+        term = [
+            as_dtype(local_gradient(p), part.leaves.vectors or x.dtype)
+            for p, x in zip(part.owners, part.leaves.params, strict=True)
+        ]
         ones = [[1.0] * len(direction.p[0])]
         found.append((part, Direction([shard.backend.bookkeeping.hold(term)], ones)))
     dense = all(param.grad is None or param.grad.layout is torch.strided for param, _ in grads)
@@ -125,7 +128,8 @@ def _part(shard: Shard, chosen: Sequence[int]) -> Shard:
     """Some leaves of a shard as one of their own."""
     leaves, hold = shard.leaves, shard.backend.bookkeeping.hold
     params, backup = list(leaves.params), list(leaves.backup)
-    part = Leaves(hold([params[i] for i in chosen]), [leaves.group[i] for i in chosen], saved=leaves.saved)
+    group = [leaves.group[i] for i in chosen]
+    part = Leaves(hold([params[i] for i in chosen]), group, saved=leaves.saved, vectors=leaves.vectors)
     if leaves.saved:
         part.backup = hold([backup[i] for i in chosen])
     return Shard(shard.backend, part, [shard.owners[i] for i in chosen], shard.layout)

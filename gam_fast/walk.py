@@ -25,6 +25,7 @@ from .distributed import LocalSync, mean_over_processes, reshard, without_last_s
 from .finite import FiniteWatch, SkipStep
 from .local_step import agree, averaged, mean_of_all
 from .others import OtherGradients
+from .ownership import has_gradient
 from .participants import Participants, Shard, clear_weight_caches
 from .recipes import Move
 from .rng import ReplayRNG
@@ -168,7 +169,7 @@ class Walk:
     @property
     def has_gradient(self) -> bool:
         """Whether backward was called in the pass that is under way."""
-        return bool(self._losses) or any(param.grad is not None for param in self.params)
+        return bool(self._losses) or any(map(has_gradient, self.params))
 
     @property
     def at_end(self) -> bool:

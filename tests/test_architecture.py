@@ -113,6 +113,21 @@ def test_no_host_synchronisation_in_a_backend():
     for path in (PACKAGE / "backends").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\.item\(\)|\.tolist\(\)|\bfloat\(|\bbool\(|\.cpu\(\)", text), path
+        # a list copied to the device waits for it too; the trial of a device, and what is there already, do not count
+        copied = re.findall(r"torch\.tensor\([^\n]*device=(?!\"cpu\")", text)
+        assert not copied or path.name == "trial.py", path
+
+
+def test_the_core_works_without_the_gil_on_plain_memory_only():
+    """Where it lets go of the GIL, no object of Python is made, asked or let go."""
+    places = 0
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        for found in re.finditer(r"gil_scoped_release no_gil;(.*?)\n\s*\}", text, re.DOTALL):
+            places += 1
+            assert not re.search(r"\bpy::|Py|\brelease\(|\.reset\(|std::move|taken_\[\S+\] =", found[1]), path
+        assert "gil_scoped_release" not in text.replace("gil_scoped_release no_gil;", ""), path
+    assert places == 3
 
 
 def test_files_have_one_subject_and_a_readable_length():

@@ -13,6 +13,7 @@ from cases import BASES, METHODS, closure_of, loss_of, make
 from torch import nn
 
 import gam_fast
+from gam_fast import distributed
 from gam_fast.active import WhenSteep
 
 pytestmark = pytest.mark.usefixtures("_on_each_backend")
@@ -147,6 +148,59 @@ def test_gradients_reduced_one_by_one_in_the_body():
             (0.5 * loss_of(other, x, y)).backward()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
+def test_a_scaler_unscales_a_buffer_in_place(method_name):
+    """As ``scaler.unscale_`` does: afterwards it holds the gradient of the last pass."""
+    method = METHODS[method_name]
+    ours, [(x, y), *_] = make("mlp")
+    theirs = copy.deepcopy(ours)
+    params = list(ours.parameters())
+    flat = flattened(params)
+    optimizer = method.optimizer(params, SGD, **method.hyper)
+    plain = method.optimizer(theirs.parameters(), SGD, **method.hyper)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for turn in optimizer.passes(scaler=scaler):
+        turn.backward(loss_of(ours, x, y))
+    plain.step(closure_of(theirs, x, y))
+    torch.testing.assert_close(flat, torch.cat([p.grad.reshape(-1) for p in theirs.parameters()]))
+    for p, q in zip(params, theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_hook_finds_the_direction_and_the_buffer_stays():
+    model, [(x, y), *_] = make("mlp")
+    params = list(model.parameters())
+    flat = flattened(params)
+    views = [p.grad for p in params]
+    optimizer = gam_fast.GAM(params, SGD)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.mul_(0.0) for p in params]))
+    before = [p.detach().clone() for p in params]
+    for _ in optimizer.passes():
+        loss_of(model, x, y).backward()
+        last = flat.clone()
+    assert len(seen) == 1
+    assert all(p.grad is view for p, view in zip(params, views, strict=True))
+    assert torch.equal(flat, last)
+    lr, decay = 0.05, 1e-2
+    for p, start in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), start * (1 - lr * decay))
+
+
+def test_a_loop_left_in_its_last_pass_before_backward_is_undone():
+    model, [(x, y), *_] = make("mlp")
+    params = list(model.parameters())
+    buffer = flattened(params)
+    optimizer = gam_fast.GAM(params, SGD)
+    before = [p.detach().clone() for p in params]
+    for turn in optimizer.passes():
+        if turn.last:
+            break
+        loss_of(model, x, y).backward()
+    assert all(torch.equal(p, start) for p, start in zip(params, before, strict=True))
+    assert not buffer.any()
 
 
 HOLDS = {
@@ -465,6 +519,39 @@ def test_frozen_parameters_of_the_model_are_left_alone():
         loss_of(model, x, y).backward()
     assert torch.equal(head[0].grad, torch.ones_like(head[0]))
     assert head[1].grad is None
+
+
+# Several processes
+
+
+def average_locally(rank, world, method_name, large, bits):
+    """Steps whose directions are averaged; gradients are each rank's own, and stay so."""
+    method = METHODS[method_name]
+    distributed.BUCKET_BYTES = 0 if large else 25 << 20
+    dtype = torch.bfloat16 if bits else torch.float64
+    torch.manual_seed(rank)
+    param, right = nn.Parameter(torch.ones(4, 3, dtype=dtype)), torch.ones(4, 3, dtype=torch.float64)
+    if bits:
+        param.grad_dtype = torch.float32
+    hyper = {key: value * 0 if isinstance(value, float) else value for key, value in method.hyper.items()}
+    optimizer = method.optimizer([param], torch.optim.SGD, lr=0.5, sync="local", **hyper)
+    held = []
+    for _ in range(2):
+        own = torch.full((4, 3), 1.0 + rank, dtype=torch.float32 if bits else torch.float64)
+        for _ in optimizer.passes():
+            (param * own).sum().backward()
+            held.append(param.grad)
+        assert param.grad is held[-1]
+        assert all(torch.equal(grad, own) for grad in held)
+        right -= 0.5 * sum(1.0 + r for r in range(world)) / world
+    assert torch.equal(param.detach().double(), right)
+
+
+@pytest.mark.parametrize("bits", [False, pytest.param(True, marks=needs_grad_dtype)], ids=["", "of more bits"])
+@pytest.mark.parametrize("large", [False, True], ids=["in buckets", "by itself"])
+@pytest.mark.parametrize("method_name", ["base", "sam"])
+def test_a_local_step_does_not_write_into_gradients(two, method_name, large, bits):
+    two.run(average_locally, method_name, large, bits)
 
 
 # Gradients that are not used
