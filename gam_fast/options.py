@@ -20,6 +20,7 @@ from .active import Rules
 
 OPTIONS = """\
 model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
+    Its parameters that are not in ``params`` get the gradient of that pass, and not the sum over all passes.
 backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
 replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass. Read the batch before the
     passes, or by :meth:`micro_batches`: what else draws random numbers in the first pass only shifts its masks.
