@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,17 +31,23 @@ class GivenScale:
 
     Args:
         grad_scale: the scale of the gradients; ``None`` if they were unscaled already.
+        found_inf: a number other than 0 if the step is to be skipped; ``None`` if the gradients alone say so.
+
+    Attributes:
+        total: a number to be looked at with the sums that must be finite: infinite if the step is to be skipped.
     """
 
-    def __init__(self, grad_scale: Tensor | None) -> None:
+    def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None = None) -> None:
         self.unscaled = grad_scale is None
+        self.total = None if found_inf is None else (torch.as_tensor(found_inf) == 0).all().float().reciprocal()
         self._inverse = torch.ones(()) if grad_scale is None else grad_scale.float().reciprocal()
 
     @classmethod
     def handed_to(cls, optimizer: object) -> GivenScale | None:
         """What was handed to the optimizer, if anything was. After an error torch leaves it there, see :meth:`drop`."""
         given = vars(optimizer)
-        return cls(given["grad_scale"]) if "found_inf" in given else None
+        scale, found_inf = given.get("grad_scale"), given.get("found_inf")
+        return None if scale is None and found_inf is None else cls(scale, found_inf)
 
     @staticmethod
     def drop(optimizer: object) -> None:
@@ -58,6 +68,61 @@ class GivenScale:
 
     def report(self, finite: bool, device: torch.device) -> None:
         """The scaler has looked for itself."""
+
+
+Fresh: TypeAlias = "list[weakref.ref[torch.amp.GradScaler]]"
+"""Scalers that have not scaled a loss."""
+
+_references = -1
+"""How many references the classes of scalers have where no scaler is alive; each has one more."""
+
+
+def fresh_scalers() -> Fresh:
+    """All of torch's gradient scalers that are enabled and have not scaled anything yet.
+
+    It takes microseconds while no scaler is alive, after the first call of a process, and else a search through all
+    objects, some tens of milliseconds.
+
+    >>> scaler = torch.amp.GradScaler("cpu")
+    >>> [found() is scaler for found in fresh_scalers()]
+    [True]
+    >>> scaler.scale(torch.ones(())), fresh_scalers()
+    (tensor(65536.), [])
+    """
+    global _references
+    classes = list(_with_subclasses(torch.amp.GradScaler))
+    references = sum(map(sys.getrefcount, classes))
+    if references == _references:
+        return []
+    found = [each for each in gc.get_referrers(*classes) if issubclass(type(each), torch.amp.GradScaler)]
+    _references = references - len(found)
+    return [weakref.ref(scaler) for scaler in found if scaler.is_enabled() and scaler._scale is None]
+
+
+def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    yield cls
+    for each in cls.__subclasses__():
+        yield from _with_subclasses(each)
+
+
+def check_not_forgotten(fresh: Fresh, optimizer: object, passes: int) -> None:
+    """After the passes of a step without a scaler: that none of ``fresh``, listed before them, has scaled the loss.
+
+    Raises:
+        RuntimeError: one has scaled for the first time, and neither unscaled gradients nor was updated since.
+    """
+    for reference in fresh:
+        scaler = reference()
+        if scaler is None or scaler._scale is None or scaler._scale.is_inference() or scaler._scale._version > 0:
+            continue
+        known = scaler._per_optimizer_states
+        if not known or (passes > 1 and id(optimizer) in known):
+            raise RuntimeError(
+                f"a loss was scaled in this step by a {type(scaler).__name__} that the step was not given: its "
+                f"direction would be {scaler._init_scale:g} times too long. Write passes(scaler=scaler) or "
+                "step(closure, scaler=scaler), and leave scaler.unscale_, scaler.step and scaler.update out. (If it "
+                "was the loss of another optimizer: scale that outside of this step)"
+            )
 
 
 class LossScale:

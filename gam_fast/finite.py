@@ -48,6 +48,8 @@ class FiniteWatch:
         """The step is one under a gradient scaler, which always looks, and skips."""
         self.scale = scale
         self.looks = self.looks or scale is not None
+        if isinstance(scale, GivenScale) and scale.total is not None:
+            self._totals.append(scale.total)
 
     def check(self, total: Scalar | Products, vectors: set[int], *, last: bool) -> None:
         """Note a sum over ``vectors``; ``last``: there will be no more of them.
@@ -60,6 +62,8 @@ class FiniteWatch:
         if self._on_host and not self._at_end:
             # a number needs no generators, which take a microsecond
             finite = math.isfinite(total) if isinstance(total, float) else scalars.is_finite((total,))
+            if self._totals:  # what a scaler has handed over
+                finite = finite and self.is_finite()
         else:
             self._totals.append(total)
             if self._at_end or not last:

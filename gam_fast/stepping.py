@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import radius
 from .active import STEPS, Agenda
-from .amp import GivenScale, LossScale
+from .amp import Fresh, GivenScale, LossScale, check_not_forgotten, fresh_scalers
 from .backends import Backend
 from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
@@ -56,6 +56,8 @@ class Progress:
     difference: radius.Difference | None = None
     """The automatic radius of the step under way."""
     calls: Calls = field(default_factory=Calls)
+    scalers: Fresh | None = None
+    """Gradient scalers that had not scaled before the first step, which must not scale in it unless they are given."""
 
 
 class Stepper(Hooked):
@@ -244,10 +246,14 @@ class Stepper(Hooked):
     def _update(self, directions: Directions) -> None:
         """End a step: call the hooks before it, and update the parameters."""
         progress = self._progress
+        passes = progress.walk.recipe.passes if progress.walk is not None else self.recipe.passes
+        if progress.scalers and (progress.walk is None or not progress.walk.is_scaled):
+            check_not_forgotten(progress.scalers, self, passes)
+        progress.scalers = []
         call = progress.calls.current or ((self,), {})
         before = partial(call_before, self, call) if any_before(self) else None
         # of one pass, param.grad is what the hooks leave there, as with any torch optimizer
-        apply(self.base, directions, before, copy=progress.walk is None or progress.walk.recipe.passes > 1)
+        apply(self.base, directions, before, copy=passes > 1)
         progress.calls.updated = call
 
     def _loss_scale(self, scaler: Any) -> LossScale | None:
@@ -257,6 +263,8 @@ class Stepper(Hooked):
     def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Walk:
         """Begin a step of several passes; nothing is done to the parameters yet."""
         self._refuse_nesting("passes()")
+        if self._progress.scalers is None and scale is None:
+            self._progress.scalers = fresh_scalers()
         walk = self._open(scale, by_loop=by_loop)
         GivenScale.drop(self)  # of a call that came to nothing
         try:

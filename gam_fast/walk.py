@@ -162,6 +162,11 @@ class Walk:
         return self._begun and not self._over
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether gradients are known to be scaled."""
+        return self._watch.scale is not None
+
+    @property
     def in_last_pass(self) -> bool:
         """Whether the last pass is under way."""
         return self._begun and not self.complete and self._passes_left() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import reference
@@ -12,6 +13,7 @@ from snapshots import assert_same, everything
 from torch import nn
 
 import gam_fast
+from gam_fast import amp
 
 pytestmark = pytest.mark.usefixtures("_on_each_backend")
 
@@ -505,3 +507,112 @@ def test_two_optimizers_share_a_scaler():
     by_turn(one, first, scaler, *batches[0])
     by_turn(two, second, scaler, *batches[0])
     assert scaler.get_scale() == 2048.0
+
+
+class SharesOverRanks(torch.amp.GradScaler):
+    """As ShardedGradScaler: what another process has found counts here, whose gradients are finite."""
+
+    def _unscale_grads_(self, *args, **kwargs):
+        found = super()._unscale_grads_(*args, **kwargs)
+        for value in found.values():
+            value.fill_(1.0)
+        return found
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_an_overflow_that_only_the_scaler_knows_of_skips_the_step(method_name, base, policy):
+    model, optimizer, batches = setting(method_name, base=base, on_nonfinite=policy)
+    scaler = SharesOverRanks("cpu", init_scale=1024.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    before = everything(model, optimizer)
+    by_scaler_step(model, optimizer, scaler, *batches[0])
+    assert_same(before, everything(model, optimizer))
+    scheduler.step()
+    assert optimizer.skipped_steps == 1
+    assert scaler.get_scale() == 512.0
+    by_scaler_step(model, optimizer, scaler_of(), *batches[0])
+    assert not any(torch.equal(before[0][name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("policy", ["raise", "ignore"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_base_keeps_to_torchs_protocol_of_scalers(scale, fused, policy):
+    """Torch's fused Adam is what it says: a scale is taken out, an overflow means no step."""
+    ours, plain = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizers = (
+        gam_fast.Base([ours], torch.optim.Adam, lr=0.1, fused=fused, on_nonfinite=policy),
+        torch.optim.Adam([plain], lr=0.1, fused=True),
+    )
+    for overflow in (1.0, 0.0, 1.0, 0.0, None):
+        for weight, optimizer in zip((ours, plain), optimizers, strict=True):
+            weight.grad = torch.tensor([1.0, -3.0]) * (scale or 1.0)
+            optimizer.grad_scale = None if scale is None else torch.tensor(scale)
+            optimizer.found_inf = None if overflow is None else torch.tensor(overflow)
+            optimizer.step()
+        torch.testing.assert_close(ours, plain)
+    assert optimizers[0].skipped_steps == 2
+    assert torch.equal(optimizers[0].state[ours]["step"], torch.tensor(3.0))
+    optimizers[0].found_inf = torch.tensor([2.0])  # found on two devices
+    optimizers[0].step()
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("form", ["loop", "closure"])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_a_scaler_that_has_scaled_and_was_not_given_is_an_error(method_name, form, unscales):
+    if unscales and METHODS[method_name].passes == 1:
+        return  # nothing is wrong with that
+    model, optimizer, batches = setting(method_name)
+    scaler = scaler_of()
+    before = everything(model, optimizer)
+
+    def closure():
+        scaler.scale(loss_of(model, *batches[0])).backward()
+        if unscales and optimizer.turn.last:
+            scaler.unscale_(optimizer)
+
+    def step():
+        if form == "closure":
+            optimizer.step(closure)
+        else:
+            for _ in optimizer.passes():
+                closure()
+
+    with pytest.raises(RuntimeError, match=r"a loss was scaled in this step by a GradScaler.*passes\(scaler=scaler\)"):
+        step()
+    assert_same(before, everything(model, optimizer))
+
+
+def test_scalers_of_something_else_are_no_matter():
+    """One that is disabled, one that has its own optimizer within the body, one that was used before."""
+    model, optimizer, batches = setting("sam")
+    other = nn.Parameter(torch.ones(2))
+    others = torch.optim.SGD([other], lr=0.1)
+    disabled, own, used = scaler_of(enabled=False), scaler_of(), scaler_of()
+    used.scale(torch.ones(()))
+    for turn in optimizer.passes():
+        disabled.scale(loss_of(model, *batches[0])).backward()
+        if turn.last:
+            own.scale(other.sum()).backward()
+            own.step(others)
+            own.update()
+    twin, plain, _ = setting("sam")
+    plain.step(closure_of(twin, *batches[0]))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_looking_for_scalers_costs_nothing_where_there_are_none(monkeypatch):
+    gc.collect()
+    amp.fresh_scalers()
+    monkeypatch.setattr(amp.gc, "get_referrers", lambda *_: pytest.fail("searched"))
+    assert amp.fresh_scalers() == []
+    monkeypatch.undo()
+    scaler = scaler_of()
+    assert [found() for found in amp.fresh_scalers()] == [scaler]
+    scaler.scale(torch.ones(()))
+    assert amp.fresh_scalers() == []
