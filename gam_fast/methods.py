@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -9,6 +10,7 @@ from torch import distributed
 from typing_extensions import Unpack
 
 from . import recipes
+from .bases import Given
 from .optimizer import FlatOptimizer
 from .options import Options, OptionsOfBase, OptionsWithAlpha, documented
 
@@ -34,7 +36,9 @@ class Base(FlatOptimizer):
 
     recipe = recipes.BASE
 
-    def __init__(self, params: Any, base_optimizer: Any = torch.optim.SGD, **options: Unpack[OptionsOfBase]) -> None:
+    def __init__(
+        self, params: Iterable[Any] | None, base_optimizer: Given = torch.optim.SGD, **options: Unpack[OptionsOfBase]
+    ) -> None:
         super().__init__(params, base_optimizer, **options)
 
 
@@ -61,8 +65,8 @@ class SAM(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.05,
         **options: Unpack[OptionsWithAlpha],
@@ -94,8 +98,8 @@ class ASAM(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.5,
         eta: float = 0.0,
@@ -129,8 +133,8 @@ class GSAM(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.04,
         alpha: float = 0.4,
@@ -164,8 +168,8 @@ class GradientNormPenalty(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.05,
         alpha: Coefficients = 0.8,
@@ -211,8 +215,8 @@ class GAM(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.2,
         rho_prime: float | str = 0.02,
@@ -268,8 +272,8 @@ class ExactGAM(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.2,
         alpha: float = 0.1,
@@ -324,8 +328,8 @@ class CFlat(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.2,
         lam: float = 0.2,
@@ -363,8 +367,8 @@ class FAD(FlatOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        base_optimizer: Any = torch.optim.SGD,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
         *,
         rho: float = 0.05,
         rho_prime: float | str = 0.05,

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from ranks import same_on_all_ranks
+from schedule_free import ScheduleFree
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -112,6 +113,24 @@ def test_a_closure_with_an_argument_gets_the_turn():
             x, y = turn.rows(batch)
             F.cross_entropy(plain(x), y).backward()
     assert_same_model(accelerator.unwrap_model(model), plain)
+
+
+@pytest.mark.parametrize("method", [gam_fast.Base, gam_fast.SAM, gam_fast.GAM])
+def test_it_reaches_the_modes_of_a_schedule_free_base(method):
+    accelerator = Accelerator(cpu=True)
+    model = net()
+    flat = method(model.parameters(), ScheduleFree, lr=0.1, model=model)
+    optimizer = accelerator.prepare_optimizer(flat)
+    for x, y in loader():
+        flat.step(lambda x=x, y=y: F.cross_entropy(model(x), y).backward())
+    optimizer.eval()
+    averaged = [p.detach().clone() for p in model.parameters()]
+    flat.train()
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), averaged, strict=True))
+    flat.base.eval()
+    for p, q in zip(model.parameters(), averaged, strict=True):
+        torch.testing.assert_close(p.detach(), q)
+    optimizer.train()
 
 
 def test_its_state_is_saved_and_loaded(tmp_path):

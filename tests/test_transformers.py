@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers_trainer
 from ranks import same_on_all_ranks
+from schedule_free import ScheduleFree
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -357,3 +358,37 @@ def two_processes(rank, world, accumulate, sync, folder):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_stay_equal(two, accumulate, sync, tmp_path):
     assert two.run(two_processes, accumulate, sync, str(tmp_path)) == [(True, 5), (True, 5)]
+
+
+def test_a_schedule_free_base_is_trained_and_evaluated_in_its_modes(tmp_path):
+    """As in a plain loop: train() before each step, and the evaluation sees the averaged weights."""
+    seen = []
+
+    class Look(Recorder):
+        def prediction_step(self, model, *args, **kwargs):
+            seen.append([p.detach().clone() for p in model.parameters()])
+            return super().prediction_step(model, *args, **kwargs)
+
+    model = language_model(dropout=0.0)
+    twin = copy.deepcopy(model)
+    optimizer = gam_fast.SAM(model.parameters(), ScheduleFree, lr=0.05, rho=0.05)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = Look(model, arguments_of(tmp_path, max_steps=4, **options), train_dataset=rows(), eval_dataset=rows(4))
+    trainer.optimizer = optimizer
+    trainer.train()
+
+    twin.train()
+    plain = gam_fast.SAM(twin.parameters(), ScheduleFree, lr=0.05, rho=0.05)
+    averaged = []
+    for k, (inputs, count, *_) in enumerate(trainer.seen, start=1):
+        plain.train()
+        for turn in plain.passes():
+            turn.backward(twin(**inputs, num_items_in_batch=count).loss)
+        if k % 2 == 0:
+            plain.eval()
+            averaged.append([p.detach().clone() for p in twin.parameters()])
+    assert len(averaged) == 2
+    for at, weights in zip((seen[0], seen[-1]), averaged, strict=True):
+        for p, q in zip(at, weights, strict=True):
+            assert torch.equal(p, q)
+    assert_same_model(model, twin)
