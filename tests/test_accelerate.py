@@ -245,3 +245,19 @@ def two_processes(rank, world):
 
 def test_two_processes_stay_equal(two):
     assert two.run(two_processes) == [(True, 2), (True, 2)]
+
+
+def test_the_first_pass_is_known_through_the_wrapper():
+    accelerator = Accelerator(cpu=True)
+    model, _, optimizer, batches = prepared(accelerator)
+    said = [gam_fast.first_pass(optimizer)]
+    x, y = next(iter(batches))
+
+    def closure():
+        said.append(gam_fast.first_pass(optimizer))
+        accelerator.backward(F.cross_entropy(model(x), y))
+
+    optimizer.step(closure)
+    assert said == [True, True, False, False, False]
+    plain = accelerator.prepare(torch.optim.SGD(net().parameters(), lr=0.1))
+    assert gam_fast.first_pass(plain)
