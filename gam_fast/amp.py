@@ -106,7 +106,12 @@ def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def check_not_forgotten(fresh: Fresh, optimizer: object, passes: int) -> None:
-    """After the passes of a step without a scaler: that none of ``fresh``, listed before them, has scaled the loss.
+    """Check, after the passes of a step without a scaler, that none of ``fresh`` has scaled the loss.
+
+    Args:
+        fresh: from :func:`fresh_scalers`, before the passes.
+        optimizer: the optimizer that takes the step.
+        passes: how many the step has.
 
     Raises:
         RuntimeError: one has scaled for the first time, and neither unscaled gradients nor was updated since.
@@ -118,10 +123,10 @@ def check_not_forgotten(fresh: Fresh, optimizer: object, passes: int) -> None:
         known = scaler._per_optimizer_states
         if not known or (passes > 1 and id(optimizer) in known):
             raise RuntimeError(
-                f"a loss was scaled in this step by a {type(scaler).__name__} that the step was not given: its "
+                f"a loss was scaled in a step by a {type(scaler).__name__} that the step was not given: its "
                 f"direction would be {scaler._init_scale:g} times too long. Write passes(scaler=scaler) or "
                 "step(closure, scaler=scaler), and leave scaler.unscale_, scaler.step and scaler.update out. (If it "
-                "was the loss of another optimizer: scale that outside of this step)"
+                "was the loss of another optimizer: scale that outside of the step)"
             )
 
 

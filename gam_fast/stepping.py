@@ -265,6 +265,8 @@ class Stepper(Hooked):
         self._refuse_nesting("passes()")
         if self._progress.scalers is None and scale is None:
             self._progress.scalers = fresh_scalers()
+        elif self._progress.scalers and scale is None:  # the step before was undone, perhaps because of an overflow
+            check_not_forgotten(self._progress.scalers, self, self.recipe.passes)
         walk = self._open(scale, by_loop=by_loop)
         GivenScale.drop(self)  # of a call that came to nothing
         try:

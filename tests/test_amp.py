@@ -582,9 +582,25 @@ def test_a_scaler_that_has_scaled_and_was_not_given_is_an_error(method_name, for
             for _ in optimizer.passes():
                 closure()
 
-    with pytest.raises(RuntimeError, match=r"a loss was scaled in this step by a GradScaler.*passes\(scaler=scaler\)"):
+    with pytest.raises(RuntimeError, match=r"a loss was scaled in a step by a GradScaler.*passes\(scaler=scaler\)"):
         step()
     assert_same(before, everything(model, optimizer))
+
+
+def test_a_forgotten_scaler_is_noticed_where_its_steps_overflow():
+    model, optimizer, batches = setting("gam", on_nonfinite="skip")
+    scaler = scaler_of()
+
+    def step():
+        for _ in optimizer.passes():
+            (scaler.scale(loss_of(model, *batches[0])) * float("inf")).backward()
+
+    step()
+    assert optimizer.skipped_steps == 1
+    with pytest.raises(RuntimeError, match="a loss was scaled in a step by a GradScaler"):
+        step()
+    assert optimizer.skipped_steps == 1
+    by_turn(model, optimizer, scaler, *batches[0])
 
 
 def test_scalers_of_something_else_are_no_matter():
