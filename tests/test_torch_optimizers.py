@@ -161,16 +161,16 @@ def test_what_cannot_be_a_base_says_why(name, method):
 @over_bases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_base_takes_the_steps_of_the_plain_optimizer(name, dtype):
-    for given in arguments(name, flags=True):
+    for given in arguments(name, flags=dtype == torch.float32):
         theirs = parameters(name, dtype)
         expected = plain(name, theirs, given.kwargs)
-        losses = take(expected, theirs, 4)
+        losses = take(expected, theirs, 3)
         for form in ("closure", "loop", "backward first"):
             params = parameters(name, dtype)
             optimizer = ours("Base", name, params, given.kwargs)
             if form == "closure":
-                assert_same(take(optimizer, params, 4), losses, given.desc, name not in ROUNDED)
-            for _ in range(0 if form == "closure" else 4):
+                assert_same(take(optimizer, params, 3), losses, given.desc, name not in ROUNDED)
+            for _ in range(0 if form == "closure" else 3):
                 if form == "loop":
                     for _ in optimizer.passes():
                         loss_of(params).backward()
@@ -199,7 +199,7 @@ def test_without_a_radius_they_take_the_steps_of_the_plain_optimizer(name, metho
 def test_the_loss_goes_down(name, method):
     for given in arguments(name):
         params = parameters(name)
-        losses = take(ours(method, name, params, given.kwargs), params, 6)
+        losses = take(ours(method, name, params, given.kwargs), params, 4)
         assert (losses[-1] > losses[0]) if given.kwargs.get("maximize") else (losses[-1] < losses[0]), given.desc
 
 
@@ -252,7 +252,7 @@ def test_state_whose_counters_are_numbers_is_loaded(name, method):
     for given in arguments(name):
         params, again = parameters(name), parameters(name)
         optimizer = ours(method, name, params, given.kwargs)
-        take(optimizer, params)
+        take(optimizer, params, 1)
         state = copy.deepcopy(optimizer.state_dict())
         for entry in state["state"].values():
             if torch.is_tensor(entry.get("step")):
@@ -260,7 +260,7 @@ def test_state_whose_counters_are_numbers_is_loaded(name, method):
         resumed = ours(method, name, again, given.kwargs)
         resumed.load_state_dict(state)
         assert_same_state(resumed.state_dict(), optimizer.state_dict(), given.desc)
-        take(resumed, again)
+        take(resumed, again, 1)
 
 
 @over_bases
@@ -544,7 +544,6 @@ def test_found_inf_alone_skips_the_step(name):
         assert_same_state(optimizer.state_dict(), before, given.desc)
 
 
-@on_each_backend
 @over_bases
 @pytest.mark.parametrize("method", SEVERAL)
 def test_an_overflow_under_a_scaler_is_skipped(name, method):
