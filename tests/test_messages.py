@@ -204,6 +204,8 @@ def test_options_have_one_text_and_one_type_each():
     assert set(taken) == set(options.names()) == set(typed)
     mine = set(options.Options.__annotations__) - set(options.BaseArguments.__annotations__)
     assert mine == set(taken)
+    for key, value in typed.items():
+        assert getattr(value, "__forward_arg__", value) == taken[key], key
     for method in methods()[:-1]:
         assert "options" in inspect.signature(method).parameters
 
