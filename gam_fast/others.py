@@ -17,6 +17,15 @@ RUNNING: dict[int, Sequence[Tensor]] = {}
 """The parameters of each step under way: steps of several optimizers may go side by side."""
 
 
+@dataclass
+class _Count:
+    steps: int = 0
+
+
+CLOSED = _Count()
+"""How many steps of any optimizer are over: each may have left gradients in parameters of another."""
+
+
 class Surroundings:
     """What a step must know of ``model`` besides its own parameters; looked for anew where model or groups changed."""
 
@@ -125,6 +134,7 @@ class OtherGradients:
         if undone and self._before is not None:
             self._give_back(self._before)
         RUNNING.pop(id(self), None)
+        CLOSED.steps += 1
 
     def _give_back(self, held: dict[Tensor, Held]) -> None:
         with torch.no_grad():

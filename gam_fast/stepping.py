@@ -21,7 +21,7 @@ from .amp import Fresh, GivenScale, LossScale, check_not_forgotten, fresh_scaler
 from .backends import Backend
 from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
-from .others import Surroundings
+from .others import CLOSED, Surroundings
 from .ownership import version
 from .passes import Passes
 from .recipes import BASE, Recipe
@@ -388,7 +388,7 @@ class Stepper(Hooked):
                 progress.owed = walk.owed
                 left = self._first_gradient()
                 if left is not None:
-                    left._gam_fast_left = version(left)  # type: ignore[attr-defined]
+                    left._gam_fast_left = version(left), CLOSED.steps  # type: ignore[attr-defined]
                 progress.stepped = True
                 progress.loop_took_step = walk.by_loop and walk.finished
         if first and walk.finished:
@@ -439,14 +439,15 @@ class Stepper(Hooked):
     def _warn_of_unused_gradients(self) -> None:
         """Where somebody called backward() since the last step: each pass computes gradients of its own.
 
-        What a step has left behind is marked with its version, which moves when another backward adds to it. Before the
-        first step what is there may well be of another optimizer.
+        What a step has left behind is marked with its version, which moves when another backward adds to it; a step of
+        another optimizer of ours may do that. Before the first step what is there may well be of another optimizer.
         """
         found, stepped = self._first_gradient(), self._progress.stepped
         self._progress.stepped = False  # until the end of this step, if it comes to one
-        if found is None or not stepped or getattr(found, "_gam_fast_left", None) == version(found):
+        if found is None or not stepped:
             return
-        if not self._is_zeroed(found):
+        then, steps = getattr(found, "_gam_fast_left", (-1, CLOSED.steps))
+        if then != version(found) and steps == CLOSED.steps and not self._is_zeroed(found):
             warnings.warn(
                 f"the gradients that were there before this step of {type(self).__name__} are not used: each of its "
                 "passes computes its own. Call no backward() before step(closure) or passes(); to accumulate over "
