@@ -238,8 +238,6 @@ class Tables:
         before = [self._pieces_for_graphs] if capturing else [kept.find(key) for key, _ in wanted]
         before += [None] * (len(wanted) - len(before))
         new = [i for i, tensor in enumerate(before) if tensor is None]
-        if new and not capturing:
-            graph_memory.reserve(LAUNCHES_AHEAD * sum(tensor.numel() + 1 for _, tensor in wanted[1:]))
         made = iter(copies([wanted[i][1] for i in new], self.device, capturing))
         found = [next(made) if tensor is None else tensor for tensor in before]
         if capturing:
@@ -300,13 +298,14 @@ class Kept(Generic[Value]):
 class GraphMemory:
     """What CUDA graphs read each time they are replayed: it is never used again, nor given back.
 
-    The pinned memory that they copy tables from is asked for ahead of time, because a capture may forbid that.
+    The memory of the host that they copy tables from is pinned (torch captures no other copies) and asked for when a
+    capture needs it, which torch allows: a process that never captures holds none.
     """
 
     WORDS = 1 << 17
 
     def __init__(self) -> None:
-        self._blocks: list[Tensor] = []
+        self._block: Tensor | None = None
         self._used = 0
         self._kept: dict[int, Tensor] = {}
         self._lock = threading.RLock()
@@ -315,29 +314,18 @@ class GraphMemory:
         """Holds on to a tensor."""
         self._kept[tensor.data_ptr()] = tensor
 
-    def reserve(self, words: int) -> None:
-        """Sees to it that so many words can be taken."""
-        with self._lock:
-            if self._room() < words:
-                self._blocks.append(pinned(max(words, self.WORDS)))
-                self._used = 0
-
-    def _room(self) -> int:
-        return self._blocks[-1].numel() - self._used if self._blocks else 0
-
     def take(self, words: int) -> Tensor:
-        """Memory of so many words; once what was reserved is used up, pageable memory, which a capture allows."""
+        """Pinned memory of so many words."""
         with self._lock:
-            if self._room() < words:
-                self._blocks.append(torch.empty(max(words, self.WORDS), dtype=torch.int64, device="cpu"))
+            if self._block is None or self._used + words > self._block.numel():
+                self._block = pinned(max(words, self.WORDS))
                 self._used = 0
+                self.keep(self._block)
             begin, self._used = self._used, self._used + words
-            return self._blocks[-1][begin : self._used]
+            return self._block[begin : self._used]
 
 
 graph_memory = GraphMemory()
-LAUNCHES_AHEAD = 128
-"""Launches whose tables fit what is reserved for graphs: sixteen steps of GAM."""
 
 
 def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> list[Tensor]:
