@@ -18,6 +18,7 @@ from . import radius, saved
 from .active import COUNTS, Agenda, Rules
 from .backends import Backend, select
 from .bases import Given, build_base, filled, is_instance, left_behind
+from .buffers import ForwardState
 from .chain import members
 from .distributed import SYNC, check_supported
 from .options import check_arguments, check_params, documented, no_attribute
@@ -70,6 +71,7 @@ class FlatOptimizer(Stepper):
         backend: str = "auto",
         replay_rng: bool = True,
         freeze_running_statistics: bool = True,
+        moving_buffers: Sequence[str] = (),
         clip_grad_norm: float | None = None,
         on_nonfinite: str = "raise",
         sync: str = "global",
@@ -106,18 +108,19 @@ class FlatOptimizer(Stepper):
             self._check_group(group)
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
+        self._progress = Progress()
         self.model = model
         self._options: dict[str, Any] = {
             "sync": sync,
             "replay_rng": bool(replay_rng),
             "freeze_running_statistics": bool(freeze_running_statistics),
+            "moving_buffers": _patterns(moving_buffers),
             "clip_grad_norm": clip_grad_norm,
             "on_nonfinite": on_nonfinite,
             "ascent_share": float(ascent_share),
         }
         for param in self._parameters():
             self._select(param.device)
-        self._progress = Progress()
         self._surroundings = Surroundings()
         self._check_difference(groups)
         for group, keys, mine in zip(self.base.param_groups, stale, filled(self.base), strict=True):
@@ -193,6 +196,7 @@ class FlatOptimizer(Stepper):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
         check_supported(model, list(self._parameters()))
         self._model, self._copied = model, None
+        self._progress.forward_state = ForwardState()
 
     @property
     def clip_grad_norm(self) -> float | None:
@@ -429,6 +433,12 @@ class FlatOptimizer(Stepper):
 def _check_clip(limit: float | None) -> None:
     if limit is not None and not (math.isfinite(limit) and limit > 0):
         raise ValueError(f"clip_grad_norm must be a positive number or None, got {limit!r}")
+
+
+def _patterns(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"moving_buffers must be a list of patterns of names, got {names!r}")
+    return tuple(names)
 
 
 def _check_share(share: object) -> None:

@@ -19,12 +19,21 @@ from typing_extensions import TypedDict  # which torch needs itself
 from .active import Rules
 
 OPTIONS = """\
-model: the module being trained. Given, its running statistics (BatchNorm and kin) move in the first pass only.
+model: the module being trained. Given, what its forward writes into it moves once a step: buffers of any name
+    (running statistics, ``_u`` of spectral norm, observers, codebooks, queues), in place or by assignment. All
+    passes see what was there at the start, what the first makes of it stays, and a step that is undone leaves
+    no trace. The same goes for parameters that are not being trained, in ``model`` or among ``params``, such as
+    momentum encoders.
     Its parameters that are not in ``params`` get the gradient of that pass, and not the sum over all passes.
 backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
 replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass. Read the batch before the
     passes, or by :meth:`micro_batches`: what else draws random numbers in the first pass only shifts its masks.
-freeze_running_statistics: switch for what ``model`` does.
+freeze_running_statistics: switch for that. The first step copies all buffers and parameters, as far as that
+    takes no more memory than the trained parameters (or 64 MiB), and finds out which of them move. Later steps
+    copy those, and others of at most 4,096 elements once; the rest is watched, for a microsecond each. A large
+    buffer that begins to move later moves once in that step too, but the later passes of that step see it moved.
+moving_buffers: patterns (as of :mod:`fnmatch`) of the names of buffers of ``model`` that may move in every
+    pass, such as ``["*.calls"]``.
 ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, the last
     sees all of it. The body takes its rows by ``xb, yb = turn.rows(x, y)``; over micro-batches,
     :meth:`micro_batches` does it. A step of GAM then costs 3 s + 1 gradients. Running statistics, and random
@@ -101,6 +110,7 @@ class Options(BaseArguments, total=False):
     backend: str
     replay_rng: bool
     freeze_running_statistics: bool
+    moving_buffers: Sequence[str]
     clip_grad_norm: float | None
     on_nonfinite: str
     sync: str

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import ownership
 from .backends.base import Backend, Bookkeeping, Direction, Leaves, TensorList, Versions
@@ -54,6 +55,7 @@ class Participants:
         params: all parameters, whether they take part or not.
         devices: what they are on.
         sharded: whether any is spread over processes.
+        flags: for each parameter, whether it takes part.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class Participants:
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded
         self._shards: dict[tuple[torch.device, Layout | None, torch.dtype | None], Shard] = {}
-        self._flags = bytearray(len(self.params))  # whether a parameter takes part
+        self.flags = bytearray(len(self.params))
+        self.named: Iterable[tuple[str, Tensor]] = ()
+        """Names of parameters in the model, for messages."""
         self._spare: dict[Tensor, Tensor] = {}
         self._books: Bookkeeping = ownership
         if self.params and not self.sharded:
@@ -82,7 +86,10 @@ class Participants:
         if len(self.devices) > 1:  # perhaps of several backends
             self._books, self._all = ownership, self.params
         self._versions: Versions | None = None
+        self._each: list[int] | None = None  # the versions again, where parameters may move that are not trained
         self._parts: TensorList = []  # those that were there when the versions were noted, of sharded parameters
+        self.moved: list[int] = []
+        """The positions of parameters without a gradient that a pass was seen to move."""
 
     def __iter__(self) -> Iterator[Shard]:
         return iter(self._shards.values())
@@ -92,7 +99,7 @@ class Participants:
 
     def present(self) -> list[bool]:
         """For each parameter, whether it takes part."""
-        return [flag != 0 for flag in self._flags]
+        return [flag != 0 for flag in self.flags]
 
     def clear_gradients(self, *, recycle: bool = False) -> None:
         """No parameter has a gradient, or (a part of somebody's buffer) one of zeros.
@@ -105,21 +112,43 @@ class Participants:
         for i, grad in found:
             self._spare[self.params[i]] = grad
 
-    def note_versions(self) -> None:
-        """From here on, nobody but the engine may write to a parameter."""
+    def note_versions(self, *, each: bool = False) -> None:
+        """From here on, nobody but the engine may write to a parameter that is being trained.
+
+        Args:
+            each: whether parameters may move that are not: what is found changed is then no end of the search.
+        """
         self._parts = [local(param) for param in self.params] if self.sharded else []
         self._versions = self._books.versions(self._parts or self._all)
+        self._each = [param._version for param in self._parts or self.params] if each else None
 
     def _check_versions(self, where: str) -> None:
         if self._versions is None:
             return
-        changed = self._versions.first_changed(self._parts or self._all)
-        # fully_shard puts another tensor in place of the part, in the first forward
-        if changed >= 0 and (not self.sharded or self._is_same_memory(changed)):
-            raise RuntimeError(
-                f"{self.name(changed)} was modified during {where}; parameters must stay as the optimizer set them "
-                "until the step is over"
-            )
+        first = self._versions.first_changed(self._parts or self._all)
+        if first < 0:
+            return
+        changed = [first]
+        if self._each is not None:
+            pairs = zip(self._each, self._parts or self.params, strict=True)
+            changed = [i for i, (version, param) in enumerate(pairs) if param._version != version]
+        for i in changed:
+            # fully_shard puts another tensor in place of the part, in the first forward
+            if self.sharded and not self._is_same_memory(i):
+                continue
+            if self.params[i].grad is not None or self.flags[i]:
+                self.refuse_write(i, where)
+            self.moved.append(i)
+
+    def refuse_write(self, position: int, where: str) -> NoReturn:
+        """Raise the RuntimeError for a parameter that is being trained and was written to."""
+        raise RuntimeError(
+            f"{self.name(position)} was modified during {where}; parameters must stay as the optimizer set them "
+            f"until the step is over, because {self._recipe} evaluates the model at several points. Embedding(max_norm="
+            "), an initialisation by the first batch, the first forward of a lazy module and clamping weights in the "
+            "forward do that: run such an initialisation once before training, and renormalise or clamp after the "
+            "step. (A parameter without a gradient may be moved.)"
+        )
 
     def take_usual(self, index: int, *, keep: bool) -> bool:
         """What :meth:`take_in` does, in one go, if all is as it mostly is; whether it was."""
@@ -128,7 +157,7 @@ class Participants:
         shard = next(iter(self._shards.values()), None)
         if shard is not None and shard.leaves.params is not self._all:
             return False
-        taken = self._books.take_usual_gradients(self._all, self._versions, self._flags, keep)
+        taken = self._books.take_usual_gradients(self._all, self._versions, self.flags, keep)
         if taken is None:
             return False
         if shard is None:
@@ -137,22 +166,26 @@ class Participants:
         shard.grads[index] = taken
         return True
 
-    def take_in(self, index: int, *, keep: bool, where: str, mend: str | None) -> None:
+    def take_in(self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False) -> None:
         """What is in ``param.grad`` becomes vector ``index``, as the optimizer's own if it is to be kept.
+
+        Args:
+            may_write: whether the forward may have written to parameters, as in a step of one pass.
 
         Raises:
             RuntimeError: a parameter was written to since :meth:`note_versions`; no parameter has a gradient, and
                 there is a ``mend`` for that.
             TypeError: a sparse gradient.
         """
+        if not may_write:
+            self._check_versions(where)
         self._look_closely(where, mend)
         for shard in self:
             shard.grads[index] = self._take(shard, keep)
 
     def _look_closely(self, where: str, mend: str | None) -> None:
-        """Raise the errors of :meth:`take_in`, and let those that have their first gradient take part."""
-        self._check_versions(where)
-        newcomers, any_gradient, sparse = self._books.survey_gradients(self._all, self._flags)
+        """Raise the other errors of :meth:`take_in`, and let those that have their first gradient take part."""
+        newcomers, any_gradient, sparse = self._books.survey_gradients(self._all, self.flags)
         if sparse >= 0:
             grad = self.params[sparse].grad
             raise TypeError(
@@ -223,7 +256,7 @@ class Participants:
         is_all = len(positions) == len(self.params) and not self.sharded and leaves.vectors is None
         leaves.params = self._all if is_all else hold([*leaves.params, *parts])
         for i in positions:
-            self._flags[i] = 1
+            self.flags[i] = 1
 
     def allocate_backup(self, shard: Shard) -> TensorList:
         """Memory for θ of a shard."""
@@ -268,8 +301,10 @@ class Participants:
         group = self._group[position]
         param, place = self.params[position], position - self._group.index(group)
         names = self.groups[group].get("param_names")
-        called = f" ({names[place]})" if names else ""
-        return f"parameter {place} of group {group}{called}, of shape {tuple(param.shape)},"
+        called = names[place] if names else next((name for name, p in self.named if p is param), "")
+        called = f" ({called})" if called else ""
+        shape = "not initialized yet" if is_lazy(param) else f"of shape {tuple(param.shape)}"
+        return f"parameter {place} of group {group}{called}, {shape},"
 
     def _is_same_memory(self, position: int) -> bool:
         part, before = local(self.params[position]), self._parts[position]

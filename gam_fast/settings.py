@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Backend
+from .buffers import ForwardState
 from .capture import refuse_to_look
 from .recipes import Recipe
 
@@ -22,6 +23,8 @@ class Settings:
     model: nn.Module | None = None
     replay_rng: bool = True
     freeze_running_statistics: bool = True
+    moving_buffers: Sequence[str] = ()
+    forward_state: ForwardState | None = None
     clip_grad_norm: float | None = None
     on_nonfinite: str = "raise"
     sync: str = "global"

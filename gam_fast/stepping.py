@@ -19,6 +19,7 @@ from . import radius
 from .active import STEPS, Agenda
 from .amp import Fresh, GivenScale, LossScale, check_not_forgotten, fresh_scalers
 from .backends import Backend
+from .buffers import ForwardState
 from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
 from .others import CLOSED, Surroundings
@@ -49,6 +50,7 @@ class Progress:
     zeroes_in_place: bool = False
     """Whether somebody zeroes gradients in place between steps."""
     warned_of_share: bool = False
+    forward_state: ForwardState = field(default_factory=ForwardState)
     mode: str = ""
     """``"train"`` or ``"eval"``, whichever the optimizer was last told, if it was."""
     seen: dict[str, float] = field(default_factory=dict)
@@ -304,6 +306,7 @@ class Stepper(Hooked):
             self.recipe if whole else self.recipe.plain,
             self._select,
             self._model,
+            forward_state=self._progress.forward_state,
             goes_on=None if agenda.trigger is None else self._goes_on,
             others=around.others,
             keep_parts=not around.has_bucket_views,
@@ -393,6 +396,7 @@ class Stepper(Hooked):
                 progress.loop_took_step = walk.by_loop and walk.finished
         if first and walk.finished:
             self._warn_of_unused_share(walk)
+            self._warn_of_forgotten_model(walk)
         return is_skipped
 
     def _fail_later(self, error: Exception) -> None:
@@ -431,6 +435,19 @@ class Stepper(Hooked):
             "argument if that is called turn (or asks optimizer.turn)",
             stacklevel=_frames_of_libraries(),
         )
+
+    def _warn_of_forgotten_model(self, walk: Walk) -> None:
+        """Once, where buffers of a module that has our parameters have moved, and perhaps did so in every pass."""
+        if walk.state.forgotten:
+            names = walk.state.forgotten
+            walk.state.forgotten = []
+            warnings.warn(
+                f"the forward moves buffers of the module that this {type(self).__name__} trains ({', '.join(names[:4])}"
+                f"{', …' if len(names) > 4 else ''}), and does so in each pass of a step: construct the optimizer with "
+                "model=model, or set optimizer.model, so that they move once a step, as running statistics should "
+                "(freeze_running_statistics=False if they should not)",
+                stacklevel=_frames_of_libraries(),
+            )
 
     def _first_gradient(self) -> Tensor | None:
         params = (param for group in self.param_groups for param in group["params"])

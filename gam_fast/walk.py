@@ -19,7 +19,7 @@ from torch import Tensor
 from . import hvp, scalars, second_order
 from .amp import GivenScale, LossScale
 from .backends.base import Direction, FoldInto, Products, Scalar
-from .batchnorm import FreezeRunningStatistics
+from .buffers import ForwardState
 from .coefficients import Coefficients
 from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
@@ -100,7 +100,9 @@ class Walk:
         self._grad_enabled = torch.is_grad_enabled()
         self._begun = False
         self._rng: ReplayRNG | None = None
-        self._statistics = FreezeRunningStatistics(settings.model if settings.freeze_running_statistics else None)
+        self.state = settings.forward_state or ForwardState()
+        if settings.model is not None:
+            self.shards.named = settings.model.named_parameters()
         self._others = OtherGradients(settings.others, self.params)
 
     def leave(self, error: BaseException | None) -> bool:
@@ -119,7 +121,7 @@ class Walk:
         finally:
             try:
                 self._others.close(undone=undo is not None)
-                self._statistics.__exit__(undo, error, None)
+                self.state.exit(undo=undo is not None)
                 if self._rng is not None:
                     self._rng.__exit__(undo, error, None)
             finally:
@@ -208,20 +210,24 @@ class Walk:
             if self.settings.replay_rng:
                 self._rng = ReplayRNG(self.shards.devices)
                 self._rng.__enter__()
-            self._statistics.__enter__()
+            if self.settings.freeze_running_statistics:
+                several, gradient = self.recipe.passes > 1, not self.recipe.second_order
+                given = self.settings.model, self.params, self.shards.flags, self.settings.moving_buffers
+                self.state.enter(*given, several=several, by_gradient=gradient)
             if self._local is not None:
                 self._on_exit.callback(self._local.close)
                 self._local.begin()
-                self._statistics.start_anew()  # from those of rank 0
+                self.state.start_anew()  # from those of rank 0
         clear_weight_caches()
         self.shards.clear_gradients(recycle=self.recipe.passes > 1)
         is_cut = self._is_cut
         if self._rng is not None:
             self._rng.begin(keep_last=is_cut)
-        self._statistics.begin(keep_last=is_cut)
+        self.state.add(self.shards.moved)
+        self.state.begin(keep_last=is_cut)
         self._others.begin(keep_last=is_cut)
         self.portion.begin()
-        self.shards.note_versions()
+        self.shards.note_versions(each=self.state.moves_parameters)
 
     def unscale_by(self, scale: GivenScale) -> None:
         """``scaler.step(optimizer)`` was called in the last pass, or after it; whoever did will update the scaler.
@@ -290,6 +296,8 @@ class Walk:
             NonFiniteGradientError, SkipStep: a gradient on the way is not finite.
         """
         with torch.set_grad_enabled(False):  # less than half the time of the decorator no_grad()
+            if self._newest < 0 and (written := self.state.look()) and self.recipe.passes > 1:
+                self.shards.refuse_write(written[0], f"pass 0 of {self.recipe.name}")
             self._collect()
             if not self.at_end:
                 self._move()
@@ -359,7 +367,7 @@ class Walk:
             elif self.recipe.passes == 1 and self._local is None:
                 mend = None  # as torch's optimizers do nothing then
             where = f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
-            self.shards.take_in(index, keep=keep, where=where, mend=mend)
+            self.shards.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
         self._newest = index
 
     def _move(self) -> None:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
     {"capture"},
-    {"_version", "_torch_version", "recipes", "ownership", "rows", "active", "radius", "saved"},
+    {"_version", "_torch_version", "recipes", "ownership", "rows", "active", "radius", "saved", "reach", "places"},
     {"kernels.table"},
     {"kernels.elements", "kernels.formulas"},
     {"kernels.combine"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"backends.trial"},
     {"backends.native", "backends.triton"},
     {"backends"},
-    {"rng", "batchnorm", "hvp", "amp", "distributed", "hooks", "chain"},
+    {"rng", "buffers", "hvp", "amp", "distributed", "hooks", "chain"},
     {"scalars", "turn", "sharded", "coefficients", "settings"},
     {"finite", "others"},
     {"participants"},

@@ -478,7 +478,7 @@ def test_a_closure_may_return_nothing_if_it_calls_backward():
     assert weight.tolist() != [3.0, 4.0]
 
 
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("method_name", MULTIPASS)
 def test_parameters_changed_by_the_user_during_a_pass(method_name):
     method = METHODS[method_name]
     for at in range(method.passes):

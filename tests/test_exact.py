@@ -184,7 +184,7 @@ def test_the_first_move_of_algorithm_2_approaches_that_of_algorithm_1_at_first_o
 
     def second_point(rho_prime):
         """The displacement with which GAM's third pass is taken."""
-        optimizer = gam_fast.GAM(params, torch.optim.SGD, lr=0.0, rho=0.1, rho_prime=rho_prime, replay_rng=False)
+        optimizer = gam_fast.GAM(params, torch.optim.SGD, lr=0.0, rho=0.1, rho_prime=rho_prime, model=model)
         for turn in optimizer.passes():
             if turn.index == 2:
                 seen.append([p.detach() - s for p, s in zip(params, theta, strict=True)])

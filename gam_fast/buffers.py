@@ -1,0 +1,378 @@
+"""State that a forward writes into a model moves once a step: buffers, and parameters that are not being trained.
+
+Most buffers never move. The first step copies all of them and finds out which do, by identity, by the version that
+autograd counts, by address and by value. Later steps copy those only, and small ones; the others are watched.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .capture import is_capturing
+from .places import ABSENT, STATISTICS, Place, can_be_copied, copy_all, differing, size_of, trace, write
+from .reach import modules_in_reach
+
+LEAST_BYTES = 64 << 20
+"""What the copies of the first step may take, where the trained parameters take less."""
+
+
+def modules_of(model: nn.Module | None) -> list[nn.Module]:
+    """All modules: as ``model.modules()``, whose nested generators take longer than all else here."""
+    found: list[nn.Module] = []
+    seen: set[nn.Module | None] = {None}
+    rest = [model]
+    while rest:
+        module = rest.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        found.append(module)
+        rest.extend(reversed(module._modules.values()))
+    return found
+
+
+class ForwardState:
+    """Keeps what the first pass made of a model's buffers, and of parameters that are not being trained.
+
+    As a context manager it spans one step: call :meth:`enter` (``with`` does it for ``model`` alone) and then
+    :meth:`begin` at the start of each pass. All passes see what was there at entry. On leaving, it is what the first
+    pass made of that, bit for bit (or, with ``begin(keep_last=True)``, what the last pass made of it); when the block
+    raises, what was there at entry. Buffers that are written to in place stay the same tensors, at the same address,
+    and modules are not switched, so that a compiled model is not compiled again. One object serves many steps: the
+    first finds out which buffers move.
+
+    Args:
+        model: the module, for ``with``.
+
+    >>> model = nn.BatchNorm1d(2)
+    >>> with ForwardState(model) as state:
+    ...     for scale in (1.0, 100.0):
+    ...         state.begin()
+    ...         _ = model(scale * torch.ones(4, 2))
+    >>> model.running_mean, int(model.num_batches_tracked)
+    (tensor([0.1000, 0.1000]), 1)
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._given = model
+        self._layout: Any = None
+        self._places: list[Place] = []  # first those of buffers, then those of parameters
+        self._buffers = 0
+        self._active = self._learning = self._learnt_several = False
+        self.forgotten: list[str] = []
+        """Modules with moving buffers that the calling code can name, where no model was given."""
+
+    @property
+    def moves_parameters(self) -> bool:
+        """Whether a parameter of the optimizer is known to move without being trained, or may: in the first step."""
+        return self._learning or any(place.moves for place in self._places[self._buffers :])
+
+    def __enter__(self) -> ForwardState:
+        self.enter(self._given)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.exit(undo=kind is not None)
+
+    def enter(
+        self,
+        model: nn.Module | None,
+        params: Sequence[Tensor] = (),
+        taking_part: Sequence[int] = (),
+        left_out: Sequence[str] = (),
+        *,
+        several: bool = True,
+        by_gradient: bool = True,
+    ) -> None:
+        """Before the first pass of a step.
+
+        Args:
+            model: the module being trained.
+            params: the parameters of the optimizer.
+            taking_part: for each of them, whether it is being trained; this may change during the step.
+            left_out: patterns of the names of buffers that may move in every pass.
+            several: whether the step may have several passes.
+            by_gradient: whether a parameter that is being trained has a gradient after the first pass.
+
+        Raises:
+            RuntimeError: a lazy module before its first forward, where there are several passes.
+            ValueError: a pattern of ``left_out`` that no buffer is named by.
+        """
+        self._model, self._params, self._taking_part, self._left_out = model, params, taking_part, left_out
+        self._capturing = is_capturing([param.device for param in params[:1]])
+        self._begun = self._looked = self._returned = self._keep_last = False
+        self._elsewhere: list[tuple[str, Place]] = []
+        self._modules = modules_of(model)
+        layout = self._at_entry = self._layout_of(self._modules)
+        self._learning = layout != self._layout or (several and not self._learnt_several)
+        if self._learning:
+            if several:
+                self._refuse_lazy()
+            self._layout = None  # until this step has come so far as to know better
+            self._learnt_several = several
+            self._find(with_trained=several and by_gradient and not self._capturing)
+            if model is None and several:
+                self._look_around()
+        else:
+            self._copy_what_moves()
+        self._active = True
+
+    def _layout_of(self, modules: list[nn.Module]) -> Any:
+        """By what is seen that places have to be found anew: modules, their modes, and the names of their buffers."""
+        names = [(id(own), *own.keys()) for module in modules if (own := module._buffers)]
+        return len(self._params), [module.training for module in modules], names
+
+    def _find(self, *, with_trained: bool) -> None:
+        """Find all places, and copy what lies there, small ones first, as far as memory allows."""
+        exempt, ours = self._exempt(), set(map(id, self._params))
+        buffers = [
+            Place(tensor, own, name, silent=tensor is not None and module.training and name in STATISTICS)
+            for module in self._modules
+            for own in [module._buffers]
+            for name, tensor in own.items()
+            if (id(own), name) not in exempt
+        ]
+        params = [Place(p, position=i) for i, p in enumerate(self._params) if with_trained or not p.requires_grad]
+        of_model = (param for module in self._modules for param in module._parameters.values() if param is not None)
+        params += map(Place, {p: None for p in of_model if not p.requires_grad and id(p) not in ours})
+        buffers, params = (
+            [place for place in places if place.tensor is None or can_be_copied(place.tensor)]
+            for places in (buffers, params)
+        )
+        self._places, self._buffers = buffers + params, len(buffers)
+        left = max(LEAST_BYTES, sum(size_of(param) for param in self._params if param.requires_grad))
+        with torch.set_grad_enabled(False):
+            for place in sorted(self._places, key=lambda place: (place.may_be_trained, size_of(place.tensor))):
+                place.note()
+                place.keeps = place.is_small and not place.may_be_trained
+                left -= size_of(place.tensor)
+                if left >= 0 or place.keeps:
+                    place.copy()
+
+    def _refuse_lazy(self) -> None:
+        """Raise for what has no values yet."""
+        named: Iterable[tuple[str, Any]] = ((f"parameter {i}", param) for i, param in enumerate(self._params))
+        if self._model is not None:
+            named = itertools.chain(self._model.named_parameters(), self._model.named_buffers(), named)
+        for name, tensor in named:
+            if is_lazy(tensor):
+                raise RuntimeError(
+                    f"{name} is not initialized: it is that of a lazy module before its first forward, which gives it "
+                    "its shape. A step of several passes starts from parameters that are there: run the model once, "
+                    "under torch.no_grad(), before the first step"
+                )
+
+    def _exempt(self) -> set[tuple[int, str]]:
+        """The buffers that are left out."""
+        if self._model is None or not self._left_out:
+            return set()
+        names = {
+            (id(module._buffers), name): f"{prefix}.{name}".replace("_orig_mod.", "").removeprefix("module.").strip(".")
+            for prefix, module in self._model.named_modules(remove_duplicate=False)
+            for name in module._buffers.keys()  # noqa: SIM118 - those of a script module cannot be iterated over
+        }
+        for pattern in self._left_out:
+            if not any(fnmatchcase(name, pattern) for name in names.values()):
+                raise ValueError(
+                    f"moving_buffers: {pattern!r} fits no buffer of the model; it has "
+                    f"{', '.join(names.values()) or 'none'}"
+                )
+        return {key for key, name in names.items() if any(fnmatchcase(name, pattern) for pattern in self._left_out)}
+
+    def _look_around(self) -> None:
+        """Without a model, watch the buffers of modules that the calling code can name."""
+        ours = set(map(id, self._params))
+        for model in modules_in_reach(self._params):
+            for prefix, module in model.named_modules():
+                if any(p is not None and p.requires_grad and id(p) not in ours for p in module._parameters.values()):
+                    continue  # somebody else trains it
+                for name, tensor in module._buffers.items():
+                    place = Place(tensor, module._buffers, name)
+                    if tensor is None or can_be_copied(tensor):
+                        place.note()
+                        if place.is_small:
+                            place.copy()
+                        self._elsewhere.append((f"{prefix}.{name}".strip("."), place))
+
+    def _copy_what_moves(self) -> None:
+        pairs: list[tuple[Tensor, Tensor]] = []
+        with torch.set_grad_enabled(False):
+            for place in self._places:
+                before, version, address = place.tensor, place.version, place.address
+                place.tensor = tensor = place.now()
+                place.note()
+                if not place.keeps and not place.moves:
+                    continue
+                # (a CUDA graph must not write to memory that it does not own)
+                if place.start is None or tensor is not before or address != place.address or self._capturing:
+                    place.copy()
+                elif place.moves or version != place.version:
+                    pairs.append((place.start, tensor))
+            copy_all(pairs)
+
+    def start_anew(self) -> None:
+        """Passes start from what is there now; a block that raises still goes back to what was there at entry."""
+        with torch.set_grad_enabled(False):
+            for place in self._places:
+                place.note()
+                if place.start is not None:
+                    place.entry = place.start
+                    place.copy()
+
+    def _trained(self, place: Place) -> bool:
+        return place.position >= 0 and bool(self._taking_part[place.position])
+
+    def look(self) -> list[int]:
+        """After the first pass, find out what moved. Parameters that have a gradient are being trained.
+
+        Returns the positions of those which were written to nevertheless, as far as that is known.
+        """
+        if not self._active or self._looked:
+            return []
+        self._looked = True
+        with torch.set_grad_enabled(False):
+            trained = self._drop_trained()
+            written = [place.position for place in trained if place.moved()]
+            if self._learning and not self._capturing and not written:
+                written = [place.position for place in differing(trained)]
+            self._find_silent()
+            for place in self._places:
+                place.moves = place.moves or place.moved()
+            if self._learning and not written:
+                self._find_new()
+            if self._elsewhere:
+                moved = set(differing([place for _, place in self._elsewhere]))
+                self.forgotten = [name for name, place in self._elsewhere if place in moved or place.moved()]
+                self._elsewhere = []
+        return written
+
+    def _drop_trained(self) -> list[Place]:
+        """Parameters that have a gradient are no places."""
+        trained = [p for p in self._places[self._buffers :] if p.position >= 0 and p.tensor.grad is not None]
+        if trained:
+            gone = set(trained)
+            self._places = [place for place in self._places if place not in gone]
+        return trained
+
+    def _find_silent(self) -> None:
+        """In the first step, compare by value what has left no other trace."""
+        if self._learning:
+            unseen = [place for place in self._places if not place.moved() and place.start is not None]
+            for place in unseen if self._capturing else differing(unseen):
+                place.moves = place.silent = True
+
+    def _find_new(self) -> None:
+        """Buffers that the first pass has added."""
+        modules, exempt = modules_of(self._model), self._exempt()
+        known = self._known()
+        before = set(map(id, self._modules))
+        for module in modules:
+            own = module._buffers
+            for name, tensor in own.items():
+                if (id(own), name) not in known | exempt and (tensor is None or can_be_copied(tensor)):
+                    # what those of a new module were before its first pass, nobody knows
+                    is_new = id(module) not in before
+                    self._places.insert(0, Place(tensor if is_new else ABSENT, own, name, moves=True, silent=is_new))
+                    self._buffers += 1
+        if not self._capturing:
+            self._layout = self._layout_of(modules)
+
+    def add(self, positions: Iterable[int]) -> None:
+        """Parameters without a gradient that were seen to move."""
+        if self._active:
+            known = {place.position for place in self._places[self._buffers :]}
+            for i in positions:
+                if i not in known and can_be_copied(self._params[i]):
+                    self._places.append(Place(self._params[i], position=i, moves=True))
+
+    def begin(self, *, keep_last: bool = False) -> None:
+        """Start a pass: note what the first pass ended with, and go back to what was there at entry.
+
+        Args:
+            keep_last: whether it is the last pass that counts, as known by now; once true, it stays so.
+        """
+        self._keep_last = keep_last
+        if not self._active or not self._begun:
+            self._begun = True
+            return
+        self.look()
+        with torch.set_grad_enabled(False):
+            self._find_silent()
+            moved = [place for place in self._places if place.moved() and not self._trained(place)]
+            if not self._returned:
+                self._returned = True
+                for place in moved:
+                    place.first, place.then = True, place.now()
+                    if not keep_last and isinstance(place.then, Tensor):
+                        place.after = place.then.detach().clone()
+            self._put_back(moved)
+
+    def _put_back(self, places: Sequence[Place], *, to_entry: bool = False) -> None:
+        """To what was there at the start of the passes, or at entry; what there is no copy of stays as it is."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for place in places:
+            place.put(place.tensor)
+            is_other = to_entry and place.entry is not None
+            values = place.entry if is_other else place.start
+            if values is not None and (is_other or place.moved()):
+                write(place.tensor, values, place.address, pairs)
+        copy_all(pairs)
+        for place in places:
+            place.note()
+
+    def _put_after(self, places: Sequence[Place]) -> None:
+        """To what the first pass made of it."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for place in places:
+            place.put(place.then)
+            if place.after is not None:
+                address = place.address if place.then is place.tensor else trace(place.then)[1]
+                write(place.then, place.after, address, pairs)
+        copy_all(pairs)
+
+    def exit(self, *, undo: bool) -> None:
+        """After the step, or, with ``undo``, when it is left without an update."""
+        if not self._active:
+            return
+        if not undo:
+            self.look()
+        with torch.set_grad_enabled(False):
+            if undo:
+                self._drop_trained()
+                self._remove_what_is_new()
+                self._find_silent()
+                self._put_back([p for p in self._places if p.entry is not None or p.moved()], to_entry=True)
+            elif self._returned and not self._keep_last:
+                self._find_silent()
+                places = [place for place in self._places if not self._trained(place)]
+                self._put_back([place for place in places if not place.first and place.moved()])
+                self._put_after([place for place in places if place.first])
+        self._active = False
+        for place in self._places:
+            place.first, place.then, place.after, place.entry = False, None, None, None
+            if self._capturing or not place.keeps:
+                place.start = None
+        self._modules, self._params = [], ()
+
+    def _known(self) -> set[tuple[int, str]]:
+        """The buffers that were there at entry."""
+        return {(own, name) for own, *names in self._at_entry[2] for name in names}
+
+    def _remove_what_is_new(self) -> None:
+        """A pass that was undone leaves no buffers behind that were not there."""
+        known = self._known()
+        for module in self._modules:
+            own = module._buffers
+            for name in [*own.keys()]:
+                if (id(own), name) not in known:
+                    del own[name]
