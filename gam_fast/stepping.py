@@ -442,8 +442,8 @@ class Stepper(Hooked):
             names = walk.state.forgotten
             walk.state.forgotten = []
             warnings.warn(
-                f"the forward moves buffers of the module that this {type(self).__name__} trains ({', '.join(names[:4])}"
-                f"{', …' if len(names) > 4 else ''}), and does so in each pass of a step: construct the optimizer with "
+                f"the forward moves buffers of the module that this {type(self).__name__} trains "
+                f"({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), in each pass of a step: construct it with "
                 "model=model, or set optimizer.model, so that they move once a step, as running statistics should "
                 "(freeze_running_statistics=False if they should not)",
                 stacklevel=_frames_of_libraries(),

@@ -1,0 +1,542 @@
+"""What a forward writes into the model moves once a step, as in plain training, and not at all in an undone one."""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+
+import pytest
+import torch
+from cases import METHODS
+from torch import nn
+from torch.nn import functional as F
+
+import gam_fast
+from gam_fast import buffers, places
+
+pytestmark = pytest.mark.usefixtures("_on_each_backend")
+
+MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
+
+
+class Norm(nn.Module):
+    """A batch norm by hand."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("centre", None if how == "first_none" else torch.zeros(4))
+        self.register_buffer("spread", torch.ones(4))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        if self.how == "functional":  # which no version tells
+            return F.batch_norm(x, self.centre, self.spread, self.weight, None, self.training)
+        rows = x[::2] if self.how == "masked" else x
+        mean, var = rows.mean(0), rows.var(0)
+        out = self.weight * (x - mean) / (var + 1e-5).sqrt()
+        if self.how == "renormalised":  # whose output reads what it moves
+            out = out * (var.detach() / self.spread).clamp(0.3, 3.0) + (mean.detach() - self.centre).clamp(-1.0, 1.0)
+        with torch.no_grad():
+            if not self.training:
+                pass
+            elif self.how in ("assigned", "masked"):
+                self.centre = 0.9 * self.centre + 0.1 * mean
+                self.spread = 0.9 * self.spread + 0.1 * var
+            elif self.how == "first_none":
+                self.centre = mean.clone() if self.centre is None else 0.9 * self.centre + 0.1 * mean
+            elif self.how == "data":
+                self.centre.data.lerp_(mean, 0.1)
+            elif self.how == "data_replaced":
+                self.centre.data = 0.9 * self.centre.data + 0.1 * mean
+            elif self.how == "set":
+                self.centre.set_((0.9 * self.centre + 0.1 * mean).detach())
+            elif self.how == "registered":
+                if not hasattr(self, "late"):
+                    self.register_buffer("late", torch.zeros(4))
+                self.late.lerp_(mean, 0.1)
+            else:
+                self.centre.lerp_(mean, 0.1)
+                self.spread.lerp_(var, 0.1)
+        self.steps += 1
+        return out
+
+
+class Codebook(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("embed", torch.randn(6, 4))
+        self.register_buffer("cluster_size", torch.ones(6))
+        self.register_buffer("embed_sum", self.embed.clone())
+
+    def forward(self, z):
+        index = torch.cdist(z.detach(), self.embed).argmin(1)
+        q = self.embed[index]
+        one = F.one_hot(index, 6).to(z)
+        self.cluster_size.lerp_(one.sum(0), 0.1)
+        self.embed_sum.lerp_(one.T @ z.detach(), 0.1)
+        self.embed.copy_(self.embed_sum / self.cluster_size.clamp(min=1e-3)[:, None])
+        return z + (q - z).detach() + 0.1 * (z - q)
+
+
+class Queue(nn.Module):
+    def __init__(self, n=2000):
+        super().__init__()
+        self.register_buffer("queue", torch.randn(n, 4))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, z):
+        out = z + 0.1 * torch.softmax(z @ self.queue.clone().T, 1) @ self.queue.clone()
+        at = int(self.queue_ptr)
+        self.queue[at : at + len(z)] = z.detach()
+        self.queue_ptr[0] = (at + len(z)) % len(self.queue)
+        return out
+
+
+class Observations(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+        self.register_buffer("count", torch.tensor(1e-4))
+
+    def forward(self, z):
+        with torch.no_grad():
+            n, m, v = len(z), z.mean(0), z.var(0)
+            total = self.count + n
+            delta = m - self.mean
+            self.var.copy_((self.var * self.count + v * n + delta**2 * self.count * n / total) / total)
+            self.mean.add_(delta * n / total)
+            self.count.copy_(total)
+        return (z - self.mean) / (self.var + 1e-8).sqrt()
+
+
+class Momentum(nn.Module):
+    """A layer, and an average of it that the forward moves; equal at the start, as they mostly are."""
+
+    def __init__(self, how, requires_grad=False):
+        super().__init__()
+        self.how = how
+        self.query = nn.Linear(4, 4)
+        self.key = copy.deepcopy(self.query).requires_grad_(requires_grad)
+
+    def forward(self, x):
+        move(self.how, self.key, self.query)
+        with torch.no_grad():
+            target = self.key(x)
+        return self.query(x) - target + x
+
+
+def move(how, key, query):
+    for k, q in zip(key.parameters(), query.parameters(), strict=True):
+        if how == "no_grad":
+            with torch.no_grad():
+                k.mul_(0.9).add_(q, alpha=0.1)
+        elif how == "lerp":  # which leaves equal ones bit for bit as they are
+            k.data.lerp_(q.data, 0.1)
+        elif how == "data":
+            k.data.copy_(k.data * 0.9 + q.data * 0.1)
+        else:
+            k.data = k.data * 0.9 + q.data * 0.1
+
+
+def fake_quantize():
+    from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
+
+    return FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255, averaging_constant=0.1)
+
+
+HOWS = (
+    *("in_place", "assigned", "masked", "first_none", "renormalised", "functional", "data", "data_replaced", "set"),
+    "registered",
+)
+KINDS = {
+    **{how: lambda how=how: Norm(how) for how in HOWS},
+    "batchnorm": lambda: nn.BatchNorm1d(4),
+    "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "parametrized_spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    "fake_quantize": fake_quantize,
+    "codebook": Codebook,
+    "queue": Queue,
+    "observations": Observations,
+}
+ENCODERS = {
+    f"{how}{', requires_grad' if requires_grad else ''}": (how, requires_grad)
+    for how in ("no_grad", "lerp", "data", "data_replaced")
+    for requires_grad in (False, True)
+}
+
+
+def build(kind):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 4), KINDS[kind](), nn.Tanh(), nn.Linear(4, 3))
+
+
+def build_encoder(name):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 4), Momentum(*ENCODERS[name]), nn.Tanh(), nn.Linear(4, 3))
+
+
+def batch():
+    return torch.randn(12, 5), torch.randint(3, (12,))
+
+
+def loss_of(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
+def optimizer_of(method_name, model, /, **options):
+    method = METHODS[method_name]
+    options = {"model": model, **options}
+    return method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **method.hyper, **options)
+
+
+def state_of(model):
+    """All that a forward may have moved, by name: copies, and the tensors themselves."""
+    found = {name: tensor for name, tensor in model.named_buffers() if tensor is not None}
+    found |= {name: p for name, p in model.named_parameters() if ".key." in name}
+    return {name: (tensor.detach().clone(), tensor) for name, tensor in found.items()}
+
+
+def take_trained(twin, model):
+    """The parameters that are trained, and nothing else."""
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if ".key." not in name:
+            q.data.copy_(p.data)
+
+
+def assert_same(found, right):
+    assert found.keys() == right.keys()
+    for name, (values, _) in found.items():
+        assert torch.equal(values, right[name][0]), name
+
+
+def check_that_all_move_once(method_name, make, **options):
+    """Against a twin that makes one plain forward a step, at the weights of its start."""
+    model, twin = make(), make()
+    optimizer = optimizer_of(method_name, model, **options)
+    for _ in range(3):
+        x, y = batch()
+        take_trained(twin, model)
+        loss_of(twin, x, y)
+        before = state_of(model)
+        for _ in optimizer.passes():
+            assert_same(state_of(model), before)
+            loss_of(model, x, y).backward()
+        assert_same(state_of(model), state_of(twin))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_buffers_move_once_a_step_and_all_passes_see_the_same(method_name, kind):
+    check_that_all_move_once(method_name, lambda: build(kind))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_parameters_that_are_not_trained_move_once_a_step(method_name, encoder):
+    check_that_all_move_once(method_name, lambda: build_encoder(encoder))
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("method_name", ["base", "gam"])
+def test_so_do_those_of_the_optimizer_without_a_model(method_name, encoder):
+    check_that_all_move_once(method_name, lambda: build_encoder(encoder), model=None)
+
+
+def leave(optimizer, model, at):
+    for turn in optimizer.passes():
+        loss_of(model, *batch()).backward()
+        if turn.index == at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("method_name", "kind"),
+    [
+        *((name, kind) for name in ("sam", "gam") for kind in (*KINDS, *ENCODERS)),
+        *(("base", kind) for kind in (*KINDS, "no_grad", "data", "data_replaced")),  # and what has requires_grad stays
+    ],
+)
+def test_an_undone_step_leaves_no_trace(method_name, kind):
+    model = build(kind) if kind in KINDS else build_encoder(kind)
+    optimizer = optimizer_of(method_name, model)
+    for steps_before in (0, 2):
+        for _ in range(steps_before):
+            optimizer.step(lambda: loss_of(model, *batch()).backward())
+        for at in range(METHODS[method_name].passes):
+            before = state_of(model)
+            with pytest.raises(KeyboardInterrupt):
+                leave(optimizer, model, at)
+            after = state_of(model)
+            assert_same(after, before)
+            assert all(tensor is before[name][1] for name, (_, tensor) in after.items())
+
+
+def test_what_is_written_in_place_stays_where_it_is():
+    model = build("in_place")
+    optimizer = optimizer_of("gam", model)
+    places_before = [(id(buffer), buffer.data_ptr()) for buffer in model.buffers()]
+    for _ in range(3):
+        optimizer.step(lambda: loss_of(model, *batch()).backward())
+    assert [(id(buffer), buffer.data_ptr()) for buffer in model.buffers()] == places_before
+
+
+@pytest.mark.parametrize("how", ["no_grad", "lerp", "data", "data_replaced"])
+@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
+def test_a_teacher_that_the_body_of_the_loop_moves(method_name, how):
+    model = build_encoder("no_grad")
+    model[1].forward = model[1].query.forward
+    twin = copy.deepcopy(model)
+    optimizer = optimizer_of(method_name, model)
+    for _ in range(3):
+        x, y = batch()
+        twin[1].query.load_state_dict(model[1].query.state_dict())
+        move(how, twin[1].key, twin[1].query)
+        for _ in optimizer.passes():
+            loss_of(model, x, y).backward()
+            move(how, model[1].key, model[1].query)
+        assert_same(state_of(model), state_of(twin))
+
+
+def test_with_a_share_of_the_batch_the_last_pass_counts():
+    model = build("assigned")
+    optimizer = optimizer_of("gam", model, ascent_share=0.5)
+    for _ in range(2):
+        x, y = batch()
+        before = state_of(model)
+        for turn in optimizer.passes():
+            assert_same(state_of(model), before)
+            loss_of(model, *turn.rows(x, y)).backward()
+            last = state_of(model)
+        assert_same(state_of(model), last)
+
+
+@pytest.mark.parametrize("training", ["mode", "switch"])
+@pytest.mark.parametrize("kind", ["in_place", "functional", "assigned"])
+def test_a_buffer_that_begins_to_move_later(kind, training):
+    """Modes are looked at; a switch of another name is seen by the version, and a small buffer has a copy."""
+    model, twin = build(kind), build(kind)
+    if training == "switch" and kind == "functional":
+        pytest.xfail("nothing shows a switch that is not the module's mode, where not even a version tells")
+    for net in (model, twin):
+        net[1].eval() if training == "mode" else setattr(net[1], "training", False)
+    optimizer = optimizer_of("gam", model)
+    for step in range(4):
+        if step == 2:
+            for net in (model, twin):
+                net[1].training = True
+        x, y = batch()
+        take_trained(twin, model)
+        loss_of(twin, x, y)
+        for _ in optimizer.passes():
+            loss_of(model, x, y).backward()
+        assert_same(state_of(model), state_of(twin))
+
+
+class Gated(nn.Module):
+    """A large buffer that a flag keeps from moving."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(places.SMALL + 1))
+        self.flag = False
+
+    def forward(self, x):
+        if self.flag:
+            self.bank += 1
+        return x
+
+
+def test_a_large_buffer_that_begins_to_move_later_moves_once_too():
+    model = nn.Sequential(nn.Linear(5, 3), Gated())
+    optimizer = optimizer_of("gam", model)
+    for step in range(4):
+        model[1].flag = step > 1
+        x, y = batch()
+        optimizer.step(lambda x=x, y=y: loss_of(model, x, y).backward())
+        assert model[1].bank.unique().tolist() == [max(0, step - 1)]
+
+
+def test_only_what_moves_or_is_small_is_copied_after_the_first_step():
+    model = nn.Sequential(nn.Linear(5, 4), Gated(), Queue(), nn.Linear(4, 3))
+    state = buffers.ForwardState()
+    for step in range(3):
+        state.enter(model, list(model.parameters()))
+        copied = {place.name for place in state._places if place.start is not None}
+        assert copied >= {"queue", "queue_ptr"}
+        assert ("bank" in copied) == (step == 0)
+        for _ in range(2):
+            state.begin()
+            loss_of(model, *batch()).backward()
+        state.exit(undo=False)
+    assert int(model[2].queue_ptr) == 36
+
+
+def test_the_copies_of_the_first_step_have_a_limit(monkeypatch):
+    monkeypatch.setattr(buffers, "LEAST_BYTES", 0)
+    model = nn.Sequential(nn.Linear(5, 3), Gated())
+    optimizer = optimizer_of("gam", model)
+    model[1].flag = True
+    for step in range(2):
+        optimizer.step(lambda: loss_of(model, *batch()).backward())
+        assert model[1].bank.unique().tolist() == [step + 1]
+
+
+def test_named_buffers_may_move_in_every_pass():
+    model = build("in_place")
+    optimizer = optimizer_of("gam", model, moving_buffers=["*.steps"])
+    for _ in range(2):
+        optimizer.step(lambda: loss_of(model, *batch()).backward())
+    assert int(model[1].steps) == 8
+    with pytest.raises(ValueError, match=r"'\*.stepss' fits no buffer of the model; it has 1.centre, 1.spread"):
+        optimizer_of("gam", model, moving_buffers=["*.stepss"]).step(lambda: None)
+    with pytest.raises(TypeError, match="list of patterns"):
+        optimizer_of("gam", model, moving_buffers="steps")
+
+
+def test_a_parameter_that_begins_to_be_trained_is_trained():
+    model = build_encoder("no_grad, requires_grad")
+    optimizer = optimizer_of("gam", model)
+    optimizer.step(lambda: loss_of(model, *batch()).backward())
+    model[1].forward = lambda x: model[1].query(x) - model[1].key(x)
+    twin = copy.deepcopy(model)
+    twin[1].forward = lambda x: twin[1].query(x) - twin[1].key(x)
+    other = optimizer_of("gam", twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        x, y = batch()
+        optimizer.step(lambda x=x, y=y: loss_of(model, x, y).backward())
+        other.step(lambda x=x, y=y: loss_of(twin, x, y).backward())
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+# Parameters that are being trained
+
+
+class ActNorm(nn.Module):
+    def __init__(self, by_data):
+        super().__init__()
+        self.by_data = by_data
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.initialized:
+            with torch.no_grad():
+                (self.scale.data if self.by_data else self.scale).copy_(1 / x.std(0))
+            self.initialized.fill_(True)
+        return x * self.scale
+
+
+class Bag(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.table = kind(7, 4, max_norm=0.5)
+
+    def forward(self, x):
+        return self.table((x[:, :1].abs() * 3).long().clamp(max=6)).reshape(len(x), 4)
+
+
+WRITERS = {
+    "embedding": (lambda: Bag(nn.Embedding), "0.table.weight"),
+    "embedding_bag": (lambda: Bag(nn.EmbeddingBag), "0.table.weight"),
+    "actnorm": (lambda: nn.Sequential(nn.Linear(5, 4), ActNorm(by_data=False)), "0.1.scale"),
+    "actnorm_by_data": (lambda: nn.Sequential(nn.Linear(5, 4), ActNorm(by_data=True)), "0.1.scale"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("method_name", METHODS)
+def test_a_forward_that_writes_to_trained_parameters(method_name, writer):
+    make, name = WRITERS[writer]
+    model = nn.Sequential(make(), nn.Linear(4, 3))
+    x, y = batch()
+    if METHODS[method_name].passes == 1:
+        twin = copy.deepcopy(model)
+        plain = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+        optimizer = optimizer_of(method_name, model)
+        for _ in range(2):
+            plain.zero_grad()
+            loss_of(twin, x, y).backward()
+            plain.step()
+            optimizer.step(lambda: loss_of(model, x, y).backward())
+            torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+    else:
+        optimizer = optimizer_of(method_name, model)
+        with pytest.raises(
+            RuntimeError, match=rf"\({name}\), of shape .* was modified during pass 0 .*max_norm=.*once"
+        ):
+            optimizer.step(lambda: loss_of(model, x, y).backward())
+        inactive = optimizer_of(method_name, model, active=lambda step: False)
+        inactive.step(lambda: loss_of(model, x, y).backward())
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_lazy_modules(method_name):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 3))
+    x, y = batch()
+    optimizer = optimizer_of(method_name, model)
+    if METHODS[method_name].passes > 1:
+        with pytest.raises(RuntimeError, match="0.weight is not initialized: .*run the model once"):
+            optimizer.step(lambda: loss_of(model, x, y).backward())
+        with torch.no_grad():
+            model.eval()(x)
+        model.train()
+    for _ in range(2):
+        optimizer.step(lambda: loss_of(model, x, y).backward())
+    assert int(model[1].num_batches_tracked) == 2
+
+
+# model= forgotten
+
+
+def forgotten(how):
+    """Steps of a GAM without ``model=``, called in different ways."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=how != "plain"), nn.Linear(4, 3))
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    x, y = batch()
+    if how == "attribute":
+        trainer = types.SimpleNamespace(model=model, optimizer=optimizer)
+        del model
+        return lambda: trainer.optimizer.step(lambda: loss_of(trainer.model, x, y).backward())
+    if how == "list":
+        models = [model]
+        del model
+        return lambda: optimizer.step(lambda: loss_of(models[0], x, y).backward())
+
+    def step():
+        if how == "loop":
+            for _ in optimizer.passes():
+                loss_of(model, x, y).backward()
+        else:
+            optimizer.step(lambda: loss_of(model, x, y).backward())
+
+    return step
+
+
+@pytest.mark.parametrize("how", ["loop", "closure", "plain", "attribute", "list"])
+def test_a_forgotten_model_is_warned_of_once(how):
+    step = forgotten(how)
+    with pytest.warns(UserWarning, match=r"buffers of the module that this GAM trains \(1.running_mean, .*model=model"):
+        step()
+    step()  # warnings are errors here
+
+
+def test_where_nothing_moves_in_every_pass_nobody_is_warned():
+    x, y = batch()
+    for model, options in (
+        (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 3)), {}),
+        (nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), Gated(), nn.Linear(4, 3)), {}),
+        (build("batchnorm"), {"freeze_running_statistics": False}),
+        (build("batchnorm"), {"interval": float("inf")}),
+    ):
+        optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step(lambda model=model: loss_of(model, x, y).backward())
+    base = gam_fast.Base(build("batchnorm").parameters(), torch.optim.SGD, lr=0.1)
+    base.step(lambda: None)
