@@ -188,7 +188,9 @@ def test_accumulation_by_micro_batches_takes_the_steps_of_the_large_batch():
 def test_fp16_by_the_loop_form_unscales_and_skips():
     """Its wrapper steps by ``scaler.step(optimizer)``; a CPU stands in for the GPU that it asks for."""
     Accelerator(cpu=True)
-    (model, flat), (twin, other) = ((m := net(), gam_fast.GAM(m.parameters(), torch.optim.SGD, **GAM)) for _ in "ab")
+    (model, flat), (twin, other) = (
+        (m := net(), gam_fast.GAM(m.parameters(), torch.optim.SGD, model=m, **GAM)) for _ in "ab"
+    )
     scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) for _ in "ab"]
     optimizer = AcceleratedOptimizer(flat, scaler=scalers[0])
     for k, (x, y) in enumerate(loader()):

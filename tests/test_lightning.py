@@ -316,7 +316,10 @@ def test_the_first_pass_of_what_is_no_optimizer_is_an_error():
 
 @pytest.mark.usefixtures("_not_installed")
 def test_without_the_callback_accumulation_is_warned_of():
-    with pytest.warns(UserWarning, match="not used.*accumulate_grad_batches"):
+    with (
+        pytest.warns(UserWarning, match="not used.*accumulate_grad_batches"),
+        pytest.warns(UserWarning, match="forward moves buffers of the module.*model=model"),
+    ):
         fit(Module(), callbacks=[], accumulate_grad_batches=2, epochs=1)
 
 
