@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn, optim
+from torch.nn.parameter import is_lazy
 from typing_extensions import TypedDict  # which torch needs itself
 
 from .active import Rules
@@ -234,7 +235,7 @@ def check_params(params: Any) -> None:
         param = entry[1] if isinstance(entry, tuple) else entry
         if not isinstance(param, Tensor):
             continue
-        shape = tuple(param.shape)
+        shape = None if is_lazy(param) else tuple(param.shape)
         if id(param) in seen:
             raise ValueError(
                 f"a parameter of shape {shape} is listed twice in a parameter group: list each once "

@@ -25,6 +25,7 @@ from .hooks import Calls, Hooked, any_before, call_before
 from .others import CLOSED, Surroundings
 from .ownership import version
 from .passes import Passes
+from .reach import message_of_forgotten
 from .recipes import BASE, Recipe
 from .settings import Settings
 from .sharded import local
@@ -439,15 +440,9 @@ class Stepper(Hooked):
     def _warn_of_forgotten_model(self, walk: Walk) -> None:
         """Once, where buffers of a module that has our parameters have moved, and perhaps did so in every pass."""
         if walk.state.forgotten:
-            names = walk.state.forgotten
+            message = message_of_forgotten(type(self).__name__, walk.state.forgotten)
             walk.state.forgotten = []
-            warnings.warn(
-                f"the forward moves buffers of the module that this {type(self).__name__} trains "
-                f"({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), in each pass of a step: construct it with "
-                "model=model, or set optimizer.model, so that they move once a step, as running statistics should "
-                "(freeze_running_statistics=False if they should not)",
-                stacklevel=_frames_of_libraries(),
-            )
+            warnings.warn(message, stacklevel=_frames_of_libraries())
 
     def _first_gradient(self) -> Tensor | None:
         params = (param for group in self.param_groups for param in group["params"])
