@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .capture import is_capturing
-from .places import ABSENT, STATISTICS, Place, can_be_copied, copy_all, differing, size_of, trace, write
+from .places import ABSENT, STATISTICS, Place, can_be_copied, copy_all, differing, size_of, write
 from .reach import modules_in_reach
 
 LEAST_BYTES = 64 << 20
@@ -321,7 +321,8 @@ class ForwardState:
         """To what was there at the start of the passes, or at entry; what there is no copy of stays as it is."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for place in places:
-            place.put(place.tensor)
+            if place.own is not None:
+                place.put(place.tensor)
             is_other = to_entry and place.entry is not None
             values = place.entry if is_other else place.start
             if values is not None and (is_other or place.moved()):
@@ -334,9 +335,10 @@ class ForwardState:
         """To what the first pass made of it."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for place in places:
-            place.put(place.then)
+            if place.own is not None:
+                place.put(place.then)
             if place.after is not None:
-                address = place.address if place.then is place.tensor else trace(place.then)[1]
+                address = place.address if place.then is place.tensor else place.then.data_ptr()
                 write(place.then, place.after, address, pairs)
         copy_all(pairs)
 

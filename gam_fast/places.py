@@ -92,20 +92,20 @@ def write(tensor: Tensor, values: Tensor, address: int, pairs: list[tuple[Tensor
 
     A tensor that was given other memory by ``.data =`` may share that with a parameter, which must not change.
     """
-    if trace(tensor)[1] == address and tensor.shape == values.shape:
+    if tensor.data_ptr() == address and tensor.shape == values.shape:
         pairs.append((tensor, values))
     else:
         tensor.data = values.clone()
 
 
 def copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy all pairs, those of one dtype on one device together."""
-    by_kind: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in pairs:
-        targets, sources = by_kind.setdefault((target.dtype, target.device), ([], []))
-        targets.append(target)
-        sources.append(source)
-    for targets, sources in by_kind.values():
+    """Copy all pairs, on an accelerator those of one dtype on one device together."""
+    by_kind: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for pair in pairs:
+        target = pair[0]
+        by_kind.setdefault(None if target.is_cpu else (target.dtype, target.device), []).append(pair)
+    for alike in by_kind.values():
+        targets, sources = zip(*alike, strict=True)
         torch._foreach_copy_(targets, sources)
 
 
