@@ -110,7 +110,7 @@ class ForwardState:
         """
         self._model, self._params, self._taking_part, self._left_out = model, params, taking_part, left_out
         self._capturing = is_capturing([param.device for param in params[:1]])
-        self._begun = self._looked = self._returned = self._keep_last = False
+        self._begun = self._looked = self._returned = self._settled = self._keep_last = False
         self._elsewhere: list[tuple[str, Place]] = []
         self._modules = modules_of(model)
         layout = self._at_entry = self._layout_of(self._modules)
@@ -342,23 +342,31 @@ class ForwardState:
                 write(place.then, place.after, address, pairs)
         copy_all(pairs)
 
-    def exit(self, *, undo: bool) -> None:
-        """After the step, or, with ``undo``, when it is left without an update."""
-        if not self._active:
+    def settle(self) -> None:
+        """After the last pass, before the parameters are updated: what the first pass made of everything is kept."""
+        if not self._active or self._settled:
             return
-        if not undo:
-            self.look()
-        with torch.set_grad_enabled(False):
-            if undo:
-                self._drop_trained()
-                self._remove_what_is_new()
-                self._find_silent()
-                self._put_back([p for p in self._places if p.entry is not None or p.moved()], to_entry=True)
-            elif self._returned and not self._keep_last:
+        self._settled = True
+        self.look()
+        if self._returned and not self._keep_last:
+            with torch.set_grad_enabled(False):
                 self._find_silent()
                 places = [place for place in self._places if not self._trained(place)]
                 self._put_back([place for place in places if not place.first and place.moved()])
                 self._put_after([place for place in places if place.first])
+
+    def exit(self, *, undo: bool) -> None:
+        """After the step, or, with ``undo``, when it is left without an update."""
+        if not self._active:
+            return
+        if undo:
+            with torch.set_grad_enabled(False):
+                self._drop_trained()
+                self._remove_what_is_new()
+                self._find_silent()
+                self._put_back([p for p in self._places if p.entry is not None or p.moved()], to_entry=True)
+        else:
+            self.settle()
         self._active = False
         for place in self._places:
             place.first, place.then, place.after, place.entry = False, None, None, None

@@ -454,6 +454,7 @@ class Walk:
         if self._local is not None:
             ceiling = self.settings.clip_grad_norm
             directions = averaged(self._local, self.shards, self._sums, directions, gammas, ceiling)
+        self.state.settle()
         update(directions)
         self.finished = True
         self._others.finish()
