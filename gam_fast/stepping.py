@@ -439,10 +439,9 @@ class Stepper(Hooked):
 
     def _warn_of_forgotten_model(self, walk: Walk) -> None:
         """Once, where buffers of a module that has our parameters have moved, and perhaps did so in every pass."""
-        if walk.state.forgotten:
-            message = message_of_forgotten(type(self).__name__, walk.state.forgotten)
-            walk.state.forgotten = []
-            warnings.warn(message, stacklevel=_frames_of_libraries())
+        forgotten, walk.state.forgotten = walk.state.forgotten, []
+        if forgotten:
+            warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=_frames_of_libraries())
 
     def _first_gradient(self) -> Tensor | None:
         params = (param for group in self.param_groups for param in group["params"])
