@@ -74,7 +74,9 @@ bool is_sole(const at::Tensor& grad) {
   if (grad.use_count() != (object ? sole_count_with_object() : 1) || (object && Py_REFCNT(object) != 1)) return false;
   const at::Storage& storage = grad.storage();
   // memory of NumPy or of another process, which is not resizable, has owners that torch does not count
-  return storage.use_count() == 1 && storage.resizable() && storage.nbytes() == grad.nbytes();
+  if (storage.use_count() != 1 || !storage.resizable() || storage.nbytes() != grad.nbytes()) return false;
+  // torch's CUDA graphs keep a weak reference to what a warm-up pass has allocated, and take that memory back
+  return c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage.unsafeGetStorageImpl()).weak_use_count() == 1;
 }
 
 // Whether it may be part of a buffer that somebody else holds: parts_of_buffers() says whether it is. Autograd makes

@@ -14,7 +14,14 @@ import gam_fast
 from gam_fast import backends, flatness
 from gam_fast.backends import launches
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's compiler, when it is imported
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # torch's compiler, of any fp32 product
+    # torch says so once a process, having switched the mode already: as an error it would leave it switched
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+]
 
 
 def _device_types():
@@ -36,6 +43,13 @@ def backend_name(_same_start, request, monkeypatch):
         pytest.skip(f"this GPU cannot have it: {reason}")
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
     return request.param
+
+
+def on_the_cpu(monkeypatch, make_optimizer, model):
+    """An optimizer on the CPU, which cannot have each backend that a GPU can."""
+    with monkeypatch.context() as patch:
+        patch.delenv(backends.ENVIRONMENT_VARIABLE)
+        return make_optimizer(model)
 
 
 @pytest.mark.parametrize("method_name", ["sam", "gam"])
@@ -88,14 +102,15 @@ def test_fp16_with_a_scaler(method_name, by_scaler):
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
 @pytest.mark.parametrize("method_name", METHODS)
-def test_trajectories_are_those_of_the_cpu(method_name, base, model_name):
+def test_trajectories_are_those_of_the_cpu(method_name, base, model_name, monkeypatch):
     method = METHODS[method_name]
     model, batches = make(model_name)
     twin = copy.deepcopy(model).cuda()
-    optimizers = [
-        method.optimizer(m.parameters(), base, lr=1e-3, model=m, clip_grad_norm=5.0, **method.hyper)
-        for m in (model, twin)
-    ]
+
+    def optimizer_of(m):
+        return method.optimizer(m.parameters(), base, lr=1e-3, model=m, clip_grad_norm=5.0, **method.hyper)
+
+    optimizers = [on_the_cpu(monkeypatch, optimizer_of, model), optimizer_of(twin)]
     for k in range(8):
         x, y = batches[k % len(batches)]
         optimizers[0].step(closure_of(model, x, y))
@@ -148,13 +163,15 @@ def test_nothing_waits_for_the_device(method_name, base):
 
 
 @pytest.mark.parametrize("hyper", [{}, {"sam_rho": 0.05}])
-def test_exact_gam_is_that_of_the_cpu_and_waits_for_nothing(hyper):
+def test_exact_gam_is_that_of_the_cpu_and_waits_for_nothing(hyper, monkeypatch):
     model, batches = make("batchnorm_cnn")
     twin = copy.deepcopy(model).cuda()
-    optimizers = [
-        gam_fast.ExactGAM(m.parameters(), torch.optim.SGD, lr=1e-2, momentum=0.9, model=m, **hyper, **UNCHECKED)
-        for m in (model, twin)
-    ]
+
+    def optimizer_of(m):
+        options = {"lr": 1e-2, "momentum": 0.9, "model": m, **hyper, **UNCHECKED}
+        return gam_fast.ExactGAM(m.parameters(), torch.optim.SGD, **options)
+
+    optimizers = [on_the_cpu(monkeypatch, optimizer_of, model), optimizer_of(twin)]
     for k, (x, y) in enumerate(batches):
         on_device = x.cuda(), y.cuda()
         optimizers[0].step(lambda x=x, y=y: loss_of(model, x, y))
@@ -168,7 +185,10 @@ def test_exact_gam_is_that_of_the_cpu_and_waits_for_nothing(hyper):
         torch.testing.assert_close(q.cpu(), p, rtol=1e-8, atol=1e-9)
 
 
-def test_flatness_is_that_of_the_cpu():
+def test_flatness_is_that_of_the_cpu(backend_name):
+    if backend_name != "native":
+        pytest.skip("it has no part in flatness")
+    pytest.importorskip("curvlinops")
     model, batches = make("batchnorm_cnn")
     state = torch.cuda.get_rng_state()
     found = []
@@ -209,7 +229,8 @@ def test_a_step_copies_no_table_while_addresses_stay():
     optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=1e-2, momentum=0.9, **UNCHECKED)
     for _ in range(4):
         optimizer.step(closure)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    # without acc_events torch warns, once a process, that it forgets the events of other cycles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         optimizer.step(closure)
     copied = [event for event in profile.events() if "memcpy htod" in event.name.lower()]
     assert copied == []
