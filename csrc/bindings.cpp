@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "devices.h"
+#include "draws.h"
 #include "gradients.h"
 #include "lists.h"
 #include "ops.h"
@@ -188,6 +189,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<gam::Versions>(m, "Versions", py::module_local())
       .def("first_changed", &gam::Versions::first_changed, py::arg("tensors"));
+
+  py::class_<gam::Draws>(m, "Draws", py::module_local())
+      .def(py::init<>())
+      .def("begin", &gam::Draws::begin)
+      .def("end", &gam::Draws::end)
+      .def("pause", &gam::Draws::pause)
+      .def("resume", &gam::Draws::resume)
+      .def("can_undo", &gam::Draws::can_undo)
+      .def("keep", &gam::Draws::keep);
 
   m.def(
       "devices",

@@ -34,6 +34,20 @@ class Tensors(list[Tensor]):
 class Versions:
     def first_changed(self, tensors: TensorList) -> int: ...
 
+class Draws:
+    """Give the passes of a step the same numbers of torch's default CPU generator, whatever other threads draw."""
+
+    def begin(self) -> None:
+        """Start a pass of this thread: the first, whose draws are noted, or another, whose draws are those again."""
+    def end(self) -> None: ...
+    def pause(self) -> None:
+        """In the first pass: what is drawn until :meth:`resume` is not drawn in later ones."""
+    def resume(self) -> None: ...
+    def can_undo(self) -> bool:
+        """Return whether this thread has drawn, and nobody else since the step began."""
+    def keep(self) -> None:
+        """After the last pass: go on from where it ended, unless it drew nothing or somebody else did."""
+
 # What gam_fast.backends.base.Bookkeeping says; ``tensors`` and ``params`` are of hold().
 def hold(tensors: TensorList) -> Tensors: ...
 def devices(tensors: TensorList) -> list[device]: ...

@@ -24,6 +24,7 @@ from .distributed import SYNC, check_supported
 from .options import check_arguments, check_params, documented, no_attribute
 from .others import Surroundings
 from .recipes import BASE, Recipe, fold_plan
+from .rng import ReplayRNG
 from .stepping import Progress, Stepper
 
 _ON_NONFINITE = ("raise", "skip", "ignore")
@@ -69,7 +70,7 @@ class FlatOptimizer(Stepper):
         *,
         model: nn.Module | None = None,
         backend: str = "auto",
-        replay_rng: bool = True,
+        replay_rng: bool | Iterable[Any] = True,
         freeze_running_statistics: bool = True,
         moving_buffers: Sequence[str] = (),
         clip_grad_norm: float | None = None,
@@ -112,7 +113,7 @@ class FlatOptimizer(Stepper):
         self.model = model
         self._options: dict[str, Any] = {
             "sync": sync,
-            "replay_rng": bool(replay_rng),
+            "replay_rng": ReplayRNG.wanted(replay_rng),
             "freeze_running_statistics": bool(freeze_running_statistics),
             "moving_buffers": _patterns(moving_buffers),
             "clip_grad_norm": clip_grad_norm,
@@ -301,7 +302,15 @@ class FlatOptimizer(Stepper):
         """The state of the base optimizer, in its own layout.
 
         The groups hold the recipe's hyper-parameters besides, and as ``flat_method`` the name of the recipe.
+
+        Raises:
+            RuntimeError: in a pass after the first, where the weights that a checkpoint would go with are perturbed.
         """
+        if self._walk is not None and self._walk.perturbed:
+            raise RuntimeError(
+                f"state_dict() in a pass of {type(self).__name__} whose weights are perturbed (and the model's "
+                "state_dict() holds those): save both behind the loop over passes() or the closure"
+            )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base.state_dict()
@@ -368,6 +377,8 @@ class FlatOptimizer(Stepper):
             keys |= known
         if hasattr(self, "_options"):
             self._options.setdefault("ascent_share", 1.0)  # of a pickle from before there was one
+            if isinstance(self._options["replay_rng"], bool):  # of 0.7.0 and before
+                self._options["replay_rng"] = ReplayRNG.wanted(self._options["replay_rng"])
 
     def __repr__(self) -> str:
         backends = sorted({self._select(param.device).name for param in self._parameters()})

@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn, optim
@@ -27,8 +27,10 @@ model: the module being trained. Given, what its forward writes into it moves on
     momentum encoders.
     Its parameters that are not in ``params`` get the gradient of that pass, and not the sum over all passes.
 backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
-replay_rng: draw the same random numbers (dropout, stochastic depth) in each pass. Read the batch before the
-    passes, or by :meth:`micro_batches`: what else draws random numbers in the first pass only shifts its masks.
+replay_rng: draw the same random numbers (dropout, stochastic depth, Mixup) in each pass: from torch's default
+    generators, from Python's and NumPy's global ones, and, with a list such as ``[generator]``, from the user's
+    (``torch.Generator``, ``numpy.random.Generator``, ``random.Random``). Read the batch before the passes, or by
+    :meth:`micro_batches`: other draws of the first pass alone shift its masks.
 freeze_running_statistics: switch for that. The first step copies all buffers and parameters, as far as that
     takes no more memory than the trained parameters (or 64 MiB), and finds out which of them move. Later steps
     copy those, and others of at most 4,096 elements once; the rest is watched, for a microsecond each. A large
@@ -109,7 +111,7 @@ class Options(BaseArguments, total=False):
 
     model: nn.Module | None
     backend: str
-    replay_rng: bool
+    replay_rng: bool | Iterable[Any]
     freeze_running_statistics: bool
     moving_buffers: Sequence[str]
     clip_grad_norm: float | None

@@ -1,12 +1,21 @@
 """The same random numbers in every pass, so that dropout and stochastic depth draw the same masks.
 
 Without it the difference of two gradients of a step, from which GAM takes the curvature, is mostly noise.
+
+Threads share torch's default generators, and Python's and NumPy's global ones, whose states do not tell who has drawn.
+In a process with several threads the compiled core replays the draws of this one from torch's CPU generator, and leaves
+the generator itself to the others. Without the core, and for the other generators, a state that moves in the first pass
+is wound back in the later ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial
 from types import TracebackType
 from typing import Any
 
@@ -49,25 +58,129 @@ def seed(device: torch.device, value: int) -> None:
         module.manual_seed(value)
 
 
-def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(map(torch.equal, some, others))
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states of a generator are the same; NumPy's are dicts that may hold arrays."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(value, other[key]) for key, value in one.items())
+    return bool(one.tobytes() == other.tobytes() if hasattr(one, "tobytes") else one == other)
+
+
+class _Source:
+    """A generator that is replayed: how its state is read and set, and the states that a step needs."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        self.get = get
+        self.set = put
+        self.start: Any = None
+        self.moves = True  # whether a pass sets it back
+        self.after: Any = None  # where it stands between passes, for whoever draws from it then
+        self.last: Any = None  # at the end of the newest pass, where that is the one that counts
+        self.after_reading: Any = None
+
+    @classmethod
+    def of_device(cls, device: torch.device) -> _Source:
+        return cls(partial(get_state, device), partial(set_state, device))
+
+    @classmethod
+    def of(cls, generator: Any) -> _Source | None:
+        """Of a generator of torch, NumPy or Python, or of the modules ``random`` and ``numpy.random``."""
+        if isinstance(generator, torch.Generator):
+            return cls(generator.get_state, generator.set_state)
+        if hasattr(generator, "getstate") and hasattr(generator, "setstate"):
+            return cls(generator.getstate, generator.setstate)
+        if hasattr(generator, "get_state") and hasattr(generator, "set_state"):  # numpy.random and its RandomState
+            return cls(partial(generator.get_state, legacy=False), generator.set_state)
+        bits = getattr(generator, "bit_generator", generator)
+        if hasattr(bits, "state") and hasattr(bits, "random_raw"):
+            return cls(partial(getattr, bits, "state"), partial(setattr, bits, "state"))
+        return None
+
+    def note_start(self) -> None:
+        self.start = self.get()
+        self.moves = True
+        self.after = self.last = self.after_reading = None
+
+    def was_drawn(self, alone: bool) -> bool:
+        """Return whether to replay it. Without threads, to set a state that has not moved does no harm."""
+        return alone or not _same(self.start, self.after)
+
+    def begins_at(self, is_after_reading: bool) -> Any:
+        return self.after_reading if is_after_reading and self.after_reading is not None else self.start
+
+
+class _Ambient(_Source):
+    """The global generator of Python or of NumPy, from which most bodies never draw.
+
+    To read its state takes 14 µs and 60 µs. Until a step has drawn from it, a hundredth of the time is spent on that at
+    most: all steps are looked at where they take 15 ms or more, and the first one always.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(lambda: None, lambda state: None)
+        self._name = name
+        self._is_drawn = False
+        self._due = self._cost = 0.0
+
+    def is_due(self) -> bool:
+        """Whether this step looks at it. A package that nobody has imported is not."""
+        if not self._is_drawn and time.perf_counter() < self._due:
+            return False
+        source = _Source.of(sys.modules.get(self._name))
+        if source is None:
+            return False
+        self.get, self.set = source.get, source.set
+        return True
+
+    def note_start(self) -> None:
+        since = time.perf_counter()
+        super().note_start()
+        self._cost = time.perf_counter() - since
+
+    def was_drawn(self, alone: bool) -> bool:
+        since = time.perf_counter()
+        self._is_drawn = not _same(self.start, self.after)
+        if self._is_drawn and not alone:
+            time.sleep(1e-4)
+            self._is_drawn = _same(self.after, self.get())  # else another thread draws, and mostly nobody else does
+        now = time.perf_counter()
+        self._due = now + 100.0 * (2.0 * self._cost + now - since)
+        return self._is_drawn
+
+
+_steps: set[int] = set()
+"""Those under way, of all threads."""
+
+
+@cache
+def _draws() -> Callable[[], Any] | None:
+    """The compiled core's way to tell draws of this thread from those of others."""
+    try:
+        from .backends.native import NativeBackend
+    except ImportError:
+        return None
+    return getattr(NativeBackend.core, "Draws", None)  # None in a core that was built before there was one
 
 
 class ReplayRNG:
-    """Replays torch's default generators: that of the CPU and those of ``devices``.
+    """Replays generators: torch's default ones of the CPU and of ``devices``, the user's, Python's and NumPy's.
 
-    As a context manager it spans one step: call :meth:`begin` at the start of each pass. Every pass starts from the
-    state at entry; on leaving, the state is that of the end of the first pass, as if it had been the only one (or, with
-    ``begin(keep_last=True)``, of the last, if that drew anything); when the block raises, it is the state at entry.
-    Python's and NumPy's generators are not touched.
+    As a context manager it spans one step, and it serves one step after the other: call :meth:`begin` at the start of
+    each pass and :meth:`end` at its end. Every pass starts from the state at entry; after the step the state is that of
+    the end of the first pass, as if it had been the only one (or, with ``begin(keep_last=True)``, of the last, if that
+    drew anything); when the block raises, it is the state at entry. A generator that no pass draws from is not set, so
+    that other threads may draw from it.
 
-    What only the first pass draws, because it reads what all of them use, belongs in a block of :meth:`reading`; the
+    Draws that only the first pass makes, because it reads for all of them, belong in a block of :meth:`reading`; the
     others call :meth:`skip_reading` at that point.
 
     Args:
         devices: accelerators whose generators are replayed besides the CPU's.
+        generators: the user's: ``torch.Generator``, ``numpy.random.Generator``, ``random.Random`` and their like.
 
     Raises:
+        TypeError: something in ``generators`` is no generator, or has no state that can be set.
         RuntimeError: inside a CUDA graph capture, where generators cannot be read or set.
 
     >>> with ReplayRNG() as replay:
@@ -79,13 +192,55 @@ class ReplayRNG:
     1
     """
 
-    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
-        accelerators = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
-        self.devices = [torch.device("cpu"), *accelerators]
-        self._start: list[Tensor] | None = None
-        self._after_first: list[Tensor] | None = None
-        self._after_reading: list[Tensor] | None = None
-        self._keep_last = False
+    def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = ()) -> None:
+        self.generators = list(generators)
+        self._set_up()
+        self.prepare(devices)
+
+    def _set_up(self) -> None:
+        self._own = [_source_of(generator) for generator in self.generators]
+        self._ambient = [_Ambient("random"), _Ambient("numpy.random")]
+        self._devices: tuple[torch.device, ...] | None = None
+        self._sources: list[_Source] | None = None
+        self._replayed: list[_Source] = []
+        self._apart: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"generators": self.generators}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.generators = state["generators"]
+        self._set_up()
+        self.prepare(())
+
+    @classmethod
+    def wanted(cls, option: Any) -> ReplayRNG | None:
+        """For ``replay_rng=`` of an optimizer: True, False, or generators to be replayed besides.
+
+        Raises:
+            TypeError: anything else.
+        """
+        if option is None or not hasattr(option, "__iter__"):
+            if _Source.of(option) is not None:
+                raise TypeError(f"replay_rng= takes a list of generators, got one: write replay_rng=[{option!r}]")
+            return cls() if option else None
+        return cls(generators=option)
+
+    def prepare(self, devices: Iterable[torch.device], *, several: bool = True) -> ReplayRNG:
+        """Before a step.
+
+        Args:
+            devices: as for the constructor.
+            several: whether there may be several passes.
+        """
+        devices = tuple(devices)
+        if devices != self._devices:
+            self._devices = devices
+            accelerators = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
+            self.devices = [torch.device("cpu"), *accelerators]
+            self._torch = [_Source.of_device(device) for device in self.devices]
+        self._several = several
+        return self
 
     def __enter__(self) -> ReplayRNG:
         if is_capturing(self.devices):
@@ -93,60 +248,119 @@ class ReplayRNG:
                 "random numbers cannot be replayed inside a CUDA graph capture: construct the optimizer with "
                 "replay_rng=False, which is exact for a model without dropout or other randomness"
             )
-        self._start = self._states()
-        self._after_first = self._after_reading = None
-        self._begun = self._keep_last = self._is_after_reading = False
+        self._alone = not _steps and threading.active_count() == 1
+        _steps.add(id(self))
+        self._sources = None
+        self._replayed = []
+        self._in_pass = self._looked = self._keep_last = self._is_after_reading = False
+        draws = None if self._alone else _draws()
+        self._apart = draws() if draws is not None else None
         return self
 
     def begin(self, *, keep_last: bool = False) -> None:
-        """Start a pass: note the state the first pass ends with, and go back to the state at entry.
+        """Start a pass: from the state at entry.
 
         Args:
             keep_last: whether it is the last pass whose end counts, as known by now; once true, it stays so.
         """
-        assert self._start is not None, "begin() belongs inside the with block"
+        if self._in_pass:
+            self.end()
         self._keep_last = keep_last
-        if not self._begun:
-            self._begun = True
-            return
-        if self._after_first is None:
-            self._after_first = self._states()
         self._is_after_reading = False
-        self._set(self._start)
+        self._in_pass = True
+        if self._apart is not None:
+            self._apart.begin()
+        if self._sources is None:
+            self._sources = [*self._torch, *self._own, *(source for source in self._ambient if source.is_due())]
+            for source in self._sources:
+                source.note_start()
+            return
+        for source in self._replayed:
+            if not self._alone:  # others have drawn since, or have rewound it for a step of theirs around this pass
+                source.after = source.get()
+                source.moves = not _same(source.after, source.start)
+            if source.moves:
+                source.set(source.start)
+
+    def end(self) -> None:
+        """End a pass: the generators stand where they would after the first alone."""
+        if not self._in_pass:
+            return
+        self._in_pass = False
+        if self._apart is not None:
+            self._apart.end()
+        if not self._looked:
+            self._looked = True
+            self._look()
+            return
+        for source in self._replayed:
+            source.last = source.get() if self._keep_last else None
+            if source.moves:
+                source.set(source.after)
+
+    def _look(self) -> None:
+        """Find out which generators the first pass has drawn from."""
+        for i, source in enumerate(self._sources or ()):
+            if i == 0 and self._apart is not None:
+                continue
+            if self._several or not self._alone or isinstance(source, _Ambient):
+                source.after = source.get()
+            if source.was_drawn(self._alone):
+                self._replayed.append(source)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """In the first pass: what is drawn within the block is drawn in this pass only."""
-        before = self._states()
-        yield
-        after = self._states()
-        if not _same(before, after):
-            self._after_reading = after
+        sources = self._sources or ()
+        before = [source.get() for source in sources]
+        if self._apart is not None:
+            self._apart.pause()
+        try:
+            yield
+        finally:
+            if self._apart is not None:
+                self._apart.resume()
+        for source, state in zip(sources, before, strict=True):
+            after = source.get()
+            if not _same(state, after):
+                source.after_reading = after
         self._is_after_reading = True
 
     def skip_reading(self) -> None:
         """In a later pass, at the point where the first was :meth:`reading`: go on as the first did after it."""
         if not self._is_after_reading:
             self._is_after_reading = True
-            self._set(self._after_reading)
+            for source in self._replayed:
+                if source.after_reading is not None:
+                    source.set(source.after_reading)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._set(self._start)
-        elif self._after_first is not None and not (self._keep_last and self._has_drawn()):
-            self._set(self._after_first)
-        self._start = self._after_first = self._after_reading = None
+        _steps.discard(id(self))
+        if self._sources is not None:
+            self.end()
+            for source in self._replayed:
+                if kind is not None:
+                    source.set(source.start)
+                elif source.last is not None and not _same(source.last, source.begins_at(self._is_after_reading)):
+                    source.set(source.last)
+            if self._apart is not None:
+                if kind is None and self._keep_last:
+                    self._apart.keep()
+                elif kind is not None and self._apart.can_undo():
+                    self._sources[0].set(self._sources[0].start)
+        self._sources = self._apart = None
+        self._replayed = []
 
-    def _has_drawn(self) -> bool:
-        """Whether the pass under way has; if it has not, what the first alone drew counts, as in plain training."""
-        start = self._after_reading if self._is_after_reading and self._after_reading is not None else self._start
-        return start is None or not _same(start, self._states())
 
-    def _states(self) -> list[Tensor]:
-        return [get_state(device) for device in self.devices]
-
-    def _set(self, states: list[Tensor] | None) -> None:
-        for device, state in zip(self.devices, states or (), strict=False):
-            set_state(device, state)
+def _source_of(generator: Any) -> _Source:
+    source = _Source.of(generator)
+    if source is not None:
+        with suppress(NotImplementedError, TypeError):  # of random.SystemRandom, for one
+            source.get()
+            return source
+    raise TypeError(
+        "replay_rng= takes True, False or a list of generators whose state can be read and set (torch.Generator, "
+        f"numpy.random.Generator, random.Random), got {generator!r}"
+    )

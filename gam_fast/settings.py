@@ -12,6 +12,7 @@ from .backends import Backend
 from .buffers import ForwardState
 from .capture import refuse_to_look
 from .recipes import Recipe
+from .rng import ReplayRNG
 
 
 @dataclass(slots=True)  # not frozen, which would cost microseconds in every step
@@ -21,7 +22,7 @@ class Settings:
     recipe: Recipe
     select: Callable[[torch.device], Backend]
     model: nn.Module | None = None
-    replay_rng: bool = True
+    replay_rng: ReplayRNG | None = None
     freeze_running_statistics: bool = True
     moving_buffers: Sequence[str] = ()
     forward_state: ForwardState | None = None

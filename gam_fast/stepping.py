@@ -398,6 +398,13 @@ class Stepper(Hooked):
         if first and walk.finished:
             self._warn_of_unused_share(walk)
             self._warn_of_forgotten_model(walk)
+            if walk.rates_moved:
+                warnings.warn(
+                    f"a learning rate was changed between the passes of a step of {type(self).__name__}: a body runs "
+                    "once a pass. scheduler.step(), and whatever else happens once a step, belongs behind the loop "
+                    "over passes() or the closure",
+                    stacklevel=_frames_of_libraries(),
+                )
         return is_skipped
 
     def _fail_later(self, error: Exception) -> None:

@@ -68,6 +68,7 @@ class Walk:
         self.by_loop = by_loop
         self.complete = False
         self.finished = False
+        self.rates_moved = False
         self._losses: list[Tensor] = []
         self._over = False
         self._newest = -1  # the index of the vector made last
@@ -103,6 +104,7 @@ class Walk:
         self.state = settings.forward_state or ForwardState()
         if settings.model is not None:
             self.shards.named = settings.model.named_parameters()
+        self._rates: list[Any] | None = None  # after the first of several passes
         self._others = OtherGradients(settings.others, self.params)
 
     def leave(self, error: BaseException | None) -> bool:
@@ -169,6 +171,11 @@ class Walk:
         return self._watch.scale is not None
 
     @property
+    def perturbed(self) -> bool:
+        """Whether a pass is under way whose weights are not those of the model."""
+        return self.under_way and not self.complete and any(shard.leaves.saved for shard in self.shards)
+
+    @property
     def in_last_pass(self) -> bool:
         """Whether the last pass is under way."""
         return self._begun and not self.complete and self._passes_left() == 1
@@ -207,8 +214,8 @@ class Walk:
         if not self._begun:
             self.settings.check_capture(self.shards.devices)
             self._begun = True
-            if self.settings.replay_rng:
-                self._rng = ReplayRNG(self.shards.devices)
+            if self.settings.replay_rng is not None:
+                self._rng = self.settings.replay_rng.prepare(self.shards.devices, several=self.recipe.passes > 1)
                 self._rng.__enter__()
             if self.settings.freeze_running_statistics:
                 several, gradient = self.recipe.passes > 1, not self.recipe.second_order
@@ -299,7 +306,11 @@ class Walk:
             if self._newest < 0 and (written := self.state.look()) and self.recipe.passes > 1:
                 self.shards.refuse_write(written[0], f"pass 0 of {self.recipe.name}")
             self._collect()
+            if self._rng is not None:
+                self._rng.end()
             if not self.at_end:
+                if self._rates is None:
+                    self._rates = [group.get("lr") for group in self.groups]
                 self._move()
 
     def _collect(self) -> None:
@@ -415,6 +426,7 @@ class Walk:
     @torch.no_grad()
     def finish(self, update: Finish) -> None:
         """After the last pass: the direction of every shard, to ``update``, which restores θ and takes the step."""
+        self.rates_moved = self._have_rates_moved()
         last = self.recipe.vectors - 1
         gradients = [*(self.plan[-1][1] if self.plan else ()), last]
         self._unscale(gradients)
@@ -464,6 +476,13 @@ class Walk:
             self._watch.scale.report(True, self._device)
         if self.recipe.second_order:  # what is there is no gradient of the loss
             self.shards.clear_gradients()
+
+    def _have_rates_moved(self) -> bool:
+        """Whether somebody has changed a learning rate since the first pass."""
+        return self._rates is not None and any(
+            before is not now and isinstance(before, float) and isinstance(now, float) and before != now
+            for before, now in zip(self._rates, (group.get("lr") for group in self.groups), strict=False)
+        )
 
     def _measure_change(self) -> None:
         """Waits for an accelerator."""

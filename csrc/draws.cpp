@@ -1,0 +1,212 @@
+#include "draws.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <mutex>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace gam {
+
+namespace {
+
+// Normal numbers are made in pairs, the second of which is kept.
+struct State {
+  at::mt19937 engine;
+  std::optional<float> next_float;
+  std::optional<double> next_double;
+
+  // There is no draw that leaves all of this as it was: a new block of numbers changes the first of them.
+  bool operator==(const State& other) const {
+    const at::mt19937_data_pod a = engine.data();
+    const at::mt19937_data_pod b = other.engine.data();
+    return a.left_ == b.left_ && a.next_ == b.next_ && a.state_[0] == b.state_[0] && next_float == other.next_float &&
+           next_double == other.next_double;
+  }
+  bool operator!=(const State& other) const { return !(*this == other); }
+};
+
+at::CPUGeneratorImpl* generator() { return at::detail::getDefaultCPUGenerator().get<at::CPUGeneratorImpl>(); }
+
+State look(at::CPUGeneratorImpl* impl) {
+  return {impl->engine(), impl->next_float_normal_sample(), impl->next_double_normal_sample()};
+}
+
+State current() {
+  at::CPUGeneratorImpl* impl = generator();
+  const std::lock_guard<std::mutex> lock(impl->mutex_);
+  return look(impl);
+}
+
+State exchange(const State& put) {
+  at::CPUGeneratorImpl* impl = generator();
+  const std::lock_guard<std::mutex> lock(impl->mutex_);
+  State before = look(impl);
+  impl->set_engine(put.engine);
+  impl->set_next_float_normal_sample(put.next_float);
+  impl->set_next_double_normal_sample(put.next_double);
+  return before;
+}
+
+// Held by every operation that may draw, of any thread, while a pass is under way. Nobody waits for it for ever: an
+// operation that is written in Python waits for the GIL, which may be held by somebody who waits for this.
+std::timed_mutex drawing;
+constexpr std::chrono::seconds kPatience{2};
+
+std::atomic<int> passes{0};  // under way, of all threads
+
+}  // namespace
+
+struct Draws::Tape {
+  struct Jump {
+    size_t operation;
+    State state;
+  };
+
+  std::atomic<bool> active{false};  // whether a pass is under way
+  bool begun = false;
+  bool first = true;
+  bool jumps_next = true;
+  bool disturbed = false;  // whether somebody else drew during the first pass
+  bool moved = false;      // whether this pass has drawn
+  bool drawn = false;      // whether any has
+  size_t depth = 0;        // of operations within operations
+  size_t operation = 0;    // how many of those that may draw there were in this pass
+  size_t jump = 0;
+  std::vector<Jump> jumps;  // where an operation of the first pass did not go on from the one before
+  State here;               // where the draws of this pass stand
+  State after;              // where those of the first ended
+  State others;             // where those of everybody else do, during an operation of a later pass
+
+  void enter() {
+    if (depth++ > 0) return;
+    if (!first) {
+      if (jump < jumps.size() && jumps[jump].operation == operation) here = jumps[jump++].state;
+      others = exchange(here);
+      return;
+    }
+    const State now = current();
+    if (now != here) disturbed = jumps_next = true;
+    if (jumps_next) jumps.push_back({operation, now});
+    jumps_next = false;
+    here = now;
+  }
+
+  void leave() {
+    if (depth == 0 || --depth > 0) return;
+    State now = first ? current() : exchange(others);
+    moved = moved || now != here;
+    drawn = drawn || moved;
+    here = std::move(now);
+    if (first) after = here;
+    ++operation;
+  }
+};
+
+namespace {
+
+// Those of the passes that this thread is in, the outermost first: the body of one may take a step of another
+// optimizer.
+thread_local std::vector<std::shared_ptr<Draws::Tape>> tapes;
+thread_local size_t operations = 0;  // within each other
+
+struct Within : at::ObserverContext {
+  std::vector<std::shared_ptr<Draws::Tape>> entered;
+  std::unique_lock<std::timed_mutex> lock;
+};
+
+std::unique_ptr<at::ObserverContext> start(const at::RecordFunction& function) {
+  if (passes.load(std::memory_order_relaxed) == 0) return nullptr;
+  const std::optional<c10::OperatorName> name = function.operator_name();
+  if (!name) return nullptr;
+  const auto op = c10::Dispatcher::singleton().findOp(*name);
+  if (!op || !op->hasTag(at::Tag::nondeterministic_seeded)) return nullptr;
+  auto within = std::make_unique<Within>();
+  if (operations++ == 0) within->lock = std::unique_lock<std::timed_mutex>(drawing, kPatience);
+  for (const auto& tape : tapes) {
+    if (!tape->active) continue;
+    tape->enter();
+    within->entered.push_back(tape);
+  }
+  return within;
+}
+
+void end(const at::RecordFunction& /*function*/, at::ObserverContext* context) {
+  if (context == nullptr) return;
+  auto& entered = static_cast<Within*>(context)->entered;
+  std::for_each(entered.rbegin(), entered.rend(), [](const auto& tape) { tape->leave(); });
+  if (operations > 0) --operations;
+}
+
+// Another thread may have ended passes of this one.
+void forget_ended() {
+  tapes.erase(std::remove_if(tapes.begin(), tapes.end(), [](const auto& tape) { return !tape->active; }), tapes.end());
+}
+
+// For good, since to add and remove a callback of all threads in every pass would cost more than it does in between.
+void observe() {
+  static const at::CallbackHandle handle =
+      at::addGlobalCallback(at::RecordFunctionCallback(start, end).needsIds(false).scopes({at::RecordScope::FUNCTION}));
+  static_cast<void>(handle);
+}
+
+}  // namespace
+
+Draws::Draws() : tape_(std::make_shared<Tape>()) {}
+
+void Draws::begin() {
+  end();
+  Tape& tape = *tape_;
+  if (tape.begun) tape.first = false;
+  if (!tape.begun) tape.here = tape.after = current();
+  tape.begun = true;
+  tape.moved = false;
+  tape.operation = tape.jump = tape.depth = 0;
+  listen();
+}
+
+void Draws::pause() {
+  end();
+  if (current() != tape_->here) tape_->disturbed = true;
+}
+
+void Draws::resume() {
+  Tape& tape = *tape_;
+  State now = current();
+  tape.drawn = tape.drawn || now != tape.here;
+  tape.here = tape.after = std::move(now);
+  tape.jumps_next = true;
+  listen();
+}
+
+void Draws::listen() {
+  tape_->active = true;
+  forget_ended();
+  tapes.push_back(tape_);
+  observe();
+  ++passes;
+}
+
+void Draws::end() {
+  if (!tape_->active.exchange(false)) return;
+  --passes;
+  forget_ended();
+}
+
+bool Draws::can_undo() const {
+  const Tape& tape = *tape_;
+  return tape.drawn && !tape.disturbed && tape.after == current();
+}
+
+void Draws::keep() const {
+  if (tape_->moved && can_undo()) exchange(tape_->here);
+}
+
+}  // namespace gam
