@@ -55,12 +55,11 @@ State exchange(const State& put) {
   return before;
 }
 
-// Held by every operation that may draw, of any thread, while a pass is under way. Nobody waits for it for ever: an
-// operation that is written in Python waits for the GIL, which may be held by somebody who waits for this.
+// Held by every operation that may draw, of any thread, also outside a pass, since one may begin meanwhile. Nobody
+// waits for it for ever: an operation that is written in Python waits for the GIL, which may be held by somebody who
+// waits for this.
 std::timed_mutex drawing;
 constexpr std::chrono::seconds kPatience{2};
-
-std::atomic<int> passes{0};  // under way, of all threads
 
 }  // namespace
 
@@ -123,7 +122,6 @@ struct Within : at::ObserverContext {
 };
 
 std::unique_ptr<at::ObserverContext> start(const at::RecordFunction& function) {
-  if (passes.load(std::memory_order_relaxed) == 0) return nullptr;
   const std::optional<c10::OperatorName> name = function.operator_name();
   if (!name) return nullptr;
   const auto op = c10::Dispatcher::singleton().findOp(*name);
@@ -150,7 +148,7 @@ void forget_ended() {
   tapes.erase(std::remove_if(tapes.begin(), tapes.end(), [](const auto& tape) { return !tape->active; }), tapes.end());
 }
 
-// For good, since to add and remove a callback of all threads in every pass would cost more than it does in between.
+// For good: an operation of another thread that has begun before a pass has to be waited for in it.
 void observe() {
   static const at::CallbackHandle handle =
       at::addGlobalCallback(at::RecordFunctionCallback(start, end).needsIds(false).scopes({at::RecordScope::FUNCTION}));
@@ -191,12 +189,10 @@ void Draws::listen() {
   forget_ended();
   tapes.push_back(tape_);
   observe();
-  ++passes;
 }
 
 void Draws::end() {
   if (!tape_->active.exchange(false)) return;
-  --passes;
   forget_ended();
 }
 

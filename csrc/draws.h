@@ -7,8 +7,8 @@
 
 namespace gam {
 
-// Follows the operations of the thread that begins a pass until it ends it. From the first use on, that costs each
-// operation of the process a fifth of a microsecond in a pass, and less outside.
+// Follows the operations of the thread that begins a pass until it ends it. From the first use on, that costs every
+// operation of the process a fifth of a microsecond.
 class Draws {
  public:
   Draws();
