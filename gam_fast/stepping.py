@@ -5,7 +5,6 @@ The transient part of a step is in :mod:`gam_fast.walk`; what lasts is in :mod:`
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from .reach import message_of_forgotten
 from .recipes import BASE, Recipe
 from .settings import Settings
 from .sharded import local
-from .turn import Loss, Turn, TurnClosure, evaluation
+from .turn import Loss, Turn, TurnClosure, evaluation, frames_of_libraries
 from .updates import Directions, apply, only_makes_state
 from .walk import Walk
 
@@ -403,7 +402,7 @@ class Stepper(Hooked):
                     f"a learning rate was changed between the passes of a step of {type(self).__name__}: a body runs "
                     "once a pass. scheduler.step(), and whatever else happens once a step, belongs behind the loop "
                     "over passes() or the closure",
-                    stacklevel=_frames_of_libraries(),
+                    stacklevel=frames_of_libraries(),
                 )
         return is_skipped
 
@@ -414,7 +413,7 @@ class Stepper(Hooked):
             f"a loop over passes() of {type(self).__name__} did not ask for a pass after its last (zip and islice do "
             f"not, break and return do not), and the update that it left undone failed: {error}. The error is raised "
             "by the next step; `with optimizer.passes() as turns:` around the loop raises it at once",
-            stacklevel=_frames_of_libraries(),
+            stacklevel=frames_of_libraries(),
         )
 
     def _goes_on(self, square: float) -> bool:
@@ -441,14 +440,14 @@ class Stepper(Hooked):
             f"ascent_share={walk.portion.share} of this {type(self).__name__} had no effect: nobody asked which rows a "
             "pass is to see. In the loop over passes(), take xb, yb = turn.rows(x, y); a closure gets the turn as its "
             "argument if that is called turn (or asks optimizer.turn)",
-            stacklevel=_frames_of_libraries(),
+            stacklevel=frames_of_libraries(),
         )
 
     def _warn_of_forgotten_model(self, walk: Walk) -> None:
         """Once, where buffers of a module that has our parameters have moved, and perhaps did so in every pass."""
         forgotten, walk.state.forgotten = walk.state.forgotten, []
         if forgotten:
-            warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=_frames_of_libraries())
+            warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=frames_of_libraries())
 
     def _first_gradient(self) -> Tensor | None:
         params = (param for group in self.param_groups for param in group["params"])
@@ -472,7 +471,7 @@ class Stepper(Hooked):
                 "micro-batches, have all of them in every pass, by optimizer.micro_batches() (Lightning's "
                 "accumulate_grad_batches and accelerator.accumulate() show the step the last of them only). Where they "
                 "are of something else, zero_grad() says so",
-                stacklevel=_frames_of_libraries(),
+                stacklevel=frames_of_libraries(),
             )
 
     def _is_zeroed(self, found: Tensor) -> bool:
@@ -494,14 +493,3 @@ class Stepper(Hooked):
                 f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
                 "end, or close() the iterator to undo the step"
             )
-
-
-def _frames_of_libraries() -> int:
-    """The ``stacklevel`` at which a warning points at the user's code."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-_LIBRARIES = ("gam_fast", "torch", "contextlib")

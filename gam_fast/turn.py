@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from types import FunctionType
@@ -287,3 +288,14 @@ def _bound(closure: Callable[..., Any], needed: Sequence[str]) -> Callable[[Turn
         f"the closure needs {', '.join(needed)}, but is called without arguments, or with the pass where it needs one "
         "argument and calls it turn: give the others a default (x=x), or bind them by functools.partial"
     )
+
+
+def frames_of_libraries() -> int:
+    """The ``stacklevel`` at which a warning points at the user's code."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+_LIBRARIES = ("gam_fast", "torch", "contextlib")
