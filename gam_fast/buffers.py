@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from .reach import modules_in_reach
 
 LEAST_BYTES = 64 << 20
 """What the copies of the first step may take, where the trained parameters take less."""
+
+
+_under_way: WeakSet[ForwardState] = WeakSet()
+"""Those of steps that were begun and not left."""
 
 
 def modules_of(model: nn.Module | None) -> list[nn.Module]:
@@ -64,6 +69,8 @@ class ForwardState:
     def __init__(self, model: nn.Module | None = None) -> None:
         self._given = model
         self._layout: Any = None
+        self._modules: list[nn.Module] = []
+        self._taken: set[int] = set()
         self._places: list[Place] = []  # first those of buffers, then those of parameters
         self._buffers = 0
         self._active = self._learning = self._learnt_several = False
@@ -112,7 +119,8 @@ class ForwardState:
         self._capturing = is_capturing([param.device for param in params[:1]])
         self._begun = self._looked = self._returned = self._settled = self._keep_last = False
         self._elsewhere: list[tuple[str, Place]] = []
-        self._modules = modules_of(model)
+        self._taken = {id(module) for state in _under_way for module in state._modules} if _under_way else set()
+        self._modules = self._own_modules()
         layout = self._at_entry = self._layout_of(self._modules)
         self._learning = layout != self._layout or (several and not self._learnt_several)
         if self._learning:
@@ -126,6 +134,12 @@ class ForwardState:
         else:
             self._copy_what_moves()
         self._active = True
+        _under_way.add(self)
+
+    def _own_modules(self) -> list[nn.Module]:
+        """The modules of the model, but for those that a step around this one sees to: two in lockstep over a model."""
+        modules = modules_of(self._model)
+        return [module for module in modules if id(module) not in self._taken] if self._taken else modules
 
     def _layout_of(self, modules: list[nn.Module]) -> Any:
         """By what is seen that places have to be found anew: modules, their modes, and the names of their buffers."""
@@ -273,7 +287,7 @@ class ForwardState:
 
     def _find_new(self) -> None:
         """Buffers that the first pass has added."""
-        modules, exempt = modules_of(self._model), self._exempt()
+        modules, exempt = self._own_modules(), self._exempt()
         known = self._known()
         before = set(map(id, self._modules))
         for module in modules:
@@ -368,6 +382,7 @@ class ForwardState:
         else:
             self.settle()
         self._active = False
+        _under_way.discard(self)
         for place in self._places:
             place.first, place.then, place.after, place.entry = False, None, None, None
             if self._capturing or not place.keeps:

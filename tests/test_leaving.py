@@ -313,10 +313,15 @@ def test_a_context_left_before_the_last_pass_undoes_the_step():
         loss_of(model, x, y).backward()
         next(turns)
     assert_same(before, everything(model, optimizer))
-    with pytest.raises(RuntimeError, match="without a gradient"), optimizer.passes() as turns:  # noqa: PT012
-        for _ in zip(range(4), turns, strict=False):
-            if optimizer.turn.index < 3:
-                loss_of(model, x, y).backward()
+
+    def train():
+        with optimizer.passes() as turns:
+            for i, _ in zip(range(4), turns, strict=False):
+                if i < 3:
+                    loss_of(model, x, y).backward()
+
+    with pytest.raises(RuntimeError, match="without a gradient"):
+        train()
     assert_same(before, everything(model, optimizer))
 
 
@@ -349,3 +354,46 @@ def test_step_behind_the_loop_is_refused(method_name):
         loss_of(model, x, y).backward()
         optimizer.step()
         optimizer.step()  # by the same gradient, as torch allows
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_statistics_move_once_when_two_in_lockstep_were_given_the_model(method_name):
+    method = METHODS[method_name]
+    model, batches = make("batchnorm_cnn")
+    once, _ = make("batchnorm_cnn")
+    params = list(model.parameters())
+    options = {"lr": 0.1, "model": model, **method.hyper}
+    first = method.optimizer(params[:2], torch.optim.SGD, **options)
+    second = method.optimizer(params[2:], torch.optim.SGD, **options)
+    for x, y in batches[:3]:
+        once.load_state_dict(model.state_dict())
+        once(x)
+        for _ in zip(first.passes(), second.passes(), strict=False):
+            loss_of(model, x, y).backward()
+        for buffer, expected in zip(model.buffers(), once.buffers(), strict=True):
+            assert torch.equal(buffer, expected)
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+
+    def train():
+        for turn, _ in zip(first.passes(), second.passes(), strict=False):
+            loss_of(model, x, y).backward()
+            if turn.last:
+                raise Interruption
+
+    with pytest.raises(Interruption):
+        train()
+    assert all(map(torch.equal, before, model.state_dict().values()))
+
+
+@pytest.mark.parametrize("method_name", METHODS)
+def test_masks_of_two_in_lockstep_are_those_of_plain_training(method_name):
+    method = METHODS[method_name]
+    weights = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
+    optimizers = [method.optimizer([w], torch.optim.SGD, lr=0.0, **method.hyper) for w in weights]
+    torch.manual_seed(7)
+    expected = [float(torch.rand(())) for _ in range(3)]
+    torch.manual_seed(7)
+    for number in expected:
+        for _ in zip(*(optimizer.passes() for optimizer in optimizers), strict=False):
+            assert float(torch.rand(())) == number
+            sum(w.square().sum() for w in weights).backward()
