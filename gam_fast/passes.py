@@ -44,13 +44,14 @@ class Steps(Protocol):
 class Passes(Iterator[Turn]):
     """The passes of one step, for a loop whose body runs forward and backward once a pass.
 
-    The step is taken when the loop asks for a pass after the last. It is also taken where a loop ends in its last pass,
-    after a backward, without asking: by ``break`` or ``return``, or because a ``zip`` or ``islice`` around it ends.
+    The step is taken when the loop asks for a pass after the last. It is also taken where a loop ends without asking,
+    because a ``zip`` or ``islice`` around it ends.
 
-    The step is undone when the loop is left by an exception, or before the last pass. An exception handler around the
-    loop finds the parameters as they were. There is one loop that cannot be seen to be left: over a wrapper with a name
-    of its own (``pairs = enumerate(optimizer.passes())``), because the name holds it. There, and where a loop does not
-    ask for a pass after its last and errors of the update should be raised at once, use the context manager::
+    The step is undone when the loop is left by an exception, ``break`` or ``return``; in the last pass, after its
+    backward, with a warning. An exception handler around the loop finds the parameters as they were. There is one loop
+    that cannot be seen to be left: over a wrapper with a name of its own (``pairs = enumerate(optimizer.passes())``),
+    because the name holds it. There, and where a loop does not ask for a pass after its last and errors of the update
+    should be raised at once, use the context manager::
 
         with optimizer.passes() as turns:
             pairs = enumerate(turns)
@@ -144,15 +145,23 @@ class Passes(Iterator[Turn]):
         walk = self._walk
         if self._ended or walk is None or self._loop != id(loop):
             return
-        if walk.in_last_pass and (how == "end" or (how == "break" and walk.has_gradient)):
-            if not self._is_managed:
-                try:
-                    next(self, None)
-                except Exception as error:  # nobody would see it raised in a finalizer
-                    self._steps._fail_later(error)
+        is_done = walk.in_last_pass and (how == "end" or (how == "break" and walk.has_gradient))
+        if is_done and self._is_managed:
+            return
+        if is_done and how == "end":
+            try:
+                next(self, None)
+            except Exception as error:  # nobody would see it raised in a finalizer
+                self._steps._fail_later(error)
             return
         walk.may_communicate = how is not None
         self.undo()
+        if is_done:
+            warnings.warn(
+                "a loop over passes() was left by break or return in its last pass: the step was undone. To take it, "
+                "let the loop go on to its end, or call optimizer.step() in the last pass",
+                stacklevel=3,
+            )
         if how is None and not sys.is_finalizing():
             warnings.warn(
                 "a loop over passes() was left while something still held its iterator, and the parameters were put "

@@ -411,7 +411,7 @@ class Stepper(Hooked):
         self._progress.error = error
         warnings.warn(
             f"a loop over passes() of {type(self).__name__} did not ask for a pass after its last (zip and islice do "
-            f"not, break and return do not), and the update that it left undone failed: {error}. The error is raised "
+            f"not), and the update that it left undone failed: {error}. The error is raised "
             "by the next step; `with optimizer.passes() as turns:` around the loop raises it at once",
             stacklevel=frames_of_libraries(),
         )

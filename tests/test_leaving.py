@@ -170,28 +170,6 @@ def by_islice(optimizer, passes, body):
         body(turn)
 
 
-def by_break(optimizer, passes, body):
-    for turn in optimizer.passes():
-        body(turn)
-        if turn.last:
-            break
-
-
-def by_return(optimizer, passes, body):
-    for turn in optimizer.passes():
-        loss = body(turn)
-        if turn.last:
-            return loss
-    return None
-
-
-def by_return_of_a_constant(optimizer, passes, body):
-    for turn in optimizer.passes():
-        body(turn)
-        if turn.last:
-            return
-
-
 def by_held_zip_in_a_context(optimizer, passes, body):
     with optimizer.passes() as turns:
         pairs = zip(range(passes), turns, strict=False)
@@ -205,6 +183,14 @@ def by_next_in_a_context(optimizer, passes, body):
             body(next(turns))
 
 
+def by_break_in_a_context(optimizer, passes, body):
+    with optimizer.passes() as turns:
+        for turn in turns:
+            body(turn)
+            if turn.last:
+                break
+
+
 def by_step(optimizer, passes, body):
     for turn in optimizer.passes():
         body(turn)
@@ -216,8 +202,7 @@ def by_step(optimizer, passes, body):
 @pytest.mark.parametrize(
     "how",
     [
-        by_zip, by_islice, by_break, by_return, by_return_of_a_constant, by_held_zip_in_a_context, by_next_in_a_context,
-        by_step,
+        by_zip, by_islice, by_held_zip_in_a_context, by_next_in_a_context, by_break_in_a_context, by_step,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("method_name", METHODS)
@@ -291,6 +276,39 @@ def test_an_error_of_a_step_that_nobody_asked_for_is_raised_by_the_next():
     assert_same(before, everything(model, optimizer))
     with pytest.raises(gam_fast.NonFiniteGradientError):
         optimizer.step(closure_of(model, x, y))
+    optimizer.step(closure_of(model, x, y))
+
+
+def by_break(optimizer, passes, body):
+    for turn in optimizer.passes():
+        body(turn)
+        if turn.last:
+            break
+
+
+def by_return(optimizer, passes, body):
+    for turn in optimizer.passes():
+        loss = body(turn)
+        if turn.last:
+            return loss
+    return None
+
+
+def by_return_of_a_constant(optimizer, passes, body):
+    for turn in optimizer.passes():
+        body(turn)
+        if turn.last:
+            return
+
+
+@pytest.mark.parametrize("how", [by_break, by_return, by_return_of_a_constant])
+@pytest.mark.parametrize("method_name", METHODS)
+def test_a_break_in_the_last_pass_undoes_the_step_and_says_so(method_name, how):
+    model, optimizer, (x, y) = setting(method_name)
+    before = everything(model, optimizer)
+    with pytest.warns(UserWarning, match="left by break or return in its last pass: the step was undone"):
+        how(optimizer, METHODS[method_name].passes, lambda turn: loss_of(model, x, y).backward())
+    assert_same(before, everything(model, optimizer))
     optimizer.step(closure_of(model, x, y))
 
 
