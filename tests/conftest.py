@@ -41,6 +41,12 @@ def four() -> Iterator[Ranks]:
         yield ranks
 
 
+@pytest.fixture(params=BACKENDS)
+def _on_eager_and_native(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tests of what surrounds a step, to which kernels do not matter, and for threads: the emulator has one."""
+    monkeypatch.setenv("GAM_FAST_BACKEND", request.param)
+
+
 @pytest.fixture(params=[*BACKENDS, *EMULATED])
 def _on_each_backend(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the tests of the engine, which do not name a backend: all of them run on each."""

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
+pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
 
 MUON = partial(getattr(torch.optim, "Muon", torch.optim.Adamax), lr=0.02)  # which torch has from 2.9 on
 PAIRS = {

@@ -16,7 +16,7 @@ import gam_fast
 from gam_fast import distributed
 from gam_fast.active import WhenSteep
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
+pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-2)
 

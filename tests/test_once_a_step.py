@@ -11,7 +11,7 @@ from torch import nn
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
+pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
 
 
 def optimizer_of(method_name, **options):

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
+pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
 
 
 class Symmetric(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
+pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
 
 BASES = {
     "schedule_free": ScheduleFree,
