@@ -7,6 +7,7 @@ autograd counts, by address and by value. Later steps copy those only, and small
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -20,6 +21,8 @@ from torch.nn.parameter import is_lazy
 from .capture import is_capturing
 from .places import ABSENT, STATISTICS, Place, can_be_copied, copy_all, differing, size_of, write
 from .reach import modules_in_reach
+
+_PROCESS = os.getpid()
 
 LEAST_BYTES = 64 << 20
 """What the copies of the first step may take, where the trained parameters take less."""
@@ -128,7 +131,9 @@ class ForwardState:
                 self._refuse_lazy()
             self._layout = None  # until this step has come so far as to know better
             self._learnt_several = several
-            self._find(with_trained=several and by_gradient and not self._capturing)
+            # (in a forked process torch waits for ever where it copies with the threads that were lost)
+            is_whole = not self._capturing and os.getpid() == _PROCESS
+            self._find(with_trained=several and by_gradient and is_whole)
             if model is None and several:
                 self._look_around()
         else:

@@ -276,7 +276,10 @@ class Logging(Module):
         assert gam_fast.first_pass(self.optimizers())
 
     def configure_optimizers(self):
-        return self.make(self.parameters())
+        optimizer = self.make(self.parameters())
+        if isinstance(optimizer, gam_fast.FlatOptimizer):
+            optimizer.model = self
+        return optimizer
 
 
 @pytest.mark.usefixtures("_not_installed")
