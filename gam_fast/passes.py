@@ -1,8 +1,9 @@
 """The passes of one step as an iterator that notices how its loop is left.
 
 A ``for`` loop holds its iterator on the stack of the interpreter, which lets go of it at the moment that the loop is
-left: before an exception handler runs. So every loop gets an iterator of its own, :class:`_Loop`. Its end is the end of
-the loop, also where a name or a traceback holds what :meth:`Stepper.passes` returned.
+left: before an exception handler runs. So every loop gets an iterator of its own with a generator in it. Its end is the
+end of the loop, also where a name or a traceback holds what :meth:`Stepper.passes` returned. A generator that has ended
+by itself runs no code when it goes, so that no Ctrl-C can be lost in it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dis
 import gc
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import CodeType, FrameType, TracebackType
 from typing import Any, ClassVar, Protocol
 
@@ -39,6 +40,101 @@ class Steps(Protocol):
     def _fail_later(self, error: Exception) -> None:
         """Keep an error that cannot be raised now for the next step."""
         ...
+
+
+class Drive:
+    """The passes of one step, one after the other."""
+
+    failed: ClassVar[tuple[int, int] | None] = None
+    """Frame and place of the loop in which a step failed last: what ``zip`` has beside it did not end in good order."""
+
+    def __init__(self, steps: Steps, scale: LossScale | None, *, by_loop: bool = True) -> None:
+        self._steps = steps
+        self._scale = scale
+        self._by_loop = by_loop
+        self._walk: Walk | None = None
+        self._index = 0
+        self.ended = False
+        self.is_managed = False
+        """Whether a context manager sees to the end."""
+        self.loop: object = None
+        """The loop that asked last."""
+
+    def next_pass(self) -> Turn | None:
+        """Begin the next pass, or end the step and return None."""
+        if self.ended:
+            return None
+        walk = self._walk
+        try:
+            if walk is None:
+                walk = self._walk = self._steps._begin(self._scale, by_loop=self._by_loop)
+            elif not walk.over:  # it is, where step() was called in the last pass
+                walk.advance()
+            if not walk.over and not walk.at_end:
+                walk.begin()
+                turn = walk.turn(self._index)
+                self._index += 1
+                return turn
+            if not walk.over:
+                walk.complete = True
+                self._steps._take(walk)
+        except BaseException as error:
+            if not self.undo(error):
+                raise
+        else:
+            self.ended = True
+            self._steps._leave(walk, None)
+        return None
+
+    def undo(self, error: BaseException | None = None) -> bool:
+        """Undo the step, if it is under way, because of ``error``; return True if that asks to skip it."""
+        self.ended = True
+        return self._walk is not None and self._steps._leave(self._walk, error or GeneratorExit())
+
+    def close(self, error: BaseException | None) -> None:
+        """End what a context manager was put around."""
+        if error is None and not self.ended and self._walk is not None and self._walk.in_last_pass:
+            self.next_pass()
+        self.undo(error)
+
+    def let_go(self) -> None:
+        """Undo the step because nobody holds its passes any more."""
+        if self._walk is not None and not self.ended:
+            self._walk.may_communicate = False
+            self.undo()
+
+    def left(self, how: str | None) -> None:
+        """Take or undo the step whose loop has gone.
+
+        Args:
+            how: ``"end"`` if what is around it has ended, ``"break"``, ``"error"``, or None if it was left before now.
+        """
+        walk = self._walk
+        if self.ended or walk is None:
+            return
+        is_done = walk.in_last_pass and (how == "end" or (how == "break" and walk.has_gradient))
+        if is_done and self.is_managed:
+            return
+        if is_done and how == "end":
+            try:
+                self.next_pass()
+            except Exception as error:  # nobody would see it raised in a finalizer
+                self._steps._fail_later(error)
+            return
+        walk.may_communicate = how is not None
+        self.undo()
+        if is_done:
+            warnings.warn(
+                "a loop over passes() was left by break or return in its last pass: the step was undone. To take it, "
+                "let the loop go on to its end, or call optimizer.step() in the last pass",
+                stacklevel=3,
+            )
+        if how is None and not sys.is_finalizing():
+            warnings.warn(
+                "a loop over passes() was left while something still held its iterator, and the parameters were put "
+                "back only when that went away: write `with optimizer.passes() as turns:` around the loop",
+                stacklevel=3,
+            )
 
 
 class Passes(Iterator[Turn]):
@@ -71,170 +167,109 @@ class Passes(Iterator[Turn]):
     0.25
     """
 
-    def __init__(self, steps: Steps, scale: LossScale | None, *, by_loop: bool = True) -> None:
-        self._steps = steps
-        self._scale = scale
-        self._by_loop = by_loop
-        self._walk: Walk | None = None
-        self._index = 0
-        self._ended = False
-        self._is_managed = False
-        self._loop = 0
-        """The ``id`` of the loop that asked last."""
+    def __init__(self, drive: Drive) -> None:
+        self._drive = drive
+        self._direct: Iterator[Turn] | None = None
 
     def __iter__(self) -> Iterator[Turn]:
-        return _Loop(self)
+        return _Loop(self._drive)
 
     def __next__(self) -> Turn:
-        if self._ended:
-            raise StopIteration
-        walk = self._walk
-        try:
-            if walk is None:
-                walk = self._walk = self._steps._begin(self._scale, by_loop=self._by_loop)
-            elif not walk.over:  # it is, where step() was called in the last pass
-                walk.advance()
-            if not walk.over and not walk.at_end:
-                walk.begin()
-                turn = walk.turn(self._index)
-                self._index += 1
-                return turn
-            if not walk.over:
-                walk.complete = True
-                self._steps._take(walk)
-        except BaseException as error:
-            if not self.undo(error):
-                raise
-        else:
-            self._ended = True
-            self._steps._leave(walk, None)
-        raise StopIteration
-
-    def undo(self, error: BaseException | None = None) -> bool:
-        """Undo the step, if it is under way, because of ``error``; return True if that asks to skip it."""
-        self._ended = True
-        return self._walk is not None and self._steps._leave(self._walk, error or GeneratorExit())
+        if self._direct is None:
+            self._direct = _by_hand(self._drive)
+        return next(self._direct)
 
     def close(self) -> None:
         """Undo the step, if it is under way."""
-        self.undo()
+        self._drive.undo()
 
     def __enter__(self) -> Passes:
-        self._is_managed = True
+        self._drive.is_managed = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None and self._walk is not None and self._walk.in_last_pass:
-            next(self, None)
-        self.undo(error)
+        self._drive.close(error)
 
-    def __del__(self) -> None:
-        if self._walk is not None and not self._ended:
-            self._walk.may_communicate = False
-            self.undo()
 
-    def left(self, loop: _Loop, how: str | None) -> None:
-        """Take or undo the step whose loop has gone.
-
-        Args:
-            loop: the loop; nothing happens if another one goes on with the passes.
-            how: ``"end"`` if what is around it has ended, ``"break"``, ``"error"``, or None if it was left before now.
-        """
-        walk = self._walk
-        if self._ended or walk is None or self._loop != id(loop):
-            return
-        is_done = walk.in_last_pass and (how == "end" or (how == "break" and walk.has_gradient))
-        if is_done and self._is_managed:
-            return
-        if is_done and how == "end":
-            try:
-                next(self, None)
-            except Exception as error:  # nobody would see it raised in a finalizer
-                self._steps._fail_later(error)
-            return
-        walk.may_communicate = how is not None
-        self.undo()
-        if is_done:
-            warnings.warn(
-                "a loop over passes() was left by break or return in its last pass: the step was undone. To take it, "
-                "let the loop go on to its end, or call optimizer.step() in the last pass",
-                stacklevel=3,
-            )
-        if how is None and not sys.is_finalizing():
-            warnings.warn(
-                "a loop over passes() was left while something still held its iterator, and the parameters were put "
-                "back only when that went away: write `with optimizer.passes() as turns:` around the loop",
-                stacklevel=3,
-            )
+def _by_hand(drive: Drive) -> Iterator[Turn]:
+    """The passes for calls of ``next()``."""
+    try:
+        while (turn := drive.next_pass()) is not None:
+            yield turn
+    except GeneratorExit:
+        drive.let_go()
 
 
 class _Loop(Iterator[Turn]):
-    """The iterator of one loop over :class:`Passes`."""
+    """The passes for one loop; another loop over it gets its own."""
 
-    __slots__ = ("_at", "_code", "_frame", "_passes")
+    __slots__ = ("_drive", "turns")
 
-    failed: ClassVar[tuple[int, int] | None] = None
-    """Frame and place of the loop in which a step failed last: what ``zip`` has beside it did not end in good order."""
-
-    def __init__(self, passes: Passes) -> None:
-        self._passes = passes
-        self._code: CodeType | None = None
-        self._frame = 0  # its id: a reference would keep the frame, which holds the loop
-        self._at = -1
+    def __init__(self, drive: Drive) -> None:
+        self._drive = drive
+        self.turns: Any = _in_loop(drive)
 
     def __iter__(self) -> Iterator[Turn]:
-        return _Loop(self._passes)
+        return _Loop(self._drive)
 
     def __next__(self) -> Turn:
-        passes = self._passes
-        frame = sys._getframe(1)
-        code = frame.f_code
-        if self._code is not code:
-            self._code, self._frame, _Loop.failed = code, id(frame), None
-            if code.co_varnames[:1] == (".0",):
-                _leave_to_the_stack(frame, self)
-        self._at = frame.f_lasti
-        passes._loop = id(self)
-        try:
-            return passes.__next__()
-        except StopIteration:
-            raise
-        except BaseException:
-            _Loop.failed = self._frame, self._at
-            raise
+        return next(self.turns)
 
-    def __del__(self) -> None:
-        if self._code is not None and not self._passes._ended:
-            self._passes.left(self, self._how(sys._getframe(1)))
 
-    def _how(self, frame: FrameType) -> str | None:
-        """Find out how the loop was left, ``frame`` being the one that runs: see :meth:`Passes.left`.
+def _in_loop(drive: Drive) -> Generator[Turn, None, None]:
+    """The passes for one loop, whose frame is noted whenever it asks, to find out how it was left."""
+    frame = sys._getframe(2)
+    code, place, at, mine = frame.f_code, id(frame), frame.f_lasti, object()
+    if code.co_varnames[:1] == (".0",):
+        _leave_to_the_stack(frame)
+    del frame  # which holds the loop
+    Drive.failed = None
+    try:
+        while True:
+            drive.loop = mine
+            try:
+                turn = drive.next_pass()
+            except BaseException:
+                Drive.failed = place, at
+                raise
+            if turn is None:
+                return
+            yield turn
+            at = sys._getframe(2).f_lasti
+    except GeneratorExit:
+        if drive.loop is mine:  # no other loop has gone on with the passes
+            drive.left(_how_left(sys._getframe(1), code, place, at))
 
-        A frame whose exception is on its way stands at the instruction that raised it.
-        """
-        if id(frame) != self._frame or frame.f_code is not self._code:
-            return None
-        if frame.f_lasti == self._at:
-            return "error" if _Loop.failed == (self._frame, self._at) else "end"
-        return "break" if dis.opname[frame.f_code.co_code[frame.f_lasti]] in _BREAK else "error"
+
+def _how_left(frame: FrameType, code: CodeType, place: int, at: int) -> str | None:
+    """Find out how the loop was left, ``frame`` being the one that runs: see :meth:`Drive.left`.
+
+    A frame whose exception is on its way stands at the instruction that raised it.
+    """
+    if id(frame) != place or frame.f_code is not code:
+        return None
+    if frame.f_lasti == at:
+        return "error" if Drive.failed == (place, at) else "end"
+    return "break" if dis.opname[frame.f_code.co_code[frame.f_lasti]] in _BREAK else "error"
 
 
 _BREAK = ("POP_TOP", "POP_ITER", "END_FOR")
 """The instructions by which ``break`` and ``return`` let go of the iterator."""
 
 
-def _leave_to_the_stack(frame: FrameType, loop: _Loop) -> None:
+def _leave_to_the_stack(frame: FrameType) -> None:
     """Take the iterator out of the hidden variable of a comprehension, which would live on in a traceback.
 
     The loop has it on the stack. (Comprehensions have a frame of their own up to Python 3.11, generator expressions
     always.)
     """
+    loop = sys._getframe(1)
     variables = frame.f_locals
     held: list[Any] = [variables.get(".0")]
     for _ in range(3):  # enumerate(zip(...)) and the like
-        if any(value is loop for value in held):
+        if any(isinstance(value, _Loop) and value.turns.gi_frame is loop for value in held):
             break
         held = gc.get_referents(*held)
     else:

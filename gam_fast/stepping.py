@@ -23,7 +23,7 @@ from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
 from .others import CLOSED, Surroundings
 from .ownership import version
-from .passes import Passes
+from .passes import Drive, Passes
 from .reach import message_of_forgotten
 from .recipes import BASE, Recipe
 from .settings import Settings
@@ -133,7 +133,7 @@ class Stepper(Hooked):
         [0.0, 0.0]
         """
         self._refuse_nesting("passes()")
-        return Passes(self, self._loss_scale(scaler))
+        return Passes(Drive(self, self._loss_scale(scaler)))
 
     @overload
     def step(self, closure: None = None, *, scaler: Any = None) -> None: ...
@@ -192,9 +192,9 @@ class Stepper(Hooked):
             raise
         # from here on nothing was handed over: that was refused
         first = None
-        passes = Passes(self, scale, by_loop=False)
+        passes = Drive(self, scale, by_loop=False)
         try:
-            while (turn := next(passes, None)) is not None:
+            while (turn := passes.next_pass()) is not None:
                 with torch.enable_grad():
                     loss = evaluate(turn)
                 if self.recipe.second_order:
