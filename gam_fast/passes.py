@@ -215,7 +215,8 @@ class _Loop(Iterator[Turn]):
         return _Loop(self._drive)
 
     def __next__(self) -> Turn:
-        return next(self.turns)
+        turn: Turn = next(self.turns)
+        return turn
 
 
 def _in_loop(drive: Drive) -> Generator[Turn, None, None]:
