@@ -426,10 +426,13 @@ class FlatOptimizer(Stepper):
             radius.check_alike(name, [group.get(key, self._own_defaults[key]) for group in groups])
 
     def _complete_groups(self) -> None:
+        self._fill(self._own_defaults)
         first = self.param_groups[0] if self.param_groups else {}
-        kept = {key: first.get(key, number) for key, number in self._kept().items()}
+        self._fill({key: first.get(key, number) for key, number in self._kept().items()})  # it depends on those values
+
+    def _fill(self, values: dict[str, Any]) -> None:
         for group, mine in zip(self.param_groups, filled(self.base), strict=True):
-            for key, value in {**self._own_defaults, **kept}.items():
+            for key, value in values.items():
                 if key not in group:
                     group[key] = value
                     mine.add(key)
