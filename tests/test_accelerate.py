@@ -22,6 +22,7 @@ GAM = {"lr": 0.05, "momentum": 0.9, "rho": 0.1, "rho_prime": 0.05}
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
+    forget()  # what tests of other files have left behind
     yield
     forget()
 
