@@ -359,7 +359,12 @@ class Stepper(Hooked):
                 "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
                 "no scaler. Behind a loop over passes(), which has taken its step, leave step() out"
             )
-        if self._progress.loop_took_step and hasattr(self._first_gradient(), "_gam_fast_left"):
+        found = self._first_gradient()
+        if (  # a backward since would have changed the version
+            self._progress.loop_took_step
+            and found is not None
+            and getattr(found, "_gam_fast_left", (-1,))[0] == version(found)
+        ):
             raise RuntimeError(
                 f"step() of {type(self).__name__} behind a loop over passes(), which has taken this step already: "
                 "leave step() out (or call it in the last pass)"
