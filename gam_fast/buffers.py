@@ -76,7 +76,8 @@ class ForwardState:
         self._taken: set[int] = set()
         self._places: list[Place] = []  # first those of buffers, then those of parameters
         self._buffers = 0
-        self._active = self._learning = self._learnt_several = False
+        self._entered = self._learning = self._learnt_several = False
+        self._active = False  # entered, with something to look after
         self.forgotten: list[str] = []
         """Modules with moving buffers that the calling code can name, where no model was given."""
 
@@ -122,8 +123,8 @@ class ForwardState:
         self._capturing = is_capturing([param.device for param in params[:1]])
         self._begun = self._looked = self._returned = self._settled = self._keep_last = False
         self._elsewhere: list[tuple[str, Place]] = []
-        self._taken = {id(module) for state in _under_way for module in state._modules} if _under_way else set()
-        self._modules = self._own_modules()
+        self._taken = {id(module) for state in _under_way for module in state._modules} if len(_under_way) else set()
+        self._modules = self._own_modules() if model is not None else []
         layout = self._at_entry = self._layout_of(self._modules)
         self._learning = layout != self._layout or (several and not self._learnt_several)
         if self._learning:
@@ -136,10 +137,12 @@ class ForwardState:
             self._find(with_trained=several and by_gradient and is_whole)
             if model is None and several:
                 self._look_around()
-        else:
+        elif self._places:
             self._copy_what_moves()
-        self._active = True
-        _under_way.add(self)
+        self._entered = True
+        self._active = self._learning or bool(self._places)
+        if self._modules:
+            _under_way.add(self)
 
     def _own_modules(self) -> list[nn.Module]:
         """The modules of the model, but for those that a step around this one sees to: two in lockstep over a model."""
@@ -148,6 +151,8 @@ class ForwardState:
 
     def _layout_of(self, modules: list[nn.Module]) -> Any:
         """By what is seen that places have to be found anew: modules, their modes, and the names of their buffers."""
+        if not modules:
+            return len(self._params), [], []
         names = [(id(own), *own.keys()) for module in modules if (own := module._buffers)]
         return len(self._params), [module.training for module in modules], names
 
@@ -306,13 +311,14 @@ class ForwardState:
         if not self._capturing:
             self._layout = self._layout_of(modules)
 
-    def add(self, positions: Iterable[int]) -> None:
+    def add(self, positions: Sequence[int]) -> None:
         """Parameters without a gradient that were seen to move."""
-        if self._active:
+        if positions and self._entered:
             known = {place.position for place in self._places[self._buffers :]}
             for i in positions:
                 if i not in known and can_be_copied(self._params[i]):
                     self._places.append(Place(self._params[i], position=i, moves=True))
+                    self._active = True
 
     def begin(self, *, keep_last: bool = False) -> None:
         """Start a pass: note what the first pass ended with, and go back to what was there at entry.
@@ -376,18 +382,19 @@ class ForwardState:
 
     def exit(self, *, undo: bool) -> None:
         """After the step, or, with ``undo``, when it is left without an update."""
-        if not self._active:
+        if not self._entered:
             return
-        if undo:
+        if undo and (self._active or self._modules):
             with torch.set_grad_enabled(False):
                 self._drop_trained()
                 self._remove_what_is_new()
                 self._find_silent()
                 self._put_back([p for p in self._places if p.entry is not None or p.moved()], to_entry=True)
-        else:
+        elif self._active:
             self.settle()
-        self._active = False
-        _under_way.discard(self)
+        self._entered = self._active = False
+        if self._modules:
+            _under_way.discard(self)
         for place in self._places:
             place.first, place.then, place.after, place.entry = False, None, None, None
             if self._capturing or not place.keeps:

@@ -6,6 +6,7 @@ them, so here they are called around the update, whatever drives the passes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_NO_RANGE = contextlib.nullcontext()
 
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """Positional arguments, of which the first is the optimizer, and keyword arguments of a ``step()``."""
@@ -47,7 +50,10 @@ class Hooked(Optimizer):
             calls: Calls = self._progress.calls
             calls.take_updated()  # of a step that raised
             outer, calls.current = calls.current, ((self, *args), kwargs)
-            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            name = f"Optimizer.step#{type(self).__name__}.step"
+            # a range for nobody would take 9 µs
+            recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+            with torch.autograd.profiler.record_function(name) if recorded else _NO_RANGE:
                 try:
                     out = func(self, *args, **kwargs)
                 finally:

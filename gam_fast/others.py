@@ -91,7 +91,9 @@ class OtherGradients:
 
     def __init__(self, params: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         # most that do not require a gradient never get one
-        self._params = [param for param in params if param.requires_grad or param.grad is not None]
+        self._params: Sequence[Tensor] = ()
+        if params:
+            self._params = [param for param in params if param.requires_grad or param.grad is not None]
         self._own = own
         self._before: dict[Tensor, Held] | None = None
         self._first: dict[Tensor, Held] | None = None

@@ -83,7 +83,8 @@ class Drive:
                 raise
         else:
             self.ended = True
-            self._steps._leave(walk, None)
+            if not walk.over:
+                self._steps._leave(walk, None)
         return None
 
     def undo(self, error: BaseException | None = None) -> bool:
