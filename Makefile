@@ -139,26 +139,10 @@ ptx:  ## PTX of the CUDA kernels for sm_90, with their names and arguments as JS
 aot: setup-test  ## the Triton kernels compiled for six GPUs, and checked (no GPU)
 	$(PY) -m bench.aot $(ARGS)
 
-# In less than ten minutes and, with PYTHON=<interpreter that has torch and the test packages>, without a network. Built
-# for the GPU at hand only; results go to bench/results/<gpu>*.json.
-gpu: $(ENVIRONMENT)  ## what waits for a real GPU: tests, compute-sanitizer, benchmarks (results in bench/results)
-	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"
-	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-	  { echo "torch sees no CUDA GPU: install a CUDA build of torch and run on a machine with a GPU"; exit 1; }
-	@GAM_FAST_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PY) -c \
-	  'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}" $(MAKE) --no-print-directory setup-test
-	$(PY) -m pytest -m gpu $(ARGS)
-	@if command -v compute-sanitizer >/dev/null; then \
-	  for tool in memcheck racecheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -m gpu \
-	      tests/test_cuda.py -k "lengths or bits" || exit 1; \
-	  done; else echo "compute-sanitizer is not found: it comes with a CUDA toolkit; memcheck and racecheck left out"; fi
-	@gpu="$$($(PY) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')" && \
-	  $(PY) -m bench.kernels --device cuda --backends eager,native,triton --json "bench/results/$${gpu}_kernels.json" && \
-	  $(PY) -m bench.overhead --device cuda --json "bench/results/$${gpu}_overhead.json" && \
-	  $(PY) -m bench.throughput --device cuda --json "bench/results/$${gpu}.json" && \
-	  $(PY) -m bench.curvature --device cuda --json "bench/results/$${gpu}_curvature.json" && \
-	  $(PY) -m bench.memory --device cuda --json "bench/results/$${gpu}_memory.json"
+# With PYTHON=<interpreter that has torch, numpy, pytest, setuptools and ninja>, without a network.
+STAGES ?=
+gpu:  ## what waits for a real GPU, in stages of which each says what it found: STAGES="core smoke times" (9 minutes)
+	$(if $(PYTHON)$(wildcard $(PY)),$(PY),$(BOOTSTRAP)) tools/gpu.py --stages "$(STAGES)" $(ARGS)
 
 clean:  ## remove .venv and what was built
 	rm -rf $(VENV) build dist *.egg-info .venv-cuda

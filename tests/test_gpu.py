@@ -269,6 +269,24 @@ def test_a_step_can_be_captured_in_a_graph(method_name):
     torch.testing.assert_close(weight, twin, rtol=1e-4, atol=1e-5)
 
 
+def test_steps_on_two_streams_by_turns():
+    weight, closure = parabola()
+    twin = nn.Parameter(weight.detach().clone())
+    options = {"lr": 1e-2, "momentum": 0.9, **UNCHECKED}
+    optimizer, plain = (gam_fast.GAM([w], torch.optim.SGD, **options) for w in (weight, twin))
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for k in range(8):
+        stream = streams[k % 2]
+        stream.wait_stream(streams[1 - k % 2] if k else torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer.step(closure)
+            torch.empty(1 << 20, device="cuda").fill_(float("nan"))  # where memory that was freed too early would lie
+    torch.cuda.synchronize()
+    for _ in range(8):
+        plain.step(lambda: twin.square().sum().backward())
+    torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
+
+
 def test_a_gradient_that_is_not_finite_undoes_the_step():
     weight, closure = parabola()
     before = weight.detach().clone()

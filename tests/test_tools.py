@@ -1,0 +1,95 @@
+"""The runner of what waits for a GPU, with commands that need none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import gpu
+from tools.gpu import Stage
+
+HERE = [sys.executable, "-c"]
+
+
+def run(tmp_path, *stages, budget=60.0):
+    found = gpu.Run(tmp_path / "out", tmp_path, budget, "some_card")
+    for stage in stages:
+        found.stage(stage, gpu.surroundings())
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    return found, [line.split(None, 4) for line in lines]
+
+
+def test_a_stage_that_fails_or_hangs_stops_no_other(tmp_path):
+    stages = [
+        Stage("fails", 20, {"fails": [*HERE, "print('FAILED some_test'); raise SystemExit(3)"]}),
+        Stage("hangs", 1, {"hangs": [*HERE, "import time; print('begun', flush=True); time.sleep(60)"]}),
+        Stage("works", 20, {"works": [*HERE, "print('seen'); print('236 passed')"]}),
+    ]
+    found, lines = run(tmp_path, *stages)
+    assert found.failed
+    assert [line[:2] for line in lines if not line[0].startswith("FAILED")] == [
+        ["fails", "FAILED"],
+        ["hangs", "TIMEOUT"],
+        ["works", "ok"],
+    ]
+    assert lines[-1][4] == "236 passed"
+    assert "seen" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_commands_of_a_stage_run_at_the_same_time_and_write_figures_by_the_card(tmp_path):
+    wait = "import pathlib, sys, time\nopen(sys.argv[1], 'w').write('{}')\n" + (
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(.01)"
+    )
+    one, other = "{results}/{gpu}_one.json", "{results}/{gpu}_other.json"
+    stage = Stage("both", 30, {"one": [*HERE, wait, one, other], "other": [*HERE, wait, other, one]})
+    found, lines = run(tmp_path, stage)
+    assert not found.failed
+    assert [line[:2] for line in lines] == [["one", "ok"], ["other", "ok"]]
+    assert json.loads((tmp_path / "some_card_one.json").read_text()) == {}
+
+
+def test_what_is_not_there_or_has_no_time_left_is_left_out_by_name(tmp_path):
+    nothing = {"x": [*HERE, "raise SystemExit(1)"]}
+    found, lines = run(tmp_path, Stage("tool", 20, nothing, needs="no-such-program"), Stage("late", 20, nothing))
+    assert lines[0][:2] == ["tool", "SKIPPED"]
+    assert "no-such-program" in lines[0][4]
+    found, lines = run(tmp_path, Stage("late", 20, nothing), budget=10)
+    assert lines[0][:2] == ["late", "SKIPPED"]
+    assert not found.failed
+
+
+def test_every_command_names_a_file_or_module_that_is_there():
+    for stage in gpu.STAGES:
+        for command in stage.commands.values():
+            for word in command:
+                assert not word.startswith("tests/") or (gpu.ROOT / word).is_file(), word
+                assert not word.startswith("bench.") or (gpu.ROOT / f"{word.replace('.', '/')}.py").is_file(), word
+
+
+def test_smoke_picks_tests_of_each_kind():
+    text = (gpu.ROOT / "tests" / "test_gpu.py").read_text()
+    for part in gpu.SMOKE.split(" or "):
+        assert f"{part}" in text, part
+
+
+def test_without_a_gpu_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no CUDA GPU"):
+        gpu.main([])
+
+
+def test_a_stage_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--stages", "core, smok"])
+    assert "there is no smok; there are core, report, smoke" in capsys.readouterr().err
+
+
+def test_the_script_runs_by_itself():
+    found = subprocess.run(
+        [sys.executable, Path("tools") / "gpu.py", "--help"], cwd=gpu.ROOT, capture_output=True, text=True, check=True
+    )
+    assert "stages: core, report, smoke" in found.stdout
