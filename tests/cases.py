@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WITHOUT_CORE = os.environ.get("GAM_FAST_BUILD") == "none"
 
 BACKENDS = ["triton"] if INTERPRETED else ["eager"] if WITHOUT_CORE else ["eager", "native"]
-"""Those that every test of engine and primitives runs on; without the compiled core only where that is said."""
+"""Those of every primitive; the engine is tested on the last. Without the compiled core only where that is said."""
 
 CAN_EMULATE = "native" in BACKENDS and sys.platform == "linux" and platform.machine() == "x86_64"
 """Whether a compiler is expected, and the emulator knows the processor."""
@@ -31,7 +32,35 @@ CAN_EMULATE = "native" in BACKENDS and sys.platform == "linux" and platform.mach
 EMULATED = ["emulated"] if CAN_EMULATE else []
 """The CUDA core on the CPU (see emulated.py)."""
 
+OTHERS = BACKENDS if INTERPRETED else [*BACKENDS[:-1], *EMULATED]
+"""Those that the engine is tested on by the short table of test_every_backend.py."""
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Few rows of one value a factor, in which any two values of two factors meet.
+
+    A fault that takes two of them is found, in a fraction of the rows of all combinations.
+    """
+    values = [list(factor) for factor in factors]
+    columns = list(itertools.combinations(range(len(values)), 2))
+    missing = {(i, a, j, b): None for i, j in columns for a in range(len(values[i])) for b in range(len(values[j]))}
+    rows = []
+    while missing:
+        i, a, j, b = next(iter(missing))
+        row = {i: a, j: b}
+        for k in range(len(values)):
+            if k not in row:
+                meets = [
+                    sum((*min((k, v), m), *max((k, v), m)) in missing for m in row.items())
+                    for v in range(len(values[k]))
+                ]
+                row[k] = meets.index(max(meets))
+        for i, j in columns:
+            missing.pop((i, row[i], j, row[j]), None)
+        rows.append(tuple(values[k][row[k]] for k in range(len(values))))
+    return rows
 
 
 class MLP(nn.Module):

@@ -8,7 +8,7 @@ from contextlib import closing
 import emulated
 import pytest
 import torch
-from cases import BACKENDS, EMULATED, INTERPRETED
+from cases import BACKENDS, EMULATED, INTERPRETED, OTHERS
 from ranks import Ranks
 
 if INTERPRETED:
@@ -27,32 +27,43 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two() -> Iterator[Ranks]:
     """Two processes with a process group."""
     with closing(Ranks(2)) as ranks:
         yield ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def four() -> Iterator[Ranks]:
     """Four processes with a process group."""
     with closing(Ranks(4)) as ranks:
         yield ranks
 
 
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every optimizer that does not name a backend work on this one."""
+    if name == "emulated":
+        emulated.use(monkeypatch)
+        return
+    monkeypatch.setenv("GAM_FAST_BACKEND", name)
+    if INTERPRETED:
+        interpreted.use(monkeypatch)
+
+
 @pytest.fixture(params=BACKENDS)
 def _on_eager_and_native(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the tests of what surrounds a step, to which kernels do not matter, and for threads: the emulator has one."""
-    monkeypatch.setenv("GAM_FAST_BACKEND", request.param)
+    """For what the engine does otherwise by plain torch: which gradients it takes over, and in which dtype."""
+    use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=OTHERS)
+def _on_the_others(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the short table of the engine's tests, which run in full on the backend that is chosen by itself."""
+    use(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[*BACKENDS, *EMULATED])
 def _on_each_backend(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the tests of the engine, which do not name a backend: all of them run on each."""
-    if request.param == "emulated":
-        emulated.use(monkeypatch)
-        return
-    monkeypatch.setenv("GAM_FAST_BACKEND", request.param)
-    if INTERPRETED:
-        interpreted.use(monkeypatch)
+    """For what a primitive decides: the arithmetic of updates, layouts, and the memory that tables are about."""
+    use(request.param, monkeypatch)

@@ -12,8 +12,6 @@ from torch import nn
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
-
 
 def parts_of(x, y, count=4):
     return list(zip(x.chunk(count), y.chunk(count), strict=True))

@@ -15,8 +15,6 @@ from torch import nn
 import gam_fast
 from gam_fast import amp
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
-
 PASSES = [(name, at) for name in ("base", "sam", "gam") for at in range(METHODS[name].passes)]
 
 

@@ -9,7 +9,7 @@ import sys
 import emulated
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, EMULATED, INTERPRETED
+from cases import BACKENDS, DTYPES, EMULATED, INTERPRETED, pairwise
 
 import gam_fast
 from gam_fast import backends
@@ -42,6 +42,10 @@ def double(values):
 def device_scalar(value):
     """As an accelerator gets it."""
     return torch.tensor(value, dtype=torch.float64)
+
+
+def named(value):
+    return value.__name__ if callable(value) else str(value)
 
 
 def close(actual, expected, dtype, scale=1.0):
@@ -84,10 +88,10 @@ def backend(request, monkeypatch):
     _C.use_instruction_set(best)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("eta", [None, [0.0, 0.1]])
-@pytest.mark.parametrize("saved", [False, True])
-@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("eta", "saved", "difference"), pairwise([None, [0.0, 0.1]], [False, True], [False, True]), ids=named
+)
 def test_square_norm(backend, dtype, eta, saved, difference):
     target = leaves(dtype, saved)
     a, b = tensors(dtype, 3), tensors(dtype, 4)
@@ -130,12 +134,12 @@ def test_square_norm_is_the_square_of_what_clip_grad_norm_finds(backend):
     torch.testing.assert_close(norm.float(), total, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("eta", [None, [0.0, 0.1]])
-@pytest.mark.parametrize("saved", [False, True])
-@pytest.mark.parametrize("from_start", [False, True])
-@pytest.mark.parametrize("difference", [False, True])
-@pytest.mark.parametrize("number", [float, device_scalar])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("eta", "saved", "from_start", "difference", "number"),
+    pairwise([None, [0.0, 0.1]], [False, True], [False, True], [False, True], [float, device_scalar]),
+    ids=named,
+)
 def test_perturb(backend, dtype, eta, saved, from_start, difference, number):
     target = leaves(dtype, saved)
     a, b = tensors(dtype, 3), tensors(dtype, 4)
@@ -190,7 +194,7 @@ def directions(dtype, terms=3, projected=True, clipped=True, number=float):
     return d, expected
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("terms", [1, 2, 3])
 @pytest.mark.parametrize("with_m", [False, True])
 def test_inner_products(backend, dtype, terms, with_m):
@@ -207,15 +211,18 @@ def test_inner_products(backend, dtype, terms, with_m):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("saved", [False, True])
-@pytest.mark.parametrize("own_storage", [False, True])
-@pytest.mark.parametrize(("terms", "projected", "clipped"), [(1, False, True), (2, False, False), (3, True, True)])
-@pytest.mark.parametrize("number", [float, device_scalar])
-def test_direction(backend, dtype, saved, own_storage, terms, projected, clipped, number):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("saved", "own_storage", "form", "number"),
+    pairwise(
+        [False, True], [False, True], [(1, False, True), (2, False, False), (3, True, True)], [float, device_scalar]
+    ),
+    ids=named,
+)
+def test_direction(backend, dtype, saved, own_storage, form, number):
     target = leaves(dtype, saved)
     start = [t.clone() for t in (target.backup if saved else target.params)]
-    d, expected = directions(dtype, terms, projected, clipped, number)
+    d, expected = directions(dtype, *form, number)
     out = d.terms[0] if own_storage else [torch.empty_like(p) for p in target.params]
     backend.direction(target, d, out)
     close(out, expected, dtype, scale=4.0)
@@ -223,7 +230,7 @@ def test_direction(backend, dtype, saved, own_storage, terms, projected, clipped
         assert torch.equal(p, value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first", [False, True])
 def test_sgd(backend, dtype, first):
     target = leaves(dtype, saved=True)
@@ -248,7 +255,7 @@ def test_sgd(backend, dtype, first):
     close([b for b, _ in kept], [e for _, e in kept], dtype, scale=8.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adam(backend, dtype):
     target = leaves(dtype, saved=True)
     start = double(target.backup)

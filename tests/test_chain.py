@@ -16,8 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
-
 MUON = partial(getattr(torch.optim, "Muon", torch.optim.Adamax), lr=0.02)  # which torch has from 2.9 on
 PAIRS = {
     "muon+adamw": (MUON, partial(torch.optim.AdamW, lr=1e-2, eps=1e-4)),

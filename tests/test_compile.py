@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import METHODS, closure_of, loss_of, make
+from cases import METHODS, closure_of, loss_of, make, pairwise
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -47,9 +47,9 @@ def by_loop(model, optimizer, x, y):
         turn.backward(loss_of(model, x, y))
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("form", [by_closure, by_loop])
-@pytest.mark.parametrize("method_name", METHOD_NAMES)
+@pytest.mark.parametrize(
+    ("method_name", "form", "mode"), pairwise(METHOD_NAMES, [by_closure, by_loop], ["default", "reduce-overhead"])
+)
 def test_nothing_is_compiled_again_after_the_first_step(method_name, form, mode):
     model, batches = make("batchnorm_cnn")
     twin = copy.deepcopy(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from cases import CAN_EMULATE, DTYPES, METHODS, closure_of, make
+from cases import CAN_EMULATE, DTYPES, METHODS, closure_of, make, pairwise
 from primitives import run_all, same_bits, tensors
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,7 +75,7 @@ def cpu_core():
 # Values
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bits_are_those_of_the_cpu_core(place, dtype):
     """All but sums, whose order is another."""
     ours, theirs = run_all(place.backend(), dtype, SHAPES, place.device), run_all(cpu_core(), dtype, SHAPES)
@@ -89,7 +89,7 @@ def test_the_bits_are_those_of_the_cpu_core(place, dtype):
             assert same_bits(ours[name], expected), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_order_of_threads_and_blocks_changes_a_bit(core, dtype):
     results = {}
     for order in ("fwd", "rev", "rand:1", "rand:7"):
@@ -100,12 +100,13 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(core, dtype):
             assert same_bits(values, results["fwd"][name]), f"{order}: {name}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("difference", [False, True])
-@pytest.mark.parametrize("eta", [None, [0.0, 0.1]])
-@pytest.mark.parametrize("folds", [0, 1, 2])
-@pytest.mark.parametrize("start", ["unsaved", "unsaved, from θ", "here", "from θ"])
-def test_every_variant_of_a_move_has_the_bits_of_the_cpu_core(place, dtype, difference, eta, folds, start):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("difference", "eta", "folds", "start"),
+    pairwise([False, True], [None, [0.0, 0.1]], [0, 1, 2], ["unsaved", "unsaved, from θ", "here", "from θ"]),
+    ids=str,
+)
+def test_variants_of_a_move_have_the_bits_of_the_cpu_core(place, dtype, difference, eta, folds, start):
     results = []
     for where, backend in ((Place("cpu"), cpu_core()), (place, place.backend())):
         made = [where.tensors(dtype, seed, ((1030,), (33,), (), (0,), (5, 7), (3,))) for seed in range(8)]
@@ -136,7 +137,7 @@ def test_lengths_around_packs_blocks_and_chunks(place, count):
     assert bool((room[4 + count :] == 7.0).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["channels_last", "one_channels_last", "strided", "unaligned"])
 def test_alignment_and_layout_change_no_bit(place, dtype, layout):
     """Nor those of sums: which thread adds which elements depends on their numbers only."""
@@ -297,10 +298,10 @@ class Dispatched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("policy", ["raise", "ignore"])
-@pytest.mark.parametrize("base_name", ["SGD", "AdamW"])
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(
+    ("method_name", "base_name", "policy", "clip"),
+    pairwise(METHODS, ["SGD", "AdamW"], ["raise", "ignore"], [None, 1.0]),
+)
 def test_a_step_is_as_many_launches_as_its_table_says(core, monkeypatch, method_name, base_name, policy, clip):
     """A norm is 2 launches, a move 1, the products 2, the update 1; GAM makes 12. And no kernel of torch's."""
     emulated.use(monkeypatch)

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import reference
 import torch
-from cases import BASES, DTYPES, INTERPRETED, MODELS, loss_of, make
+from cases import BASES, DTYPES, MODELS, loss_of, make, pairwise
 from snapshots import assert_same, everything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,14 +20,11 @@ from torch.utils.checkpoint import checkpoint
 import gam_fast
 from gam_fast import scalars
 
-pytestmark = [
-    pytest.mark.usefixtures("_on_each_backend"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # by torch.func.jvp itself
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
 HYPER = {"rho": 0.2, "alpha": 0.4}
 KINDS = {"exact": HYPER, "exact_sam": {**HYPER, "sam_rho": 0.1}}
-STEPS = 2 if INTERPRETED else 10
+STEPS = 10
 
 
 def passes_of(kind):
@@ -83,9 +80,7 @@ def reference_step(model, optimizer, hyper, x, y):
     optimizer.step()
 
 
-@pytest.mark.parametrize("base_name", ["sgd_nesterov", "rmsprop"] if INTERPRETED else BASES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_name", ["mlp"] if INTERPRETED else MODELS)
+@pytest.mark.parametrize(("model_name", "kind", "base_name"), pairwise(MODELS, KINDS, BASES))
 def test_trajectories_are_those_of_torch_func(model_name, kind, base_name):
     build = BASES[base_name]
     ours, batches = make(model_name)
@@ -226,7 +221,7 @@ def setting(kind, dtype=torch.float64, **options):
 def test_steps_with_lr_zero_change_no_bit(kind, dtype):
     model, optimizer, (x, y) = setting(kind, dtype, lr=0.0)
     before = [p.detach().clone() for p in model.parameters()]
-    for _ in range(4 if INTERPRETED else 30):
+    for _ in range(30):
         optimizer.step(closure_of(model, x, y))
     for p, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, value)

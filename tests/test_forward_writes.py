@@ -15,8 +15,6 @@ from torch.nn import functional as F
 import gam_fast
 from gam_fast import buffers, places
 
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
-
 MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
 
 

@@ -15,8 +15,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
-
 BASES = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2),
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-3, alpha=0.9, eps=1e-4),

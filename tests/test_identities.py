@@ -11,8 +11,6 @@ from torch import nn
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
-
 
 def run(optimizer_class, model_name="mlp", steps=8, **hyper):
     model, batches = make(model_name)

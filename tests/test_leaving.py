@@ -14,8 +14,6 @@ from snapshots import assert_same, everything
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
-
 PASSES = [(name, k) for name, method in METHODS.items() for k in range(method.passes)]
 
 

@@ -11,8 +11,6 @@ from torch import nn
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
-
 
 def optimizer_of(method_name, **options):
     method = METHODS[method_name]

@@ -10,16 +10,14 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
-from cases import BASES, INTERPRETED, METHODS, loss_of, make
+from cases import BASES, METHODS, loss_of, make
 from snapshots import assert_same, everything
 from torch import nn
 
 import gam_fast
 from gam_fast import radius
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
-
-SMOOTH = ["mlp"] if INTERPRETED else ["mlp", "batchnorm_cnn", "tied_transformer"]
+SMOOTH = ["mlp", "batchnorm_cnn", "tied_transformer"]
 
 
 def train(model, optimizer, batches, steps):

@@ -19,8 +19,6 @@ import gam_fast
 from gam_fast import rng
 from gam_fast.rng import ReplayRNG
 
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
-
 MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
 
 OWN = {

@@ -16,8 +16,6 @@ from gam_fast import rng
 from gam_fast.buffers import ForwardState
 from gam_fast.rng import ReplayRNG
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
-
 MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import BASES, DTYPES, INTERPRETED, METHODS, MODELS, loss_of, make
+from cases import BASES, DTYPES, METHODS, MODELS, loss_of, make, pairwise
 from reference import exact_gam
 from snapshots import assert_same, everything
 from test_exact import Functional
@@ -22,13 +22,10 @@ from torch import Tensor, nn
 import gam_fast
 from gam_fast import scalars
 
-pytestmark = [
-    pytest.mark.usefixtures("_on_each_backend"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # by torch.func.jvp itself
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
 MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
-SHARES = [0.5] if INTERPRETED else [0.05, 0.25, 0.5]
+SHARES = [0.05, 0.25, 0.5]
 ROWS = {0.05: 1, 0.25: 3, 0.5: 6}
 """Of batches of 12."""
 
@@ -68,10 +65,10 @@ def reference_step(model, optimizer, method, x, y, rows):
     optimizer.step()
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("base_name", ["sgd_nesterov", "adamw_maximize"])
-@pytest.mark.parametrize("method_name", MULTIPASS)
-@pytest.mark.parametrize("model_name", ["mlp", "partly_used"] if INTERPRETED else MODELS)
+@pytest.mark.parametrize(
+    ("model_name", "method_name", "base_name", "share"),
+    pairwise(MODELS, MULTIPASS, ["sgd_nesterov", "adamw_maximize"], SHARES),
+)
 def test_a_step_is_that_of_a_plain_loop_over_the_same_rows(model_name, method_name, base_name, share):
     method, build = METHODS[method_name], BASES[base_name]
     ours, batches = make(model_name)

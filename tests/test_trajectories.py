@@ -7,15 +7,16 @@ import copy
 import pytest
 import reference
 import torch
-from cases import BASES, DTYPES, INTERPRETED, METHODS, MODELS, closure_of, loss_of, make
+from cases import BASES, DTYPES, METHODS, MODELS, closure_of, loss_of, make, pairwise
 
 from gam_fast import scalars
 
-pytestmark = pytest.mark.usefixtures("_on_each_backend")
+STEPS = 20
 
-STEPS = 3 if INTERPRETED else 20
-STEPS_EMULATED = 6
-"""The emulator starts hundreds of threads for each of the small tensors."""
+
+def few_where_slow(steps):
+    """The emulator starts hundreds of threads for each of the small tensors, Triton's interpreter is slower still."""
+    return steps if scalars.reads_are_free(torch.device("cpu")) else min(steps, 3)
 
 
 def reference_step(model, optimizer, method, hyper, x, y):
@@ -42,16 +43,14 @@ def reference_step(model, optimizer, method, hyper, x, y):
     optimizer.step()
 
 
-@pytest.mark.parametrize("base_name", BASES)
-@pytest.mark.parametrize("method_name", METHODS)
-@pytest.mark.parametrize("model_name", ["mlp", "partly_used"] if INTERPRETED else MODELS)
+@pytest.mark.parametrize(("model_name", "method_name", "base_name"), pairwise(MODELS, METHODS, BASES))
 def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name):
     method, build = METHODS[method_name], BASES[base_name]
     ours, batches = make(model_name)
     theirs = copy.deepcopy(ours)
     optimizer = method.optimizer(ours.parameters(), build, model=ours, **method.hyper)
     plain = build([p for p in theirs.parameters() if p.requires_grad])
-    for k in range(STEPS if scalars.reads_are_free(torch.device("cpu")) else min(STEPS, STEPS_EMULATED)):
+    for k in range(few_where_slow(STEPS)):
         x, y = batches[k % len(batches)]
         if k % 2:
             optimizer.step(closure_of(ours, x, y))
@@ -84,7 +83,7 @@ def test_groups_may_differ_in_every_hyper_parameter(method_name):
         weight_decay=1e-2,
     )
     each = {name: [(1.0 if p.dim() > 1 else 0.5) * method.hyper[name] for p in theirs.parameters()] for name in names}
-    for k in range(STEPS):
+    for k in range(few_where_slow(STEPS)):
         x, y = batches[k % len(batches)]
         optimizer.step(closure_of(ours, x, y))
         reference_step(theirs, plain, method, {**method.hyper, **each}, x, y)
@@ -109,7 +108,7 @@ def quadratic(dtype):
     return params, gradient
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method_name", METHODS)
 def test_one_step_in_low_precision_stays_within_the_derived_bound(method_name, dtype):
     """Against the fp64 reference that rounds what must be stored, the points and the gradients, and nothing else.

@@ -12,8 +12,6 @@ from torch.nn.utils import parametrize
 
 import gam_fast
 
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
-
 
 class Symmetric(nn.Module):
     """Saves nothing for its backward, so that torch itself does not notice a stale weight."""

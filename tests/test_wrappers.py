@@ -10,14 +10,12 @@ import pickle
 
 import pytest
 import torch
-from cases import METHODS, closure_of, make
+from cases import METHODS, closure_of, make, pairwise
 from schedule_free import Lookahead, ScheduleFree
 from snapshots import assert_same, everything
 from torch import nn
 
 import gam_fast
-
-pytestmark = pytest.mark.usefixtures("_on_eager_and_native")
 
 BASES = {
     "schedule_free": ScheduleFree,
@@ -310,9 +308,7 @@ def test_an_optimizer_is_copied_without_its_module(method_name, how):
     next(iter(twin.passes())).backward(twin.param_groups[0]["params"][0].sum())
 
 
-@pytest.mark.parametrize("first", ["model", "optimizer"])
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "how", "first"), pairwise(METHODS, COPIES, ["model", "optimizer"]))
 def test_model_and_optimizer_together_stay_together(method_name, how, first):
     model, optimizer, batches = setting(method_name, torch.optim.SGD, lr=0.1, momentum=0.9)
     train(model, optimizer, batches, [0])

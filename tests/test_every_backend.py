@@ -1,0 +1,112 @@
+"""A short table of the engine's tests on the backends that it is not proved on in full: methods × forms, one row each.
+
+On eager, on the CUDA core in the emulator and, by `make interpret`, on the Triton kernels. What these compute is proved
+by the tests of primitives (test_backends.py, test_cuda.py, test_interpreted.py); here, that the engine asks for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import test_accumulation
+import test_active
+import test_amp
+import test_engine
+import test_exact
+import test_leaving
+import test_radius
+import test_restore
+import test_share
+import test_trajectories
+import test_updates
+import torch
+from cases import BASES, DTYPES, METHODS
+
+pytestmark = [
+    pytest.mark.usefixtures("_on_the_others"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # by torch.func.jvp itself
+]
+
+SGD, RMSPROP = torch.optim.SGD, torch.optim.RMSprop
+EACH = list(METHODS)
+MIXED = list(zip(EACH, itertools.cycle(DTYPES)))
+NAN, INF = float("nan"), float("inf")
+
+TABLE = {
+    test_trajectories.test_agrees_with_the_plain_loops_in_fp64: [
+        (model, method, base)
+        for method, model, base in zip(EACH, itertools.cycle(["mlp", "partly_used"]), itertools.cycle(BASES))
+    ],
+    test_trajectories.test_groups_may_differ_in_every_hyper_parameter: [("gam",)],
+    test_trajectories.test_one_step_in_low_precision_stays_within_the_derived_bound: [
+        *MIXED,
+        *(("gam", dtype) for dtype in DTYPES),
+    ],
+    test_exact.test_trajectories_are_those_of_torch_func: [
+        ("mlp", "exact", "sgd"),
+        ("partly_used", "exact_sam", "rmsprop"),
+    ],
+    test_share.test_a_step_is_that_of_a_plain_loop_over_the_same_rows: [
+        ("mlp", "sam", "sgd_nesterov", 0.25),
+        ("partly_used", "gam", "adamw_maximize", 0.5),
+    ],
+    test_share.test_exact_gam_differentiates_the_loss_of_the_same_rows: [(0.1, 0.25)],
+    test_restore.test_two_hundred_steps_with_lr_zero_change_no_bit: MIXED,
+    test_restore.test_a_step_that_is_left_leaves_no_trace_and_the_next_one_works: [
+        ("gam", 2, "break"),
+        ("gam", 1, "keyboard"),
+        ("gam", 3, "after_backward"),
+        ("sam", 1, "closure"),
+    ],
+    test_restore.test_a_gradient_that_is_not_finite_undoes_the_step: [
+        ("gam", 0, SGD, NAN),
+        ("gam", 2, RMSPROP, NAN),
+        ("sam", 1, torch.optim.AdamW, INF),
+        ("base", 0, SGD, INF),
+    ],
+    test_restore.test_skip_counts_the_step_and_goes_on: [("gam", 3), ("sam", 0)],
+    test_restore.test_ignore_lets_a_nan_through_as_torch_does: [()],
+    test_restore.test_an_error_in_the_base_optimizer_restores_the_parameters: [()],
+    test_restore.test_results_do_not_depend_on_the_number_of_threads: [
+        ("gam", torch.bfloat16, 7),
+        ("sam", torch.float32, 2),
+    ],
+    test_leaving.test_an_exception_handler_sees_the_parameters_as_they_were: [("gam", 2, KeyboardInterrupt)],
+    test_engine.test_late_and_vanishing_gradients_count_as_zero: [()],
+    test_engine.test_parameters_on_two_devices_share_one_norm: [("gam", False), ("gam", True)],
+    test_engine.test_copies_go_on_alike: [("gam", "deepcopy"), ("sam", "pickle")],
+    test_engine.test_a_model_may_be_converted_after_a_step: [()],
+    test_updates.test_clipping_scales_the_final_direction: [
+        ("gam", SGD, 2, 0.5),
+        ("sam", test_updates.TorchsOwn, 1, 0.5),
+    ],
+    test_updates.test_any_torch_optimizer_can_be_the_base: [("gam", torch.optim.NAdam, {"lr": 1e-2})],
+    test_accumulation.test_micro_batches_take_the_step_of_the_large_batch: [("gam", "iterator")],
+    test_active.test_every_third_step_and_the_base_between: [("gam",)],
+    test_active.test_steep_steps_take_the_recipe_and_others_the_base: [("gam", 0.25)],
+    test_radius.test_steps_are_those_with_the_numbers_it_chooses: [("gam", 1.0)],
+    test_amp.test_the_trajectory_is_that_without_a_scaler: [("gam", SGD, "turn"), ("sam", RMSPROP, "closure")],
+    test_amp.test_the_scalers_own_step_in_the_last_pass: [("gam", torch.optim.AdamW)],
+    test_amp.test_overflow_in_any_pass_undoes_the_step_and_lowers_the_scale: [
+        ("gam", 1, "skip", "scale"),
+        ("gam", 3, "raise", "turn"),
+        ("base", 0, "ignore", "closure"),
+    ],
+}
+
+
+def name_of(value):
+    return value.__name__ if callable(value) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("test", "row"),
+    [
+        pytest.param(test, row, id="-".join([test.__name__.removeprefix("test_"), *map(name_of, row)]))
+        for test, rows in TABLE.items()
+        for row in rows
+    ],
+)
+def test_here_too(test, row):
+    test(*row)
