@@ -269,7 +269,8 @@ class ForwardState:
             written = [place.position for place in trained if place.moved()]
             if self._learning and not self._capturing and not written:
                 written = [place.position for place in differing(trained)]
-            self._find_silent()
+            if self._learning:
+                self._find_silent()
             for place in self._places:
                 place.moves = place.moves or place.moved()
             if self._learning and not written:
@@ -290,10 +291,9 @@ class ForwardState:
 
     def _find_silent(self) -> None:
         """In the first step, compare by value what has left no other trace."""
-        if self._learning:
-            unseen = [place for place in self._places if not place.moved() and place.start is not None]
-            for place in unseen if self._capturing else differing(unseen):
-                place.moves = place.silent = True
+        unseen = [place for place in self._places if not place.moved() and place.start is not None]
+        for place in unseen if self._capturing else differing(unseen):
+            place.moves = place.silent = True
 
     def _find_new(self) -> None:
         """Buffers that the first pass has added."""
@@ -332,7 +332,8 @@ class ForwardState:
             return
         self.look()
         with torch.set_grad_enabled(False):
-            self._find_silent()
+            if self._learning:
+                self._find_silent()
             moved = [place for place in self._places if place.moved() and not self._trained(place)]
             if not self._returned:
                 self._returned = True
@@ -342,10 +343,10 @@ class ForwardState:
                         place.after = place.then.detach().clone()
             self._put_back(moved)
 
-    def _put_back(self, places: Sequence[Place], *, to_entry: bool = False) -> None:
+    def _put_back(self, moved: Sequence[Place], *, to_entry: bool = False) -> None:
         """To what was there at the start of the passes, or at entry; what there is no copy of stays as it is."""
         pairs: list[tuple[Tensor, Tensor]] = []
-        for place in places:
+        for place in moved:
             if place.own is not None:
                 place.put(place.tensor)
             is_other = to_entry and place.entry is not None
@@ -353,7 +354,7 @@ class ForwardState:
             if values is not None and (is_other or place.moved()):
                 write(place.tensor, values, place.address, pairs)
         copy_all(pairs)
-        for place in places:
+        for place in moved:
             place.note()
 
     def _put_after(self, places: Sequence[Place]) -> None:
@@ -375,7 +376,8 @@ class ForwardState:
         self.look()
         if self._returned and not self._keep_last:
             with torch.set_grad_enabled(False):
-                self._find_silent()
+                if self._learning:
+                    self._find_silent()
                 places = [place for place in self._places if not self._trained(place)]
                 self._put_back([place for place in places if not place.first and place.moved()])
                 self._put_after([place for place in places if place.first])
@@ -388,7 +390,8 @@ class ForwardState:
             with torch.set_grad_enabled(False):
                 self._drop_trained()
                 self._remove_what_is_new()
-                self._find_silent()
+                if self._learning:
+                    self._find_silent()
                 self._put_back([p for p in self._places if p.entry is not None or p.moved()], to_entry=True)
         elif self._active:
             self.settle()
