@@ -1,8 +1,13 @@
-"""Time on a device: marks in its stream of work, and the seconds between two of them."""
+"""Time on a device: marks in its stream of work, and the seconds between two of them.
+
+A GPU is timed by events, with other work to do first, so that the launches of what is timed queue up: what counts is
+its own time. What the host needs to prepare the launches is a figure of its own.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +23,38 @@ def now(device: str) -> float:
     """Seconds of the host's clock, when the device has done all it was given."""
     synchronize(device)
     return time.perf_counter()
+
+
+CYCLES_PER_SECOND = 2e9
+"""Of a GPU, or somewhat more."""
+
+
+def keep_busy(device: str, seconds: float) -> None:
+    """Give a GPU that much to do, so that the host is ahead of it, as in training."""
+    if device == "cuda":
+        torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
+
+
+CALLS = 10
+"""Calls that are timed together on a GPU."""
+
+
+def time_call(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """Seconds that one call takes the device, and that it takes the host."""
+    start = now(device)
+    run()
+    host = time.perf_counter() - start
+    if device != "cuda":
+        return host, host
+    own, marks = CudaClock(), []
+    keep_busy(device, 1.5 * CALLS * host)
+    marks.append(own.mark())
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        run()
+    host = (time.perf_counter() - start) / CALLS
+    marks.append(own.mark())
+    return own.seconds(*marks) / CALLS, host
 
 
 class Clock(Protocol):

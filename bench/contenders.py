@@ -15,7 +15,7 @@ from torch import Tensor
 
 import gam_fast
 
-from .clock import now, synchronize
+from .clock import clock, keep_busy, synchronize
 from .models import Shapes
 from .peers import PEERS
 from .rounds import rounds
@@ -36,6 +36,9 @@ FLOOR = {
 
 class Contender:
     """One optimizer over its own parameters, and the milliseconds its steps took.
+
+    On a GPU these are the device's own, by events: it is kept busy before each, so that launches queue up. Gradients
+    that are not finite are let through there, because to look at them waits for the device.
 
     Args:
         method: a class of gam_fast, a key of :data:`bench.peers.PEERS`, or ``"torch"`` for the base optimizer of torch
@@ -65,8 +68,11 @@ class Contender:
         elif method in PEERS:
             self.optimizer = PEERS[method].make(torch.nn.ParameterList(self.params), base_class, HYPER[base], {})
         else:
-            self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **HYPER[base])
+            options = {**HYPER[base], **({"on_nonfinite": "ignore"} if device == "cuda" else {})}
+            self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **options)
         self.ms: list[float] = []
+        self.host_ms: list[float] = []
+        self._last_on_host = 10.0
 
     def step(self) -> None:
         """One step; appends its milliseconds without those of the closure, which hands over fresh gradients.
@@ -74,21 +80,31 @@ class Contender:
         Autograd makes them, so that they are as those of training: they belong to the parameters alone, and Python has
         no object for them.
         """
-        in_closure = 0.0
+        own, busy = clock(self.device), 1.5e-3 * self._last_on_host
+        marks, moments = [], []
+
+        def mark() -> None:
+            marks.append(own.mark())
+            moments.append(time.perf_counter())
 
         def closure() -> Tensor:
-            nonlocal in_closure
-            start = now(self.device)
+            mark()
             for param in self.params:
                 param.grad = None
             torch.autograd.backward(self.params, self.source)  # copies them, as somebody has the source
-            synchronize(self.device)
-            in_closure += time.perf_counter() - start
+            keep_busy(self.device, busy)
+            mark()
             return torch.zeros(())
 
-        start = now(self.device)
+        synchronize(self.device)
+        keep_busy(self.device, busy)
+        mark()
         self.optimizer.step(closure)
-        self.ms.append(1e3 * (now(self.device) - start - in_closure))
+        mark()
+        pairs = range(0, len(marks), 2)
+        self.ms.append(1e3 * sum(own.seconds(marks[i], marks[i + 1]) for i in pairs))
+        self._last_on_host = 1e3 * sum(moments[i + 1] - moments[i] for i in pairs)
+        self.host_ms.append(self._last_on_host)
 
     @property
     def median(self) -> float:
@@ -108,6 +124,7 @@ def measure(contenders: list[Contender], repeats: int) -> None:
             contender.step()
             if i < 0:
                 contender.ms.clear()
+                contender.host_ms.clear()
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Bytes are those of a fully fused primitive (see gam_fast.backends.base), whatever a backend really moves. In the same
 run, taking turns: a copy, and a sum that only reads. A ratio of 1.00 means that the bytes took as long as torch needs
-to copy as many. Whole steps stand against torch's own fused SGD and AdamW.
+to copy as many. Whole steps stand against torch's own fused SGD and AdamW. On a GPU times are the device's, by events
+while launches queue up; "host" is what one call takes the processor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gam_fast import backends
 from gam_fast.backends import base
 
 from . import options
-from .clock import now
+from .clock import time_call
 from .compiled import Compiled
 from .contenders import FLOOR, Contender, machine, measure
 from .models import MODELS, Shapes, numel, quick
@@ -42,6 +43,7 @@ PRIMITIVE_COLUMNS = {
     "backend": "backend",
     "units": "units",
     "ms": "ms",
+    "host_us": "host, µs",
     "gb_per_s": "GB/s",
     "to_copy": "÷ copy",
     "to_sum": "÷ sum",
@@ -51,6 +53,7 @@ STEP_COLUMNS = {
     "backend": "backend",
     "dtype": "dtype",
     "ms": "ms",
+    "host_ms": "host, ms",
     "to_torch": "÷ torch",
     "floor": "floor",
     "to_fp32": "÷ fp32",
@@ -66,11 +69,11 @@ class Row:
     units: int
     run: Callable[[], Any]
     seconds: list[float] = field(default_factory=list)
+    on_host: list[float] = field(default_factory=list)
 
     def time(self, device: str) -> None:
-        start = now(device)
-        self.run()
-        self.seconds.append(now(device) - start)
+        for times, found in zip((self.seconds, self.on_host), time_call(self.run, device), strict=True):
+            times.append(found)
 
 
 class Primitives:
@@ -174,6 +177,7 @@ def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: in
                 "backend": row.backend,
                 "units": row.units,
                 "ms": 1e3 * seconds,
+                "host_us": 1e6 * statistics.median(row.on_host),
                 "gb_per_s": moved / seconds / 1e9,
                 "to_copy": seconds * speed["copy"] / moved,
                 "to_sum": seconds * speed["sum"] / moved,
@@ -197,6 +201,7 @@ def steps(shapes: Shapes, names: list[str], repeats: int, device: str) -> list[d
             "backend": c.backend,
             "dtype": str(c.dtype).removeprefix("torch."),
             "ms": c.median,
+            "host_ms": statistics.median(c.host_ms),
             "to_torch": c.median / unit[c.base],
             "floor": FLOOR[c.base][c.method] / FLOOR[c.base]["torch"],
             "to_fp32": c.median / fp32[(c.method, c.base, c.backend)],
@@ -249,15 +254,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     facts = machine(arguments.device)
     shapes = {model: quick(MODELS[model]()) if arguments.quick else MODELS[model]() for model in models}
+    primitive_columns, step_columns = (
+        {key: name for key, name in columns.items() if arguments.device != "cpu" or not key.startswith("host")}
+        for columns in (PRIMITIVE_COLUMNS, STEP_COLUMNS)
+    )
     found = {}
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     with torch.no_grad():
         for model in models:
             found[model] = primitives(shapes[model], dtype, names, arguments.repeats, arguments.device)
             size = f"{len(shapes[model])} tensors, {numel(shapes[model]) / 1e6:.1f} M elements"
-            show(f"{model}: {size}, {arguments.dtype}", PRIMITIVE_COLUMNS, found[model], facts)
+            show(f"{model}: {size}, {arguments.dtype}", primitive_columns, found[model], facts)
     whole = steps(shapes[models[0]], names, arguments.repeats, arguments.device)
-    show(f"whole steps without forward and backward: {models[0]}", STEP_COLUMNS, whole, facts)
+    show(f"whole steps without forward and backward: {models[0]}", step_columns, whole, facts)
     write_json(arguments.json, {**facts, "dtype": arguments.dtype, "primitives": found, "steps": whole})
     if arguments.png:
         arguments.png.write_bytes(draw(found, facts))

@@ -1,13 +1,15 @@
 """Time of a step without forward and backward, for each method, against torch's own step of the base optimizer.
 
 The closure hands over fresh gradients, and its own time is taken off: what remains is what the optimizer does between
-the passes. Methods take turns within one run; the table gives medians and their ratio to torch's step, beside the ratio
-of bytes that a fully fused step would move.
+the passes. On a GPU that is the device's time, by events, and the host's apart from it. Methods take turns within one
+run; the table gives medians and their ratio to torch's step, beside the ratio of bytes that a fully fused step would
+move.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 
 import torch
@@ -41,12 +43,20 @@ def main(argv: list[str] | None = None) -> int:
     measure(contenders, arguments.repeats)
     unit = contenders[0].median
     rows = [
-        {"method": c.method, "ms": c.median, "ratio": c.median / unit, "floor": floor[c.method] / floor["torch"]}
+        {
+            "method": c.method,
+            "ms": c.median,
+            "host_ms": statistics.median(c.host_ms),
+            "ratio": c.median / unit,
+            "floor": floor[c.method] / floor["torch"],
+        }
         for c in contenders
     ]
     facts = machine(arguments.device)
     size = f"{len(shapes)} tensors, {numel(shapes) / 1e6:.1f} M elements"
-    columns = {"method": "method", "ms": "ms", "ratio": "÷ torch", "floor": "floor"}
+    columns = {"method": "method", "ms": "ms", "host_ms": "host, ms", "ratio": "÷ torch", "floor": "floor"}
+    if arguments.device == "cpu":
+        del columns["host_ms"]  # the same
     Table(f"{arguments.base}: {size}, {arguments.dtype}", columns, rows, [conditions(facts)]).show()
     figures = {**facts, "base": arguments.base, "dtype": arguments.dtype, "elements": numel(shapes), "rows": rows}
     write_json(arguments.json, figures)
