@@ -134,7 +134,7 @@ class ForwardState:
             self._learnt_several = several
             # (in a forked process torch waits for ever where it copies with the threads that were lost)
             is_whole = not self._capturing and os.getpid() == _PROCESS
-            self._find(with_trained=several and by_gradient and is_whole)
+            self._find(with_trained=by_gradient and is_whole, several=several)
             if model is None and several:
                 self._look_around()
         elif self._places:
@@ -150,17 +150,18 @@ class ForwardState:
         return [module for module in modules if id(module) not in self._taken] if self._taken else modules
 
     def _layout_of(self, modules: list[nn.Module]) -> Any:
-        """By what is seen that places have to be found anew: modules, their modes, and the names of their buffers."""
+        """By what is seen that places have to be found anew: modules, modes, names of buffers, what is frozen."""
+        frozen = [param.requires_grad for param in self._params]
         if not modules:
-            return len(self._params), [], []
+            return frozen, [], []
         names = [(id(own), *own.keys()) for module in modules if (own := module._buffers)]
-        return len(self._params), [module.training for module in modules], names
+        return frozen, [module.training for module in modules], names
 
-    def _find(self, *, with_trained: bool) -> None:
+    def _find(self, *, with_trained: bool, several: bool) -> None:
         """Find all places, and copy what lies there, small ones first, as far as memory allows."""
         exempt, ours = self._exempt(), set(map(id, self._params))
         buffers = [
-            Place(tensor, own, name, silent=tensor is not None and module.training and name in STATISTICS)
+            Place(tensor, own, name, moves=tensor is not None and module.training and name in STATISTICS)
             for module in self._modules
             for own in [module._buffers]
             for name, tensor in own.items()
@@ -168,13 +169,14 @@ class ForwardState:
         ]
         params = [Place(p, position=i) for i, p in enumerate(self._params) if with_trained or not p.requires_grad]
         of_model = (param for module in self._modules for param in module._parameters.values() if param is not None)
-        params += map(Place, {p: None for p in of_model if not p.requires_grad and id(p) not in ours})
+        others = {p: None for p in of_model if (with_trained or not p.requires_grad) and id(p) not in ours}
+        params += map(Place, others)
         buffers, params = (
             [place for place in places if place.tensor is None or can_be_copied(place.tensor)]
             for places in (buffers, params)
         )
         self._places, self._buffers = buffers + params, len(buffers)
-        left = max(LEAST_BYTES, sum(size_of(param) for param in self._params if param.requires_grad))
+        left = max(LEAST_BYTES, sum(size_of(param) for param in self._params if several and param.requires_grad))
         with torch.set_grad_enabled(False):
             for place in sorted(self._places, key=lambda place: (place.may_be_trained, size_of(place.tensor))):
                 place.note()
@@ -238,7 +240,8 @@ class ForwardState:
                 if not place.keeps and not place.moves:
                     continue
                 # (a CUDA graph must not write to memory that it does not own)
-                if place.start is None or tensor is not before or address != place.address or self._capturing:
+                same = place.start is not None and tensor is before and place.start.shape == tensor.shape
+                if not same or address != place.address or self._capturing:
                     place.copy()
                 elif place.moves or version != place.version:
                     pairs.append((place.start, tensor))
@@ -266,14 +269,21 @@ class ForwardState:
         self._looked = True
         with torch.set_grad_enabled(False):
             trained = self._drop_trained()
-            written = [place.position for place in trained if place.moved()]
-            if self._learning and not self._capturing and not written:
+            written = [place.position for place in trained if place.shows()]
+            if self._learning and self._learnt_several and not self._capturing and not written:
                 written = [place.position for place in differing(trained)]
             if self._learning:
                 self._find_silent()
             for place in self._places:
-                place.moves = place.moves or place.moved()
-            if self._learning and not written:
+                place.moves = place.moved()
+            if self._learning:
+                # what lies beside it may begin later, and leave no trace
+                movers = {id(place.own) for place in self._places[: self._buffers] if place.moves}
+                for place in self._places[: self._buffers]:
+                    place.moves = place.moves or (place.keeps and id(place.own) in movers)
+            if self._learning and not (written and self._learnt_several):
+                # somebody else trains those that this pass has left alone
+                self._places = [p for p in self._places if p.moves or p.position >= 0 or not p.may_be_trained]
                 self._find_new()
             if self._elsewhere:
                 moved = set(differing([place for _, place in self._elsewhere]))
@@ -282,8 +292,9 @@ class ForwardState:
         return written
 
     def _drop_trained(self) -> list[Place]:
-        """Parameters that have a gradient are no places."""
-        trained = [p for p in self._places[self._buffers :] if p.position >= 0 and p.tensor.grad is not None]
+        """Parameters that have a gradient are no places, whoever trains them."""
+        rest = [place for place in self._places[self._buffers :] if place.tensor.grad is not None]
+        trained = [place for place in rest if place.position >= 0 or place.tensor.requires_grad]
         if trained:
             gone = set(trained)
             self._places = [place for place in self._places if place not in gone]
@@ -293,7 +304,7 @@ class ForwardState:
         """In the first step, compare by value what has left no other trace."""
         unseen = [place for place in self._places if not place.moved() and place.start is not None]
         for place in unseen if self._capturing else differing(unseen):
-            place.moves = place.silent = True
+            place.moves = True
 
     def _find_new(self) -> None:
         """Buffers that the first pass has added."""
@@ -306,7 +317,7 @@ class ForwardState:
                 if (id(own), name) not in known | exempt and (tensor is None or can_be_copied(tensor)):
                     # what those of a new module were before its first pass, nobody knows
                     is_new = id(module) not in before
-                    self._places.insert(0, Place(tensor if is_new else ABSENT, own, name, moves=True, silent=is_new))
+                    self._places.insert(0, Place(tensor if is_new else ABSENT, own, name, moves=True))
                     self._buffers += 1
         if not self._capturing:
             self._layout = self._layout_of(modules)

@@ -128,8 +128,11 @@ class Participants:
         first = self._versions.first_changed(self._parts or self._all)
         if first < 0:
             return
-        changed = [first]
-        if self._each is not None:
+        changed: Sequence[int] = [first]
+        if self._each is None and self.params[first].grad is None and not self.flags[first]:
+            # it may be one of several; those of which nothing is known are taken to have moved too
+            changed = [i for i, param in enumerate(self.params) if param.grad is None and not self.flags[i]]
+        elif self._each is not None:
             pairs = zip(self._each, self._parts or self.params, strict=True)
             changed = [i for i, (version, param) in enumerate(pairs) if param._version != version]
         for i in changed:

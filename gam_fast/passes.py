@@ -57,6 +57,8 @@ class Drive:
         self.ended = False
         self.is_managed = False
         """Whether a context manager sees to the end."""
+        self.is_done = False
+        """Whether a loop in it has come to its end."""
         self.loop: object = None
         """The loop that asked last."""
 
@@ -94,15 +96,11 @@ class Drive:
 
     def close(self, error: BaseException | None) -> None:
         """End what a context manager was put around."""
-        if error is None and not self.ended and self._walk is not None and self._walk.in_last_pass:
-            self.next_pass()
+        walk = self._walk
+        if error is None and not self.ended and walk is not None and walk.in_last_pass:
+            if self.is_done or walk.has_gradient:
+                self.next_pass()
         self.undo(error)
-
-    def let_go(self) -> None:
-        """Undo the step because nobody holds its passes any more."""
-        if self._walk is not None and not self.ended:
-            self._walk.may_communicate = False
-            self.undo()
 
     def left(self, how: str | None) -> None:
         """Take or undo the step whose loop has gone.
@@ -115,6 +113,7 @@ class Drive:
             return
         is_done = walk.in_last_pass and (how == "end" or (how == "break" and walk.has_gradient))
         if is_done and self.is_managed:
+            self.is_done = True
             return
         if is_done and how == "end":
             try:
@@ -200,7 +199,7 @@ def _by_hand(drive: Drive) -> Iterator[Turn]:
         while (turn := drive.next_pass()) is not None:
             yield turn
     except GeneratorExit:
-        drive.let_go()
+        drive.left(None)
 
 
 class _Loop(Iterator[Turn]):
@@ -254,11 +253,17 @@ def _how_left(frame: FrameType, code: CodeType, place: int, at: int) -> str | No
         return None
     if frame.f_lasti == at:
         return "error" if Drive.failed == (place, at) else "end"
-    return "break" if dis.opname[frame.f_code.co_code[frame.f_lasti]] in _BREAK else "error"
+    instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+    if instruction.startswith(_NAMED):
+        return None
+    return "break" if instruction in _BREAK else "error"
 
 
 _BREAK = ("POP_TOP", "POP_ITER", "END_FOR")
 """The instructions by which ``break`` and ``return`` let go of the iterator."""
+
+_NAMED = ("STORE_", "DELETE_")
+"""Those by which a name does."""
 
 
 def _leave_to_the_stack(frame: FrameType) -> None:

@@ -33,8 +33,7 @@ class Place:
     version: int = -1
     address: int = 0
     keeps: bool = False  # a copy, from step to step
-    moves: bool = False
-    silent: bool = False  # moves, and neither version nor address shows it
+    moves: bool = False  # as is known; neither version nor address need show it again
     start: Tensor | None = None  # its values at the start of a pass
     entry: Tensor | None = None  # those at entry, where they are others
     first: bool = False  # the first pass has moved it
@@ -59,12 +58,16 @@ class Place:
                 self.own[self.name] = tensor
 
     def note(self) -> None:
-        """From here on, :meth:`moved` tells."""
+        """From here on, :meth:`shows` tells."""
         self.version, self.address = trace(self.tensor)
 
-    def moved(self) -> bool:
+    def shows(self) -> bool:
         """Compare with what was noted."""
-        return self.silent or self.now() is not self.tensor or trace(self.tensor) != (self.version, self.address)
+        return self.now() is not self.tensor or trace(self.tensor) != (self.version, self.address)
+
+    def moved(self) -> bool:
+        """Tell whether it may have moved since :meth:`note`."""
+        return self.moves or self.shows()
 
     def copy(self) -> None:
         """Copy the values."""
@@ -76,7 +79,7 @@ class Place:
 
     @property
     def may_be_trained(self) -> bool:
-        return self.position >= 0 and self.tensor.requires_grad
+        return self.own is None and bool(self.tensor.requires_grad)
 
 
 def trace(tensor: Any) -> tuple[int, int]:

@@ -158,6 +158,36 @@ def test_a_kept_wrapper_around_the_passes_is_noticed_when_it_goes_and_says_what_
     assert_same(before, everything(model, optimizer))
 
 
+def rebound(optimizer, body):
+    pairs = zip(range(4), optimizer.passes(), strict=False)
+    for _ in pairs:
+        body()
+    pairs = None
+
+
+def deleted(optimizer, body):
+    pairs = zip(range(4), optimizer.passes(), strict=False)
+    for _ in pairs:
+        body()
+    del pairs
+
+
+def by_next(optimizer, body):
+    turns = optimizer.passes()
+    for _ in range(4):
+        next(turns)
+        body()
+
+
+@pytest.mark.parametrize("how", [rebound, deleted, by_next])
+def test_a_step_that_goes_with_a_name_is_undone_and_noticed(how):
+    model, optimizer, (x, y) = setting("gam")
+    before = everything(model, optimizer)
+    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+        how(optimizer, lambda: loss_of(model, x, y).backward())
+    assert_same(before, everything(model, optimizer))
+
+
 # Loops whose last body ran, and that do not ask for a pass after it
 
 
@@ -324,6 +354,20 @@ def test_a_break_before_backward_undoes_the_step(method_name, at):
     assert_same(before, everything(model, optimizer))
 
 
+@pytest.mark.parametrize("wrap", [iter, enumerate])
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_so_does_one_in_a_context(method_name, at, wrap):
+    model, optimizer, (x, y) = setting(method_name)
+    before = everything(model, optimizer)
+    with optimizer.passes() as turns:
+        held = wrap(turns)
+        for i, _ in enumerate(held):
+            if i == at:
+                break
+            loss_of(model, x, y).backward()
+    assert_same(before, everything(model, optimizer))
+
+
 def test_a_context_left_before_the_last_pass_undoes_the_step():
     model, optimizer, (x, y) = setting("gam")
     before = everything(model, optimizer)
@@ -355,8 +399,9 @@ def test_a_step_left_in_a_cycle_is_undone_by_the_collector_in_any_thread():
     cycle.append(cycle)
     del turns, cycle
     thread = threading.Thread(target=gc.collect)
-    thread.start()
-    thread.join()
+    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+        thread.start()
+        thread.join()
     assert_same(before, everything(model, optimizer))
 
 
