@@ -240,11 +240,11 @@ class ForwardState:
                 if not place.keeps and not place.moves:
                     continue
                 # (a CUDA graph must not write to memory that it does not own)
-                same = place.start is not None and tensor is before and place.start.shape == tensor.shape
-                if not same or address != place.address or self._capturing:
+                start, is_other = place.start, tensor is not before or address != place.address
+                if start is None or is_other or start.shape != tensor.shape or self._capturing:
                     place.copy()
                 elif place.moves or version != place.version:
-                    pairs.append((place.start, tensor))
+                    pairs.append((start, tensor))
             copy_all(pairs)
 
     def start_anew(self) -> None:

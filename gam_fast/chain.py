@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .saved import groups_in, with_groups
 
 
 class Chain(Optimizer):
@@ -125,6 +128,12 @@ class Chain(Optimizer):
         rests, start = [], 0
         for member in self.members:
             found = member.state_dict()
+            groups = groups_in(found)
+            if groups is None or not {"state", "param_groups"} <= found.keys():  # a wrapper, which nests them
+                rests.append({"nested": found})
+                found = {"state": {}, "param_groups": groups or _numbered(member.param_groups)}
+            else:
+                rests.append({})
             numbers = {n for group in found["param_groups"] for n in group["params"]}
             out["state"].update({start + n: value for n, value in found["state"].items() if n in numbers})
             out["param_groups"] += [
@@ -132,7 +141,7 @@ class Chain(Optimizer):
             ]
             rest = {key: value for key, value in found.items() if key not in out}
             other = {key: value for key, value in found["state"].items() if key not in numbers}
-            rests.append({**rest, **({"state": other} if other else {})})
+            rests[-1].update({**rest, **({"state": other} if other else {})})
             start += sum(len(group["params"]) for group in member.param_groups)
         return {**out, "members": rests} if any(rests) else out
 
@@ -150,10 +159,16 @@ class Chain(Optimizer):
                     f"one of {len(mine['params'])}: a list of base optimizers must have the order it was saved with"
                 )
         rests = state_dict.get("members", [{}] * len(parts))
+        start = 0
         for member, groups, rest in zip(self.members, parts, rests, strict=True):
             numbers = {n for group in groups for n in group["params"]}
-            state = {n: value for n, value in state_dict["state"].items() if n in numbers}
-            member.load_state_dict({**rest, "state": {**rest.get("state", {}), **state}, "param_groups": groups})
+            if "nested" in rest:
+                own = [{**group, "params": [n - start for n in group["params"]]} for group in groups]
+                member.load_state_dict(with_groups(rest["nested"], own))
+            else:
+                state = {n: value for n, value in state_dict["state"].items() if n in numbers}
+                member.load_state_dict({**rest, "state": {**rest.get("state", {}), **state}, "param_groups": groups})
+            start += len(numbers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "members": self.members, "_checked": self._checked}
@@ -204,6 +219,12 @@ def members(base: Optimizer) -> tuple[Optimizer, ...]:
 
 def _holds(group: dict[str, Any], param: Tensor) -> bool:
     return any(param is each for each in group["params"])
+
+
+def _numbered(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups as a state dict has them."""
+    numbers = count()
+    return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
 
 
 def _told(value: object) -> str:

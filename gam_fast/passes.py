@@ -96,10 +96,9 @@ class Drive:
 
     def close(self, error: BaseException | None) -> None:
         """End what a context manager was put around."""
-        walk = self._walk
-        if error is None and not self.ended and walk is not None and walk.in_last_pass:
-            if self.is_done or walk.has_gradient:
-                self.next_pass()
+        walk = None if error is not None or self.ended else self._walk
+        if walk is not None and walk.in_last_pass and (self.is_done or walk.has_gradient):
+            self.next_pass()
         self.undo(error)
 
     def left(self, how: str | None) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from cases import METHODS, closure_of, loss_of, make
+from schedule_free import Lookahead
 from snapshots import assert_same, everything
 from test_trajectories import reference_step
 from torch import nn
@@ -151,6 +152,30 @@ def test_one_state_dict_resumes_all_of_them(pair):
     for mine, its in zip((first, second), fresh, strict=True):
         its.load_state_dict(mine.state_dict())
     assert [g["rho"] for member in fresh for g in member.param_groups] == [0.2] * 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_member_with_a_nested_state_resumes_too(first):
+    def build():
+        model, batches = make("mlp")
+        params = list(model.parameters())
+        wrapped = Lookahead(torch.optim.SGD(params[:3], lr=0.1, momentum=0.9))
+        members = [wrapped, torch.optim.Adam(params[3:], lr=1e-2)]
+        return model, gam_fast.SAM(None, members if first else members[::-1], rho=0.1), batches
+
+    model, optimizer, batches = build()
+    for x, y in batches[:2]:
+        optimizer.step(closure_of(model, x, y))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed, other, _ = build()
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for x, y in batches[2:]:
+        optimizer.step(closure_of(model, x, y))
+        other.step(closure_of(resumed, x, y))
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
 
 
 def test_a_state_that_does_not_fit_changes_nothing():

@@ -398,10 +398,14 @@ def test_a_step_left_in_a_cycle_is_undone_by_the_collector_in_any_thread():
     cycle = [turns]
     cycle.append(cycle)
     del turns, cycle
-    thread = threading.Thread(target=gc.collect)
-    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+
+    def collect():
+        thread = threading.Thread(target=gc.collect)
         thread.start()
         thread.join()
+
+    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+        collect()
     assert_same(before, everything(model, optimizer))
 
 
