@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .capture import is_capturing
-from .places import ABSENT, STATISTICS, Place, can_be_copied, copy_all, differing, size_of, write
+from .places import ABSENT, STATISTICS, Place, can_be_copied, copied, copy_all, differing, size_of, write
 from .reach import modules_in_reach
 
 _PROCESS = os.getpid()
@@ -292,13 +292,13 @@ class ForwardState:
         return written
 
     def _drop_trained(self) -> list[Place]:
-        """Parameters that have a gradient are no places, whoever trains them."""
+        """Parameters that have a gradient are no places, whoever trains them. Return those of the optimizer."""
         rest = [place for place in self._places[self._buffers :] if place.tensor.grad is not None]
         trained = [place for place in rest if place.position >= 0 or place.tensor.requires_grad]
         if trained:
             gone = set(trained)
             self._places = [place for place in self._places if place not in gone]
-        return trained
+        return [place for place in trained if place.position >= 0]
 
     def _find_silent(self) -> None:
         """In the first step, compare by value what has left no other trace."""
@@ -350,19 +350,20 @@ class ForwardState:
                 self._returned = True
                 for place in moved:
                     place.first, place.then = True, place.now()
-                    if not keep_last and isinstance(place.then, Tensor):
-                        place.after = place.then.detach().clone()
+                    if not keep_last:
+                        place.after = copied(place.then)
             self._put_back(moved)
 
     def _put_back(self, moved: Sequence[Place], *, to_entry: bool = False) -> None:
         """To what was there at the start of the passes, or at entry; what there is no copy of stays as it is."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for place in moved:
-            if place.own is not None:
+            is_same = place.now() is place.tensor
+            if not is_same:
                 place.put(place.tensor)
             is_other = to_entry and place.entry is not None
             values = place.entry if is_other else place.start
-            if values is not None and (is_other or place.moved()):
+            if values is not None and (is_other or (is_same and place.moves) or place.shows()):
                 write(place.tensor, values, place.address, pairs)
         copy_all(pairs)
         for place in moved:

@@ -71,7 +71,7 @@ class Place:
 
     def copy(self) -> None:
         """Copy the values."""
-        self.start = self.tensor.detach().clone() if isinstance(self.tensor, Tensor) else None
+        self.start = copied(self.tensor)
 
     @property
     def is_small(self) -> bool:
@@ -88,6 +88,13 @@ def trace(tensor: Any) -> tuple[int, int]:
         return tensor._version, tensor.data_ptr()
     except (AttributeError, RuntimeError):  # none there; an inference tensor, or one without storage
         return -1, 0
+
+
+def copied(tensor: Any) -> Tensor | None:
+    """A copy of the values; ``None`` where there are none, and of an expanded tensor, which nobody can write to."""
+    if not isinstance(tensor, Tensor) or (0 in tensor.stride() and tensor.numel() > 1):
+        return None
+    return tensor.detach().clone()
 
 
 def write(tensor: Tensor, values: Tensor, address: int, pairs: list[tuple[Tensor, Tensor]]) -> None:

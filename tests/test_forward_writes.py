@@ -45,6 +45,9 @@ class Norm(nn.Module):
                 self.spread = 0.9 * self.spread + 0.1 * var
             elif self.how == "first_none":
                 self.centre = mean.clone() if self.centre is None else 0.9 * self.centre + 0.1 * mean
+            elif self.how == "expanded":  # which nobody can write to in place
+                self.centre = (0.9 * self.centre + 0.1 * mean.mean()).mean().expand(4)
+                self.spread += 1
             elif self.how == "data":
                 self.centre.data.lerp_(mean, 0.1)
             elif self.how == "data_replaced":
@@ -155,7 +158,7 @@ def fused_fake_quantize():
 
 HOWS = (
     *("in_place", "assigned", "masked", "first_none", "renormalised", "functional", "data", "data_replaced", "set"),
-    "registered",
+    *("registered", "expanded"),
 )
 KINDS = {
     **{how: lambda how=how: Norm(how) for how in HOWS},

@@ -438,6 +438,23 @@ def test_an_undone_step_leaves_gradients_of_other_parameters_as_they_were(method
         assert grad is None or torch.equal(grad, values)
 
 
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize("index", [0, 3])
+def test_another_optimizer_may_take_its_step_in_one_pass(index, cleared):
+    model, batches, optimizer, head = with_head(METHODS["gam"])
+    other = torch.optim.Adam(head, lr=0.1)
+    for x, y in batches[:3]:
+        before = [p.detach().clone() for p in head]
+        for turn in optimizer.passes():
+            loss_of(model, x, y).backward()
+            if turn.index == index:
+                other.step()
+                taken = [p.detach().clone() for p in head]
+            if cleared:
+                other.zero_grad()
+        assert all(torch.equal(p, t) and not torch.equal(p, b) for p, t, b in zip(head, taken, before, strict=True))
+
+
 def test_with_parts_of_the_batch_the_last_pass_counts():
     model, [(x, y), *_], optimizer, head = with_head(METHODS["gam"], ascent_share=0.5)
     head[0].grad = torch.ones_like(head[0])
