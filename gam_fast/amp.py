@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import sys
+import functools
+import inspect
+import itertools
+import threading
 import weakref
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,61 +72,66 @@ class GivenScale:
         """The scaler has looked for itself."""
 
 
-Fresh: TypeAlias = "list[weakref.ref[torch.amp.GradScaler]]"
-"""Scalers that have not scaled a loss."""
+class _Scaled(NamedTuple):
+    """How a scaler stood when it scaled last."""
 
-_references = -1
-"""How many references the classes of scalers have where no scaler is alive; each has one more."""
-
-
-def fresh_scalers() -> Fresh:
-    """All of torch's gradient scalers that are enabled and have not scaled anything yet.
-
-    It takes microseconds while no scaler is alive, after the first call of a process, and else a search through all
-    objects, some tens of milliseconds.
-
-    >>> scaler = torch.amp.GradScaler("cpu")
-    >>> [found() is scaler for found in fresh_scalers()]
-    [True]
-    >>> scaler.scale(torch.ones(())), fresh_scalers()
-    (tensor(65536.), [])
-    """
-    global _references
-    classes = list(_with_subclasses(torch.amp.GradScaler))
-    references = sum(map(sys.getrefcount, classes))
-    if references == _references:
-        return []
-    found = [each for each in gc.get_referrers(*classes) if issubclass(type(each), torch.amp.GradScaler)]
-    _references = references - len(found)
-    return [weakref.ref(scaler) for scaler in found if scaler.is_enabled() and scaler._scale is None]
+    time: int
+    thread: int
+    version: int
+    unscaled: int
 
 
-def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:
-    yield cls
-    for each in cls.__subclasses__():
-        yield from _with_subclasses(each)
+_last: weakref.WeakKeyDictionary[torch.amp.GradScaler, _Scaled] = weakref.WeakKeyDictionary()
+_clock = itertools.count(1)
 
 
-def check_not_forgotten(fresh: Fresh, optimizer: object, passes: int) -> None:
-    """Check, after the passes of a step without a scaler, that none of ``fresh`` has scaled the loss.
+def now() -> int:
+    """The time on the clock of :func:`check_not_forgotten`, which every call of it moves on."""
+    return next(_clock)
+
+
+def _noting(scale: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(scale)
+    def noting(self: Any, outputs: Any) -> Any:
+        scaled = scale(self, outputs)
+        factor = getattr(self, "_scale", None)  # a disabled one has none
+        if factor is not None and not torch.compiler.is_compiling():
+            version = -1 if factor.is_inference() else factor._version
+            _last[self] = _Scaled(now(), threading.get_ident(), version, len(self._per_optimizer_states))
+        return scaled
+
+    return noting
+
+
+# a loss that was scaled leaves no other trace of it, and a step that is not told takes its gradient for the true one
+_scale_of_torch = torch.amp.GradScaler.scale = _noting(torch.amp.GradScaler.scale)  # type: ignore[method-assign]
+
+
+def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
+    """Check, after the passes of a step without a scaler, that no loss was scaled in them.
 
     Args:
-        fresh: from :func:`fresh_scalers`, before the passes.
+        since: the time before the passes.
         optimizer: the optimizer that takes the step.
         passes: how many the step has.
 
     Raises:
-        RuntimeError: one has scaled for the first time, and neither unscaled gradients nor was updated since.
+        RuntimeError: this thread has scaled a loss, and its scaler neither unscaled gradients nor was updated since.
+
+    >>> scaler, since = torch.amp.GradScaler("cpu"), now()
+    >>> _ = scaler.scale(torch.ones(()))
+    >>> check_not_forgotten(since, None, passes=1)
+    Traceback (most recent call last):
+    RuntimeError: a loss was scaled in a step by a GradScaler that the step was not given: ...
     """
-    for reference in fresh:
-        scaler = reference()
-        if scaler is None or scaler._scale is None or scaler._scale.is_inference() or scaler._scale._version > 0:
+    for scaler, last in list(_last.items()):
+        factor, known = scaler._scale, scaler._per_optimizer_states
+        if last.time < since or last.thread != threading.get_ident() or factor is None or last.version < 0:
             continue
-        known = scaler._per_optimizer_states
-        if not known or (passes > 1 and id(optimizer) in known):
+        if factor._version == last.version and (len(known) == last.unscaled or (passes > 1 and id(optimizer) in known)):
             raise RuntimeError(
                 f"a loss was scaled in a step by a {type(scaler).__name__} that the step was not given: its "
-                f"direction would be {scaler._init_scale:g} times too long. Write passes(scaler=scaler) or "
+                "direction would be too long by that scale. Write passes(scaler=scaler) or "
                 "step(closure, scaler=scaler), and leave scaler.unscale_, scaler.step and scaler.update out. (If it "
                 "was the loss of another optimizer: scale that outside of the step)"
             )
@@ -145,11 +152,13 @@ class LossScale:
     """
 
     def __init__(self, scaler: Any, optimizer: object) -> None:
-        if not all(callable(getattr(scaler, name, None)) for name in _NEEDED):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
+        if isinstance(scaler, type) or not all(callable(getattr(scaler, name, None)) for name in _NEEDED):
+            hint = " (a closure is for step(closure))" if inspect.isroutine(scaler) else ""
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}{hint}")
         self._scaler = scaler
         self._optimizer = optimizer
         self._inverse: Tensor | None = None
+        self._since = now()
 
     @property
     def enabled(self) -> bool:
@@ -166,14 +175,17 @@ class LossScale:
 
         Raises:
             RuntimeError: ``scaler.unscale_`` was called for this optimizer, or (where that can be seen) no loss was
-                scaled.
+                scaled in the pass.
         """
         if id(self._optimizer) in getattr(self._scaler, "_per_optimizer_states", {}):
             raise RuntimeError(
                 f"scaler.unscale_ was called in {where}: given the scaler, a step unscales by itself; to clip, "
                 "construct the optimizer with clip_grad_norm="
             )
-        if self._inverse is None and getattr(self._scaler, "_scale", self) is None:
+        since, self._since = self._since, now()
+        if getattr(type(self._scaler), "scale", None) is _scale_of_torch and (
+            self._scaler not in _last or _last[self._scaler].time < since
+        ):
             raise RuntimeError(
                 f"no loss was scaled in {where}: call turn.backward(loss) or scaler.scale(loss).backward() in every "
                 "pass, or do without scaler="
@@ -184,6 +196,7 @@ class LossScale:
         if self._inverse is None:
             one = torch.ones((), dtype=torch.float32, device=device)
             self._inverse = self._scaler.scale(one).reciprocal()
+            self._since = now()
         return self._inverse.to(device)
 
     def report(self, finite: bool, device: torch.device) -> None:

@@ -1,7 +1,9 @@
 """State that a forward writes into a model moves once a step: buffers, and parameters that are not being trained.
 
 Most buffers never move. The first step copies all of them and finds out which do, by identity, by the version that
-autograd counts, by address and by value. Later steps copy those only, and small ones; the others are watched.
+autograd counts, by address and by value: as far as the copies take no more memory than the trained parameters (or 64
+MiB). Later steps copy those only, and others of at most 4,096 elements once; the rest is watched, for a microsecond
+each. A large buffer that begins to move later moves once in that step too, but its later passes see it moved.
 """
 
 from __future__ import annotations

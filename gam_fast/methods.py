@@ -192,10 +192,9 @@ class GAM(FlatOptimizer):
     Args:
         params: as everywhere.
         rho: ρ, outer radius: how far along the gradient of the gradient norm.
-        rho_prime: ρ', radius of the finite differences that stand for Hessian-vector products; or ``"auto"`` for the
-            one at which the difference is most exact (:mod:`gam_fast.radius`), and ``"auto:bfloat16"`` where gradients
-            are computed in that type by autocast. As g1 and g3 are taken at its end, it is also how strongly the
-            gradient norm is penalised: what is most exact is mostly small, and flattens less.
+        rho_prime: ρ', radius of the finite differences that stand for Hessian-vector products, and how strongly the
+            gradient norm is penalised. ``"auto"`` is the most exact one, mostly small (:mod:`gam_fast.radius`), and
+            ``"auto:bfloat16"`` that for gradients which autocast computes in that type.
         alpha: α, or a pair ``(weight of g1, weight of g3)``.
         beta: β, or a pair ``(weight of g0, weight of g2)``; ``(1.0, 1 - β)`` reproduces the authors' released code.
         gamma: γ, weight of the part of h₋ orthogonal to h₊.

@@ -21,7 +21,7 @@ from .bases import Given, build_base, filled, is_instance, left_behind
 from .buffers import ForwardState
 from .chain import members
 from .distributed import SYNC, check_supported
-from .options import check_arguments, check_params, documented, no_attribute
+from .options import check_arguments, check_keys, check_params, documented, no_attribute
 from .others import Surroundings
 from .recipes import BASE, Recipe, fold_plan
 from .rng import ReplayRNG
@@ -89,6 +89,7 @@ class FlatOptimizer(Stepper):
         _check_share(ascent_share)
         self._agenda = Agenda(interval, active)
         fold_plan(self.recipe)  # refuses a table that needs more than three buffers
+        given = vars(self).pop("_given")
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
         for name, value in own.items():
             self.recipe.check(name, value)
@@ -99,7 +100,8 @@ class FlatOptimizer(Stepper):
         taken = {name for member in members(self.base) for name in member.defaults}
         self._keys = {name: f"{prefix}_{name}" if name in taken else name for name in own}
         self._own_defaults = {self._keys[name]: value for name, value in own.items()}
-        explicit = {self._keys[name]: value for name, value in own.items() if value != self.recipe.defaults[name]}
+        chosen = {name for name, value in own.items() if name in given or value != self.recipe.defaults[name]}
+        explicit = {self._keys[name]: own[name] for name in chosen}
         stale = left_behind(self.base, explicit if is_instance(base_optimizer) else {})
         groups = [
             {key: value for key, value in group.items() if key not in keys}
@@ -133,7 +135,12 @@ class FlatOptimizer(Stepper):
         # properties below), so only its hooks and its profiling are set up, as it does itself when it unpickles.
         super().__setstate__({"defaults": {**self.base.defaults, **self._own_defaults}})
 
-    if not TYPE_CHECKING:  # for which every name would be an attribute
+    if not TYPE_CHECKING:  # for which every argument would do, and every name would be an attribute
+
+        def __new__(cls, *args: Any, **options: Any) -> FlatOptimizer:
+            self = super().__new__(cls)
+            self._given = set(options)  # also what is given as it is by default
+            return self
 
         def __getattr__(self, name: str) -> Any:
             if hasattr(type(self), name):
@@ -178,9 +185,9 @@ class FlatOptimizer(Stepper):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module being trained. Set it where a wrapper is put around it later (by ``Accelerator.prepare``).
+        """The module being trained; set it where a wrapper is put around it later (by ``Accelerator.prepare``).
 
-        A copy or a pickle of the optimizer does not contain it: a copy takes the module that holds its parameters.
+        Copies and pickles of the optimizer do not contain it: they take the module that holds their parameters.
 
         Raises:
             TypeError: no module; a module of FSDP1 or DeepSpeed, which are not supported.
@@ -201,12 +208,7 @@ class FlatOptimizer(Stepper):
 
     @property
     def clip_grad_norm(self) -> float | None:
-        """The norm over all groups that the final direction is scaled down to, ``None`` for no limit; may be set.
-
-        Raises:
-            RuntimeError: set during a step.
-            ValueError: not positive and finite.
-        """
+        """The norm that the final direction is scaled down to, or ``None``; may be set between steps."""
         limit: float | None = self._options["clip_grad_norm"]
         return limit
 
@@ -218,12 +220,7 @@ class FlatOptimizer(Stepper):
 
     @property
     def ascent_share(self) -> float:
-        """The share of the batch that all passes but the last see; may be set between steps.
-
-        Raises:
-            RuntimeError: set during a step.
-            ValueError, TypeError: as the constructor.
-        """
+        """The share of the batch that all passes but the last see; may be set between steps."""
         share: float = self._options["ascent_share"]
         return share
 
@@ -235,12 +232,7 @@ class FlatOptimizer(Stepper):
 
     @property
     def interval(self) -> float:
-        """Every how many steps the whole recipe is taken; may be set between steps, which are counted from then on.
-
-        Raises:
-            RuntimeError: set during a step.
-            ValueError, TypeError: as the constructor.
-        """
+        """Every how many steps the whole recipe is taken; may be set between steps, which then count anew."""
         return self._agenda.interval
 
     @interval.setter
@@ -251,12 +243,7 @@ class FlatOptimizer(Stepper):
 
     @property
     def active(self) -> Rules:
-        """The rules for which steps take the whole recipe; may be set between steps.
-
-        Raises:
-            RuntimeError: set during a step.
-            ValueError, TypeError: as the constructor.
-        """
+        """The rules for which steps take the whole recipe; may be set between steps."""
         return self._agenda.active
 
     @active.setter
@@ -271,11 +258,7 @@ class FlatOptimizer(Stepper):
         return self._agenda.trigger is not None
 
     def key(self, name: str) -> str:
-        """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has a hyper-parameter so named.
-
-        Raises:
-            ValueError: the recipe has no such hyper-parameter.
-        """
+        """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has one so named."""
         if name not in self._keys:
             raise ValueError(
                 f"{self.recipe.name} has no hyper-parameter {name!r}; it has {', '.join(self._keys) or 'none'}"
@@ -283,12 +266,7 @@ class FlatOptimizer(Stepper):
         return self._keys[name]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; hyper-parameters it does not set get the constructor's values.
-
-        Raises:
-            RuntimeError: during a step.
-            ValueError, TypeError: as the constructor.
-        """
+        """Add a parameter group; hyper-parameters it does not set get the constructor's values."""
         self._refuse_nesting("add_param_group()")
         if isinstance(param_group, dict):
             if not isinstance(param_group["params"], Tensor | set):
@@ -299,9 +277,7 @@ class FlatOptimizer(Stepper):
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the base optimizer, in its own layout.
-
-        The groups hold the recipe's hyper-parameters besides, and as ``flat_method`` the name of the recipe.
+        """The state of the base optimizer; its groups hold the recipe's hyper-parameters and name (``flat_method``).
 
         Raises:
             RuntimeError: in a pass after the first, where the weights that a checkpoint would go with are perturbed.
@@ -323,8 +299,7 @@ class FlatOptimizer(Stepper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this optimizer, or of its base optimizer alone: then the recipe's values stay as they are.
 
-        They also stay where the state is of another method, whose numbers of the same name mean something else; the
-        logger ``gam_fast`` says so.
+        They also stay, and the logger ``gam_fast`` says so, where the state is of another method.
 
         Raises:
             RuntimeError: during a step.
@@ -408,6 +383,8 @@ class FlatOptimizer(Stepper):
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyper(group)
         check_params(group["params"])
+        taken = (name for member in members(self.base) for name in member.defaults)
+        check_keys(type(self).__name__, tuple(self._keys.values()), taken, group)
 
     def _check_hyper(self, group: dict[str, Any]) -> None:
         for name, key in self._keys.items():
@@ -445,6 +422,8 @@ class FlatOptimizer(Stepper):
 
 
 def _check_clip(limit: float | None) -> None:
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float | Tensor)):
+        raise TypeError(f"clip_grad_norm must be a number or None, got {limit!r}")
     if limit is not None and not (math.isfinite(limit) and limit > 0):
         raise ValueError(f"clip_grad_norm must be a positive number or None, got {limit!r}")
 

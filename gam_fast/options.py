@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn, optim
@@ -21,37 +21,28 @@ from .active import Rules
 
 OPTIONS = """\
 model: the module being trained. Given, what its forward writes into it moves once a step: buffers of any name
-    (running statistics, ``_u`` of spectral norm, observers, codebooks, queues), in place or by assignment. All
-    passes see what was there at the start, what the first makes of it stays, and a step that is undone leaves
-    no trace. The same goes for parameters that are not being trained, in ``model`` or among ``params``, such as
-    momentum encoders.
-    Its parameters that are not in ``params`` get the gradient of that pass, and not the sum over all passes.
+    (running statistics, ``_u`` of spectral norm, observers, codebooks, queues) and parameters that are not being
+    trained (momentum encoders). All passes see them as they were, and a step that is undone leaves no trace.
+    Its parameters that are not in ``params`` get the gradient of the first pass, not the sum over all passes.
 backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
-replay_rng: draw the same random numbers (dropout, stochastic depth, Mixup) in each pass: from torch's default
-    generators, from Python's and NumPy's global ones, and, with a list such as ``[generator]``, from the user's
-    (``torch.Generator``, ``numpy.random.Generator``, ``random.Random``). Read the batch before the passes, or by
-    :meth:`micro_batches`: other draws of the first pass alone shift its masks.
-freeze_running_statistics: switch for that. The first step copies all buffers and parameters, as far as that
-    takes no more memory than the trained parameters (or 64 MiB), and finds out which of them move. Later steps
-    copy those, and others of at most 4,096 elements once; the rest is watched, for a microsecond each. A large
-    buffer that begins to move later moves once in that step too, but the later passes of that step see it moved.
+replay_rng: draw the same random numbers (dropout, Mixup) in each pass: from torch's default generators, Python's
+    and NumPy's global ones, and, with a list such as ``[generator]``, from the user's. Read the batch before the
+    passes, or by :meth:`micro_batches`: other draws of the first pass alone shift its masks.
+freeze_running_statistics: switch for what ``model`` does. The first step copies buffers and parameters to find out
+    which of them move; later steps copy those and watch the rest (:mod:`gam_fast.buffers`).
 moving_buffers: patterns (as of :mod:`fnmatch`) of the names of buffers of ``model`` that may move in every
     pass, such as ``["*.calls"]``.
-ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, the last
-    sees all of it. The body takes its rows by ``xb, yb = turn.rows(x, y)``; over micro-batches,
-    :meth:`micro_batches` does it. A step of GAM then costs 3 s + 1 gradients. Running statistics, and random
-    numbers as they are after a step, are then those of the last pass, which sees the whole batch, and the loss
-    of the first pass is that of its share. Shuffled batches are assumed: the leading rows are as good as any.
-interval: the whole recipe at every ``interval``-th step, the base optimizer alone between; ``math.inf`` for
-    never.
+ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, which the body
+    takes by ``xb, yb = turn.rows(x, y)`` or :meth:`micro_batches`. A step of GAM then costs 3 s + 1 gradients.
+    Running statistics and the state of generators are those of the last pass, the loss is that of the first.
+interval: the whole recipe at every ``interval``-th step, the base optimizer alone between; ``math.inf``: never.
 active: which steps take the whole recipe besides: a rule of :mod:`gam_fast.active`, a function of the number of
     the step, or a list of these, which must all agree.
 clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
-sync: in several processes of data parallelism, ``"global"``: each pass averages its gradient, as
-    DistributedDataParallel does, and all processes go to the same points. ``"local"``: each process walks along
-    its own gradients (m-sharpness), and only the final direction is averaged, once; pass the
-    DistributedDataParallel as ``model``. It is what it says at the end of a step: the processes agree on which
-    parameters take part, and no process takes a step that another has left or found not finite.
+sync: in data parallelism, ``"global"``: each pass averages its gradient, as DistributedDataParallel does, and all
+    processes go to the same points. ``"local"``: each walks along its own gradients (m-sharpness), and only the
+    final direction is averaged; pass the DistributedDataParallel as ``model``. The processes agree on which
+    parameters take part, and on whether the step is taken.
 on_nonfinite: ``"raise"`` :class:`~gam_fast.NonFiniteGradientError`, or ``"skip"`` the step and count it in
     :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking
     costs an accelerator one wait for the device at the end of a step, and a norm of the last gradient.
@@ -60,10 +51,9 @@ on_nonfinite: ``"raise"`` :class:`~gam_fast.NonFiniteGradientError`, or ``"skip"
 ARGUMENTS = """\
 params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
     hyper-parameter of the recipe or of the base may be set for the group. ``None`` with an instance.
-base_optimizer: a torch optimizer class (or any callable with its signature), or an instance over ``params``.
-    Or a list of instances over disjoint parameters that are together ``params`` (:mod:`gam_fast.chain`): one
-    perturbation, whose norm is that of all, and each of them updates its own parameters. What an earlier
-    optimizer around the same instance has put into its groups goes; what you have set there yourself stays.
+base_optimizer: a torch optimizer class (or any callable with its signature), an instance over ``params``, or a list
+    of instances over disjoint parameters (:mod:`gam_fast.chain`). What an earlier optimizer around the same instance
+    has put into its groups goes; what you have set there yourself stays.
 """
 
 BASE_ARGUMENTS = """\
@@ -203,6 +193,12 @@ def check_arguments(
         )
     if inspect.isroutine(params):
         raise TypeError(f"params of {method} is a function: call it, as in {method}(model.parameters(), …)")
+    if isinstance(params, type) and issubclass(params, optim.Optimizer):
+        raise TypeError(
+            f"params of {method} is a class, {params.__name__}: the parameters come first, the class second"
+        )
+    if isinstance(base_optimizer, nn.Module):
+        raise TypeError(f"base_optimizer of {method} is a module ({type(base_optimizer).__name__}): write model=")
     if isinstance(base_optimizer, str | float):
         word = str(base_optimizer).lower()
         mend = next((f"torch.optim.{name}" for name in dir(optim) if name.lower() == word), "torch.optim.SGD")
@@ -214,7 +210,7 @@ def check_arguments(
     for name, value in arguments.items():
         if name in known or (takes_any and name in BaseArguments.__annotations__):
             continue
-        near = difflib.get_close_matches(name, [*own, *names(), *known], n=1, cutoff=0.75)
+        near = difflib.get_close_matches(name.lower(), [*own, *names(), *known], n=1, cutoff=0.75)
         if takes_any and name not in _HINTS and not (near and near[0] not in known):
             continue  # it may be for the base
         hint = f"{_HINTS[name]}. " if name in _HINTS else f"did you mean {near[0]}? " if near else ""
@@ -253,6 +249,22 @@ def check_params(params: Any) -> None:
             raise TypeError(
                 f"a parameter of shape {shape} is complex ({param.dtype}): optimize a real parameter and use "
                 "torch.view_as_complex of it in the model"
+            )
+
+
+def check_keys(method: str, own: Sequence[str], known: Iterable[str], group: Mapping[str, Any]) -> None:
+    """Refuse a key of a parameter group that looks like a misspelt hyper-parameter of the method.
+
+    Raises:
+        ValueError: it is nearly one of ``own``, and none of ``known``.
+    """
+    others = group.keys() - {"params", "param_names", *own, *known, *BaseArguments.__annotations__}
+    for key in sorted(others):
+        near = difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(
+                f"a parameter group of {method} has {key!r} ({group[key]!r}), which nobody reads: did you mean "
+                f"{near[0]}?"
             )
 
 

@@ -140,13 +140,14 @@ class _Ambient(_Source):
 
     def was_drawn(self, alone: bool) -> bool:
         since = time.perf_counter()
-        self._is_drawn = not _same(self.start, self.after)
-        if self._is_drawn and not alone:
+        found = not _same(self.start, self.after)
+        if found and not alone:
             time.sleep(1e-4)
-            self._is_drawn = _same(self.after, self.get())  # else another thread draws, and mostly nobody else does
+            found = _same(self.after, self.get())  # else another thread draws, and mostly nobody else does
+        self._is_drawn = self._is_drawn or found  # for good: Mixup may be drawn in some steps only
         now = time.perf_counter()
         self._due = now + 100.0 * (2.0 * self._cost + now - since)
-        return self._is_drawn
+        return found
 
 
 _steps: set[int] = set()

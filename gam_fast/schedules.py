@@ -50,7 +50,16 @@ class RadiusSchedule:
         raise TypeError(f"{type(self).__name__} is the base of the schedules: use ConstantRadius, LinearRadius, …")
 
     def step(self) -> None:
-        """Count one more, and set the values."""
+        """Count one more, and set the values.
+
+        Raises:
+            RuntimeError: during a step, whose body runs once a pass.
+        """
+        if self.optimizer.turn is not None:
+            raise RuntimeError(
+                f"step() of a {type(self).__name__} in a pass of {type(self.optimizer).__name__}: a body runs once a "
+                "pass, so call it behind the loop over passes() or the closure"
+            )
         self.count += 1
         self._apply()
 

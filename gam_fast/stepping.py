@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import radius
 from .active import STEPS, Agenda
-from .amp import Fresh, GivenScale, LossScale, check_not_forgotten, fresh_scalers
+from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend
 from .buffers import ForwardState
 from .finite import SkipStep
@@ -58,8 +58,8 @@ class Progress:
     difference: radius.Difference | None = None
     """The automatic radius of the step under way."""
     calls: Calls = field(default_factory=Calls)
-    scalers: Fresh | None = None
-    """Gradient scalers that had not scaled before the first step, which must not scale in it unless they are given."""
+    unscaled_since: int | None = None
+    """When the step began, or one before that was undone: no loss may be scaled since unless the scaler is given."""
 
 
 class Stepper(Hooked):
@@ -114,23 +114,14 @@ class Stepper(Hooked):
                 goes down, and :attr:`skipped_steps` up.
 
         Raises:
-            RuntimeError: one of several passes ended without a gradient; a parameter was modified in one (in the first
-                pass, it stays so; later, it is restored); a step of this optimizer is already under way; the loss was
-                not scaled, or its gradient was unscaled, where there is a scaler; with ``sync="local"``, another
-                process left the step by an exception.
+            RuntimeError: one of several passes ended without a gradient, or modified a parameter (the first leaves it
+                so); a step of this optimizer is under way; with a scaler, the loss was not scaled or its gradient was
+                unscaled; with ``sync="local"``, another process left the step by an exception.
             TypeError: a sparse gradient.
             NonFiniteGradientError: a gradient with NaN or infinity, unless ``on_nonfinite`` says otherwise.
 
         Warns:
             UserWarning: somebody called backward() since the last step; those gradients are not used.
-
-        >>> from gam_fast import Base
-        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-        >>> optimizer = Base([weight], torch.optim.SGD, lr=0.5)
-        >>> for turn in optimizer.passes():
-        ...     (weight**2).sum().backward()
-        >>> weight.tolist()
-        [0.0, 0.0]
         """
         self._refuse_nesting("passes()")
         return Passes(Drive(self, self._loss_scale(scaler)))
@@ -147,15 +138,13 @@ class Stepper(Hooked):
         A closure whose one required argument is called ``turn`` gets the :class:`~gam_fast.Turn`, for
         ``turn.rows(x, y)``. For ``ExactGAM`` it returns the loss and does not call backward.
 
-        Returns what the closure returned in the first pass: the loss at θ, before any perturbation, and with
-        ``ascent_share`` that of the part of the batch that this pass saw (``None`` when it returns nothing, which is
-        allowed). Without a closure, a recipe of one pass uses the gradients there are, as any torch optimizer, and does
-        nothing where there are none; the others refuse. Without one in the last pass of a loop over :meth:`passes`, it
-        takes that step there and then, and the loop ends.
+        Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
+        returns nothing). Without a closure, a recipe of one pass uses the gradients there are, as any torch optimizer,
+        and does nothing where there are none; the others refuse. Without one in the last pass of a loop over
+        :meth:`passes`, it takes that step there and then, and the loop ends.
 
         Args:
-            closure: what evaluates the loss.
-            scaler: as for :meth:`passes`; the closure calls ``scaler.scale(loss).backward()``.
+            closure: evaluates the loss, by ``scaler.scale(loss).backward()`` where there is a ``scaler``.
 
         Raises:
             RuntimeError, TypeError, NonFiniteGradientError: as :meth:`passes`.
@@ -212,15 +201,12 @@ class Stepper(Hooked):
 
         To be iterated over in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum
         of the losses: divide each by their number for the mean. With ``ascent_share`` all passes but the last get that
-        share of them, at least one, and their gradients count as those of all (times all, divided by those seen): all
-        processes then need the same number of them. Gradients of a DistributedDataParallel (``model``) are averaged
-        over its processes with the last micro-batch only.
+        share of them, whose gradients count as those of all; all processes then need the same number of them.
+        A DistributedDataParallel (``model``) averages gradients with the last micro-batch only.
 
-        An iterator is read once. Where the step may have several passes, all of it is read in the first, before the
-        first micro-batch is used, and held until the step is over; random numbers that reading draws are drawn once.
-        Where one pass is all (``Base``, an inactive step of ``interval=`` or ``active=``), each micro-batch is read
-        when it is used and not held, as in a loop of one's own. (A DistributedDataParallel has one more read, to know
-        the last.)
+        An iterator is read once, with the random numbers that reading draws: in the first of several passes, before
+        the first micro-batch is used. It is held until the step is over. Where one pass is all (``Base``, an inactive
+        step), each micro-batch is read when it is used (by DistributedDataParallel one ahead), and not held.
 
         Args:
             batches: the micro-batches of the step, such as ``itertools.islice(loader_iterator, 4)``.
@@ -228,15 +214,6 @@ class Stepper(Hooked):
         Raises:
             RuntimeError: outside a step.
             ValueError: there is none.
-
-        >>> from gam_fast import Base
-        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
-        >>> optimizer = Base([weight], torch.optim.SGD, lr=0.5)
-        >>> for turn in optimizer.passes():
-        ...     for x in optimizer.micro_batches([0.25, 0.75]):
-        ...         (x * weight).sum().backward()
-        >>> weight.item()
-        0.5
         """
         if self._walk is None:
             raise RuntimeError(
@@ -249,9 +226,9 @@ class Stepper(Hooked):
         """End a step: call the hooks before it, and update the parameters."""
         progress = self._progress
         passes = progress.walk.recipe.passes if progress.walk is not None else self.recipe.passes
-        if progress.scalers and (progress.walk is None or not progress.walk.is_scaled):
-            check_not_forgotten(progress.scalers, self, passes)
-        progress.scalers = []
+        since, progress.unscaled_since = progress.unscaled_since, None
+        if since is not None and (progress.walk is None or not progress.walk.is_scaled):
+            check_not_forgotten(since, self, passes)
         call = progress.calls.current or ((self,), {})
         before = partial(call_before, self, call) if any_before(self) else None
         # of one pass, param.grad is what the hooks leave there, as with any torch optimizer
@@ -265,10 +242,10 @@ class Stepper(Hooked):
     def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Walk:
         """Begin a step of several passes; nothing is done to the parameters yet."""
         self._refuse_nesting("passes()")
-        if self._progress.scalers is None and scale is None:
-            self._progress.scalers = fresh_scalers()
-        elif self._progress.scalers and scale is None:  # the step before was undone, perhaps because of an overflow
-            check_not_forgotten(self._progress.scalers, self, self.recipe.passes)
+        since = self._progress.unscaled_since
+        if since is not None and scale is None:  # the step before was undone, perhaps because of an overflow
+            check_not_forgotten(since, self, self.recipe.passes)
+        self._progress.unscaled_since = now()
         walk = self._open(scale, by_loop=by_loop)
         GivenScale.drop(self)  # of a call that came to nothing
         try:

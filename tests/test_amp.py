@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
+import weakref
 
 import pytest
 import reference
@@ -13,7 +15,6 @@ from snapshots import assert_same, everything
 from torch import nn
 
 import gam_fast
-from gam_fast import amp
 
 PASSES = [(name, at) for name in ("base", "sam", "gam") for at in range(METHODS[name].passes)]
 
@@ -620,13 +621,75 @@ def test_scalers_of_something_else_are_no_matter():
         assert torch.equal(p, q)
 
 
-def test_looking_for_scalers_costs_nothing_where_there_are_none(monkeypatch):
-    gc.collect()
-    amp.fresh_scalers()
-    monkeypatch.setattr(amp.gc, "get_referrers", lambda *_: pytest.fail("searched"))
-    assert amp.fresh_scalers() == []
-    monkeypatch.undo()
+def by_twin():
+    """A scaler that another model used before."""
+    scaler, weight = scaler_of(), nn.Parameter(torch.ones(2))
+    used = torch.optim.SGD([weight], lr=0.1)
+    scaler.scale(weight.sum()).backward()
+    scaler.step(used)
+    scaler.update()
+    return scaler
+
+
+def by_scaling():
+    """A scaler that has scaled something."""
     scaler = scaler_of()
-    assert [found() for found in amp.fresh_scalers()] == [scaler]
     scaler.scale(torch.ones(()))
-    assert amp.fresh_scalers() == []
+    return scaler
+
+
+def by_another_optimizer():
+    """A scaler that has unscaled gradients of another optimizer, and waits for its update."""
+    scaler, weight = scaler_of(), nn.Parameter(torch.ones(2))
+    scaler.scale(weight.sum()).backward()
+    scaler.unscale_(torch.optim.SGD([weight], lr=0.1))
+    return scaler
+
+
+@pytest.mark.parametrize("used", [scaler_of, by_twin, by_scaling, by_another_optimizer])
+@pytest.mark.parametrize("method_name", ["base", "gam"])
+def test_a_forgotten_scaler_is_noticed_whatever_it_did_before(method_name, used):
+    model, optimizer, batches = setting(method_name)
+    optimizer.step(closure_of(model, *batches[0]))
+    scaler = used()
+    before = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match="a loss was scaled in a step by a GradScaler that the step was not given"):
+        optimizer.step(lambda: scaler.scale(loss_of(model, *batches[0])).backward())
+    assert_same(before, everything(model, optimizer))
+    optimizer.step(closure_of(model, *batches[0]))
+
+
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
+def test_a_loss_that_is_not_scaled_is_an_error_in_any_pass_of_any_step(method_name, at):
+    model, optimizer, batches = setting(method_name)
+    scaler = scaler_of()
+    by_scale(model, optimizer, scaler, *batches[0])
+    before = everything(model, optimizer)
+
+    def closure(turn):
+        loss = loss_of(model, *batches[0])
+        (loss if turn.index == at else scaler.scale(loss)).backward()
+
+    with pytest.raises(RuntimeError, match=f"no loss was scaled in pass {at} of"):
+        optimizer.step(closure, scaler=scaler)
+    assert_same(before, everything(model, optimizer))
+    by_scale(model, optimizer, scaler, *batches[0])
+
+
+def test_a_thread_that_scales_is_no_matter_of_a_step_in_another():
+    model, optimizer, batches = setting("sam")
+    scaler = scaler_of()
+    for _ in optimizer.passes():
+        loss_of(model, *batches[0]).backward()
+        thread = threading.Thread(target=scaler.scale, args=(torch.ones(()),))
+        thread.start()
+        thread.join()
+
+
+def test_a_scaler_is_not_kept_alive():
+    scaler = scaler_of()
+    scaler.scale(torch.ones(()))
+    found = weakref.ref(scaler)
+    del scaler
+    gc.collect()
+    assert found() is None

@@ -84,6 +84,7 @@ def test_a_copy_is_known_to_have_been_wrapped(how):
     gam_fast.SAM(None, base, rho=0.07)
     assert values_of(gam_fast.SAM(None, how(base), rho=0.5)) == [0.5, 0.5]  # of the base alone, by what is explicit
     assert values_of(gam_fast.SAM(None, how(base))) == [0.07, 0.07]
+    assert values_of(gam_fast.SAM(None, how(base), rho=0.05)) == [0.05, 0.05]  # explicit, though it is the default
 
 
 def test_a_state_that_was_loaded_belongs_to_its_wrapper():

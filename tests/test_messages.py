@@ -44,6 +44,13 @@ CALLS = {
     "method": (lambda: gam_fast.GAM(nn.Linear(2, 1).parameters), r"is a function: call it"),
     "name": (lambda: gam_fast.GAM(P, "adamw"), "got 'adamw': write torch.optim.AdamW"),
     "number": (lambda: gam_fast.GAM(P, 0.1), "got 0.1: a learning rate is lr=0.1"),
+    "swapped": (lambda: gam_fast.GAM(SGD, P), "is a class, SGD: the parameters come first"),
+    "module as base": (lambda: gam_fast.GAM(P, nn.Linear(2, 1)), r"is a module .Linear.: write model="),
+    "capitals": (lambda: gam_fast.GAM(P, Rho=0.1), "did you mean rho"),
+    "limit in words": (lambda: gam_fast.GAM(P, clip_grad_norm="1"), "clip_grad_norm must be a number or None, got '1'"),
+    "limit or not": (lambda: gam_fast.GAM(P, clip_grad_norm=True), "clip_grad_norm must be a number or None, got True"),
+    "closure of passes": (lambda: gam_fast.GAM(P).passes(lambda: 0), r"got .*a closure is for step\(closure\)"),
+    "class of scalers": (lambda: gam_fast.GAM(P).passes(torch.amp.GradScaler), "scaler must be a .*got <class"),
     "loss": (lambda: gam_fast.GAM(P).step(torch.ones(())), r"takes a closure, not the loss: def closure\(\)"),
     "number as closure": (lambda: gam_fast.GAM(P).step(3), "takes a closure; got int"),
 }
@@ -54,6 +61,22 @@ def test_a_mistake_is_a_type_error_that_says_what_to_write(name):
     call, message = CALLS[name]
     with pytest.raises(TypeError, match=message):
         call()
+
+
+@pytest.mark.parametrize("key", ["rh", "rho_prim", "Gamma", "alphas"])
+def test_a_misspelt_key_of_a_parameter_group_is_an_error(key):
+    message = f"a parameter group of GAM has '{key}' .0.1., which nobody reads: did you mean "
+    with pytest.raises(ValueError, match=message):
+        gam_fast.GAM([{"params": P, key: 0.1}])
+    optimizer = gam_fast.GAM([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": P, key: 0.1})
+
+
+def test_other_keys_of_parameter_groups_are_the_users():
+    mine = {"lr_scale": 0.5, "name": "head", "betas": (0.9, 0.99), "group_name": "rest"}
+    optimizer = gam_fast.GAM([{"params": P, **mine}])
+    assert mine.items() <= optimizer.param_groups[0].items()
 
 
 def test_what_a_base_takes_is_passed_on():
@@ -191,6 +214,7 @@ def test_help_explains_every_option(method):
     text = pydoc.plain(pydoc.render_doc(method))
     for name in ("params", "base_optimizer", *options.names()):
         assert len(re.findall(rf"^ \|  +{name}: ", text, flags=re.MULTILINE)) == 1, name
+    assert len(text.splitlines()) < 300, "nobody reads more"
     assert "those of every method" not in text
     assert "as everywhere" not in text
 

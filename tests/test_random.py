@@ -204,6 +204,16 @@ def test_the_body_may_draw_from_global_generators(method_name, kind):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "random"])
+def test_a_body_may_draw_in_some_steps_only(kind):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    for i in range(60):
+        draw = GLOBAL[kind] if i % 3 == 0 else lambda: None
+        ((first, second),) = drawn_in_steps(optimizer, weight, draw, steps=1)
+        assert first == second, i
+
+
+@pytest.mark.parametrize("kind", ["numpy", "random"])
 def test_an_undone_step_has_not_drawn_from_pythons_and_numpys_generators(kind):
     draw, weight = GLOBAL[kind], nn.Parameter(torch.ones(3))
     optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)

@@ -165,6 +165,23 @@ def test_a_group_added_later_starts_from_its_own_value(build):
     assert schedule.initial == [0.2, 0.4, 1.0]
 
 
+def test_a_schedule_in_the_body_is_an_error():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, rho=0.2)
+    schedule = gam_fast.schedules.LinearRadius(optimizer, total_steps=4, end=0.0)
+
+    def closure():
+        weight.square().sum().backward()
+        schedule.step()
+
+    with pytest.raises(RuntimeError, match="step.. of a LinearRadius in a pass of SAM: .*behind the loop"):
+        optimizer.step(closure)
+    assert torch.equal(weight, torch.ones(3))
+    assert schedule.count == 0
+    schedule.step()
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.15)
+
+
 def test_errors():
     with pytest.raises(TypeError, match="optimizer must be one of gam_fast, got SGD"):
         ConstantRadius(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
