@@ -27,9 +27,8 @@ from gam_fast.kernels.table import BLOCK_OF_TOTALS, HEADER, SUMS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gam_fast.backends.launches import MIXED, OF_SUMS
+from gam_fast.backends.launches import MIXED, OF_SUMS, OF_UPDATES, Shape
 from gam_fast.backends.tables import PARAMETERS, STATES
-from gam_fast.backends.tuning import CANDIDATES, DEFAULT, Configuration
 
 from .sass import LOADS, SPILLS, instructions_of, loops
 
@@ -161,7 +160,7 @@ def _hip(compiled: Any) -> Compiled:
     return Compiled(number("vgpr_count"), number("private_segment_fixed_size") + spilled, loads, stores)
 
 
-def vectors(variant: Variant, code: int, shape: Configuration) -> tuple[int, int]:
+def vectors(variant: Variant, code: int, shape: Shape) -> tuple[int, int]:
     """Reads and writes of 16 bytes that a thread needs for its share of a block."""
     share = shape.block // shape.threads
     parameter, state = (share * types[code].itemsize // 16 for types in (PARAMETERS, STATES))
@@ -172,7 +171,7 @@ def vectors(variant: Variant, code: int, shape: Configuration) -> tuple[int, int
 
 
 def check(
-    name: str, shapes: tuple[Configuration, ...], codes: tuple[int, ...], mixed: bool = True
+    name: str, codes: tuple[int, ...], mixed: bool = True, of_updates: Shape = OF_UPDATES
 ) -> list[tuple[str, Compiled, str]]:
     """Compiles every kernel for one target: what it was, what came of it, and what is wrong with that, if anything.
 
@@ -184,15 +183,15 @@ def check(
     for variant in VARIANTS:
         is_sum = variant.kernel.__module__ == sums.__name__
         constants = {**variant.constants, "WIDTH": HEADER + variant.lists}
-        for shape in (OF_SUMS,) if is_sum else shapes:
-            for code in codes if variant.states else [code for code in codes if PARAMETERS[code] == STATES[code]]:
-                only = {**constants, "AMONG": 1 << code, "STRIDED": False, "BLOCK": shape.block}
-                found = compile_for(variant.kernel, only, shape.threads, target)
-                loads, stores = vectors(variant, code, shape)
-                wrong = "uses local memory" if found.local else ""
-                if found.loads < loads or found.stores < stores:
-                    wrong += f" has {found.loads} loads and {found.stores} stores of 16 bytes, not {loads} and {stores}"
-                result.append((f"{variant.name}, {_types(code)}, {shape.block}/{shape.threads}", found, wrong))
+        shape = OF_SUMS if is_sum else of_updates
+        for code in codes if variant.states else [code for code in codes if PARAMETERS[code] == STATES[code]]:
+            only = {**constants, "AMONG": 1 << code, "STRIDED": False, "BLOCK": shape.block}
+            found = compile_for(variant.kernel, only, shape.threads, target)
+            loads, stores = vectors(variant, code, shape)
+            wrong = "uses local memory" if found.local else ""
+            if found.loads < loads or found.stores < stores:
+                wrong += f" has {found.loads} loads and {found.stores} stores of 16 bytes, not {loads} and {stores}"
+            result.append((f"{variant.name}, {_types(code)}, {shape.block}/{shape.threads}", found, wrong))
     last = {variant.kernel.__name__: variant for variant in VARIANTS}  # of each kernel, the one with most to do
     for variant in last.values() if mixed else ():
         shape = OF_SUMS if variant.kernel.__module__ == sums.__name__ else MIXED
@@ -214,19 +213,17 @@ def _types(code: int) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
-    parser.add_argument("--candidates", action="store_true", help="also the shapes that tuning chooses from")
     parser.add_argument("--all", action="store_true", help="show every kernel, not only a summary")
     parser.add_argument("--quick", action="store_true", help="fp32 only")
     options = parser.parse_args(argv)
     names = options.targets.split(",")
     if not set(names) <= set(TARGETS):
         parser.error(f"--targets must be of {', '.join(TARGETS)}, got {options.targets}")
-    shapes = CANDIDATES if options.candidates else (DEFAULT,)
     codes = (PARAMETERS.index(torch.float32),) if options.quick else tuple(range(len(PARAMETERS)))
     print(f"Triton {triton.__version__}")
     failed = 0
     with ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), get_context("spawn")) as pool:
-        for name, rows in zip(names, pool.map(partial(check, shapes=shapes, codes=codes), names), strict=True):
+        for name, rows in zip(names, pool.map(partial(check, codes=codes), names), strict=True):
             for what, found, wrong in rows:
                 if options.all or wrong:
                     print(f"  {name}: {what}: {found.registers} registers {wrong}")

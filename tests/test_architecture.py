@@ -25,7 +25,7 @@ LAYERS = [
     {"kernels.sums", "kernels.moves", "kernels.updates"},
     {"kernels"},
     {"backends.base"},
-    {"backends.scalars", "backends.layouts", "backends.tuning", "_C"},
+    {"backends.scalars", "backends.layouts", "_C"},
     {"backends.eager", "backends.tables"},
     {"backends.terms", "backends.launches"},
     {"backends.trial"},

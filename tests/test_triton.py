@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="needs Triton 3.6 or newer")
 
 from gam_fast import backends
-from gam_fast.backends import base, layouts, tables, trial, triton, tuning
+from gam_fast.backends import base, launches, layouts, tables, trial, triton
 
 CUDA = torch.device("cuda", 0)
 
@@ -305,45 +305,6 @@ def test_memory_that_was_taken_away_is_refused():
         layouts.check_plain("a", values, torch.device("cpu"), False)
 
 
-# Tuning
-
-
-def test_shapes_are_measured_only_where_that_is_asked_for(monkeypatch, tmp_path):
-    asked = []
-
-    def seconds(device, shape):
-        asked.append(shape)
-        if shape == tuning.CANDIDATES[3]:
-            raise RuntimeError("out of resources")
-        return 1.0 if shape == tuning.CANDIDATES[2] else 2.0
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU of a test")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
-    assert tuning.configuration_of(CUDA, seconds) == tuning.DEFAULT
-    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "1")
-    assert tuning.configuration_of(torch.device("cpu"), seconds) == tuning.DEFAULT
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.configuration_of(CUDA, seconds) == tuning.DEFAULT
-    assert asked == []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for _ in range(2):
-        assert tuning.configuration_of(CUDA, seconds) == tuning.CANDIDATES[2]
-    monkeypatch.setattr(tuning, "_chosen", {})  # as in another process
-    assert tuning.configuration_of(CUDA, seconds) == tuning.CANDIDATES[2]
-    assert asked == list(tuning.CANDIDATES)
-    for path in tmp_path.rglob("gam_fast.json"):
-        path.write_text("{", encoding="utf-8")
-    monkeypatch.setattr(tuning, "_chosen", {})
-    assert tuning.configuration_of(CUDA, seconds) == tuning.CANDIDATES[2]
-    assert len(asked) == 2 * len(tuning.CANDIDATES)
-    assert (
-        tuning._fastest("another", CUDA, lambda device, shape: 1.0 - 0.01 * (shape != tuning.DEFAULT)) == tuning.DEFAULT
-    )
-
-
 # Ahead of time
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
@@ -354,7 +315,7 @@ def test_kernels_compile_and_use_the_widest_accesses(name):
     """In fp32; `make aot` does all types, alone and together."""
     from bench import aot
 
-    found = aot.check(name, (tuning.DEFAULT,), (tables.PARAMETERS.index(torch.float32),), mixed=False)
+    found = aot.check(name, (tables.PARAMETERS.index(torch.float32),), mixed=False)
     assert {what.split()[0] for what, _, _ in found} == {
         "square_norm", "inner_products", "totals", "perturb", "materialise", "sgd", "adam",
     }  # fmt: skip
@@ -364,7 +325,7 @@ def test_kernels_compile_and_use_the_widest_accesses(name):
 def test_narrow_accesses_would_be_found(monkeypatch):
     from bench import aot
 
-    narrow = tuning.Configuration(128, 128)
+    narrow = launches.Shape(128, 128)
     monkeypatch.setattr(aot, "vectors", lambda variant, code, shape: (variant.reads, variant.writes))
-    found = aot.check("sm_90", (narrow,), (tables.PARAMETERS.index(torch.float32),), mixed=False)
+    found = aot.check("sm_90", (tables.PARAMETERS.index(torch.float32),), mixed=False, of_updates=narrow)
     assert any("0 loads and 0 stores of 16 bytes" in wrong for _, _, wrong in found)

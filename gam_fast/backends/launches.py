@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, THREADS_OF_SUMS
 from .tables import Argument, Prepared
-from .tuning import Configuration
 
-OF_SUMS = Configuration(BLOCK_OF_SUMS, THREADS_OF_SUMS)
 
-MIXED = Configuration(1024, 256)
+class Shape(NamedTuple):
+    """Of a program: ``block`` elements of each array at once, by ``threads`` threads, whole warps of any GPU."""
+
+    block: int
+    threads: int
+
+
+OF_UPDATES = Shape(1024, 128)
+"""16 bytes of each 16-bit array for a thread, the widest access there is, and two such of fp32: of the five to nine
+arrays of an update that is enough under way to keep memory busy, and takes 60 to 130 registers."""
+
+OF_SUMS = Shape(BLOCK_OF_SUMS, THREADS_OF_SUMS)
+"""Results depend on it."""
+
+MIXED = Shape(1024, 256)
 """Of kernels for several types or any layout, which need twice the registers."""
 
 
@@ -25,13 +37,11 @@ def start(kernel: Any, programs: int, *arguments: object, warps: int, **constant
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
 
-def launch(
-    kernel: Any, prepared: Prepared, *arguments: object, shape: Configuration, is_sum: bool = False, **constants: object
-) -> None:
-    """Starts a kernel with one program a piece; the shape of one that adds up is kept to."""
+def launch(kernel: Any, prepared: Prepared, *arguments: object, is_sum: bool = False, **constants: object) -> None:
+    """Starts a kernel with one program a piece."""
     rows = prepared.rows
-    if not is_sum and (rows.strided or rows.among & (rows.among - 1)):
-        shape = MIXED
+    is_mixed = rows.strided or rows.among & (rows.among - 1)
+    shape = OF_SUMS if is_sum else MIXED if is_mixed else OF_UPDATES
     start(
         kernel,
         prepared.programs,

@@ -39,11 +39,10 @@ from .base import (
     takes_state,
 )
 from .eager import EagerBackend, copy_bits
-from .launches import OF_SUMS, after, guard, is_capturing, launch, launch_totals
+from .launches import after, guard, is_capturing, launch, launch_totals
 from .tables import Argument, Prepared, Tables
 from .terms import Terms, terms_of
 from .trial import interprets, kernels, why_unusable
-from .tuning import Configuration, configuration_of
 
 if util.find_spec("triton") is None:
     raise ImportError("Triton is not installed: pip install triton on Linux, or a build of torch for CUDA or ROCm")
@@ -55,18 +54,13 @@ MAX_PLANS = 4
 
 
 class TritonBackend:
-    """See :class:`gam_fast.backends.base.Backend` for what each primitive computes.
-
-    Args:
-        shape: that of the programs which move and update; chosen for the device if it is not given.
-    """
+    """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
 
     name = "triton"
     bookkeeping: Bookkeeping = ownership
 
-    def __init__(self, shape: Configuration | None = None) -> None:
+    def __init__(self) -> None:
         self._plans: list[Tables] = []  # the last one used first
-        self._shape = shape
         self._mark: Tensor | None = None
         # Above all that 32 bits hold, so that the type of the argument stays; no other's, as memory is not cleared.
         self._ticket = (1 << 40) + int.from_bytes(os.urandom(7), "little")
@@ -97,9 +91,6 @@ class TritonBackend:
         self._plans = [found, *(tables for tables in self._plans if tables is not found)][:MAX_PLANS]
         leaves.cache.update(tables=found, tables_count=len(leaves.params))
         return found
-
-    def _shape_on(self, device: torch.device) -> Configuration:
-        return self._shape or configuration_of(device, _seconds_of_a_step)
 
     def allocate(self, like: TensorList) -> TensorList:
         return [torch.empty_like(tensor) for tensor in like]
@@ -180,8 +171,7 @@ class TritonBackend:
             self._ticket += 1
             if save:  # an interrupt may come before the launch, or after it: restore() finds out
                 leaves.cache["ticket"] = self._ticket
-            shape = self._shape_on(tables.device)
-            launch(moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, shape=shape, **constants)
+            launch(moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, **constants)
             leaves.saved = True
             after(lists, a, b)
 
@@ -336,7 +326,6 @@ class TritonBackend:
             of_clipping,
             *of_more,
             rows,
-            shape=self._shape_on(tables.device),
             TERMS=len(terms.lists),
             PARTLY=terms.partly,
             PROJECT=project,
@@ -384,30 +373,6 @@ def _add_up(
     parts = starts.new_empty((prepared.programs, count), dtype=torch.float64)
     make = starts.new_zeros if groups >= starts.numel() else starts.new_empty
     found = make((groups, count), dtype=torch.float64)
-    launch(kernel, prepared, *prepared.numbers, parts, shape=OF_SUMS, is_sum=True, **constants)
+    launch(kernel, prepared, *prepared.numbers, parts, is_sum=True, **constants)
     launch_totals(sums.totals, prepared, parts, starts, found)
     return found
-
-
-def _seconds_of_a_step(device: torch.device, shape: Configuration) -> float:
-    """How long SGD along three terms takes with programs of this shape, on 2²⁵ elements of its own."""
-
-    def make() -> TensorList:
-        return [torch.zeros(1 << 25, device=device)]
-
-    backend = TritonBackend(shape)
-    leaves = Leaves(make(), [0], make(), saved=True)
-    d = Direction([make(), make(), make()], [[1.0], [1.0], [1.0]])
-    buffers: list[Tensor | None] = [*make()]
-    groups = [SGDGroup(0.1, 0.9, 0.0, 0.0, nesterov=False, maximize=False)]
-    with guard(device):
-        rounds: list[float] = []
-        for _ in range(8):  # the first of which compiles; launches queue up, so that the processor does not count
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(8):
-                backend.sgd(leaves, d, buffers, [False], groups)
-            end.record()
-            torch.cuda.synchronize(device)
-            rounds.append(begin.elapsed_time(end) / 8e3)
-    return min(rounds)
