@@ -56,8 +56,10 @@ def merged(
     >>> merged([{"rho": 0.05, "lr": 0.1, "flat_method": "SAM"}], [{"rho": 0.2}], "GAM", ["rho"])
     ([{'rho': 0.2, 'lr': 0.1}], 'SAM')
     """
-    names = (group.get(METHOD) for group in groups)
+    names = [group.get(METHOD) for group in groups]
     other = next((name for name in names if name not in (None, method)), None)
+    if not any(names) and any(0 < len(group.keys() & set(hyper)) < len(hyper) for group in groups):
+        other = "another method"  # of 0.7.0 or another package, which do not name it
     found = []
     for i, group in enumerate(groups):
         kept = own[i] if i < len(own) else {}

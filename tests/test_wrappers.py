@@ -230,6 +230,20 @@ def test_a_state_of_the_same_method_brings_its_values(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("keys", [{"rho": 0.05}, {"rho": 0.05, "adaptive": False}, {"rho": 0.04, "alpha": 0.4}])
+def test_a_state_that_names_no_method_and_lacks_a_value_is_of_another(keys, caplog):
+    """As 0.7.0 and other packages wrote it."""
+    params = [torch.nn.Parameter(torch.ones(2))]
+    saved = torch.optim.SGD(params, lr=0.3).state_dict()
+    saved["param_groups"][0].update(keys)
+    optimizer = gam_fast.GAM(params, lr=0.1, rho=0.2, alpha=0.6)
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["rho"], group["alpha"]) == (0.3, 0.2, 0.6)
+    (record,) = caplog.records
+    assert "loaded a state of another method into GAM, which keeps its own rho=0.2" in record.getMessage()
+
+
 def test_a_state_goes_through_the_plain_base_and_comes_back(caplog):
     params = [nn.Parameter(torch.ones(2))]
     plain = torch.optim.SGD(params, lr=0.1)
