@@ -15,7 +15,6 @@ import pytest
 import torch
 from cases import METHODS, closure_of, loss_of, make
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import gam_fast
 
@@ -244,37 +243,6 @@ def test_an_instance_as_base_keeps_its_state():
 # State dicts, copies, hooks, schedulers
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
-def test_state_dicts_go_both_ways_between_it_and_the_plain_base(base):
-    weight, closure = parabola()
-    options = {"lr": 0.01, "momentum": 0.9} if base is torch.optim.SGD else {"lr": 0.01}
-    optimizer = gam_fast.GAM([weight], base, gamma=0.25, **options)
-    plain_weight, plain_closure = parabola()
-    plain = base([plain_weight], **options)
-    for _ in range(3):
-        optimizer.step(closure)
-        plain_closure()
-        plain.step()
-        plain.zero_grad()
-
-    plain.load_state_dict(optimizer.state_dict())
-    ours, theirs = optimizer.state[weight], plain.state[plain_weight]
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        assert torch.equal(ours[key], theirs[key])
-    plain_closure()
-    plain.step()
-
-    bare = base([plain_weight], **options)
-    bare_state = bare.state_dict()
-    assert "gamma" not in bare_state["param_groups"][0]
-    optimizer.load_state_dict(bare_state)
-    assert optimizer.param_groups[0]["gamma"] == 0.25
-    assert not optimizer.state
-    optimizer.load_state_dict(plain.state_dict())
-    optimizer.step(closure)
-
-
 def test_a_state_dict_of_the_base_loaded_into_the_base_itself_leaves_the_recipe_working():
     weight, closure = parabola()
     optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, rho=0.3)
@@ -296,20 +264,6 @@ def test_loading_what_does_not_fit_changes_nothing():
         optimizer.load_state_dict({"state": {}, "param_groups": good["param_groups"] * 2})
     assert optimizer.param_groups[0]["rho"] == 0.3
     assert "momentum_buffer" in optimizer.state[weight]
-
-
-def test_state_dict_hooks():
-    weight, _ = parabola()
-    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
-    calls = []
-    optimizer.register_state_dict_pre_hook(lambda o: calls.append("pre"))
-    optimizer.register_state_dict_post_hook(lambda o, state: {**state, "note": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, state: calls.append("load") or {**state})
-    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("loaded"))
-    state = optimizer.state_dict()
-    assert state["note"] == 1
-    optimizer.load_state_dict(state)
-    assert calls == ["pre", "load", "loaded"]
 
 
 def test_no_buffer_is_in_the_state_dict_or_left_after_a_step():
@@ -367,27 +321,6 @@ def test_optimizer_round_trips_through_torch_save():
     loaded = torch.load(file, weights_only=True)
     optimizer.load_state_dict(loaded)
     assert optimizer.param_groups[0]["beta"] == (1.0, 0.5)
-
-
-@pytest.mark.parametrize("form", ["closure", "loop"])
-def test_step_hooks_run_once_a_step(form):
-    weight, closure = parabola()
-    optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1)
-    calls = []
-    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append("pre"))
-    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append("post"))
-    everywhere = [
-        register_optimizer_step_pre_hook(lambda *_: calls.append("global pre")),
-        register_optimizer_step_post_hook(lambda *_: calls.append("global post")),
-    ]
-    if form == "closure":
-        optimizer.step(closure)
-    else:
-        for _ in optimizer.passes():
-            closure()
-    for handle in everywhere:
-        handle.remove()
-    assert calls == ["global pre", "pre", "post", "global post"]
 
 
 def test_hooks_of_the_base_instance_run_too():
