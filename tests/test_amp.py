@@ -10,12 +10,14 @@ import weakref
 import pytest
 import reference
 import torch
-from cases import METHODS, closure_of, loss_of, make
+from cases import METHODS, closure_of, loss_of, make, pairwise
 from snapshots import assert_same, everything
 from torch import nn
 
 import gam_fast
 
+BASES = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop]
+POLICIES = ["raise", "skip", "ignore"]
 PASSES = [(name, at) for name in ("base", "sam", "gam") for at in range(METHODS[name].passes)]
 
 
@@ -57,9 +59,7 @@ def by_closure(model, optimizer, scaler, x, y):
 FORMS = {"turn": by_turn, "scale": by_scale, "closure": by_closure}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "base", "form"), pairwise(METHODS, BASES, FORMS))
 def test_the_trajectory_is_that_without_a_scaler(method_name, base, form):
     model, optimizer, batches = setting(method_name, base=base)
     plain, plain_optimizer, _ = setting(method_name, base=base)
@@ -136,9 +136,9 @@ def test_small_gradients_survive_half_precision_only_with_a_scaler():
     assert lost / size < 0.8
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
-@pytest.mark.parametrize(("method_name", "at"), PASSES)
+@pytest.mark.parametrize(
+    ("method_name", "at", "policy", "form"), [(*of, *others) for of, *others in pairwise(PASSES, POLICIES, FORMS)]
+)
 def test_overflow_in_any_pass_undoes_the_step_and_lowers_the_scale(method_name, at, policy, form):
     model, optimizer, batches = setting(method_name, model_name="batchnorm_cnn", on_nonfinite=policy)
     scaler = scaler_of()
@@ -280,7 +280,7 @@ def by_scaler_step(model, optimizer, scaler, x, y):
             scaler.update()
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method_name", METHODS)
 def test_the_scalers_own_step_in_the_last_pass(method_name, base):
     model, optimizer, batches = setting(method_name, base=base)
@@ -312,7 +312,7 @@ def test_the_scalers_own_step_skips_an_overflow():
     assert not any(torch.equal(before[0][name], p) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("method_name", "at"), PASSES)
 def test_the_scalers_own_step_where_passes_know_it_skips_an_overflow_in_any_pass(method_name, at, policy):
     """Frameworks step and update; the scale goes down once, whoever finds the overflow."""
@@ -518,9 +518,7 @@ class SharesOverRanks(torch.amp.GradScaler):
         return found
 
 
-@pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "base", "policy"), pairwise(METHODS, BASES[::2], POLICIES))
 def test_an_overflow_that_only_the_scaler_knows_of_skips_the_step(method_name, base, policy):
     model, optimizer, batches = setting(method_name, base=base, on_nonfinite=policy)
     scaler = SharesOverRanks("cpu", init_scale=1024.0)

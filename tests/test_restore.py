@@ -121,9 +121,15 @@ def check_the_next_step(model, optimizer, x, y):
     assert changed
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
-@pytest.mark.parametrize(("method_name", "at"), PASSES)
+@pytest.mark.parametrize(
+    ("method_name", "at", "base", "value"),
+    [
+        (*of, *others)
+        for of, *others in pairwise(
+            PASSES, [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop], [float("nan"), float("inf")]
+        )
+    ],
+)
 def test_a_gradient_that_is_not_finite_undoes_the_step(method_name, at, base, value):
     model, optimizer, (x, y) = setting(method_name, base=base)
     before = everything(model, optimizer)
