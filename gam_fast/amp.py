@@ -85,11 +85,6 @@ _last: weakref.WeakKeyDictionary[torch.amp.GradScaler, _Scaled] = weakref.WeakKe
 _clock = itertools.count(1)
 
 
-def now() -> int:
-    """The time on the clock of :func:`check_not_forgotten`, which every call of it moves on."""
-    return next(_clock)
-
-
 def _noting(scale: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(scale)
     def noting(self: Any, outputs: Any) -> Any:
@@ -97,14 +92,26 @@ def _noting(scale: Callable[..., Any]) -> Callable[..., Any]:
         factor = getattr(self, "_scale", None)  # a disabled one has none
         if factor is not None and not torch.compiler.is_compiling():
             version = -1 if factor.is_inference() else factor._version
-            _last[self] = _Scaled(now(), threading.get_ident(), version, len(self._per_optimizer_states))
+            _last[self] = _Scaled(next(_clock), threading.get_ident(), version, len(self._per_optimizer_states))
         return scaled
 
     return noting
 
 
-# a loss that was scaled leaves no other trace of it, and a step that is not told takes its gradient for the true one
-_scale_of_torch = torch.amp.GradScaler.scale = _noting(torch.amp.GradScaler.scale)  # type: ignore[method-assign]
+@functools.cache
+def _watched() -> Callable[..., Any]:
+    """From now on, note when a scaler scales: wrap ``torch.amp.GradScaler.scale``, and return the wrapper.
+
+    A loss that was scaled leaves no other trace of it, and a step that is not told takes its gradient for the true one.
+    """
+    torch.amp.GradScaler.scale = _noting(torch.amp.GradScaler.scale)  # type: ignore[method-assign]
+    return torch.amp.GradScaler.scale
+
+
+def now() -> int:
+    """The time on the clock of :func:`check_not_forgotten`, which every call of it moves on."""
+    _watched()
+    return next(_clock)
 
 
 def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
@@ -183,7 +190,7 @@ class LossScale:
                 "construct the optimizer with clip_grad_norm="
             )
         since, self._since = self._since, now()
-        if getattr(type(self._scaler), "scale", None) is _scale_of_torch and (
+        if getattr(type(self._scaler), "scale", None) is _watched() and (
             self._scaler not in _last or _last[self._scaler].time < since
         ):
             raise RuntimeError(
