@@ -27,7 +27,7 @@ class Activity:
     """A rule for which steps take the whole recipe. Write one of your own by :meth:`before`."""
 
     def before(self, step: int) -> bool:
-        """Whether step ``step``, counted from 0, may take the whole recipe: a function of that number alone."""
+        """Return whether step ``step``, counted from 0, may take the whole recipe: a function of that number alone."""
         return True
 
 
@@ -74,7 +74,7 @@ class Between(Activity):
         return round(value * self.total_steps)
 
     def before(self, step: int) -> bool:
-        """Whether the step is in the range."""
+        """Return whether the step is in the range."""
         return step >= self._step("start", self.start) and (self.stop is None or step < self._step("stop", self.stop))
 
 
@@ -111,7 +111,7 @@ class Sometimes(Activity):
             raise ValueError(f"seed must be an integer that is not negative, got {self.seed!r}")
 
     def before(self, step: int) -> bool:
-        """Whether the number drawn for the step is below the probability."""
+        """Return whether the number drawn for the step is below the probability."""
         return random.Random((self.seed << 64) | step).random() < self.probability
 
 
@@ -154,7 +154,7 @@ class WhenSteep(Activity):
             raise ValueError(f"decay must be at least 0 and below 1, got {self.decay!r}")
 
     def look(self, square: float, looks: int, mean: float, variance: float) -> tuple[bool, float, float]:
-        """Whether ``square``, which is ‖g0‖², is large, and the new mean and variance, after ``looks`` others."""
+        """Return whether ``square`` = ‖g0‖² is large, and the new mean and variance, after ``looks`` others."""
         if looks == 0:
             return True, square, 0.0
         mean = self.decay * mean + (1.0 - self.decay) * square
@@ -222,13 +222,13 @@ class Agenda:
         return fields if self.trigger is None else {**fields, LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
 
     def wants(self, step: int) -> bool:
-        """Whether a step, counted from 0, takes the whole recipe, as far as is known before its first gradient."""
+        """Return whether step number ``step`` may take the whole recipe, before its first gradient is known."""
         if self.interval != 1 and (step + 1) % self.interval != 0:
             return False
         return all(rule.before(step) for rule in self._rules)
 
     def look(self, square: float, group: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
-        """What the trigger says to ‖g0‖², and what is to be kept of that when the step was taken."""
+        """Return what the trigger says to ‖g0‖², and what is to be kept of that when the step was taken."""
         assert self.trigger is not None
         if not math.isfinite(square):  # the step will see to it
             return True, {}

@@ -46,7 +46,7 @@ class GivenScale:
 
     @classmethod
     def handed_to(cls, optimizer: object) -> GivenScale | None:
-        """What was handed to the optimizer, if anything was. After an error torch leaves it there, see :meth:`drop`."""
+        """Return what was handed to the optimizer, or None. After an error torch leaves it there: :meth:`drop`."""
         given = vars(optimizer)
         scale, found_inf = given.get("grad_scale"), given.get("found_inf")
         return None if scale is None and found_inf is None else cls(scale, found_inf)
@@ -65,7 +65,7 @@ class GivenScale:
         """The gradients of a pass are scaled, as far as can be known."""
 
     def inverse(self, device: torch.device) -> Tensor:
-        """What unscales a gradient, a 0-dim tensor."""
+        """Return the factor that unscales a gradient, a 0-dim tensor."""
         return self._inverse.to(device)
 
     def report(self, finite: bool, device: torch.device) -> None:
@@ -199,7 +199,7 @@ class LossScale:
             )
 
     def inverse(self, device: torch.device) -> Tensor:
-        """What unscales a gradient, a 0-dim tensor; nothing waits for the device."""
+        """Return the factor that unscales a gradient, a 0-dim tensor; nothing waits for the device."""
         if self._inverse is None:
             one = torch.ones((), dtype=torch.float32, device=device)
             self._inverse = self._scaler.scale(one).reciprocal()

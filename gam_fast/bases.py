@@ -48,7 +48,7 @@ def build_base(
 
 
 def is_instance(base_optimizer: Given) -> bool:
-    """Whether it is made already, and not a class."""
+    """Return whether it is made already, and not a class."""
     return isinstance(base_optimizer, torch.optim.Optimizer | list | tuple)
 
 

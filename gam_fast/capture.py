@@ -8,7 +8,7 @@ import torch
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
-    """Whether work on one of the devices goes into a CUDA graph."""
+    """Return whether work on one of the devices goes into a CUDA graph."""
     for device in devices:  # no generator: it takes twice as long, in every step
         if device.type == "cuda":
             return torch.cuda.is_current_stream_capturing()

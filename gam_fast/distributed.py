@@ -136,7 +136,7 @@ class LocalSync:
 
     @staticmethod
     def is_needed() -> bool:
-        """Whether there are several processes."""
+        """Return whether there are several processes."""
         return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
     def begin(self) -> None:

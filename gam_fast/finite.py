@@ -76,7 +76,7 @@ class FiniteWatch:
         self.refuse(f"{f'pass {listed(suspects)}' if self._on_host else 'a pass'} of {self._recipe.name}")
 
     def is_finite(self) -> bool:
-        """Whether all sums that were noted and not looked at are finite; waits for an accelerator."""
+        """Return whether all sums that were noted and not looked at are finite; waits for an accelerator."""
         return not self.looks or scalars.is_finite(self._totals)
 
     def refuse(self, where: str) -> NoReturn:

@@ -94,7 +94,7 @@ _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def any_before(optimizer: Optimizer) -> bool:
-    """Whether a hook is to be called before the update of this optimizer.
+    """Return whether a hook is to be called before the update of this optimizer.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> optimizer = torch.optim.SGD([weight])

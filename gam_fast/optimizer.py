@@ -415,7 +415,7 @@ class FlatOptimizer(Stepper):
                     mine.add(key)
 
     def _kept(self) -> dict[str, float]:
-        """What is kept in every group from step to step, as it is before the first."""
+        """Return what is kept in every group from step to step, as it is before the first."""
         name = self.recipe.difference
         auto = name is not None and any(isinstance(group.get(self._keys[name]), str) for group in self.param_groups)
         return {**self._agenda.fields, **({radius.LENGTH: 0.0} if auto else {})}

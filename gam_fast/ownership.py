@@ -65,7 +65,7 @@ def _references(grad: Tensor) -> References:
 
 @cache
 def _sole() -> References | None:
-    """What :func:`_references` says of a gradient that only :func:`take` holds; ``None`` if this torch cannot tell."""
+    """Return :func:`_references` of a gradient that only :func:`take` holds; ``None`` if this torch cannot tell."""
     if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
         return None
     with torch.inference_mode(False), torch.enable_grad():
@@ -82,7 +82,7 @@ def _measure(param: Tensor) -> References:
 
 
 def may_be_part(grad: Tensor) -> bool:
-    """Whether it may be part of a buffer that somebody else holds: :func:`parts_of_buffers` says whether it is.
+    """Return whether it may be part of a buffer that somebody else holds: :func:`parts_of_buffers` says whether it is.
 
     Autograd makes no gradient that is a view in this sense, but it makes some that are parts of one storage.
     """
@@ -92,7 +92,7 @@ def may_be_part(grad: Tensor) -> bool:
 
 
 def has_gradient(param: Tensor) -> bool:
-    """Whether backward was called since :func:`clear_gradients`; waits for an accelerator if that has left a part."""
+    """Return whether backward was called since :func:`clear_gradients`. Waits for an accelerator for parts."""
     grad = param.grad
     return grad is not None and (not may_be_part(grad) or bool(grad.any()))
 
@@ -133,7 +133,7 @@ def _references_to_base(views: list[Tensor]) -> tuple[int, int]:
 
 @cache
 def _counts() -> tuple[tuple[int, int], int]:
-    """What the two functions above say of the base of one view, and of a storage of one owner."""
+    """Return the answers of the two functions above for the base of one view, and for a storage of one owner."""
     with torch.inference_mode(False):
         return _references_to_base([torch.zeros(1, device="cpu").view(1)]), _uses(torch.zeros(1, device="cpu"))
 
@@ -156,7 +156,7 @@ def wider_dtype(param: Tensor) -> torch.dtype | None:
 
 
 def is_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether one can take the other's place in memory."""
+    """Return whether one can take the other's place in memory."""
     return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
 
 
@@ -178,7 +178,7 @@ def hold(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def versions(tensors: list[Tensor]) -> Versions:
-    """What autograd counts the changes of tensors by, as it is now.
+    """Return the present versions of tensors, by which autograd counts their changes.
 
     >>> x = torch.zeros(2)
     >>> before = versions([x])
@@ -194,7 +194,7 @@ def version(tensor: Tensor) -> int:
 
 
 def devices(tensors: list[Tensor]) -> list[torch.device]:
-    """What they are on, each device once."""
+    """Return the devices of the tensors, each once."""
     return list(dict.fromkeys(tensor.device for tensor in tensors))
 
 

@@ -154,7 +154,7 @@ class Participants:
         )
 
     def take_usual(self, index: int, *, keep: bool) -> bool:
-        """What :meth:`take_in` does, in one go, if all is as it mostly is; whether it was."""
+        """Fast path of :meth:`take_in`. Return False if it does not apply."""
         if self._versions is None or self.sharded or len(self.devices) != 1:
             return False
         shard = next(iter(self._shards.values()), None)
@@ -170,7 +170,7 @@ class Participants:
         return True
 
     def take_in(self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False) -> None:
-        """What is in ``param.grad`` becomes vector ``index``, as the optimizer's own if it is to be kept.
+        """Take ``param.grad`` in as vector ``index``, as the optimizer's own if it is to be kept.
 
         Args:
             may_write: whether the forward may have written to parameters, as in a step of one pass.
@@ -300,7 +300,7 @@ class Participants:
         self._parts = []
 
     def name(self, position: int) -> str:
-        """What messages call a parameter."""
+        """Return the name of a parameter for messages."""
         group = self._group[position]
         param, place = self.params[position], position - self._group.index(group)
         names = self.groups[group].get("param_names")

@@ -41,7 +41,7 @@ class Place:
     after: Tensor | None = None  # its values then
 
     def now(self) -> Any:
-        """What lies there."""
+        """Return the tensor that lies there."""
         if self.own is None:
             return self.tensor
         try:
@@ -83,7 +83,7 @@ class Place:
 
 
 def trace(tensor: Any) -> tuple[int, int]:
-    """What changes when a tensor is written to: its version and its address."""
+    """Return what changes when a tensor is written to: its version and its address."""
     try:
         return tensor._version, tensor.data_ptr()
     except (AttributeError, RuntimeError):  # none there; an inference tensor, or one without storage
@@ -120,7 +120,7 @@ def copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """What can be compared without regard to NaN."""
+    """Return what can be compared without regard to NaN."""
     if tensor.is_floating_point() or tensor.is_complex():
         kind = _BITS.get(tensor.element_size())
         return torch.view_as_real(tensor) if kind is None else tensor.view(kind)

@@ -40,7 +40,7 @@ _DECAY = 0.9
 
 
 def is_auto(value: Any) -> bool:
-    """Whether it asks for an automatic radius: ``"auto"``, or ``"auto:bfloat16"`` for gradients computed in that type.
+    """Return whether it is ``"auto"``, or ``"auto:bfloat16"`` for gradients computed in that type.
 
     Raises:
         ValueError: the type after the colon is not one that autocast computes in.
@@ -105,7 +105,7 @@ def norm_of(params: Sequence[Tensor]) -> float:
 
 
 def check_alike(name: str, values: Sequence[Any]) -> bool:
-    """Whether a radius is automatic, in all groups.
+    """Return whether a radius is automatic, in all groups.
 
     Raises:
         ValueError: in some groups only.
@@ -154,6 +154,6 @@ class Difference:
         return cls(chosen, size, length)
 
     def after(self, change: float) -> dict[str, float]:
-        """What the groups keep, ``change`` being ‖g1 − g0‖/‖g0‖."""
+        """Return what the groups keep, ``change`` being ‖g1 − g0‖/‖g0‖."""
         measured = math.inf if change == 0.0 else self.radius / change
         return {LENGTH: next_length(self.length, measured, self.size)}

@@ -188,11 +188,11 @@ class Recipe:
         return len(self.moves) < len(self.walk)
 
     def is_product(self, vector: int) -> bool:
-        """Whether the vector is a Hessian-vector product, and not a gradient."""
+        """Return whether the vector is a Hessian-vector product, and not a gradient."""
         return vector > 0 and isinstance(self.walk[vector - 1], HessianProduct)
 
     def has_product(self, vector: int) -> bool:
-        """Whether a Hessian-vector product is made of this gradient."""
+        """Return whether a Hessian-vector product is made of this gradient."""
         return vector < len(self.walk) and isinstance(self.walk[vector], HessianProduct)
 
     def pass_of(self, vector: int) -> int:
@@ -383,7 +383,7 @@ FoldPlan: TypeAlias = "tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]"
 
 
 def fold_plan(recipe: Recipe) -> FoldPlan:
-    """What happens to the vectors after each step of the walk: the folds, and the vectors that stay live.
+    """Return the folds after each step of the walk, and the vectors that stay live.
 
     A vector that no later move goes along is folded into the first live one that belongs to the same combination
     (u or m), so that never more than two gradients besides the newest are live: with the backup of θ the three

@@ -59,7 +59,7 @@ def seed(device: torch.device, value: int) -> None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two states of a generator are the same; NumPy's are dicts that may hold arrays."""
+    """Return whether two states of a generator are the same; NumPy's are dicts that may hold arrays."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -124,7 +124,7 @@ class _Ambient(_Source):
         self._due = self._cost = 0.0
 
     def is_due(self) -> bool:
-        """Whether this step looks at it. A package that nobody has imported is not."""
+        """Return whether this step looks at it. A package that nobody has imported is not."""
         if not self._is_drawn and time.perf_counter() < self._due:
             return False
         source = _Source.of(sys.modules.get(self._name))

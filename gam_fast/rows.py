@@ -15,7 +15,7 @@ _MEND = "take its rows yourself: x[:turn.count(len(x))]"
 
 
 def is_array(value: Any) -> bool:
-    """Whether it has rows: a tensor, or an array of NumPy's kind, of at least one dimension."""
+    """Return whether it has rows: a tensor, or an array of NumPy's kind, of at least one dimension."""
     if isinstance(value, Tensor):
         return value.dim() > 0
     return hasattr(value, "__array__") and len(getattr(value, "shape", ())) > 0
@@ -75,7 +75,7 @@ def _is_usual(value: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a container contains; of anything else, nothing."""
+    """Return what a container contains; of anything else, nothing."""
     if isinstance(value, PackedSequence):
         raise TypeError(f"a PackedSequence has no rows to be cut: pack what turn.rows() gives, or {_MEND}")
     if isinstance(value, Mapping):
@@ -100,7 +100,7 @@ def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
 
 
 def _is_column(value: Any) -> bool:
-    """Whether it is one entry a row: a sequence without arrays in it that is no tuple of numbers, as sizes are."""
+    """Return whether it is one entry a row: a sequence without arrays that is no tuple of numbers (a size)."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value or any(_shapes(value)):
         return False
     return not isinstance(value, tuple) or all(isinstance(entry, str | bytes) for entry in value)

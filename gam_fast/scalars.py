@@ -37,7 +37,7 @@ def inner_products(values: Sequence[Tensor], on_host: bool) -> Products:
 
 
 def is_finite(values: Sequence[Scalar | Products]) -> bool:
-    """Whether all are finite; waits for an accelerator, by a copy of each and no kernel.
+    """Return whether all are finite; waits for an accelerator, by a copy of each and no kernel.
 
     >>> is_finite([1.0, [[2.0, 3.0, 4.0]]]), is_finite([float("inf")])
     (True, False)
@@ -54,7 +54,7 @@ def _numbers(value: Scalar | Products) -> list[float]:
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Whether a tensor there can be read without waiting for anything: norms and products then become numbers."""
+    """Return whether a tensor there can be read without waiting: norms and products then become numbers."""
     return device.type == "cpu"
 
 

@@ -31,7 +31,7 @@ class Layout:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor.
+    """Return whether it is a DTensor.
 
     >>> is_sharded(torch.zeros(2))
     False
@@ -41,7 +41,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def any_sharded(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether one of them is a DTensor.
+    """Return whether one of them is a DTensor.
 
     >>> any_sharded([torch.zeros(2)])
     False
@@ -69,7 +69,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of it, in the same memory; the tensor itself if it is not a DTensor."""
+    """Return the part that this process holds, in the same memory; the tensor itself if it is not a DTensor."""
     if not is_sharded(tensor):
         return tensor
     held: Any = tensor
@@ -79,7 +79,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """What this process holds of ``param.grad``, spread as the parameter is.
+    """Return the part of ``param.grad`` that this process holds, spread as the parameter is.
 
     Raises:
         TypeError: the parameter is a DTensor and its gradient is not.

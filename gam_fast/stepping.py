@@ -399,7 +399,7 @@ class Stepper(Hooked):
         )
 
     def _goes_on(self, square: float) -> bool:
-        """Whether a step takes the whole recipe, its first gradient being so large."""
+        """Return whether a step takes the whole recipe, its first gradient being so large."""
         found, self._progress.seen = self._agenda.look(square, self.param_groups[0])
         return found
 
@@ -457,7 +457,7 @@ class Stepper(Hooked):
             )
 
     def _is_zeroed(self, found: Tensor) -> bool:
-        """Whether a gradient was zeroed in place, as ``zero_grad(set_to_none=False)`` does.
+        """Return whether a gradient was zeroed in place, as ``zero_grad(set_to_none=False)`` does.
 
         Looking waits for an accelerator, so there only the first look counts.
         """

@@ -189,7 +189,7 @@ def _among_all(groups: list[Any], first: int, total: int) -> list[Any]:
 
 
 def only_makes_state(base: Optimizer) -> bool:
-    """Whether lr and all gradients are 0: so torch.distributed.checkpoint lets an optimizer make its state.
+    """Return whether lr and all gradients are 0: so torch.distributed.checkpoint lets an optimizer make its state.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.zeros(2)
@@ -219,7 +219,7 @@ def _states(base: Optimizer, owners: TensorList) -> Sequence[dict[str, Any]]:
 
 
 def _locals(state: Sequence[Tensor | None]) -> list[Any]:
-    """What this process holds of each."""
+    """Return the part of each that this process holds."""
     if not any_sharded(state):
         return list(state)
     return [None if value is None else local(value) for value in state]

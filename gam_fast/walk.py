@@ -262,7 +262,7 @@ class Walk:
         self._watch.use(scale)
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """What :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches` does."""
+        """See :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches`."""
         if self._micro_batches is None:
             if self.recipe.passes == 1:  # no other pass will ask for them
                 return self._until_end(self.portion.stream(batches))
@@ -279,7 +279,7 @@ class Walk:
         return found
 
     def backward(self, loss: Tensor) -> None:
-        """What :meth:`gam_fast.turn.Turn.backward` does."""
+        """See :meth:`gam_fast.turn.Turn.backward`."""
         if self.recipe.second_order:
             if self.complete or not self._begun or self._over:
                 raise RuntimeError(
@@ -367,7 +367,7 @@ class Walk:
         self._take_in(index + 1)
 
     def _take_in(self, index: int) -> None:
-        """What is in ``param.grad`` becomes vector ``index``."""
+        """Take ``param.grad`` in as vector ``index``."""
         keep = self.recipe.keeps[index]
         if not self.shards.take_usual(index, keep=keep):
             mend: str | None = (
@@ -478,7 +478,7 @@ class Walk:
             self.shards.clear_gradients()
 
     def _have_rates_moved(self) -> bool:
-        """Whether somebody has changed a learning rate since the first pass."""
+        """Return whether somebody has changed a learning rate since the first pass."""
         return self._rates is not None and any(
             before is not now and isinstance(before, float) and isinstance(now, float) and before != now
             for before, now in zip(self._rates, (group.get("lr") for group in self.groups), strict=False)

@@ -125,7 +125,7 @@ class AdamGroup:
 
 
 def takes_state(leaves: Leaves, *state: Sequence[Tensor | None], wider: bool) -> bool:
-    """Whether kernels take state of these dtypes: that of the parameter, and ``wider``, fp32 beside one of 16 bits.
+    """Return whether kernels take state of these dtypes: the parameter's, and with ``wider`` fp32 beside 16 bits.
 
     They differ where a model was converted after its optimizer had stepped.
 
@@ -160,13 +160,13 @@ class Bookkeeping(Protocol):
         ...
 
     def devices(self, tensors: TensorList) -> Sequence[torch.device]:
-        """What they are on, each device once."""
+        """Return the devices of the tensors, each once."""
         ...
 
     def versions(self, tensors: TensorList) -> Versions: ...
 
     def survey_gradients(self, params: TensorList, flags: bytearray) -> tuple[list[int], bool, int]:
-        """What there is.
+        """Look for gradients.
 
         Returns the positions of the parameters that have a gradient and no flag; whether any has a gradient; and the
         position of the first whose gradient is sparse, or -1.
@@ -214,7 +214,7 @@ class Backend(Protocol):
 
     @staticmethod
     def describe() -> str:
-        """What it is and runs on, in a line."""
+        """Describe the backend and where it runs, in a line."""
         ...
 
     @staticmethod

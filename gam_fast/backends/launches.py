@@ -70,7 +70,7 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be tried or waited for."""
+    """Return whether a CUDA graph is being captured, in which nothing can be tried or waited for."""
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return False
     with guard(device):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=1 << 14)
 def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in some order of dimensions.
+    """Return whether the elements fill their memory without gaps or overlaps, in some order of dimensions.
 
     >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (4, 1)), is_dense((2, 3), (0, 1))
     (True, False, False)
@@ -33,7 +33,7 @@ def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def overlaps_itself(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether two elements may share memory; said of some exotic layouts where none do.
+    """Return whether two elements may share memory; said of some exotic layouts where none do.
 
     >>> overlaps_itself((2, 3), (3, 1)), overlaps_itself((2, 3), (0, 1))
     (False, True)
@@ -167,7 +167,7 @@ def _may_meet(a: _Extent, b: _Extent) -> bool:
 
 
 def _are_interleaved(a: _Extent, b: _Extent) -> bool:
-    """Whether arrays of the same strides lie in each other's gaps: between columns, or as blocks of columns."""
+    """Return whether arrays of the same strides lie in each other's gaps: between columns, or as blocks of columns."""
     x, y, item = a.tensor, b.tensor, a.tensor.element_size()
     if x.stride() != y.stride() or item != y.element_size() or x.dim() == 0:
         return False

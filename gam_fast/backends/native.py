@@ -72,7 +72,7 @@ def _why_not_on(device: torch.device) -> str | None:
 
 
 def runs_on(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether code for a list such as ``8.0;9.0+PTX`` runs on a GPU of this compute capability.
+    """Return whether code for a list such as ``8.0;9.0+PTX`` runs on a GPU of this compute capability.
 
     >>> [runs_on(capability, "8.0;9.0+PTX") for capability in ((7, 5), (8, 6), (9, 0), (10, 0))]
     [False, True, True, True]
@@ -194,7 +194,7 @@ class NativeBackend:
 
     @staticmethod
     def _takes_sums(leaves: Leaves) -> bool:
-        """Whether the device reads norms and products itself; a CPU gets the factors that follow from them."""
+        """Return whether the device reads norms and products itself; a CPU gets the factors that follow from them."""
         known = leaves.cache.get("takes_sums")
         if known is None:
             known = leaves.cache["takes_sums"] = leaves.params[0].device.type != "cpu"

@@ -106,7 +106,7 @@ class Tables:
             self.warp = getattr(torch.cuda.get_device_properties(self.device), "warp_size", 32)
 
     def fits(self, leaves: Leaves) -> bool:
-        """Whether these are leaves of the same shapes, dtypes, groups and device."""
+        """Return whether these are leaves of the same shapes, dtypes, groups and device."""
         return (
             self.group == leaves.group
             and self.sizes == [param.size() for param in leaves.params]
@@ -206,7 +206,7 @@ class Tables:
         return Rows(torch.tensor([*rows, *layouts], dtype=torch.int64, device="cpu"), among, strided, width)
 
     def _codes(self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]]) -> list[int]:
-        """What types the leaves have, once it is known that every tensor fits its leaf."""
+        """Check that every tensor fits its leaf, and return the code of each leaf's types."""
         states = list(self.dtypes)
         for argument, tensors in zip(arguments, lists, strict=True):
             for i, (tensor, size, dtype) in enumerate(zip(tensors, self.sizes, self.dtypes, strict=True)):

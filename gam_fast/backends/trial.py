@@ -17,7 +17,7 @@ OLDEST_ON_ROCM = (3, 7)
 
 
 def interprets() -> bool:
-    """Whether the environment asks for Triton's interpreter, which works on CPU tensors only."""
+    """Return whether the environment asks for Triton's interpreter, which works on CPU tensors only."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 

@@ -177,7 +177,7 @@ class TritonBackend:
 
     @staticmethod
     def _saves_apart(device: torch.device) -> bool:
-        """Whether the backup needs a launch of its own: the interpreter may be interrupted in the middle of one."""
+        """Return whether the backup needs its own launch: the interpreter may be interrupted in the middle of one."""
         return device.type == "cpu"
 
     def _mark_on(self, device: torch.device) -> Tensor:

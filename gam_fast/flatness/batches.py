@@ -52,7 +52,7 @@ def length(*values: Any) -> float:
 
 
 def count_of(loss_fn: Any, target: Any, x: Any) -> float:
-    """What the loss of a batch was divided by."""
+    """Return the number that the loss of a batch was divided by."""
     if (
         isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss)
         and isinstance(target, Tensor)

@@ -40,7 +40,7 @@ class _Step:
         return turn is not None and turn.last
 
     def next_pass(self) -> bool:
-        """Whether there is one."""
+        """Return whether there is one."""
         return next(self._turns, None) is not None
 
     def close(self) -> None:
