@@ -12,21 +12,23 @@ import pytest
 import test_accumulation
 import test_active
 import test_amp
+import test_chain
 import test_engine
 import test_exact
+import test_forward_writes
+import test_hooks
 import test_leaving
 import test_radius
+import test_random
 import test_restore
 import test_share
 import test_trajectories
 import test_updates
+import test_weight_caches
 import torch
 from cases import BASES, DTYPES, METHODS
 
-pytestmark = [
-    pytest.mark.usefixtures("_on_the_others"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),  # by torch.func.jvp itself
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
 SGD, RMSPROP = torch.optim.SGD, torch.optim.RMSprop
 EACH = list(METHODS)
@@ -96,17 +98,48 @@ TABLE = {
 }
 
 
+AROUND = {
+    test_forward_writes.test_buffers_move_once_a_step_and_all_passes_see_the_same: zip(
+        EACH, itertools.cycle(test_forward_writes.KINDS)
+    ),
+    test_forward_writes.test_parameters_that_are_not_trained_move_once_a_step: zip(
+        EACH, itertools.cycle(test_forward_writes.ENCODERS)
+    ),
+    test_forward_writes.test_a_forward_that_writes_to_trained_parameters: zip(
+        EACH, itertools.cycle(test_forward_writes.WRITERS)
+    ),
+    test_leaving.test_every_kind_of_loop_takes_the_same_step: zip(EACH),
+    test_chain.test_the_trajectory_is_that_of_the_plain_loop: zip(EACH, itertools.cycle(test_chain.PAIRS)),
+    test_hooks.test_a_pre_hook_works_on_the_final_direction: zip(EACH, itertools.cycle(test_hooks.BASES)),
+    test_random.test_named_generators_draw_the_same_in_each_pass_and_go_on_as_after_one: zip(
+        EACH, itertools.cycle(test_random.OWN)
+    ),
+    test_weight_caches.test_the_cache_serves_one_pass: zip(
+        EACH, itertools.cycle(["passes", "closure"]), itertools.cycle([test_weight_caches.Squared])
+    ),
+}
+"""What surrounds a step, for every method, on eager, whose lists are plain lists of tensors; kernels do not matter."""
+
+
 def name_of(value):
     return value.__name__ if callable(value) else str(value)
 
 
-@pytest.mark.parametrize(
-    ("test", "row"),
-    [
+def rows_of(table):
+    return [
         pytest.param(test, row, id="-".join([test.__name__.removeprefix("test_"), *map(name_of, row)]))
-        for test, rows in TABLE.items()
+        for test, rows in table.items()
         for row in rows
-    ],
-)
+    ]
+
+
+@pytest.mark.usefixtures("_on_the_others")
+@pytest.mark.parametrize(("test", "row"), rows_of(TABLE))
 def test_here_too(test, row):
+    test(*row)
+
+
+@pytest.mark.parametrize(("test", "row"), rows_of(AROUND))
+def test_around_a_step_on_eager(test, row, monkeypatch):
+    monkeypatch.setenv("GAM_FAST_BACKEND", "eager")
     test(*row)
