@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gam_fast.backends.launches import MIXED, OF_SUMS, OF_UPDATES, Shape
-from gam_fast.backends.tables import PARAMETERS, STATES
+from gam_fast.backends.tables import PARAMETERS
 
 from .sass import LOADS, SPILLS, instructions_of, loops
 
@@ -42,15 +42,13 @@ ALONG = {"PROJECT": True, "CLIP": True, "ROWS": 16}
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with its constants; how many arrays of parameters and of state a block reads and writes."""
+    """A kernel with its constants; how many arrays a block reads and writes."""
 
     kernel: Any
     constants: dict[str, Any]
     lists: int = 0
     reads: int = 0
     writes: int = 0
-    states: int = 0
-    states_written: int = 0
 
     @property
     def name(self) -> str:
@@ -67,29 +65,29 @@ VARIANTS = [
     *(
         Variant(
             moves.perturb,
-            {"DIFFERENCE": diff, "WEIGHTED": weighted, "SAVE": save, "FROM_START": far, "FOLDED": folds},
-            4 + 2 * folds,
-            2 + diff + 2 * folds + (weighted and not save and not far),
-            1 + save + folds,
+            {"DIFFERENCE": diff, "WEIGHTED": weighted, "SAVE": save, "FROM_START": far, "FOLDED": folded},
+            4 + 2 * folded,
+            2 + diff + 2 * folded + (weighted and not save and not far),
+            1 + save + folded,
         )
-        for diff, weighted, save, far, folds in (
-            (False, False, True, False, 0),
-            (False, True, True, False, 0),
-            (True, False, False, True, 0),
-            (False, False, False, False, 1),
-            (True, True, False, False, 2),
+        for diff, weighted, save, far, folded in (
+            (False, False, True, False, False),
+            (False, True, True, False, False),
+            (True, False, False, True, False),
+            (False, False, False, False, True),
+            (True, True, False, False, True),
         )
     ),
     Variant(moves.materialise, {"TERMS": 3, "PARTLY": False, "RESTORE": True, **ALONG}, 6, 4, 2),
     Variant(moves.materialise, {"TERMS": 2, "PARTLY": True, "RESTORE": False, **ALONG}, 5, 2, 1),
     *(
-        Variant(updates.sgd, {"TERMS": terms, "PARTLY": partly, "MOMENTUM": m, **ALONG}, 3 + terms, 1 + terms, 1, m, m)
+        Variant(
+            updates.sgd, {"TERMS": terms, "PARTLY": partly, "MOMENTUM": m, **ALONG}, 3 + terms, 1 + terms + m, 1 + m
+        )
         for terms, partly, m in ((1, False, False), (3, False, True), (3, True, True))
     ),
     *(
-        Variant(
-            updates.adam, {"TERMS": terms, "PARTLY": p, "AMSGRAD": a, **ALONG}, 5 + terms, 1 + terms, 1, 2 + a, 2 + a
-        )
+        Variant(updates.adam, {"TERMS": terms, "PARTLY": p, "AMSGRAD": a, **ALONG}, 5 + terms, 3 + terms + a, 3 + a)
         for terms, p, a in ((1, False, False), (3, False, False), (3, True, True))
     ),
 ]
@@ -162,12 +160,8 @@ def _hip(compiled: Any) -> Compiled:
 
 def vectors(variant: Variant, code: int, shape: Shape) -> tuple[int, int]:
     """Reads and writes of 16 bytes that a thread needs for its share of a block."""
-    share = shape.block // shape.threads
-    parameter, state = (share * types[code].itemsize // 16 for types in (PARAMETERS, STATES))
-    return (
-        variant.reads * parameter + variant.states * state,
-        variant.writes * parameter + variant.states_written * state,
-    )
+    vectors_of_one = shape.block // shape.threads * PARAMETERS[code].itemsize // 16
+    return variant.reads * vectors_of_one, variant.writes * vectors_of_one
 
 
 def check(
@@ -184,14 +178,20 @@ def check(
         is_sum = variant.kernel.__module__ == sums.__name__
         constants = {**variant.constants, "WIDTH": HEADER + variant.lists}
         shape = OF_SUMS if is_sum else of_updates
-        for code in codes if variant.states else [code for code in codes if PARAMETERS[code] == STATES[code]]:
+        for code in codes:
             only = {**constants, "AMONG": 1 << code, "STRIDED": False, "BLOCK": shape.block}
             found = compile_for(variant.kernel, only, shape.threads, target)
             loads, stores = vectors(variant, code, shape)
             wrong = "uses local memory" if found.local else ""
             if found.loads < loads or found.stores < stores:
                 wrong += f" has {found.loads} loads and {found.stores} stores of 16 bytes, not {loads} and {stores}"
-            result.append((f"{variant.name}, {_types(code)}, {shape.block}/{shape.threads}", found, wrong))
+            result.append(
+                (
+                    f"{variant.name}, {str(PARAMETERS[code]).removeprefix('torch.')}, {shape.block}/{shape.threads}",
+                    found,
+                    wrong,
+                )
+            )
     last = {variant.kernel.__name__: variant for variant in VARIANTS}  # of each kernel, the one with most to do
     for variant in last.values() if mixed else ():
         shape = OF_SUMS if variant.kernel.__module__ == sums.__name__ else MIXED
@@ -203,11 +203,6 @@ def check(
         found = compile_for(sums.totals, constants, OF_SUMS.threads, target)
         result.append((f"totals of {count}", found, "uses local memory" if found.local else ""))
     return result
-
-
-def _types(code: int) -> str:
-    names = [str(types[code]).removeprefix("torch.") for types in (PARAMETERS, STATES)]
-    return names[0] if names[0] == names[1] else " with ".join(names)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -118,8 +118,8 @@ class Primitives:
             backend.perturb(self.unsaved, self.g0, None, [1e-9], self.one, from_start=False)
 
         def fold() -> None:
-            folds = [base.FoldInto(self.g0, self.g2, [1.0], [1e-9])]
-            backend.perturb(self.saved, self.g2, None, [1e-9], self.one, from_start=False, folds=folds)
+            into = base.FoldInto(self.g0, self.g2, [1.0], [1e-9])
+            backend.perturb(self.saved, self.g2, None, [1e-9], self.one, from_start=False, fold=into)
 
         def update(d: base.Direction) -> Callable[[], None]:
             return lambda: backend.sgd(self.saved, d, self.momentum, [False] * n, sgd)

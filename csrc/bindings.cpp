@@ -94,9 +94,10 @@ gam::Direction direction_of(py::handle d) {
   return result;
 }
 
-gam::FoldInto fold_of(const std::string& name, py::handle fold) {
-  return {TensorList(name + ".into", fold.attr("into")), TensorList(name + ".other", fold.attr("other")),
-          gam::unpack_numbers(name + ".k", fold.attr("k")), gam::unpack_numbers(name + ".l", fold.attr("l"))};
+std::optional<gam::FoldInto> optional_fold(py::handle fold) {
+  if (fold.is_none()) return std::nullopt;
+  return gam::FoldInto{TensorList("fold.into", fold.attr("into")), TensorList("fold.other", fold.attr("other")),
+                       gam::unpack_numbers("fold.k", fold.attr("k")), gam::unpack_numbers("fold.l", fold.attr("l"))};
 }
 
 template <class T>
@@ -264,18 +265,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "perturb",
       [](gam::Plan& plan, py::object leaves, py::handle a, py::handle b, py::handle radius, py::handle square,
-         bool from_start, py::handle eta, py::handle folds) {
-        std::vector<gam::FoldInto> list;
-        for (const py::object& fold : gam::unpack_entries("folds", folds, "folds")) {
-          list.push_back(fold_of("folds[" + std::to_string(list.size()) + "]", fold));
-        }
+         bool from_start, py::handle eta, py::handle fold) {
         gam::perturb(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
                      gam::unpack_numbers("radius", radius), optional_tensor("square", square), from_start,
-                     optional_numbers("eta", eta), list);
+                     optional_numbers("eta", eta), optional_fold(fold));
         leaves.attr("saved") = true;  // here, where no signal handler can come between
       },
       py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("radius"), py::arg("square"),
-      py::arg("from_start"), py::arg("eta"), py::arg("folds"), "Sets leaves.saved.");
+      py::arg("from_start"), py::arg("eta"), py::arg("fold"), "Sets leaves.saved.");
 
   m.def(
       "inner_products",

@@ -6,26 +6,24 @@
 
 namespace gam {
 
-Dtype Call::check(const TensorList& list, size_t i, Access access, bool may_be_wider) const {
+void Call::check(const TensorList& list, size_t i, Access access) const {
   const at::Tensor& tensor = *list[i];
   const Shapes::Shape& leaf = plan_.shapes()[i];
   check_plain(list, i, plan_.device());
-  const Dtype dtype = dtype_of(list, i);
-  if (dtype != leaf.dtype && !(may_be_wider && dtype == Dtype::kFloat && size_of(leaf.dtype) == 2)) {
+  if (dtype_of(list, i) != leaf.dtype) {
     refuse_type(c10::str(list.name_of(i), " must have the dtype of its parameter, got ", tensor.dtype()));
   }
   if (tensor.sizes() != at::IntArrayRef(leaf.sizes)) {
     refuse_value(c10::str(list.name_of(i), " must have the shape of its parameter, ", at::IntArrayRef(leaf.sizes),
                           ", got ", tensor.sizes()));
   }
-  if (access == Access::kRead) return dtype;
+  if (access == Access::kRead) return;
   if (tensor.requires_grad() && at::GradMode::is_enabled()) {
     throw std::runtime_error(list.name_of(i) + " requires grad and would be written: call under torch.no_grad()");
   }
   if (!is_free_of_self_overlap(tensor)) {
     refuse_value(list.name_of(i) + " must not overlap itself in memory: give it memory of its own with clone()");
   }
-  return dtype;
 }
 
 void Call::choose_layouts() {

@@ -38,7 +38,7 @@ class Call {
   // The state of a base optimizer; `uses` says for which leaves there is any.
   template <class Uses>
   List state(const TensorList& list, Uses uses) {
-    return take(list, Access::kWrite, look(list, Access::kWrite, uses, plan_.executor().takes_wider_state()));
+    return take(list, Access::kWrite, look(list, Access::kWrite, uses));
   }
 
   // Sets how the arrays are walked. Raises ValueError where written memory overlaps other memory of the call.
@@ -76,12 +76,12 @@ class Call {
     if (const auto& held = list.held()) {
       found = held->known(plan_.shared_shapes(), access == Access::kWrite);
       if (!found) {
-        found = look(list, access, [](size_t) { return true; }, false);
+        found = look(list, access, [](size_t) { return true; });
         held->remember(plan_.shared_shapes(), found);
       }
       if (!found->contiguous) found = std::make_shared<Found>(*found);  // its strides are a matter of the whole call
     } else {
-      found = look(list, access, [](size_t) { return true; }, false);
+      found = look(list, access, [](size_t) { return true; });
     }
     return take(list, access, std::move(found));
   }
@@ -93,7 +93,7 @@ class Call {
 
   // Checks what is in a list against the leaves, where `uses` says that a leaf has any.
   template <class Uses>
-  std::shared_ptr<Found> look(const TensorList& list, Access access, Uses uses, bool may_be_wider) const {
+  std::shared_ptr<Found> look(const TensorList& list, Access access, Uses uses) const {
     const auto& leaves = plan_.shapes();
     if (list.size() != leaves.size()) {
       refuse_value(
@@ -105,17 +105,16 @@ class Call {
     for (size_t i = 0; i < leaves.size(); ++i) {
       if (!uses(i)) continue;
       if (!list[i]) refuse_type(list.name_of(i) + " must be a tensor, got None");
-      Array& array = found->arrays[i];
-      array.dtype = check(list, i, access, may_be_wider);
-      array.data =
+      check(list, i, access);
+      found->arrays[i].data =
           access == Access::kWrite ? list[i]->mutable_data_ptr() : const_cast<void*>(list[i]->const_data_ptr());
       found->contiguous = found->contiguous && list[i]->is_contiguous();
     }
     return found;
   }
 
-  // Raises TypeError, ValueError or RuntimeError unless it fits its leaf; its dtype.
-  Dtype check(const TensorList& list, size_t i, Access access, bool may_be_wider) const;
+  // Raises TypeError, ValueError or RuntimeError unless it fits its leaf.
+  void check(const TensorList& list, size_t i, Access access) const;
 
   void choose_layouts();
 

@@ -22,8 +22,6 @@ class Executor {
   virtual void sgd(const SgdStep& arguments) = 0;
   virtual void adam(const AdamStep& arguments) = 0;
 
-  // Whether the state of a base optimizer may be fp32 where parameters are of 16 bits.
-  virtual bool takes_wider_state() const = 0;
   // Whether it wants to be told of memory that may come from another stream of the device, and be freed soon.
   virtual bool records_use() const { return false; }
   virtual void record_use(const at::Tensor&) {}

@@ -315,8 +315,7 @@ std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& sh
     }
     plain = plain && is_plain_and_like(grad, params[i]);
     if (plain) {
-      found->arrays.push_back({keep ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()), nullptr,
-                               *known_dtype(grad.scalar_type())});
+      found->arrays.push_back({keep ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()), nullptr});
       found->contiguous = found->contiguous && grad.is_contiguous();
     }
     taking.take(i);

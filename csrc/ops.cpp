@@ -137,7 +137,7 @@ at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, co
 
 void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
              const Numbers& radius, const std::optional<at::Tensor>& square, bool from_start,
-             const std::optional<Numbers>& eta, const std::vector<FoldInto>& folds) {
+             const std::optional<Numbers>& eta, const std::optional<FoldInto>& fold) {
   Call call(plan);
   Perturbation arguments;
   arguments.save = !leaves.saved;
@@ -153,12 +153,9 @@ void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::o
   arguments.radius = by_group(plan, radius, "radius");
   if (square) arguments.square = sums_of(plan, *square, 1, "square");
   if (eta) arguments.eta = by_group(plan, *eta, "eta");
-  if (folds.size() > kMaxFolds) {
-    refuse_value(c10::str("folds must be at most ", kMaxFolds, ", got ", folds.size()));
-  }
-  for (const FoldInto& fold : folds) {
-    arguments.folds[arguments.fold_count++] = {call.write(fold.into), call.read(fold.other),
-                                               by_group(plan, fold.k, "k"), by_group(plan, fold.l, "l")};
+  if (fold) {
+    arguments.fold = {call.write(fold->into), call.read(fold->other), by_group(plan, fold->k, "k"),
+                      by_group(plan, fold->l, "l")};
   }
   arguments.stream = call.exceeds_caches();
   call.ready();
@@ -242,14 +239,6 @@ void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList
   arguments.average = call.state(average, [](size_t) { return true; });
   arguments.square = call.state(square, [](size_t) { return true; });
   arguments.largest = call.state(largest, [&](size_t i) { return groups[group_of(plan, i)].amsgrad; });
-  for (size_t i = 0; i < step.size(); ++i) {
-    const bool amsgrad = arguments.largest[i].data != nullptr;
-    if (arguments.square[i].dtype != arguments.average[i].dtype ||
-        (amsgrad && arguments.largest[i].dtype != arguments.average[i].dtype)) {
-      refuse_type(c10::str(
-          "exp_avg, exp_avg_sq and max_exp_avg_sq must have one dtype for each parameter, got others [", i, "]"));
-    }
-  }
   Numbers step_size, root_correction;
   for (size_t i = 0; i < step.size(); ++i) {
     const AdamGroup& group = groups[group_of(plan, i)];
@@ -280,13 +269,13 @@ std::shared_ptr<Tensors> empty_like(const TensorList& tensors) {
   std::vector<at::Tensor> result(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = *tensors[i];
-    const Dtype dtype = dtype_of(tensors, i);
+    dtype_of(tensors, i);
     found->contiguous = found->contiguous && tensor.is_contiguous();
     if (is_small(tensor)) {
-      found->arrays.push_back({static_cast<char*>(memory.mutable_data_ptr()) + places[i], nullptr, dtype});
+      found->arrays.push_back({static_cast<char*>(memory.mutable_data_ptr()) + places[i], nullptr});
     } else {
       result[i] = empty(device, tensor.sizes(), dense_strides(tensor), tensor.scalar_type());
-      found->arrays.push_back({result[i].mutable_data_ptr(), nullptr, dtype});
+      found->arrays.push_back({result[i].mutable_data_ptr(), nullptr});
     }
   }
   auto made = std::make_shared<Tensors>(std::move(result), Hold::kOwned);

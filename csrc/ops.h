@@ -43,7 +43,7 @@ at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, co
 // Without `square`, `radius` is what the direction is multiplied by.
 void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
              const Numbers& radius, const std::optional<at::Tensor>& square, bool from_start,
-             const std::optional<Numbers>& eta, const std::vector<FoldInto>& folds);
+             const std::optional<Numbers>& eta, const std::optional<FoldInto>& fold);
 
 // `m`: the coefficients of m, by term, over the terms of u.
 at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<std::vector<Numbers>>& m, int64_t groups);

@@ -60,11 +60,7 @@ bool Plan::takes_state(const std::vector<TensorList>& state) const {
   for (const TensorList& list : state) {
     for (size_t i = 0; i < std::min(list.size(), shapes_->size()); ++i) {
       if (!list[i]) continue;
-      const Dtype of_leaf = (*shapes_)[i].dtype;
-      const std::optional<Dtype> dtype = known_dtype(list[i]->scalar_type());
-      const bool wider = dtype == Dtype::kFloat && size_of(of_leaf) == 2 && executor_->takes_wider_state();
-      if (dtype != of_leaf && !wider) return false;
-      if (state[0].size() > i && state[0][i] && state[0][i]->scalar_type() != list[i]->scalar_type()) return false;
+      if (known_dtype(list[i]->scalar_type()) != (*shapes_)[i].dtype) return false;
     }
   }
   return true;

@@ -15,7 +15,6 @@ inline constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kDouble ?
 
 inline constexpr int kMaxDims = 64;  // torch's own limit
 inline constexpr int kMaxTerms = 3;
-inline constexpr int kMaxFolds = 2;
 inline constexpr int kSums = 3;  // ‖u‖², ⟨m,u⟩, ‖m‖²
 
 // One parameter.
@@ -31,7 +30,6 @@ struct Leaf {
 struct Array {
   void* data = nullptr;
   const int64_t* strides = nullptr;
-  Dtype dtype = Dtype::kFloat;  // that of the leaf, but for the state of a base optimizer
 };
 
 using List = const Array*;       // by leaf; null where the primitive has no such argument
@@ -72,8 +70,7 @@ struct Perturbation {
   bool save = false;               // copy the parameters to the backup first
   bool from_start = false;         // the origin is the backup
   bool stream = false;
-  Folding folds[kMaxFolds];
-  int fold_count = 0;
+  Folding fold;  // without lists: none
 };
 
 struct InnerProducts {

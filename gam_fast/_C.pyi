@@ -75,7 +75,7 @@ def perturb(
     square: Tensor | None,
     from_start: bool,
     eta: PerGroup | None,
-    folds: Sequence[FoldInto],
+    fold: FoldInto | None,
 ) -> None: ...
 def inner_products(
     plan: Plan, terms: Sequence[TensorList], p: Sequence[PerGroup], m: Sequence[PerGroup] | None, groups: int

@@ -379,22 +379,21 @@ class Fold:
     part: str
 
 
-FoldPlan: TypeAlias = "tuple[tuple[tuple[Fold, ...], tuple[int, ...]], ...]"
+FoldPlan: TypeAlias = "tuple[tuple[Fold | None, tuple[int, ...]], ...]"
 
 
 def fold_plan(recipe: Recipe) -> FoldPlan:
-    """Return the folds after each step of the walk, and the vectors that stay live.
+    """Return the fold after each step of the walk, if there is one, and the vectors that stay live.
 
     A vector that no later move goes along is folded into the first live one that belongs to the same combination
     (u or m), so that never more than two gradients besides the newest are live: with the backup of θ the three
     buffers of the engine.
 
     Raises:
-        ValueError: for a recipe that would need more than three buffers.
+        ValueError: for a recipe that would need more than three buffers, or two folds with one move.
 
-    >>> folds, live = fold_plan(GAM)[2]     # after the third gradient: g0 becomes m, g1 waits for g3
-    >>> folds, live
-    ((Fold(into=0, other=2, part='m'),), (0, 1))
+    >>> fold_plan(GAM)[2]     # after the third gradient: g0 becomes m, g1 waits for g3
+    (Fold(into=0, other=2, part='m'), (0, 1))
     """
     plan = []
     parts = {
@@ -408,7 +407,7 @@ def fold_plan(recipe: Recipe) -> FoldPlan:
         later = {k for move in moves for k in (move.along, move.minus)}
         live = [k for k in live if parts[k] or k in later]
         folds = []
-        for part in ("u", "m") if isinstance(step, Move) else ():  # folds are carried out with a move
+        for part in ("u", "m") if isinstance(step, Move) else ():  # a fold is carried out with a move
             same = [k for k in live if k not in later and parts[k] == part]
             folds += [Fold(same[0], k, part) for k in same[1:]]
             live = [k for k in live if k not in same[1:]]
@@ -416,5 +415,9 @@ def fold_plan(recipe: Recipe) -> FoldPlan:
             raise ValueError(
                 f"recipe {recipe.name}: vectors {live} are live after step {i} of the walk; at most two can be kept"
             )
-        plan.append((tuple(folds), tuple(live)))
+        if len(folds) > 1:
+            raise ValueError(
+                f"recipe {recipe.name}: move {i} would have two folds to carry out, {folds}; it can do one"
+            )
+        plan.append((folds[0] if folds else None, tuple(live)))
     return tuple(plan)

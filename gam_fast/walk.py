@@ -388,7 +388,7 @@ class Walk:
             return
         move = self.recipe.walk[index]
         assert isinstance(move, Move)
-        folds, live = self.plan[index]
+        fold, live = self.plan[index]
         eta = [float(h[self.recipe.adaptive]) for h in self.hyper] if self.recipe.adaptive else None
         minus = move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
@@ -400,12 +400,10 @@ class Walk:
         for shard in self.shards:
             if not shard.leaves.saved:
                 shard.leaves.backup = self.shards.allocate_backup(shard)
-            into = []
-            for fold in folds:
+            into = None
+            if fold is not None:
                 part = self.coefficients.part(fold.part)
-                into.append(
-                    FoldInto(shard.grads[fold.into], shard.grads[fold.other], part[fold.into], part[fold.other])
-                )
+                into = FoldInto(shard.grads[fold.into], shard.grads[fold.other], part[fold.into], part[fold.other])
             # to ask a tensor for its device takes a microsecond
             square = total if self._sums.on_host else scalars.on(total, shard.leaves.params[0].device)
             shard.backend.perturb(
@@ -416,11 +414,11 @@ class Walk:
                 square,
                 from_start=move.from_start,
                 eta=eta,
-                folds=into,
+                fold=into,
             )
             for k in set(shard.grads) - set(live):
                 del shard.grads[k]
-        for fold in folds:
+        if fold is not None:
             self.coefficients.folded(fold)
 
     @torch.no_grad()

@@ -1,8 +1,7 @@
 """How a kernel reads and writes the elements of the lists of tensors; what it gets of them is in :mod:`.table`.
 
-A kernel is compiled for a set of types, mostly of one: a parameter's, and that of the state of the base optimizer,
-which may be wider. Launches must not contract ``a * b + c`` (``enable_fp_fusion=False``): what is fused says ``fma``,
-so that results have the bits of the compiled core.
+A kernel is compiled for a set of types, mostly of one. Launches must not contract ``a * b + c``
+(``enable_fp_fusion=False``): what is fused says ``fma``, so that results have the bits of the compiled core.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ PACKED = tl.constexpr(host.PACKED)
 LAYOUT = tl.constexpr(host.LAYOUT)
 HEADER = tl.constexpr(host.HEADER)
 
-# By the code of a row: the types of a parameter, of the state of its base optimizer, and of the arithmetic.
+# By the code of a row: the types of the arrays and of the arithmetic.
 PARAMETER = tl.constexpr(tuple(getattr(tl, name) for name in host.PARAMETERS))
-STATE = tl.constexpr(tuple(getattr(tl, name) for name in host.STATES))
 WORKING = tl.constexpr(tuple(tl.float64 if name == "float64" else tl.float32 for name in host.PARAMETERS))
 CODES = tl.constexpr(len(host.PARAMETERS))
 

@@ -28,19 +28,18 @@ from .elements import (
 )
 from .formulas import folded, inverse_norm, perturbed, weigh
 
-# The lists of perturb: B and the folds (into, other; into, other) may be missing, BACKUP unless it is needed.
+# The lists of perturb: B, INTO and OTHER may be missing, BACKUP unless it is needed.
 PARAMS = tl.constexpr(0)
 BACKUP = tl.constexpr(1)
 A = tl.constexpr(2)
 B = tl.constexpr(3)
-FOLDS = tl.constexpr(4)
+INTO = tl.constexpr(4)
+OTHER = tl.constexpr(5)
 
 RADIUS = tl.constexpr(host.PERTURB.index("radius"))
 ETA = tl.constexpr(host.PERTURB.index("eta"))
-K1 = tl.constexpr(host.PERTURB.index("k1"))
-L1 = tl.constexpr(host.PERTURB.index("l1"))
-K2 = tl.constexpr(host.PERTURB.index("k2"))
-L2 = tl.constexpr(host.PERTURB.index("l2"))
+K = tl.constexpr(host.PERTURB.index("k"))
+L = tl.constexpr(host.PERTURB.index("l"))
 OF_PERTURB = tl.constexpr(len(host.PERTURB))
 
 
@@ -63,7 +62,7 @@ def perturb(
     BLOCK: tl.constexpr,
 ):
     """``params ← origin + radius / (√square + ξ) T² (a − b)``, with ``SAVE`` a copy of the parameters to the backup
-    first, and ``FOLDED`` folds. The origin is the backup with ``FROM_START``. A launch that saves leaves its ticket."""
+    first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. A launch that saves leaves a ticket."""
     leaf, begin, length = piece_of(pieces)
     row = table + leaf * WIDTH
     group = numbers + tl.load(row + GROUP) * OF_PERTURB
@@ -112,16 +111,11 @@ def _perturb(
     backup = array(row, BACKUP, begin, TYPE, MASKED, STRIDED)
     a = array(row, A, begin, TYPE, MASKED, STRIDED)
     b = array(row, B, begin, TYPE, MASKED, STRIDED)
-    if FOLDED > 0:
-        into = array(row, FOLDS, begin, TYPE, MASKED, STRIDED)
-        other = array(row, FOLDS + 1, begin, TYPE, MASKED, STRIDED)
-        k = tl.load(group + K1).to(WORK)
-        l = tl.load(group + L1).to(WORK)  # noqa: E741
-    if FOLDED > 1:
-        into2 = array(row, FOLDS + 2, begin, TYPE, MASKED, STRIDED)
-        other2 = array(row, FOLDS + 3, begin, TYPE, MASKED, STRIDED)
-        k2 = tl.load(group + K2).to(WORK)
-        l2 = tl.load(group + L2).to(WORK)
+    if FOLDED:
+        into = array(row, INTO, begin, TYPE, MASKED, STRIDED)
+        other = array(row, OTHER, begin, TYPE, MASKED, STRIDED)
+        k = tl.load(group + K).to(WORK)
+        l = tl.load(group + L).to(WORK)  # noqa: E741
     for at in range(start, stop, BLOCK):
         index = indices(begin, at, BLOCK, STRIDED)
         inside = inside_of(at, stop, BLOCK)
@@ -140,24 +134,17 @@ def _perturb(
             if not (SAVE or FROM_START):  # the origin is not θ
                 theta = read(backup, of_backup, inside, MASKED).to(WORK)
             v = weigh(weigh(v, theta, eta), theta, eta)
-        # The folds may overwrite a and b: all is read by all threads before anything is written.
-        if FOLDED > 0:
-            of_first = place(table, row, FOLDS, index, STRIDED)
-            x = read(into, of_first, inside, MASKED).to(WORK)
-            y = read(other, place(table, row, FOLDS + 1, index, STRIDED), inside, MASKED).to(WORK)
-        if FOLDED > 1:
-            of_second = place(table, row, FOLDS + 2, index, STRIDED)
-            z = read(into2, of_second, inside, MASKED).to(WORK)
-            w = read(other2, place(table, row, FOLDS + 3, index, STRIDED), inside, MASKED).to(WORK)
-        if FOLDED > 0:
+        # The fold may overwrite a or b: all is read by all threads before anything is written.
+        if FOLDED:
+            of_into = place(table, row, INTO, index, STRIDED)
+            x = read(into, of_into, inside, MASKED).to(WORK)
+            y = read(other, place(table, row, OTHER, index, STRIDED), inside, MASKED).to(WORK)
             tl.debug_barrier()
         if SAVE:
             write(backup, of_backup, stored, inside, MASKED)
         write(params, of_params, perturbed(stored.to(WORK), v, factor), inside, MASKED)
-        if FOLDED > 0:
-            write(into, of_first, folded(x, y, k, l), inside, MASKED)
-        if FOLDED > 1:
-            write(into2, of_second, folded(z, w, k2, l2), inside, MASKED)
+        if FOLDED:
+            write(into, of_into, folded(x, y, k, l), inside, MASKED)
 
 
 @triton.jit

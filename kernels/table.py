@@ -6,7 +6,7 @@ know of the lists lies in tensors of int64 in the memory of the device:
 - ``pieces``: for each program the leaf, the first element and the number of elements, pieces of a group together;
 - ``table``: a row a leaf, of ``HEADER`` words and one address a list (0 where the leaf has none in it); then layouts.
 
-The words of a row are the number of its group, an option (what else an update must know of it), the code of its types,
+The words of a row are the number of its group, an option (what else an update must know of it), the code of its type,
 whether it is packed, and where in the table its layout begins. A layout is the number of dimensions, the sizes, and for
 each list 1 and its strides, or 0 and as many unused words where the array is walked in the order of memory.
 
@@ -35,14 +35,13 @@ BLOCK_OF_TOTALS = 1024
 
 GROUP, OPTION, TYPES, PACKED, LAYOUT, HEADER = range(6)
 
-PARAMETERS = ("float64", "float32", "bfloat16", "float16", "bfloat16", "float16")
-STATES = ("float64", "float32", "bfloat16", "float16", "float32", "float32")
-"""By the code of a row, the types of a parameter and of the state of its base optimizer: names in torch and Triton."""
+PARAMETERS = ("float64", "float32", "bfloat16", "float16")
+"""By the code of a row, the type of its arrays: names in torch and Triton."""
 
 SUMS = 3
 """Numbers of a piece's products: ‖u‖², ⟨m,u⟩, ‖m‖²."""
 
-PERTURB = ("radius", "eta", "k1", "l1", "k2", "l2")
+PERTURB = ("radius", "eta", "k", "l")
 SGD = ("lr", "sign", "weight_decay", "momentum", "undamped", "nesterov")
 ADAM = ("sign", "weight_decay", "shrink", "beta1_to_1", "beta2", "beta2_to_1", "eps", "amsgrad")
 TERM = ("p", "q", "used")

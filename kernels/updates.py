@@ -16,7 +16,6 @@ from .elements import (
     HEADER,
     OPTION,
     PARAMETER,
-    STATE,
     WORKING,
     array,
     flag,
@@ -136,7 +135,7 @@ def _sgd(
         momentum = tl.load(group + SGD_MOMENTUM).to(WORK)
         of_direction = tl.where(is_first, 1.0, tl.load(group + SGD_UNDAMPED)).to(WORK)
         nesterov = flag(group + SGD_NESTEROV)
-        buffer = array(row, BUFFER, begin, STATE[CODE], MASKED, STRIDED)
+        buffer = array(row, BUFFER, begin, TYPE, MASKED, STRIDED)
     for at in range(start, stop, BLOCK):
         index = indices(begin, at, BLOCK, STRIDED)
         inside = inside_of(at, stop, BLOCK)
@@ -229,12 +228,12 @@ def _adam(
     root_correction = tl.load(correction + 1).to(WORK)
     params = array(row, PARAMS, begin, TYPE, MASKED, STRIDED)
     theta = array(row, THETA, begin, TYPE, MASKED, STRIDED)
-    average = array(row, AVERAGE, begin, STATE[CODE], MASKED, STRIDED)
-    square = array(row, SQUARE, begin, STATE[CODE], MASKED, STRIDED)
+    average = array(row, AVERAGE, begin, TYPE, MASKED, STRIDED)
+    square = array(row, SQUARE, begin, TYPE, MASKED, STRIDED)
     first, second, third = arrays_of(row, ADAM_TERM, begin, TERMS, TYPE, MASKED, STRIDED)
     if AMSGRAD:
         amsgrad = flag(group + ADAM_AMSGRAD)
-        largest = array(row, LARGEST, begin, STATE[CODE], MASKED, STRIDED)
+        largest = array(row, LARGEST, begin, TYPE, MASKED, STRIDED)
     for at in range(start, stop, BLOCK):
         index = indices(begin, at, BLOCK, STRIDED)
         inside = inside_of(at, stop, BLOCK)

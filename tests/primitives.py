@@ -41,9 +41,9 @@ def run_all(backend, dtype, shapes=((70_001,), (33,), (), (0,), (5, 7)), device=
     for name, saved, from_start, eta in (("first", False, False, None), ("far", True, True, [0.1, 0.0])):
         target = leaves(saved)
         into = make(6)
-        folds = [base.FoldInto(into, c, [0.3, 1.0], [0.7, -0.2])]
+        fold = base.FoldInto(into, c, [0.3, 1.0], [0.7, -0.2])
         other = None if name == "first" else b
-        backend.perturb(target, a, other, [0.1, -0.2], 0.3, from_start=from_start, eta=eta, folds=folds)
+        backend.perturb(target, a, other, [0.1, -0.2], 0.3, from_start=from_start, eta=eta, fold=fold)
         found[f"perturb {name}"] = [*target.params, *target.backup, *into]
     target, out = leaves(), make(7)
     backend.direction(target, d, out)

@@ -160,7 +160,7 @@ def test_perturb(backend, dtype, eta, saved, from_start, difference, number):
         t = 1.0 if eta is None else w.abs() + eta[g]
         expected.append((w if from_start else p) + radius[g] / (7.0**0.5 + 1e-12) * t * t * v)
     backend.perturb(
-        target, a, b if difference else None, radius, number(square), from_start=from_start, eta=eta, folds=(fold,)
+        target, a, b if difference else None, radius, number(square), from_start=from_start, eta=eta, fold=fold
     )
     assert target.saved
     for saved_value, value in zip(target.backup, start, strict=True):

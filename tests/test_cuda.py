@@ -103,17 +103,17 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(core, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("difference", "eta", "folds", "start"),
-    pairwise([False, True], [None, [0.0, 0.1]], [0, 1, 2], ["unsaved", "unsaved, from θ", "here", "from θ"]),
+    pairwise([False, True], [None, [0.0, 0.1]], [False, True], ["unsaved", "unsaved, from θ", "here", "from θ"]),
     ids=str,
 )
 def test_variants_of_a_move_have_the_bits_of_the_cpu_core(place, dtype, difference, eta, folds, start):
     results = []
     for where, backend in ((Place("cpu"), cpu_core()), (place, place.backend())):
-        made = [where.tensors(dtype, seed, ((1030,), (33,), (), (0,), (5, 7), (3,))) for seed in range(8)]
+        made = [where.tensors(dtype, seed, ((1030,), (33,), (), (0,), (5, 7), (3,))) for seed in range(6)]
         leaves = base.Leaves(made[0], [0, 1] * 3, made[1], not start.startswith("unsaved"))
-        into = [base.FoldInto(made[4 + 2 * f], made[5 + 2 * f], [0.5, 1.5], [-0.25, 0.1]) for f in range(folds)]
+        fold = base.FoldInto(made[4], made[5], [0.5, 1.5], [-0.25, 0.1]) if folds else None
         minus = made[3] if difference else None
-        backend.perturb(leaves, made[2], minus, [0.1, -0.2], 2.0, from_start=start.endswith("θ"), eta=eta, folds=into)
+        backend.perturb(leaves, made[2], minus, [0.1, -0.2], 2.0, from_start=start.endswith("θ"), eta=eta, fold=fold)
         assert leaves.saved
         results.append([t.cpu() for values in made for t in values])
     assert same_bits(*results)
@@ -166,8 +166,8 @@ def test_alignment_and_layout_change_no_bit(place, dtype, layout):
         norm = backend.square_norm(leaves, a, b, [0.1])
         u = base.Direction([a, into], [[0.5], [1.0]])
         products = backend.inner_products(leaves, u, base.Direction(u.terms, [[1.0], [0.0]]), 1)
-        folds = [base.FoldInto(into, b, [0.5], [2.0])]
-        backend.perturb(leaves, a, b, [0.1], 4.0, from_start=True, folds=folds)
+        fold = base.FoldInto(into, b, [0.5], [2.0])
+        backend.perturb(leaves, a, b, [0.1], 4.0, from_start=True, fold=fold)
         moved = params[0].clone()
         backend.sgd(leaves, u, momentum, [False], [base.SGDGroup(0.1, 0.9, 0.0, 0.01, False, False)])
         out = [torch.zeros(shape, dtype=dtype, device=place.device)]
@@ -194,7 +194,7 @@ def test_numbers_of_many_groups(place, count):
         norm = backend.square_norm(leaves, made[2], None, [0.01 * g for g in range(count)])
         fold = base.FoldInto(made[5], made[3], [0.01 * g for g in range(count)], [1.0] * count)
         radius = [0.1 + g for g in range(count)]
-        backend.perturb(leaves, made[2], made[3], radius, 2.0, from_start=True, folds=[fold])
+        backend.perturb(leaves, made[2], made[3], radius, 2.0, from_start=True, fold=fold)
         moved = [t.clone() for t in made[0]]
         rows = [base.AdamGroup(0.1 + g, 0.9, 0.99, 1e-3, 0.01, True, False, g % 2 == 0) for g in range(count)]
         fixed = [[2.0 + 0.01 * g, 1.0, 3.0] for g in range(count)]
@@ -211,34 +211,9 @@ def test_numbers_of_many_groups(place, count):
         torch.testing.assert_close(x, y, rtol=0.0 if count == 1 else 1e-5, atol=0.0 if count == 1 else 1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_of_fp32_beside_parameters_of_16_bits(place, dtype, amsgrad):
-    """As eager, which works in fp32 too; what is stored in fp32 is not rounded to 16 bits."""
-    results = []
-    for backend in (backends.EagerBackend(), place.backend()):
-        params, backup, grads = (place.tensors(dtype, seed, SHAPES[:6]) for seed in (1, 2, 3))
-        count = len(params)
-        average, square, momentum, largest = (place.tensors(torch.float32, seed, SHAPES[:6]) for seed in (4, 5, 6, 7))
-        square, largest = [t.abs() for t in square], [t.abs() for t in largest]
-        d = base.Direction([grads], [[0.5]])
-        leaves = base.Leaves(params, [0] * count, backup, True)
-        backend.sgd(leaves, d, momentum, [False] * count, [base.SGDGroup(0.1, 0.9, 0.1, 0.01, True, False)])
-        moved = [p.clone() for p in params]
-        group = base.AdamGroup(0.1, 0.9, 0.99, 1e-2, 0.01, True, amsgrad, False)
-        top = largest if amsgrad else [None] * count
-        backend.adam(leaves, d, average, square, top, [3.0] * count, [group])
-        results.append((moved, momentum, params, average, square))
-    assert same_bits(results[0][1], results[1][1])
-    assert same_bits(results[0][0], results[1][0])
-    for x, y in zip(results[0][2:], results[1][2:], strict=True):
-        torch.testing.assert_close(x, y, rtol=2e-2 if x is results[0][2] else 1e-6, atol=1e-6)
-
-
 def test_dtypes_may_be_mixed_in_one_launch(place):
-    """Also the dtype of states; the bits are those of launches of their own."""
-    kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.bfloat16, torch.float16]
-    states = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32, torch.float32]
+    """The bits are those of launches of their own."""
+    kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
     def run(which):
         def made(seed, kinds):
@@ -248,26 +223,25 @@ def test_dtypes_may_be_mixed_in_one_launch(place):
         leaves = base.Leaves(params, [0] * len(which), backup, True)
         backend = place.backend()
         norm = backend.square_norm(leaves, a, b)
-        backend.perturb(
-            leaves, a, b, [0.1], 4.0, from_start=False, eta=[0.1], folds=[base.FoldInto(b, a, [2.0], [0.5])]
-        )
+        fold = base.FoldInto(b, a, [2.0], [0.5])
+        backend.perturb(leaves, a, b, [0.1], 4.0, from_start=False, eta=[0.1], fold=fold)
         moved = [p.clone() for p in params]
         d = base.Direction([a, b], [[0.5], [0.25]])
         out = made(6, kinds)
         backend.direction(leaves, d, out)
-        momentum = made(4, states)
+        momentum = made(4, kinds)
         backend.sgd(leaves, d, momentum, [False] * len(which), [base.SGDGroup(0.1, 0.9, 0.1, 0.01, True, False)])
         after_sgd = [p.clone() for p in params]
-        average, square = made(7, states), [t.abs() for t in made(8, states)]
+        average, square = made(7, kinds), [t.abs() for t in made(8, kinds)]
         none = [None] * len(which)
         adam = base.AdamGroup(0.1, 0.9, 0.99, 1e-2, 0.01, True, False, False)
         backend.adam(leaves, d, average, square, none, [3.0] * len(which), [adam])
         return norm, [moved, out, momentum, after_sgd, params, average, square]
 
     before = place.core.launches()
-    norm, together = run(range(6))
+    norm, together = run(range(4))
     assert place.core.launches() - before == 2 + 4
-    parts = [run([i]) for i in range(6)]
+    parts = [run([i]) for i in range(4)]
     torch.testing.assert_close(norm, sum(part[0] for part in parts), rtol=1e-14, atol=0.0)
     for k, values in enumerate(together):
         assert same_bits(values, [part[1][k][0] for part in parts]), k
@@ -480,7 +454,7 @@ def test_what_is_no_sum_is_refused(core):
         torch.ones((), dtype=torch.float64, device="meta"),
     ):
         with pytest.raises(ValueError, match="square must be a contiguous float64 tensor on cpu of one number"):
-            core.perturb(plan, leaves, values, None, [1.0], square, True, None, ())
+            core.perturb(plan, leaves, values, None, [1.0], square, True, None, None)
     for products in (torch.ones(4, dtype=double), torch.ones(1, 3), torch.ones(3, 2, dtype=double).T[:1]):
         d = base.Direction([values], [[1.0]], [[1.0]], products, [0.1])
         with pytest.raises(ValueError, match="products must be .* three numbers a parameter group"):
@@ -492,7 +466,7 @@ def test_what_is_no_sum_is_refused(core):
     sixteen = base.Leaves([torch.ones(3, dtype=torch.bfloat16)], [0])
     d = base.Direction([[torch.ones(3, dtype=torch.bfloat16)]], [[1.0]])
     adam = base.AdamGroup(0.1, 0.9, 0.9, 0.1, 0.0, False, False, False)
-    with pytest.raises(TypeError, match="must have one dtype for each parameter"):
+    with pytest.raises(TypeError, match=r"exp_avg\[0\] must have the dtype of its parameter, got float"):
         core.adam(core.Plan(sixteen.params, [0]), sixteen, d, *mixed, [None], [1.0], [adam])
     with pytest.raises(TypeError, match=r"momentum_buffer\[0\] must have the dtype of its parameter, got double"):
         core.sgd(

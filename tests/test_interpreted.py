@@ -415,9 +415,6 @@ def test_bad_directions_are_refused():
     products = [[1.0, 1.0, 1.0]] * 2
     with pytest.raises(ValueError, match="gamma must have one number a row of products, that is 2, got 1"):
         backend.direction(leaves, base.Direction([grads], [[1.0]], [[1.0]], products, [0.1], 1.0), params)
-    fold = base.FoldInto(grads, grads, [1.0], [1.0])
-    with pytest.raises(ValueError, match="folds must be at most 2, got 3"):
-        backend.perturb(leaves, grads, None, [0.1], 1.0, from_start=False, folds=[fold] * 3)
 
 
 # Selection

@@ -226,8 +226,8 @@ def test_any_layout_gives_the_values_of_a_contiguous_one(dtype, layout):
         backend = backends.select("native", CPU)
         leaves = base.Leaves(params, [0], backup, True)
         norm = backend.square_norm(leaves, a, b)
-        folds = [base.FoldInto(into, b, [0.5], [2.0])]
-        backend.perturb(leaves, a, b, [0.1], 0.5, from_start=True, folds=folds)
+        fold = base.FoldInto(into, b, [0.5], [2.0])
+        backend.perturb(leaves, a, b, [0.1], 0.5, from_start=True, fold=fold)
         moved = params[0].clone()
         d = base.Direction([a, into], [[0.5], [1.0]])
         backend.sgd(leaves, d, momentum, [False], [base.SGDGroup(0.1, 0.9, 0.0, 0.01, False, False)])
@@ -268,7 +268,7 @@ def call_perturb(made):
         made.get("square"),
         True,
         made.get("eta"),
-        made.get("folds", ()),
+        made.get("fold"),
     )
 
 
@@ -359,22 +359,11 @@ BAD = {
         r"params\[0\] requires grad and would be written: call under torch.no_grad\(\)",
     ),
     "backup missing": ({"backup": []}, ValueError, "backup must have one tensor a parameter, that is 2, got 0"),
-    "too many folds": (
-        {
-            "folds": [
-                base.FoldInto(
-                    tensors(torch.float32, 9, ((3, 4), (5,))),
-                    tensors(torch.float32, 9, ((3, 4), (5,))),
-                    [1.0] * 2,
-                    [1.0] * 2,
-                )
-            ]
-            * 3
-        },
+    "fold of other lengths": (
+        {"fold": base.FoldInto(tensors(torch.float32, 9, ((3, 4),)), [torch.ones(3, 4)], [1.0] * 2, [1.0] * 2)},
         ValueError,
-        "folds must be at most 2, got 3",
+        "fold.into must have one tensor a parameter, that is 2, got 1",
     ),
-    "folds is None": ({"folds": None}, TypeError, "folds must be a list of folds, got NoneType"),
 }
 
 
@@ -424,7 +413,7 @@ def test_overlaps_behind_longer_extents_and_between_gaps():
     w = torch.randn(6, 8)
     columns = base.Leaves([w[:, :3]], [0], [torch.ones(6, 3)], True)
     with pytest.raises(ValueError, match=r"params\[0\] and a\[0\] must not overlap"):
-        _C.perturb(_C.Plan(columns.params, [0]), columns, [w[:, 1:4]], None, [1.0], None, True, None, ())
+        _C.perturb(_C.Plan(columns.params, [0]), columns, [w[:, 1:4]], None, [1.0], None, True, None, None)
     same = base.Leaves([w[:, ::2], w[:, ::2]], [0, 0], [torch.ones(6, 4), torch.ones(6, 4)], True)
     with pytest.raises(ValueError, match=r"params\[\d\] and params\[\d\] must not overlap"):
         _C.restore(_C.Plan(same.params, [0, 0]), same)

@@ -238,7 +238,7 @@ def test_the_words_of_a_table():
         tables.Argument("params", params),
         tables.Argument("a", [torch.zeros(9_001)[1:], wide[:, ::2], torch.zeros(0)]),
         tables.Argument("none", None),
-        tables.Argument("some", [None, params[1].T.contiguous().T, None], is_state=True),
+        tables.Argument("some", [None, params[1].T.contiguous().T, None]),
     ]
     prepared = table.prepare(lists, [[1.0, 2.0, 3.0]], option=[7, 8, 9])
     assert prepared.programs == 3

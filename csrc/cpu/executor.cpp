@@ -51,9 +51,8 @@ at::Tensor Executor::inner_products(const InnerProducts& arguments, int64_t grou
 }
 
 void Executor::perturb(const Perturbation& arguments) {
-  const Folding* folds = arguments.folds;
-  const Work work = this->work({arguments.params, arguments.backup, arguments.a, arguments.b, folds[0].into,
-                                folds[0].other, folds[1].into, folds[1].other});
+  const Work work = this->work(
+      {arguments.params, arguments.backup, arguments.a, arguments.b, arguments.fold.into, arguments.fold.other});
   parallel_over_chunks(plan_, [&](Range range) { kernels().perturb(work, arguments, range); });
 }
 

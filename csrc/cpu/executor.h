@@ -20,7 +20,6 @@ class Executor final : public gam::Executor {
   void sgd(const SgdStep& arguments) override;
   void adam(const AdamStep& arguments) override;
 
-  bool takes_wider_state() const override { return false; }
   bool takes_sums() const override { return false; }
 
  private:

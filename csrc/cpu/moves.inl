@@ -65,8 +65,8 @@ void perturb(const Work& work, const Perturbation& arguments, Range range) {
         along([p](int j) { return value_of(p[j]); });
       }
       out.store(i, n);
-      for (int k = 0; k < arguments.fold_count; ++k) {
-        const Folding& fold = arguments.folds[k];
+      const Folding& fold = arguments.fold;
+      if (fold.into) {
         const Fold<O> folded{of_group<O>(fold.k, leaf), of_group<O>(fold.l, leaf)};
         Reader<T> into(array_of(fold.into), leaf), other(array_of(fold.other), leaf);
         Writer<T> result(array_of(fold.into), leaf, false);

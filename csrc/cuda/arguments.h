@@ -42,17 +42,15 @@ struct TotalsArguments {
 };
 
 struct PerturbGroup {
-  double radius, eta;
-  double k[kMaxFolds], l[kMaxFolds];
+  double radius, eta, k, l;
 };
 
 struct PerturbArguments {
-  enum List { kParams, kBackup, kA, kB, kFolds, kLists = kFolds + 2 * kMaxFolds };
+  enum List { kParams, kBackup, kA, kB, kInto, kOther, kLists };
 
   Table table;
   const double* square;  // null: the radius is the factor
-  bool save, from_start;
-  int folds;
+  bool save, from_start, fold;
   Numbers<PerturbGroup> groups;
 };
 

@@ -35,9 +35,9 @@ __device__ __forceinline__ void* data_of(const Row& row, int list) {
   return reinterpret_cast<void* const*>(&row + 1)[list];
 }
 
-// The types of a launch: of all its leaves, for parameters and for the state of the base optimizer, where all can be
-// walked in the order of memory; or Any, where each leaf has those that its row says, and any layout.
-template <class T, class S = T>
+// The types of a launch: that of all its leaves, where all can be walked in the order of memory; or Any, where each
+// leaf has the one that its row says, and any layout.
+template <class T>
 struct Only {};
 struct Any {};
 
@@ -189,25 +189,6 @@ __device__ __forceinline__ void with_type(Any, const Row& row, F f) {
       return f(BFloat16());
     case Dtype::kHalf:
       return f(Half());
-  }
-}
-
-template <class T, class S, class F>
-__device__ __forceinline__ void with_types(Only<T, S>, const Row&, F f) {
-  f(T(), S());
-}
-template <class F>
-__device__ __forceinline__ void with_types(Any, const Row& row, F f) {
-  const bool wider = row.state != row.dtype;
-  switch (row.dtype) {
-    case Dtype::kDouble:
-      return f(double(), double());
-    case Dtype::kFloat:
-      return f(float(), float());
-    case Dtype::kBFloat16:
-      return wider ? f(BFloat16(), float()) : f(BFloat16(), BFloat16());
-    case Dtype::kHalf:
-      return wider ? f(Half(), float()) : f(Half(), Half());
   }
 }
 

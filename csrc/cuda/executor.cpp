@@ -74,23 +74,15 @@ void Executor::perturb(const Perturbation& arguments) {
   if (is_empty()) return;
   const Guard guard(device_);
   std::vector<PerturbGroup> groups(static_cast<size_t>(shapes_->groups()));
+  const Folding& fold = arguments.fold;
   for (size_t g = 0; g < groups.size(); ++g) {
-    groups[g].radius = arguments.radius[g];
-    groups[g].eta = arguments.eta ? arguments.eta[g] : 0.0;
-    for (int f = 0; f < kMaxFolds; ++f) {
-      const Folding& fold = arguments.folds[f];
-      groups[g].k[f] = f < arguments.fold_count ? fold.k[g] : 0.0;
-      groups[g].l[f] = f < arguments.fold_count ? fold.l[g] : 0.0;
-    }
+    groups[g] = {arguments.radius[g], arguments.eta ? arguments.eta[g] : 0.0, fold.into ? fold.k[g] : 0.0,
+                 fold.into ? fold.l[g] : 0.0};
   }
-  Lists lists{{arguments.params, arguments.backup, arguments.a, arguments.b}};
-  for (const Folding& fold : arguments.folds) {
-    lists.lists.push_back(fold.into);
-    lists.lists.push_back(fold.other);
-  }
+  const Lists lists{{arguments.params, arguments.backup, arguments.a, arguments.b, fold.into, fold.other}};
   const auto prepared = tables_.prepare(lists, {Tables::span(groups)});
   cuda::perturb(grid(tables_.chunks()), prepared.types, arguments.b != nullptr, arguments.eta != nullptr,
-                {prepared.table, arguments.square, arguments.save, arguments.from_start, arguments.fold_count,
+                {prepared.table, arguments.square, arguments.save, arguments.from_start, fold.into != nullptr,
                  numbers_of(groups, prepared.many<PerturbGroup>(0))});
 }
 
@@ -121,7 +113,7 @@ void Executor::sgd(const SgdStep& arguments) {
   for (int g = 0; g < shapes_->groups(); ++g) groups.push_back({arguments.d.groups[g], arguments.groups[g]});
   const std::vector<int32_t> first(arguments.first, arguments.first + shapes_->size());
   const auto gamma = gamma_of(arguments.d);
-  Lists lists{{arguments.params, arguments.theta, arguments.buffer}, first.data(), SgdArguments::kBuffer};
+  Lists lists{{arguments.params, arguments.theta, arguments.buffer}, first.data()};
   lists.lists.insert(lists.lists.end(), arguments.d.lists, arguments.d.lists + kMaxTerms);
   const auto prepared = tables_.prepare(lists, {Tables::span(groups), Tables::span(gamma)});
   cuda::sgd(grid(tables_.chunks()), prepared.types,
@@ -147,8 +139,7 @@ void Executor::adam(const AdamStep& arguments) {
   }
   const auto gamma = gamma_of(arguments.d);
   Lists lists{{arguments.params, arguments.theta, arguments.average, arguments.square, arguments.largest},
-              option.data(),
-              AdamArguments::kAverage};
+              option.data()};
   lists.lists.insert(lists.lists.end(), arguments.d.lists, arguments.d.lists + kMaxTerms);
   const auto prepared = tables_.prepare(lists, {Tables::span(groups), Tables::span(corrections), Tables::span(gamma)});
   cuda::adam(

@@ -19,7 +19,6 @@ class Executor final : public gam::Executor {
   void sgd(const SgdStep& arguments) override;
   void adam(const AdamStep& arguments) override;
 
-  bool takes_wider_state() const override { return true; }
   bool takes_sums() const override { return true; }
   bool records_use() const override { return true; }
   void record_use(const at::Tensor& tensor) override;

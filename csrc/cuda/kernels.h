@@ -7,9 +7,8 @@
 
 namespace gam::cuda {
 
-// The types of all leaves, and of the state of the base optimizer; kAny where they differ, or where a leaf cannot be
-// walked in the order of memory.
-enum class Types : uint8_t { kDouble, kFloat, kBFloat16, kHalf, kBFloat16WithFloat, kHalfWithFloat, kAny };
+// The type of all leaves; kAny where they differ, or where a leaf cannot be walked in the order of memory.
+enum class Types : uint8_t { kDouble, kFloat, kBFloat16, kHalf, kAny };
 
 // A grid of as many blocks, on a stream (a cudaStream_t).
 struct Grid {

@@ -39,34 +39,20 @@ void with_flag(bool value, F f) {
   }
 }
 
-// Calls f with the types as a type: of parameters alone, or with those of the state.
+// Calls f with the types as a type.
 template <class F>
-void with_parameters(Types types, F f) {
+void with_types(Types types, F f) {
   switch (types) {
     case Types::kDouble:
       return f(Only<double>());
     case Types::kFloat:
       return f(Only<float>());
     case Types::kBFloat16:
-    case Types::kBFloat16WithFloat:
       return f(Only<BFloat16>());
     case Types::kHalf:
-    case Types::kHalfWithFloat:
       return f(Only<Half>());
     case Types::kAny:
       return f(Any());
-  }
-}
-
-template <class F>
-void with_state(Types types, F f) {
-  switch (types) {
-    case Types::kBFloat16WithFloat:
-      return f(Only<BFloat16, float>());
-    case Types::kHalfWithFloat:
-      return f(Only<Half, float>());
-    default:
-      return with_parameters(types, f);
   }
 }
 

@@ -51,16 +51,13 @@ __global__ void __launch_bounds__(kBlock, kResident<Types, 2, 4>)
       for (int k = 0; k < W; ++k) v.v[k] = perturb(value_of(stored.v[k]), v.v[k]);
       params.template put_values<W>(i, v);
       if constexpr (Folding) {
-#pragma unroll 1
-        for (int f = 0; f < arguments.folds; ++f) {
-          const View<Types, T> into(table, row, Lists::kFolds + 2 * f), other(table, row, Lists::kFolds + 2 * f + 1);
-          const Fold<O> fold{static_cast<O>(group.k[f]), static_cast<O>(group.l[f])};
-          Pack<O, W> x = into.template values<W>(i);
-          const Pack<O, W> y = other.template values<W>(i);
+        const View<Types, T> into(table, row, Lists::kInto), other(table, row, Lists::kOther);
+        const Fold<O> fold{static_cast<O>(group.k), static_cast<O>(group.l)};
+        Pack<O, W> x = into.template values<W>(i);
+        const Pack<O, W> y = other.template values<W>(i);
 #pragma unroll
-          for (int k = 0; k < W; ++k) x.v[k] = fold(x.v[k], y.v[k]);
-          into.template put_values<W>(i, x);
-        }
+        for (int k = 0; k < W; ++k) x.v[k] = fold(x.v[k], y.v[k]);
+        into.template put_values<W>(i, x);
       }
     });
   });

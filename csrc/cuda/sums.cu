@@ -4,7 +4,7 @@
 namespace gam::cuda {
 
 void square_norm(const Grid& grid, Types types, bool difference, bool weighted, const SquareNormArguments& arguments) {
-  with_parameters(types, [&](auto only) {
+  with_types(types, [&](auto only) {
     using T = decltype(only);
     if (difference && weighted) {
       GAM_LAUNCH((square_norm_kernel<T, true, true>), grid, kBlock, arguments);
@@ -19,7 +19,7 @@ void square_norm(const Grid& grid, Types types, bool difference, bool weighted, 
 }
 
 void inner_products(const Grid& grid, Types types, bool with_m, const InnerProductsArguments& arguments) {
-  with_parameters(types, [&](auto only) {
+  with_types(types, [&](auto only) {
     using T = decltype(only);
     if (with_m) {
       GAM_LAUNCH((inner_products_kernel<T, true>), grid, kBlock, arguments);

@@ -31,10 +31,10 @@ struct Piece {
 // The arrays of one leaf; `lists` addresses follow.
 struct Row {
   int32_t group;
-  int32_t option;      // what else an update must know of the leaf
-  Dtype dtype, state;  // of the parameter, and of the state of the base optimizer
-  bool packed;         // all arrays are dense and aligned to 16 bytes
-  int64_t layout;      // where sizes and strides begin, of a leaf that is walked in logical order; else −1
+  int32_t option;  // what else an update must know of the leaf
+  Dtype dtype;
+  bool packed;     // all arrays are dense and aligned to 16 bytes
+  int64_t layout;  // where sizes and strides begin, of a leaf that is walked in logical order; else −1
 };
 
 // A table starts with its rows. A layout is: the number of dimensions, the sizes, and for each list 1 and its strides,

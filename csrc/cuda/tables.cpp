@@ -16,16 +16,16 @@ constexpr size_t kStreams = 4;
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-Types types_of(Dtype dtype, Dtype state) {
+Types types_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::kDouble:
       return Types::kDouble;
     case Dtype::kFloat:
       return Types::kFloat;
     case Dtype::kBFloat16:
-      return state == dtype ? Types::kBFloat16 : Types::kBFloat16WithFloat;
+      return Types::kBFloat16;
     default:
-      return state == dtype ? Types::kHalf : Types::kHalfWithFloat;
+      return Types::kHalf;
   }
 }
 
@@ -63,11 +63,10 @@ Tables::Prepared Tables::prepare(const Lists& lists, std::initializer_list<Span>
     Row row;
     std::memset(&row, 0, sizeof row);  // padding too: tables are compared byte by byte
     row.group = leaf.group, row.option = lists.option ? lists.option[i] : 0;
-    row.dtype = row.state = leaf.dtype, row.packed = true, row.layout = -1;
+    row.dtype = leaf.dtype, row.packed = true, row.layout = -1;
     bool strided = false;
     for (int k = 0; k < count; ++k) {
       const Array array = lists.lists[static_cast<size_t>(k)] ? lists.lists[static_cast<size_t>(k)][i] : Array();
-      if (k == lists.state && array.data) row.state = array.dtype;
       strided = strided || array.strides;
       row.packed = row.packed && is_aligned(array.data) && !array.strides;
       std::memcpy(bytes.at(static_cast<int64_t>(i) * width + row_bytes(k)), &array.data, sizeof array.data);
@@ -88,7 +87,7 @@ Tables::Prepared Tables::prepare(const Lists& lists, std::initializer_list<Span>
     }
     std::memcpy(bytes.at(static_cast<int64_t>(i) * width), &row, sizeof row);
     if (leaf.numel == 0) continue;
-    const Types types = strided ? Types::kAny : types_of(row.dtype, row.state);
+    const Types types = strided ? Types::kAny : types_of(row.dtype);
     result.types = !result.any_ ? types : result.types == types ? types : Types::kAny;
     result.any_ = true;
   }

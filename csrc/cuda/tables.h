@@ -35,7 +35,6 @@ class Bytes {
 struct Lists {
   std::vector<List> lists;          // null where the primitive has none
   const int32_t* option = nullptr;  // by leaf
-  int state = -1;                   // which list has the dtype of the state
 };
 
 class Tables {

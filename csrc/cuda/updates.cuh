@@ -16,9 +16,8 @@ __global__ void __launch_bounds__(kBlock, kResident<Types>) sgd_kernel(GAM_PARAM
   GAM_SHARED(double, factor, kMaxTerms);
   find_factors(arguments.sums, numbers.d, factor);
   const bool first = row.option != 0, has_buffer = data_of(row, Lists::kBuffer) != nullptr;
-  with_types(Types(), row, [&](auto type, auto state) {
+  with_type(Types(), row, [&](auto type) {
     using T = decltype(type);
-    using S = decltype(state);
     using O = opmath_t<T>;
     constexpr int V = kPack<T>;
     GAM_SHARED(Sgd<O>, formula, 1);
@@ -29,7 +28,7 @@ __global__ void __launch_bounds__(kBlock, kResident<Types>) sgd_kernel(GAM_PARAM
     const Sgd<O>& sgd = formula[0];
     const bool decays = sgd.weight_decay != O(0);
     const View<Types, T> params(table, row, Lists::kParams), theta(table, row, Lists::kTheta);
-    const View<Types, S> buffer(table, row, Lists::kBuffer);
+    const View<Types, T> buffer(table, row, Lists::kBuffer);
     const Combined<Types, T> combined(table, row, Lists::kTerms, numbers.d);
     const Combine<O> combine = combine_of<O>(factor);
     each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {
@@ -64,9 +63,8 @@ __global__ void __launch_bounds__(kBlock, kResident<Types, 1>) adam_kernel(GAM_P
   const AdamNumbers& numbers = number(arguments.groups, row.group);
   GAM_SHARED(double, factor, kMaxTerms);
   find_factors(arguments.sums, numbers.d, factor);
-  with_types(Types(), row, [&](auto type, auto state) {
+  with_type(Types(), row, [&](auto type) {
     using T = decltype(type);
-    using S = decltype(state);
     using O = opmath_t<T>;
     constexpr int V = kPack<T>;
     const AdamGroup& group = numbers.group;
@@ -80,8 +78,8 @@ __global__ void __launch_bounds__(kBlock, kResident<Types, 1>) adam_kernel(GAM_P
     const Adam<O>& adam = formula[0];
     const bool decays = adam.weight_decay != O(0);
     const View<Types, T> params(table, row, Lists::kParams), theta(table, row, Lists::kTheta);
-    const View<Types, S> average(table, row, Lists::kAverage), square(table, row, Lists::kSquare);
-    const View<Types, S> largest(table, row, Lists::kLargest);
+    const View<Types, T> average(table, row, Lists::kAverage), square(table, row, Lists::kSquare);
+    const View<Types, T> largest(table, row, Lists::kLargest);
     const Combined<Types, T> combined(table, row, Lists::kTerms, numbers.d);
     const Combine<O> combine = combine_of<O>(factor);
     each_pack<V>(piece, row.packed, [&](auto pack, int64_t i, int) {

@@ -124,20 +124,20 @@ class AdamGroup:
     maximize: bool
 
 
-def takes_state(leaves: Leaves, *state: Sequence[Tensor | None], wider: bool) -> bool:
-    """Return whether kernels take state of these dtypes: the parameter's, and with ``wider`` fp32 beside 16 bits.
+def takes_state(leaves: Leaves, *state: Sequence[Tensor | None]) -> bool:
+    """Return whether the state of the base optimizer has the dtypes of the parameters, as kernels need it.
 
     They differ where a model was converted after its optimizer had stepped.
 
     >>> leaves = Leaves([torch.zeros(2, dtype=torch.float16)], [0])
-    >>> [takes_state(leaves, [torch.zeros(2)], wider=wider) for wider in (False, True)]
-    [False, True]
+    >>> takes_state(leaves, [torch.zeros(2)]), takes_state(leaves, [None])
+    (False, True)
     """
-    for param, *values in zip(leaves.params, *state, strict=True):
-        dtypes = {value.dtype for value in values if value is not None} or {param.dtype}
-        if dtypes != {param.dtype} and not (wider and dtypes == {torch.float32} and param.dtype.itemsize == 2):
-            return False
-    return True
+    return all(
+        value is None or value.dtype is param.dtype
+        for values in state
+        for param, value in zip(leaves.params, values, strict=True)
+    )
 
 
 class Versions(Protocol):
@@ -246,9 +246,9 @@ class Backend(Protocol):
         *,
         from_start: bool,
         eta: PerGroup | None = None,
-        folds: Sequence[FoldInto] = (),
+        fold: FoldInto | None = None,
     ) -> None:
-        r"""``params ← origin + radius / (√square + ξ) · T² (a − b)``, then the folds.
+        r"""``params ← origin + radius / (√square + ξ) · T² (a − b)``, then the fold.
 
         ``square`` is what :meth:`square_norm` gave, summed over devices; ξ = 1e-12. The origin is θ with
         ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the leaves are not yet saved,

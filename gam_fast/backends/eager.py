@@ -312,7 +312,7 @@ class EagerBackend:
         *,
         from_start: bool,
         eta: PerGroup | None = None,
-        folds: Sequence[FoldInto] = (),
+        fold: FoldInto | None = None,
     ) -> None:
         if not leaves.saved:
             copy_bits(leaves.backup, leaves.params)
@@ -328,7 +328,7 @@ class EagerBackend:
             params = chunk.open(leaves.params)
             _add(chunk, params, step, factor[chunk.group])
             chunk.close(leaves.params, params)
-            for fold in folds:
+            if fold is not None:
                 into = chunk.open(fold.into)
                 torch._foreach_mul_(into, fold.k[chunk.group])
                 torch._foreach_add_(into, chunk(fold.other), alpha=fold.l[chunk.group])

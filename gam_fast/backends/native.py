@@ -143,15 +143,15 @@ class NativeBackend:
         *,
         from_start: bool,
         eta: PerGroup | None = None,
-        folds: Sequence[FoldInto] = (),
+        fold: FoldInto | None = None,
     ) -> None:
         plan = self._plan_for(leaves)
         if self._takes_sums(leaves):
             self.core.perturb(
-                plan, leaves, a, b, radius, scalars.on_device(square, leaves.params[0].device), from_start, eta, folds
+                plan, leaves, a, b, radius, scalars.on_device(square, leaves.params[0].device), from_start, eta, fold
             )
         else:
-            self.core.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, folds)
+            self.core.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, fold)
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
         return self.core.inner_products(self._plan_for(leaves), u.terms, u.p, None if m is None else m.p, groups)

@@ -31,10 +31,8 @@ KEPT = 32
 """Tables that are kept. A step has about eight; the memory of gradients may alternate between a few places."""
 
 PARAMETERS: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in table.PARAMETERS)
-STATES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in table.STATES)
-"""By the code of a row: dtypes of a parameter, and of the state of its base optimizer."""
+"""By the code of a row."""
 
-_CODES = {pair: code for code, pair in enumerate(zip(PARAMETERS, STATES, strict=True))}
 _ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")  # its address is 0
 
 Value = TypeVar("Value")
@@ -48,13 +46,11 @@ class Argument:
         name: what errors call it.
         tensors: aligned with the leaves.
         written: whether the launch writes to it.
-        is_state: whether it may be fp32 beside a 16-bit parameter.
     """
 
     name: str
     tensors: Sequence[Tensor | None] | None
     written: bool = False
-    is_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,8 +202,7 @@ class Tables:
         return Rows(torch.tensor([*rows, *layouts], dtype=torch.int64, device="cpu"), among, strided, width)
 
     def _codes(self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]]) -> list[int]:
-        """Check that every tensor fits its leaf, and return the code of each leaf's types."""
-        states = list(self.dtypes)
+        """Check that every tensor fits its leaf, and return the code of each leaf's dtype."""
         for argument, tensors in zip(arguments, lists, strict=True):
             for i, (tensor, size, dtype) in enumerate(zip(tensors, self.sizes, self.dtypes, strict=True)):
                 if tensor is _ABSENT:
@@ -218,14 +213,12 @@ class Tables:
                     raise ValueError(
                         f"{name} must have the shape of its parameter, {tuple(size)}, got {tuple(tensor.size())}"
                     )
-                if argument.is_state:
-                    states[i] = tensor.dtype
-                if tensor.dtype != dtype and not (argument.is_state and (dtype, tensor.dtype) in _CODES):
+                if tensor.dtype != dtype:
                     raise TypeError(f"{name} must have the dtype of its parameter, {dtype}, got {tensor.dtype}")
-        unknown = next((dtype for dtype in self.dtypes if (dtype, dtype) not in _CODES), None)
+        unknown = next((dtype for dtype in self.dtypes if dtype not in PARAMETERS), None)
         if unknown is not None:
             raise TypeError(f"parameters must be of dtype float64, float32, bfloat16 or float16, got {unknown}")
-        return [_CODES[pair] for pair in zip(self.dtypes, states, strict=True)]
+        return [PARAMETERS.index(dtype) for dtype in self.dtypes]
 
     def _on_device(self, wanted: Sequence[tuple[Key, Tensor]]) -> list[Tensor]:
         """Copies of these tensors on the current stream's device: those of before, the others made by one transfer."""

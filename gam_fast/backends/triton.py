@@ -47,8 +47,6 @@ from .trial import interprets, kernels, why_unusable
 if util.find_spec("triton") is None:
     raise ImportError("Triton is not installed: pip install triton on Linux, or a build of torch for CUDA or ROCm")
 
-MAX_FOLDS = 2
-
 MAX_PLANS = 4
 """Sets of leaves whose tables an optimizer keeps on each device."""
 
@@ -133,11 +131,9 @@ class TritonBackend:
         *,
         from_start: bool,
         eta: PerGroup | None = None,
-        folds: Sequence[FoldInto] = (),
+        fold: FoldInto | None = None,
     ) -> None:
         _, moves, _ = kernels()
-        if len(folds) > MAX_FOLDS:
-            raise ValueError(f"folds must be at most {MAX_FOLDS}, got {len(folds)}")
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             if not leaves.saved and self._saves_apart(tables.device):
@@ -151,11 +147,11 @@ class TritonBackend:
                 Argument("a", a),
                 Argument("b", b),
             ]
-            for fold in folds:
+            if fold is not None:
                 lists += (Argument("into", fold.into, written=True), Argument("other", fold.other))
             columns = {"radius": radius, "eta": [0.0] * tables.groups if eta is None else eta}
-            for number, fold in enumerate(folds, 1):
-                columns |= {f"k{number}": fold.k, f"l{number}": fold.l}
+            if fold is not None:
+                columns |= {"k": fold.k, "l": fold.l}
             absent = [0.0] * tables.groups
             rows = zip(*(tables.by_group(name, columns.get(name, absent)) for name in PERTURB), strict=True)
             numbers = [x for row in rows for x in row]
@@ -165,7 +161,7 @@ class TritonBackend:
                 "WEIGHTED": eta is not None,
                 "SAVE": save,
                 "FROM_START": from_start,
-                "FOLDED": len(folds),
+                "FOLDED": fold is not None,
             }
             total, mark = scalars.on_device(square, tables.device), self._mark_on(tables.device)
             self._ticket += 1
@@ -221,7 +217,7 @@ class TritonBackend:
         first: list[bool],
         groups: Sequence[SGDGroup],
     ) -> None:
-        if not takes_state(leaves, momentum_buffer, wider=True):
+        if not takes_state(leaves, momentum_buffer):
             EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
             return
         _, _, updates = kernels()
@@ -234,7 +230,7 @@ class TritonBackend:
             lists = [
                 Argument("params", leaves.params, written=True),
                 Argument("theta", _theta(leaves)),
-                Argument("momentum_buffer", buffers, written=True, is_state=True),
+                Argument("momentum_buffer", buffers, written=True),
                 *terms.arguments(),
             ]
             numbers = [[*_numbers_of_sgd(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]
@@ -253,7 +249,7 @@ class TritonBackend:
         step: Sequence[float],
         groups: Sequence[AdamGroup],
     ) -> None:
-        if not takes_state(leaves, exp_avg, exp_avg_sq, max_exp_avg_sq, wider=True):
+        if not takes_state(leaves, exp_avg, exp_avg_sq, max_exp_avg_sq):
             EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
             return
         _, _, updates = kernels()
@@ -266,9 +262,9 @@ class TritonBackend:
             lists = [
                 Argument("params", leaves.params, written=True),
                 Argument("theta", _theta(leaves)),
-                Argument("exp_avg", exp_avg, written=True, is_state=True),
-                Argument("exp_avg_sq", exp_avg_sq, written=True, is_state=True),
-                Argument("max_exp_avg_sq", largest, written=True, is_state=True),
+                Argument("exp_avg", exp_avg, written=True),
+                Argument("exp_avg_sq", exp_avg_sq, written=True),
+                Argument("max_exp_avg_sq", largest, written=True),
                 *terms.arguments(),
             ]
             numbers = [[*_numbers_of_adam(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]

@@ -31,7 +31,7 @@ struct Model {
   Table table(const std::vector<std::vector<std::vector<float>>*>& data) {
     for (size_t i = 0; i < sizes.size(); ++i) {
       unsigned char* at = rows.data() + i * static_cast<size_t>(row_bytes(lists));
-      Row row{0, 0, Dtype::kFloat, Dtype::kFloat, true, -1};
+      Row row{0, 0, Dtype::kFloat, true, -1};
       for (int k = 0; k < lists; ++k) {
         float* const address = k < static_cast<int>(data.size()) && data[static_cast<size_t>(k)]
                                    ? (*data[static_cast<size_t>(k)])[i].data()
@@ -77,7 +77,7 @@ void check() {
   if (!(std::fabs(total / expected - 1.0) < 1e-6)) std::printf("wrong: norm %g, not %g\n", total, expected);
 
   Model moves(sizes, PerturbArguments::kLists);
-  PerturbArguments arguments{moves.table({&params, &backup, &a}), nullptr, true, false, 0, {}};
+  PerturbArguments arguments{moves.table({&params, &backup, &a}), nullptr, true, false, false, {}};
   arguments.groups.few[0].radius = 0.5;
   perturb(grid, Types::kFloat, false, false, arguments);
   const auto before = values(sizes, 1.0f), old = values(sizes, 0.0f);

@@ -95,8 +95,7 @@ struct Round {
     parallel(plan, threads, [&](Range r) { loops.perturb(work, move, r); });
     move.b = b.list(), move.eta = numbers;
     move.save = false, move.from_start = true;
-    move.folds[0] = {c.list(), b.list(), numbers, numbers};
-    move.fold_count = 1;
+    move.fold = {c.list(), b.list(), numbers, numbers};
     parallel(plan, threads, [&](Range r) { loops.perturb(work, move, r); });
 
     const InnerProducts both{d, d};
