@@ -110,7 +110,7 @@ figures: setup-test  ## the README's figures of speed, measured anew on this mac
 PARETO_FILES = $(if $(findstring --quick,$(ARGS)),build/pareto.json build/pareto.png build/pareto.md,bench/results/pareto_cpu.json docs/pareto.png docs/results/pareto.md)
 pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (50 minutes)
 	@mkdir -p build
-	$(PY) -m bench.pareto $(join --json= --png= --markdown=,$(PARETO_FILES)) $(ARGS)
+	$(PY) -m experiments.pareto $(join --json= --png= --markdown=,$(PARETO_FILES)) $(ARGS)
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there. Tests of
 # the plain backend have nothing for a sanitizer.
@@ -130,13 +130,13 @@ sanitize: setup-test  ## the core under the address, undefined-behaviour and thr
 	  $(addprefix $(CURDIR)/tests/,$(SANITIZED_TESTS)) $(ARGS)
 
 sass: setup-test  ## registers, spills, vector accesses, occupancy of the CUDA kernels (a core for CUDA, no GPU)
-	$(PY) -m bench.sass $(ARGS)
+	$(PY) -m tools.sass $(ARGS)
 
 ptx:  ## PTX of the CUDA kernels for sm_90, with their names and arguments as JSON, in build/ptx (nvcc, no GPU)
-	$(PY) -m bench.ptx $(ARGS)
+	$(PY) -m tools.ptx $(ARGS)
 
 aot: setup-test  ## the Triton kernels compiled for six GPUs, and checked (no GPU)
-	$(PY) -m bench.aot $(ARGS)
+	$(PY) -m tools.aot $(ARGS)
 
 # With PYTHON=<interpreter that has torch, numpy, pytest, setuptools and ninja>, without a network.
 STAGES ?=

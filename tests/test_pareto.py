@@ -9,9 +9,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from bench import census, front, pareto, pareto_page, pareto_report, runs, tasks
 from bench.data import DataError
-from bench.runs import CONTENDERS, Contender, Run
+from experiments import census, front, pareto, pareto_page, pareto_report, runs, tasks
+from experiments.runs import CONTENDERS, Contender, Run
 
 # raised inside a dependency of curvlinops
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -262,7 +262,7 @@ def test_every_contender_has_its_row(outputs):
 def test_the_page_has_tables_and_advice(outputs):
     text = outputs["markdown"].read_text(encoding="utf-8")
     assert "A quick run: its figures mean nothing" in text
-    for words in ("## digits", "## Which to take", "`GAM .25` against `GAM`", "python -m bench.pareto"):
+    for words in ("## digits", "## Which to take", "`GAM .25` against `GAM`", "python -m experiments.pareto"):
         assert words in text
     assert outputs["png"].read_bytes().startswith(b"\x89PNG")
 

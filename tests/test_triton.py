@@ -313,7 +313,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_and_use_the_widest_accesses(name):
     """In fp32; `make aot` does all types, alone and together."""
-    from bench import aot
+    from tools import aot
 
     found = aot.check(name, (tables.PARAMETERS.index(torch.float32),), mixed=False)
     assert {what.split()[0] for what, _, _ in found} == {
@@ -323,7 +323,7 @@ def test_kernels_compile_and_use_the_widest_accesses(name):
 
 
 def test_narrow_accesses_would_be_found(monkeypatch):
-    from bench import aot
+    from tools import aot
 
     narrow = launches.Shape(128, 128)
     monkeypatch.setattr(aot, "vectors", lambda variant, code, shape: (variant.reads, variant.writes))

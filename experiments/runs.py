@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import gam_fast
+from bench.rounds import rounds
 from gam_fast import flatness
 
-from .rounds import rounds
 from .tasks import Task
 
 PASSES = {"base": 1, "SAM": 2, "GAM": 4}

@@ -1,12 +1,13 @@
-"""The page of the documentation on what :mod:`bench.pareto` found, with the advice that its figures support."""
+"""The page of the documentation on what :mod:`experiments.pareto` found, with the advice that its figures support."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from bench.report import conditions
+
 from .front import CHEAP, CLOSE, beats_sam, check, difference, needed
 from .pareto_report import FIGURES, found, fronts, times
-from .report import conditions
 
 
 def words(mean: float, error: float | None) -> str:

@@ -1,5 +1,5 @@
 // Prints the arguments of the CUDA kernels as JSON: the size of each structure, and where its fields lie. For those who
-// execute the kernels' PTX by other means than CUDA (see bench/ptx.py).
+// execute the kernels' PTX by other means than CUDA (see tools/ptx.py).
 
 #include <cstddef>
 #include <cstdio>
@@ -35,7 +35,7 @@ int main() {
   FIELD(Piece, begin), FIELD(Piece, leaf), FIELD(Piece, length);
   END();
   STRUCT(Row);
-  FIELD(Row, group), FIELD(Row, option), FIELD(Row, dtype), FIELD(Row, state), FIELD(Row, packed), FIELD(Row, layout);
+  FIELD(Row, group), FIELD(Row, option), FIELD(Row, dtype), FIELD(Row, packed), FIELD(Row, layout);
   END();
   STRUCT(Table);
   FIELD(Table, pieces), FIELD(Table, rows), FIELD(Table, layouts), FIELD(Table, row_bytes);
@@ -83,7 +83,7 @@ int main() {
   END();
   STRUCT(PerturbArguments);
   FIELD(PerturbArguments, table), FIELD(PerturbArguments, square), FIELD(PerturbArguments, save);
-  FIELD(PerturbArguments, from_start), FIELD(PerturbArguments, folds), FIELD(PerturbArguments, groups);
+  FIELD(PerturbArguments, from_start), FIELD(PerturbArguments, fold), FIELD(PerturbArguments, groups);
   END();
   STRUCT(CopyArguments);
   FIELD(CopyArguments, table);

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from . import options, pareto_page, pareto_report
-from .contenders import machine
-from .data import DataError
+from bench import options
+from bench.contenders import machine
+from bench.data import DataError
+from bench.report import write_json
+
+from . import pareto_page, pareto_report
 from .front import check, needed, rows
-from .report import write_json
 from .runs import CONTENDERS, Contender, Run, gradient_ms, train
 from .tasks import TASKS, Task
 
@@ -108,7 +110,7 @@ def command(given: argparse.Namespace) -> str:
     words = {"--task": ",".join(given.task), "--seeds": ",".join(map(str, given.seeds)), "--threads": given.threads}
     if given.contenders != list(CONTENDERS):
         words["--contenders"] = ",".join(given.contenders)
-    return "python -m bench.pareto " + shlex.join(str(word) for pair in words.items() for word in pair)
+    return "python -m experiments.pareto " + shlex.join(str(word) for pair in words.items() for word in pair)
 
 
 def compute(given: argparse.Namespace) -> dict[str, Any]:

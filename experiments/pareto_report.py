@@ -1,12 +1,13 @@
-"""What :mod:`bench.pareto` found, as tables and as a picture."""
+"""What :mod:`experiments.pareto` found, as tables and as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from bench.report import Table, conditions, png
+
 from .front import Row, front
-from .report import Table, conditions, png
 
 FIGURES = {"accuracy": "test accuracy, %", "lambda_max": "λmax", "r1": "R1"}
 """What is drawn against cost, with its headings."""

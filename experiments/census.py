@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import DataError
-from .networks import Block, twice_differentiable
+from bench.data import DataError
+from bench.networks import Block, twice_differentiable
 
 CLASSES = ("female", "male", "surname")
 SURNAMES = 4000

@@ -1,7 +1,7 @@
 """What the compiler made of the CUDA kernels, read from the core: registers, spills, vector accesses, occupancy.
 
 Needs no GPU, but a core built with GAM_FAST_BUILD=cuda, cuobjdump (of a CUDA toolkit or of the triton package) and the
-toolkit's cuda_occupancy.h. The figures are checked against ``bench/sass_limits.json``; `make sass` runs this.
+toolkit's cuda_occupancy.h. The figures are checked against ``tools/sass_limits.json``; `make sass` runs this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LIMITS = ROOT / "bench" / "sass_limits.json"
+LIMITS = ROOT / "tools" / "sass_limits.json"
 LOADS = re.compile(r"LD[G]?\..*\b128\b")
 STORES = re.compile(r"ST[G]?\..*\b128\b")
 SPILLS = re.compile(r"LDL|STL")
@@ -109,16 +109,8 @@ def kernels(library: str, architecture: str, cuobjdump: str) -> list[Kernel]:
         if not head:
             continue
         arguments = re.sub(r"gam::(cuda::|any::)?", "", head[2])
-        only = re.match(r"Only<(\w+), (\w+)>", arguments)
-        types = (
-            "any"
-            if "Any" in arguments
-            else ""
-            if not only
-            else only[1]
-            if only[1] == only[2]
-            else "+".join(only.groups())
-        )
+        only = re.match(r"Only<(\w+)>", arguments)
+        types = "any" if "Any" in arguments else only[1] if only else ""
         hot = [loop for loop in loops(instructions) if any(LOADS.search(text) for text in loop)]
         registers, stack, shared = usage[mangled]
         found.append(
@@ -144,7 +136,7 @@ def add_occupancy(found: list[Kernel], cuda_home: str) -> None:
     """By a small program with the toolkit's own calculator."""
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder, "occupancy"))
-        source = str(ROOT / "bench" / "occupancy.cpp")
+        source = str(ROOT / "tools" / "occupancy.cpp")
         command = [os.environ.get("CXX", "c++"), "-std=c++17", f"-I{cuda_home}/include", source, "-o", program]
         subprocess.run(command, check=True)
         lines = []

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def arguments_of(folder: Path) -> dict[str, Any]:
     """For each structure its size in bytes, and for each field its offset and size."""
     program = folder / "layouts"
-    source = str(ROOT / "bench" / "layouts.cpp")
+    source = str(ROOT / "tools" / "layouts.cpp")
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-Wno-invalid-offsetof", source, "-o", str(program)]
     subprocess.run(command, check=True)
     text = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout

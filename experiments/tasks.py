@@ -1,7 +1,7 @@
 """What is learnt when methods are compared by what they find: data, network, base optimizer and settings.
 
 ``digits`` is the task of ``examples/digits.py``, with its wrong labels, ``clean`` the same without them, and ``names``
-that of :mod:`bench.census`. Settings were chosen on the seeds in ``Task.chosen_on``, and are reported on others.
+that of :mod:`experiments.census`. Settings were chosen on the seeds in ``Task.chosen_on``, and are reported on others.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.data import DataError
 from gam_fast import flatness
 
 from . import census
-from .data import DataError
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
