@@ -26,7 +26,7 @@ def now(device: str) -> float:
 
 
 CYCLES_PER_SECOND = 2e9
-"""Of a GPU, or somewhat more."""
+"""The clock rate of a GPU, or somewhat more."""
 
 
 def keep_busy(device: str, seconds: float) -> None:
@@ -40,7 +40,7 @@ CALLS = 10
 
 
 def time_call(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds that one call takes the device, and that it takes the host."""
+    """Return the seconds that one call takes the device, and those that it takes the host."""
     start = now(device)
     run()
     host = time.perf_counter() - start

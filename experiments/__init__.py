@@ -1,1 +1,1 @@
-"""What cheaper ascents find: accuracy and flatness against gradients and time, on small tasks."""
+"""Measure cheaper ascents on small tasks: accuracy and flatness against gradients and time."""

@@ -1,4 +1,4 @@
-"""What :mod:`experiments.pareto` found, as tables and as a picture."""
+"""Show the findings of :mod:`experiments.pareto` as tables and as a picture."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -66,28 +65,6 @@ class Hooked(Optimizer):
                 return out
 
         return wrapper
-
-
-def _tell_shortly(name: str, text: str) -> None:
-    """Give the class a copy of a method of torch with a docstring of one line: torch's are a third of ``help(GAM)``."""
-    method: Any = getattr(Optimizer, name)
-    copy = FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
-    copy.__dict__.update(vars(method))
-    copy.__kwdefaults__ = method.__kwdefaults__
-    copy.__doc__, copy.__annotations__, copy.__module__ = text, method.__annotations__, __name__
-    setattr(Hooked, name, copy)
-
-
-for _name, _call in {
-    "register_step_pre_hook": "``hook(optimizer, args, kwargs)`` before the update of a step",
-    "register_step_post_hook": "``hook(optimizer, args, kwargs)`` after the update of a step",
-    "register_state_dict_pre_hook": "``hook(optimizer)`` before ``state_dict()``",
-    "register_state_dict_post_hook": "``hook(optimizer, state_dict)`` after ``state_dict()``: it may return another",
-    "register_load_state_dict_pre_hook": "``hook(optimizer, state_dict)`` before loading it: it may return another",
-    "register_load_state_dict_post_hook": "``hook(optimizer)`` after ``load_state_dict()``",
-}.items():
-    _tell_shortly(_name, f"Call {_call}. As in torch.")
-_tell_shortly("zero_grad", "Clear the gradients, or zero them in place. As in torch.")
 
 
 _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__

@@ -58,7 +58,7 @@ class Drive:
         self.is_managed = False
         """Whether a context manager sees to the end."""
         self.is_done = False
-        """Whether a loop in it has come to its end."""
+        """True once a loop in it has come to its end."""
         self.loop: object = None
         """The loop that asked last."""
 

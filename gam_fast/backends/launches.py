@@ -14,7 +14,7 @@ from .tables import Argument, Prepared
 
 
 class Shape(NamedTuple):
-    """Of a program: ``block`` elements of each array at once, by ``threads`` threads, whole warps of any GPU."""
+    """The shape of a program: ``block`` elements of each array at once, by ``threads`` threads (whole warps)."""
 
     block: int
     threads: int
