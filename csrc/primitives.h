@@ -13,26 +13,17 @@ enum class Dtype : uint8_t { kDouble, kFloat, kBFloat16, kHalf };
 
 inline constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2; }
 
-inline constexpr int kMaxDims = 64;  // torch's own limit
 inline constexpr int kMaxTerms = 3;
 inline constexpr int kSums = 3;  // ‖u‖², ⟨m,u⟩, ‖m‖²
 
-// One parameter.
+// One parameter. All of a call have one dtype, and are dense in memory: each of the lists has, for a leaf, an array of as
+// many elements in the same order.
 struct Leaf {
-  Dtype dtype;
-  int group, dims;
+  int group;
   int64_t numel;
-  const int64_t* sizes;
 };
 
-// One tensor of a list. Dense arrays of a leaf are walked in the order of memory, which is then the same for all of the
-// leaf's arrays; with strides, elements are found one by one in logical order.
-struct Array {
-  void* data = nullptr;
-  const int64_t* strides = nullptr;
-};
-
-using List = const Array*;       // by leaf; null where the primitive has no such argument
+using List = void* const*;       // by leaf, the array; the list is null where the primitive has no such argument
 using PerGroup = const double*;  // by parameter group
 
 // Σ_t factor_t x_t with factor_t = s (p_t + κ q_t); for each group the terms that take part, in order.

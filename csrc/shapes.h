@@ -1,4 +1,4 @@
-// The shapes, dtypes and groups of one optimizer's parameters.
+// The dtype, shapes and groups of one block of parameters.
 #pragma once
 
 #include <algorithm>
@@ -11,30 +11,31 @@ namespace gam {
 
 class Shapes {
  public:
+  // How a tensor lies in memory. It has no gaps and does not overlap itself.
   struct Shape {
-    Dtype dtype;
-    int group;
-    std::vector<int64_t> sizes;
+    std::vector<int64_t> sizes, strides;
   };
 
-  explicit Shapes(std::vector<Shape> shapes) : shapes_(std::move(shapes)) {
-    for (const Shape& shape : shapes_) {
+  Shapes(Dtype dtype, std::vector<Shape> shapes, const std::vector<int64_t>& group)
+      : dtype_(dtype), shapes_(std::move(shapes)) {
+    for (size_t i = 0; i < shapes_.size(); ++i) {
       int64_t numel = 1;
-      for (const int64_t size : shape.sizes) numel *= size;
-      leaves_.push_back({shape.dtype, shape.group, static_cast<int>(shape.sizes.size()), numel, shape.sizes.data()});
-      groups_ = std::max(groups_, shape.group + 1);
-      bytes_ += numel * size_of(shape.dtype);
+      for (const int64_t size : shapes_[i].sizes) numel *= size;
+      leaves_.push_back({static_cast<int>(group[i]), numel});
+      groups_ = std::max(groups_, leaves_[i].group + 1);
+      bytes_ += numel * size_of(dtype);
     }
   }
-  Shapes(const Shapes&) = delete;  // leaves point into shapes
 
   size_t size() const { return shapes_.size(); }
   const Shape& operator[](size_t i) const { return shapes_[i]; }
   const std::vector<Leaf>& leaves() const { return leaves_; }
+  Dtype dtype() const { return dtype_; }
   int groups() const { return groups_; }
   int64_t bytes() const { return bytes_; }  // of one list of tensors
 
  private:
+  Dtype dtype_;
   std::vector<Shape> shapes_;
   std::vector<Leaf> leaves_;
   int groups_ = 0;
