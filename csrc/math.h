@@ -97,81 +97,124 @@ struct Combine {
   GAM_FORMULA T operator()(T x, T y, T z) const { return multiply_add(factor[2], z, (*this)(x, y)); }
 };
 
-// The updates have no branches: options are factors of 0, 1 and −1, whose products are exact. Loops over them are then
-// vectorized by every compiler, and threads of a GPU stay together. `decayed` is the θ that weight decay applies to; it
-// is θ itself, or 0 where the decay is 0, so that an infinite parameter is not multiplied by 0.
+// The steps of base optimizers. Each is made of the numbers of a parameter group and of a leaf, in the order of its
+// enumerations; it returns the new parameter and advances state[0 … kState). The state that a leaf does not have is 0,
+// and is not kept.
+//
+// They have no branches: options are factors of 0, 1 and −1, whose products are exact, or choices between two values.
+// Loops over them are then vectorized by every compiler, and threads of a GPU stay together.
 
-// One step of torch.optim.SGD; returns the new parameter and advances the buffer.
+// ±d + λ θ; where λ is 0, an infinite parameter is not multiplied by it.
+template <class T>
+GAM_FORMULA T with_decay(T d, T theta, T sign, T weight_decay) {
+  return multiply_add(weight_decay, weight_decay != T(0) ? theta : T(0), sign * d);
+}
+
+// a + weight (b − a), begun at the nearer end, as torch.lerp does
+template <class T>
+struct Interpolate {
+  T weight, of_a, of_b;
+
+  Interpolate() = default;
+  GAM_FORMULA explicit Interpolate(double w)
+      : weight(w < 0.5 ? T(w) : T(w) - T(1)), of_a(w < 0.5 ? T(1) : T(0)), of_b(T(1) - of_a) {}
+  GAM_FORMULA T operator()(T a, T b) const { return multiply_add(weight, b - a, multiply_add(of_b, b, of_a * a)); }
+};
+
+// torch.optim.SGD; the state is the buffer b.
 //   d ← ±d + λ θ;   b ← μ b + (1 − τ) d;   θ − lr (d + μ b with Nesterov's momentum, else b)
-// The first step, b ← d, has first = true, and a buffer of zeros.
+// In the first step of a leaf, and in all without momentum, b ← d: `first`, with a buffer of zeros.
 template <class T>
 struct Sgd {
+  static constexpr int kState = 1;
+  enum OfGroup { kLr, kMomentum, kDampening, kWeightDecay, kNesterov, kMaximize, kOfGroup };
+  enum OfLeaf { kFirst, kOfLeaf };
+
   T lr, sign, weight_decay, momentum, of_direction;
+  bool nesterov;
 
   Sgd() = default;
-  GAM_FORMULA Sgd(double lr, double momentum, double dampening, double weight_decay, bool maximize, bool first)
-      : lr(T(lr)),
-        sign(maximize ? T(-1) : T(1)),
-        weight_decay(T(weight_decay)),
-        momentum(T(momentum)),
-        of_direction(first ? T(1) : T(1.0 - dampening)) {}
+  GAM_FORMULA Sgd(const double* group, const double* leaf)
+      : lr(T(group[kLr])),
+        sign(group[kMaximize] != 0.0 ? T(-1) : T(1)),
+        weight_decay(T(group[kWeightDecay])),
+        momentum(T(group[kMomentum])),
+        of_direction(leaf[kFirst] != 0.0 ? T(1) : T(1.0 - group[kDampening])),
+        nesterov(group[kNesterov] != 0.0) {}
 
-  GAM_FORMULA T operator()(T d, T theta, T decayed) const {
-    return multiply_add(-lr, multiply_add(weight_decay, decayed, sign * d), theta);
-  }
-  template <bool Nesterov>
-  GAM_FORMULA T with_momentum(T d, T theta, T decayed, T& buffer) const {
-    d = multiply_add(weight_decay, decayed, sign * d);
-    buffer = multiply_add(of_direction, d, momentum * buffer);
-    return multiply_add(-lr, Nesterov ? multiply_add(momentum, buffer, d) : buffer, theta);
+  GAM_FORMULA T operator()(T d, T theta, T* state) const {
+    d = with_decay(d, theta, sign, weight_decay);
+    const T buffer = multiply_add(of_direction, d, momentum * state[0]);
+    state[0] = buffer;
+    return multiply_add(-lr, nesterov ? multiply_add(momentum, buffer, d) : buffer, theta);
   }
 };
 
-// One step of torch.optim.Adam or AdamW; returns the new parameter and advances the averages.
-//   m ← m + (1 − β₁)(d − m);   v ← β₂ v + (1 − β₂) d²;   θ − step_size m / (√v / root_correction + ε)
-// with step_size = lr / (1 − β₁ᵗ) and root_correction = √(1 − β₂ᵗ). Coupled decay adds λθ to d; decoupled decay first
-// multiplies θ by 1 − lr λ.
+// torch.optim.Adam and AdamW; the state is m, v and, with amsgrad, the largest v so far, which takes the place of v.
+//   m ← m + (1 − β₁)(d − m);   v ← β₂ v + (1 − β₂) d²;   shrink θ − step_size m / (√v / root_correction + ε)
+// with step_size = lr / (1 − β₁ᵗ) and root_correction = √(1 − β₂ᵗ). Coupled decay adds λθ to d; decoupled decay has
+// shrink = 1 − lr λ in its place.
 template <class T>
 struct Adam {
-  T sign, weight_decay, shrink, weight, of_average, of_direction, beta2, one_minus_beta2, eps, step_size,
-      root_correction;
+  static constexpr int kState = 3;
+  enum OfGroup { kBeta1, kBeta2, kEps, kWeightDecay, kShrink, kMaximize, kOfGroup };
+  enum OfLeaf { kStepSize, kRootCorrection, kOfLeaf };
+
+  T sign, weight_decay, shrink, beta2, one_minus_beta2, eps, step_size, root_correction;
+  Interpolate<T> average;
 
   Adam() = default;
-  GAM_FORMULA Adam(double lr, double beta1, double beta2, double eps, double decay, bool decoupled, bool maximize,
-                   double step_size, double root_correction)
-      : sign(maximize ? T(-1) : T(1)),
-        weight_decay(T(decoupled ? 0.0 : decay)),
-        shrink(T(decoupled ? 1.0 - lr * decay : 1.0)),
-        // Of the two ends m and d, the interpolation starts at the nearer one, as torch.lerp does.
-        weight(1.0 - beta1 < 0.5 ? T(1.0 - beta1) : T(1.0 - beta1) - T(1)),
-        of_average(1.0 - beta1 < 0.5 ? T(1) : T(0)),
-        of_direction(T(1) - of_average),
-        beta2(T(beta2)),
-        one_minus_beta2(T(1.0 - beta2)),
-        eps(T(eps)),
-        step_size(T(step_size)),
-        root_correction(T(root_correction)) {}
+  GAM_FORMULA Adam(const double* group, const double* leaf)
+      : sign(group[kMaximize] != 0.0 ? T(-1) : T(1)),
+        weight_decay(T(group[kWeightDecay])),
+        shrink(T(group[kShrink])),
+        beta2(T(group[kBeta2])),
+        one_minus_beta2(T(1.0 - group[kBeta2])),
+        eps(T(group[kEps])),
+        step_size(T(leaf[kStepSize])),
+        root_correction(T(leaf[kRootCorrection])),
+        average(1.0 - group[kBeta1]) {}
 
-  GAM_FORMULA T advance(T d, T theta, T decayed, T& average, T& square) const {
-    d = multiply_add(weight_decay, decayed, sign * d);
-    average = multiply_add(weight, d - average, multiply_add(of_direction, d, of_average * average));
-    square = multiply_add(one_minus_beta2 * d, d, beta2 * square);
-    return theta * shrink;
+  GAM_FORMULA T operator()(T d, T theta, T* state) const {
+    d = with_decay(d, theta, sign, weight_decay);
+    const T m = average(state[0], d), v = multiply_add(one_minus_beta2 * d, d, beta2 * state[1]);
+    const T largest = state[2] >= v ? state[2] : v;  // v itself where there is none
+    state[0] = m, state[1] = v, state[2] = largest;
+    return theta * shrink + (-step_size * m) / (std::sqrt(largest) / root_correction + eps);
   }
-  GAM_FORMULA T moved(T theta, T average, T square) const {
-    const T denominator = std::sqrt(square) / root_correction + eps;
-    return theta + (-step_size * average) / denominator;
-  }
-  GAM_FORMULA T operator()(T d, T theta, T decayed, T& average, T& square) const {
-    theta = advance(d, theta, decayed, average, square);
-    return moved(theta, average, square);
-  }
-  GAM_FORMULA T operator()(T d, T theta, T decayed, T& average, T& square, T& largest) const {
-    theta = advance(d, theta, decayed, average, square);
-    largest = largest >= square ? largest : square;
-    return moved(theta, average, largest);
+};
+
+// Lion (arXiv 2302.06675) as in pytorch-optimizer; the state is m.
+//   θ ← shrink θ − lr sign(m + (1 − β₁)(d − m));   m ← m + (1 − β₂)(d − m);   decay as in Adam
+template <class T>
+struct Lion {
+  static constexpr int kState = 1;
+  enum OfGroup { kLr, kBeta1, kBeta2, kWeightDecay, kShrink, kMaximize, kOfGroup };
+  enum OfLeaf { kOfLeaf };
+
+  T lr, sign, weight_decay, shrink;
+  Interpolate<T> update, average;
+
+  Lion() = default;
+  GAM_FORMULA Lion(const double* group, const double*)
+      : lr(T(group[kLr])),
+        sign(group[kMaximize] != 0.0 ? T(-1) : T(1)),
+        weight_decay(T(group[kWeightDecay])),
+        shrink(T(group[kShrink])),
+        update(1.0 - group[kBeta1]),
+        average(1.0 - group[kBeta2]) {}
+
+  GAM_FORMULA T operator()(T d, T theta, T* state) const {
+    d = with_decay(d, theta, sign, weight_decay);
+    const T c = update(state[0], d);
+    state[0] = average(state[0], d);
+    return multiply_add(-lr, (c > T(0) ? T(1) : T(0)) - (c < T(0) ? T(1) : T(0)), theta * shrink);
   }
 };
 
 }  // namespace GAM_ISA
+
+// The functors above, each with its name in Python.
+#define GAM_UPDATES(X) X(Sgd, "sgd") X(Adam, "adam") X(Lion, "lion")
+
 }  // namespace gam

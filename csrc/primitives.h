@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "math.h"
+
 namespace gam {
 
 enum class Dtype : uint8_t { kDouble, kFloat, kBFloat16, kHalf };
@@ -16,8 +18,8 @@ inline constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kDouble ?
 inline constexpr int kMaxTerms = 3;
 inline constexpr int kSums = 3;  // ‖u‖², ⟨m,u⟩, ‖m‖²
 
-// One parameter. All of a call have one dtype, and are dense in memory: each of the lists has, for a leaf, an array of as
-// many elements in the same order.
+// One parameter. All of a call have one dtype, and are dense in memory: each of the lists has, for a leaf, an array of
+// as many elements in the same order.
 struct Leaf {
   int group;
   int64_t numel;
@@ -79,31 +81,30 @@ struct Materialise {
   Copy restore;  // its lists may be null
 };
 
-struct SgdGroup {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize;
-  unsigned char unused[6] = {};  // no padding: tables of these are compared byte by byte
+enum class Formula : uint8_t {
+#define GAM_NAME_OF(functor, name) k##functor,
+  GAM_UPDATES(GAM_NAME_OF)
+#undef GAM_NAME_OF
 };
 
-struct SgdStep {
+inline constexpr int kMaxState = 3, kMaxOfGroup = 6, kMaxOfLeaf = 2;  // of all formulas
+
+struct OfGroup {
+  double numbers[kMaxOfGroup] = {};
+};
+struct OfLeaf {
+  double numbers[kMaxOfLeaf] = {};
+};
+
+// A step of a base optimizer along d. A leaf has its array in each list of its state, or null, which stands for zeros
+// that are not kept.
+struct Update {
+  Formula formula = Formula::kSgd;
   Combination d;
-  List theta = nullptr, params = nullptr, buffer = nullptr;  // theta may be params; an empty buffer: no momentum
-  const unsigned char* first = nullptr;                      // by leaf
-  const SgdGroup* groups = nullptr;
-  bool stream = false;
-};
-
-struct AdamGroup {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, amsgrad, maximize;
-  unsigned char unused[5] = {};
-};
-
-struct AdamStep {
-  Combination d;
-  List theta = nullptr, params = nullptr, average = nullptr, square = nullptr, largest = nullptr;
-  const double *step_size = nullptr, *root_correction = nullptr;  // by leaf
-  const AdamGroup* groups = nullptr;
+  List theta = nullptr, params = nullptr;  // theta may be params
+  List state[kMaxState] = {};              // as many as the formula has; the others null
+  const OfGroup* groups = nullptr;
+  const OfLeaf* leaves = nullptr;
   bool stream = false;
 };
 
