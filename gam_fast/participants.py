@@ -28,7 +28,7 @@ NEVER = 1 << 62
 
 @dataclass(eq=False)
 class Shard:
-    """The leaves of one device and dtype, layout over processes and dtype of vectors, and the gradients held, by vector.
+    """The leaves of one device, dtype, layout over processes and dtype of vectors, and the gradients held, by vector.
 
     Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``.
 
