@@ -1,4 +1,7 @@
-"""The engine's SGD, Adam, AdamW and Lion against those of torch and pytorch-optimizer fed with the same direction; state dicts both ways; clipping."""
+"""The engine's SGD, Adam, AdamW and Lion against those of torch and pytorch-optimizer, fed with the same direction.
+
+State dicts both ways; clipping.
+"""
 
 from __future__ import annotations
 
