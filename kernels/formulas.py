@@ -1,7 +1,7 @@
 """Every formula of ``csrc/math.h`` once more, rounded in the same places: functions of blocks and of scalars.
 
-Symbols are those of ``gam_fast/backends/base.py``. Elements and factors are in the working precision, fp64 for float64
-and fp32 for the rest; what lies between the sums and the factors is fp64.
+Symbols are those of ``gam_fast/backends/base.py``. Elements are in the working precision, fp64 for float64 and fp32 for
+the rest; scalars are fp64, and rounded to the working precision where they meet elements.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ def clip_factor(square, limit):
 @triton.jit
 def weigh(v, theta, eta):
     """T v, with the elementwise radius of adaptive recipes T = |θ| + η"""
-    return v * (tl.abs(theta) + eta)
+    return v * (tl.abs(theta) + eta.to(v.dtype))
 
 
 @triton.jit
 def perturbed(origin, v, factor):
     """``origin + factor v``"""
-    return tl.fma(factor, v, origin)
+    return tl.fma(factor.to(v.dtype), v, origin)
 
 
 @triton.jit
 def folded(into, other, k, l):  # noqa: E741
     """``k into + l other``"""
-    return tl.fma(l, other, k * into)
+    return tl.fma(l.to(into.dtype), other, k.to(into.dtype) * into)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """What Triton makes of the kernels for GPUs that are not here: registers, local memory, vector accesses.
 
-Each kernel is compiled ahead of time, for every type it is launched with, and checked: the loop over whole blocks keeps
+Each kernel is compiled ahead of time, for every type, and checked: the loop over whole blocks keeps
 nothing in local memory, and reads and writes 16 bytes at once, as many times as there are arrays. Needs Triton and no
 GPU; not for a process with ``TRITON_INTERPRET=1``. `make aot` runs this.
 """
@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from gam_fast.kernels import moves, sums, updates
-from gam_fast.kernels.table import BLOCK_OF_TOTALS, HEADER, SUMS
+from gam_fast.kernels.table import BLOCK_OF_TOTALS, DTYPES, HEADER, SUMS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gam_fast.backends.launches import MIXED, OF_SUMS, OF_UPDATES, Shape
-from gam_fast.backends.tables import PARAMETERS
+from gam_fast.backends.launches import OF_SUMS, OF_UPDATES, Shape
 
 from .sass import LOADS, SPILLS, instructions_of, loops
 
@@ -91,7 +91,6 @@ VARIANTS = [
         for terms, p, a in ((1, False, False), (3, False, False), (3, True, True))
     ),
 ]
-ALL_CODES = (1 << len(PARAMETERS)) - 1
 
 
 @dataclass(frozen=True)
@@ -158,46 +157,26 @@ def _hip(compiled: Any) -> Compiled:
     return Compiled(number("vgpr_count"), number("private_segment_fixed_size") + spilled, loads, stores)
 
 
-def vectors(variant: Variant, code: int, shape: Shape) -> tuple[int, int]:
+def vectors(variant: Variant, dtype: str, shape: Shape) -> tuple[int, int]:
     """Reads and writes of 16 bytes that a thread needs for its share of a block."""
-    vectors_of_one = shape.block // shape.threads * PARAMETERS[code].itemsize // 16
+    vectors_of_one = shape.block // shape.threads * getattr(torch, dtype).itemsize // 16
     return variant.reads * vectors_of_one, variant.writes * vectors_of_one
 
 
-def check(
-    name: str, codes: tuple[int, ...], mixed: bool = True, of_updates: Shape = OF_UPDATES
-) -> list[tuple[str, Compiled, str]]:
-    """Compiles every kernel for one target: what it was, what came of it, and what is wrong with that, if anything.
-
-    With ``mixed`` also, of each kernel, the one for all types and layouts at once, which takes longest; it is compiled,
-    and nothing more is asked of it.
-    """
+def check(name: str, dtypes: tuple[str, ...], of_updates: Shape = OF_UPDATES) -> list[tuple[str, Compiled, str]]:
+    """Compiles every kernel for one target: what it was, what came of it, and what is wrong with that, if anything."""
     target = TARGETS[name]
     result = []
     for variant in VARIANTS:
-        is_sum = variant.kernel.__module__ == sums.__name__
-        constants = {**variant.constants, "WIDTH": HEADER + variant.lists}
-        shape = OF_SUMS if is_sum else of_updates
-        for code in codes:
-            only = {**constants, "AMONG": 1 << code, "STRIDED": False, "BLOCK": shape.block}
-            found = compile_for(variant.kernel, only, shape.threads, target)
-            loads, stores = vectors(variant, code, shape)
+        shape = OF_SUMS if variant.kernel.__module__ == sums.__name__ else of_updates
+        constants = {**variant.constants, "WIDTH": HEADER + variant.lists, "BLOCK": shape.block}
+        for dtype in dtypes:
+            found = compile_for(variant.kernel, {**constants, "TYPE": getattr(tl, dtype)}, shape.threads, target)
+            loads, stores = vectors(variant, dtype, shape)
             wrong = "uses local memory" if found.local else ""
             if found.loads < loads or found.stores < stores:
                 wrong += f" has {found.loads} loads and {found.stores} stores of 16 bytes, not {loads} and {stores}"
-            result.append(
-                (
-                    f"{variant.name}, {str(PARAMETERS[code]).removeprefix('torch.')}, {shape.block}/{shape.threads}",
-                    found,
-                    wrong,
-                )
-            )
-    last = {variant.kernel.__name__: variant for variant in VARIANTS}  # of each kernel, the one with most to do
-    for variant in last.values() if mixed else ():
-        shape = OF_SUMS if variant.kernel.__module__ == sums.__name__ else MIXED
-        constants = {**variant.constants, "WIDTH": HEADER + variant.lists, "BLOCK": shape.block}
-        found = compile_for(variant.kernel, {**constants, "AMONG": ALL_CODES, "STRIDED": True}, shape.threads, target)
-        result.append((f"{variant.name}, any type and layout, {shape.block}/{shape.threads}", found, ""))
+            result.append((f"{variant.name}, {dtype}, {shape.block}/{shape.threads}", found, wrong))
     for count in (1, SUMS):
         constants = {"SUMS": count, "BLOCK": BLOCK_OF_TOTALS}
         found = compile_for(sums.totals, constants, OF_SUMS.threads, target)
@@ -214,17 +193,17 @@ def main(argv: list[str] | None = None) -> int:
     names = options.targets.split(",")
     if not set(names) <= set(TARGETS):
         parser.error(f"--targets must be of {', '.join(TARGETS)}, got {options.targets}")
-    codes = (PARAMETERS.index(torch.float32),) if options.quick else tuple(range(len(PARAMETERS)))
+    dtypes = ("float32",) if options.quick else DTYPES
     print(f"Triton {triton.__version__}")
     failed = 0
     with ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), get_context("spawn")) as pool:
-        for name, rows in zip(names, pool.map(partial(check, codes=codes), names), strict=True):
+        for name, rows in zip(names, pool.map(partial(check, dtypes=dtypes), names), strict=True):
             for what, found, wrong in rows:
                 if options.all or wrong:
                     print(f"  {name}: {what}: {found.registers} registers {wrong}")
             wrongs = sum(bool(wrong) for _, _, wrong in rows)
             failed += wrongs
-            registers = [found.registers for what, found, _ in rows if "any type" not in what]
+            registers = [found.registers for _, found, _ in rows]
             print(f"{name}: {len(rows)} kernels, {min(registers)} to {max(registers)} registers, {wrongs} wrong")
     return 1 if failed else 0
 

@@ -124,17 +124,32 @@ class AdamGroup:
     maximize: bool
 
 
+def memory_order(tensor: Tensor) -> list[int]:
+    """Return the strides that decide in which order a dense tensor has its elements in memory.
+
+    >>> memory_order(torch.zeros(2, 1, 3)), memory_order(torch.zeros(3, 2).T), memory_order(torch.zeros(0, 3))
+    ([3, 1], [1, 2], [])
+    """
+    return [step for step, size in zip(tensor.stride(), tensor.size(), strict=True) if size != 1 and tensor.numel()]
+
+
 def takes_state(leaves: Leaves, *state: Sequence[Tensor | None]) -> bool:
-    """Return whether the state of the base optimizer has the dtypes of the parameters, as kernels need it.
+    """Return whether the state of the base optimizer has the dtype and memory order of the parameters.
 
-    They differ where a model was converted after its optimizer had stepped.
+    Kernels need that. They differ where a model was converted after its optimizer had stepped.
 
-    >>> leaves = Leaves([torch.zeros(2, dtype=torch.float16)], [0])
-    >>> takes_state(leaves, [torch.zeros(2)]), takes_state(leaves, [None])
-    (False, True)
+    >>> leaves = Leaves([torch.zeros(2, 3, dtype=torch.float16)], [0])
+    >>> takes_state(leaves, [torch.zeros(2, 3)]), takes_state(leaves, [torch.zeros(3, 2).half().T])
+    (False, False)
+    >>> takes_state(leaves, [torch.zeros(2, 3).half()], [None])
+    True
     """
     return all(
-        value is None or value.dtype is param.dtype
+        value is None
+        or (
+            value.dtype is param.dtype
+            and (value.stride() == param.stride() or memory_order(value) == memory_order(param))
+        )
         for values in state
         for param, value in zip(leaves.params, values, strict=True)
     )
