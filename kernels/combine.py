@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import table as host
-from .elements import flag, read, read_if
+from .elements import flag
 from .formulas import clip_factor, ratio, square_of_direction
 
 P = tl.constexpr(host.TERM.index("p"))
@@ -59,18 +59,6 @@ def used_of(terms, TERMS: tl.constexpr):
     found = ()
     for t in tl.static_range(TERMS):
         found += (flag(terms + (OF_TERM * t + USED)),)
-    return found
-
-
-@triton.jit
-def read_terms(pointers, used, index, length, TERMS: tl.constexpr, PARTLY: tl.constexpr, MASKED: tl.constexpr):
-    """Return a block of each term in the precision of the arithmetic."""
-    found = ()
-    for t in tl.static_range(TERMS):
-        if PARTLY:
-            found += (read_if(pointers[t], index, length, used[t], MASKED),)
-        else:
-            found += (read(pointers[t], index, length, MASKED),)
     return found
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from . import table as host
 
 GROUP = tl.constexpr(host.GROUP)
-OPTION = tl.constexpr(host.OPTION)
+NUMBERS = tl.constexpr(host.NUMBERS)
 PACKED = tl.constexpr(host.PACKED)
 HEADER = tl.constexpr(host.HEADER)
 
@@ -26,6 +26,14 @@ def piece_of(pieces, table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     length = tl.load(piece + 2).to(tl.int32)
     whole = tl.where(tl.load(row + PACKED) != 0, length // BLOCK * BLOCK, 0)
     return row, tl.load(piece + 1), whole, length
+
+
+@triton.jit
+def numbers_at(pointer, COUNT: tl.constexpr):
+    found = ()
+    for i in tl.static_range(COUNT):
+        found += (tl.load(pointer + i),)
+    return found
 
 
 @triton.jit
@@ -83,6 +91,18 @@ def read_if(pointer, index, length, some, MASKED: tl.constexpr):
         return working(tl.load(pointer + index, mask=(index < length) & some, other=0))
     else:
         return working(tl.load(pointer + index, mask=some, other=0))
+
+
+@triton.jit
+def read_all(pointers, used, index, length, COUNT: tl.constexpr, PARTLY: tl.constexpr, MASKED: tl.constexpr):
+    """Return the elements of each array, with ``PARTLY`` of those that are used."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        if PARTLY:
+            found += (read_if(pointers[i], index, length, used[i], MASKED),)
+        else:
+            found += (read(pointers[i], index, length, MASKED),)
+    return found
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from . import table as host
-from .combine import OF_TERM, combine, factors_of, kappa_and_scale, read_terms, used_of
-from .elements import GROUP, array, arrays, load, piece_of, read, working, write
+from .combine import OF_TERM, combine, factors_of, kappa_and_scale, used_of
+from .elements import GROUP, array, arrays, load, piece_of, read, read_all, working, write
 from .formulas import folded, inverse_norm, perturbed, weigh
 
 # The lists of perturb: B, INTO and OTHER may be missing, BACKUP unless it is needed.
@@ -126,7 +126,7 @@ def materialise(
         pointers = arrays(row, TERM, TERMS, begin, TYPE, MASKED)
         for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
             index = at + tl.arange(0, BLOCK)
-            x = read_terms(pointers, used, index, length, TERMS, PARTLY, MASKED)
+            x = read_all(pointers, used, index, length, TERMS, PARTLY, MASKED)
             if RESTORE:
                 write(target, index, load(source, index, length, MASKED), length, MASKED)
             write(out, index, combine(x, factors, used, TERMS, PARTLY), length, MASKED)

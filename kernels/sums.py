@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .combine import OF_TERM, combine, factors_of, read_terms, used_of
-from .elements import GROUP, array, arrays, piece_of, read, working
+from .combine import OF_TERM, combine, factors_of, used_of
+from .elements import GROUP, array, arrays, piece_of, read, read_all, working
 from .formulas import weigh
 
 # The lists of square_norm, of which B and THETA may be missing. Those of inner_products are the terms.
@@ -77,7 +77,7 @@ def inner_products(
         pointers = arrays(row, 0, TERMS, begin, TYPE, MASKED)
         for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
             index = at + tl.arange(0, BLOCK)
-            x = read_terms(pointers, used, index, length, TERMS, PARTLY, MASKED)
+            x = read_all(pointers, used, index, length, TERMS, PARTLY, MASKED)
             u = combine(x, of_u, used, TERMS, PARTLY)
             uu = tl.fma(u, u, uu)
             if WITH_M:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gam_fast.kernels import moves, sums, updates
-from gam_fast.kernels.table import BLOCK_OF_TOTALS, DTYPES, HEADER, SUMS
+from gam_fast.kernels import formulas, moves, sums, updates
+from gam_fast.kernels.table import BLOCK_OF_TOTALS, DTYPES, FORMULAS, HEADER, SUMS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -52,8 +52,17 @@ class Variant:
 
     @property
     def name(self) -> str:
-        chosen = [f"{k.lower()}={int(v)}" for k, v in self.constants.items() if k not in ("ROWS", "BLOCK")]
-        return f"{self.kernel.__name__} {' '.join(chosen)}"
+        hidden = ("ROWS", "FORMULA", "OF_GROUP", "OF_LEAF")
+        chosen = [f"{k.lower()}={int(v)}" for k, v in self.constants.items() if k not in hidden]
+        return f"{self.constants.get('FORMULA', self.kernel).__name__} {' '.join(chosen)}"
+
+
+def update(formula: str, terms: int, partly: bool, states: int) -> Variant:
+    """Return the kernel of a base optimizer's step with so many lists of state."""
+    of_group, of_leaf, _ = FORMULAS[formula]
+    chosen = {"FORMULA": getattr(formulas, formula), "OF_GROUP": of_group, "OF_LEAF": of_leaf, "STATES": states}
+    constants = {**chosen, "TERMS": terms, "PARTLY": partly, **ALONG}
+    return Variant(updates.update, constants, 2 + terms + states, 1 + terms + states, 1 + states)
 
 
 VARIANTS = [
@@ -81,14 +90,16 @@ VARIANTS = [
     Variant(moves.materialise, {"TERMS": 3, "PARTLY": False, "RESTORE": True, **ALONG}, 6, 4, 2),
     Variant(moves.materialise, {"TERMS": 2, "PARTLY": True, "RESTORE": False, **ALONG}, 5, 2, 1),
     *(
-        Variant(
-            updates.sgd, {"TERMS": terms, "PARTLY": partly, "MOMENTUM": m, **ALONG}, 3 + terms, 1 + terms + m, 1 + m
+        update(*row)
+        for row in (
+            ("sgd", 1, False, 0),
+            ("sgd", 3, False, 1),
+            ("sgd", 3, True, 1),
+            ("adam", 1, False, 2),
+            ("adam", 3, False, 2),
+            ("adam", 3, True, 3),
+            ("lion", 3, False, 1),
         )
-        for terms, partly, m in ((1, False, False), (3, False, True), (3, True, True))
-    ),
-    *(
-        Variant(updates.adam, {"TERMS": terms, "PARTLY": p, "AMSGRAD": a, **ALONG}, 5 + terms, 3 + terms + a, 3 + a)
-        for terms, p, a in ((1, False, False), (3, False, False), (3, True, True))
     ),
 ]
 

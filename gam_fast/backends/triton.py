@@ -14,7 +14,6 @@ a tensor needs it.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,17 +24,15 @@ import torch
 from torch import Tensor
 
 from .. import ownership
-from ..kernels.table import ADAM, PERTURB, SGD, SUMS
+from ..kernels.table import FORMULAS, PERTURB, SUMS
 from . import scalars
 from .base import (
-    AdamGroup,
     Bookkeeping,
     Direction,
     FoldInto,
     Leaves,
     PerGroup,
     Scalar,
-    SGDGroup,
     TensorList,
     takes_state,
 )
@@ -248,79 +245,46 @@ class TritonBackend:
             self._launch_along(moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
             after(lists, leaves.backup if leaves.saved else None, *terms.lists)
 
-    def sgd(
+    def update(
         self,
         leaves: Leaves,
         d: Direction,
-        momentum_buffer: list[Tensor | None],
-        first: list[bool],
-        groups: Sequence[SGDGroup],
+        formula: str,
+        state: Sequence[Sequence[Tensor | None]],
+        of_leaf: Sequence[Sequence[float]],
+        groups: Sequence[Sequence[float]],
     ) -> None:
-        if not takes_state(leaves, momentum_buffer):
-            EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
+        if not takes_state(leaves, *state):
+            EagerBackend().update(leaves, d, formula, state, of_leaf, groups)
             return
         _, _, updates = kernels()
+        counts = FORMULAS[formula]
+        if len(state) != counts[2]:
+            raise ValueError(f"state of {formula} must be {counts[2]} lists, got {len(state)}")
+        present = [i for i, tensors in enumerate(state, 1) if any(tensor is not None for tensor in tensors)]
+        states = max(present, default=0)
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
-            groups = tables.by_group("groups", groups)
-            has_momentum = [groups[g].momentum != 0.0 for g in leaves.group]
-            buffers = [b if has else None for b, has in zip(momentum_buffer, has_momentum, strict=True)]
             lists = [
                 Argument("params", leaves.params, written=True),
                 Argument("theta", _theta(leaves)),
-                Argument("momentum_buffer", buffers, written=True),
                 *terms.arguments(),
+                *(Argument(f"state[{i}]", state[i], written=True) for i in range(states)),
             ]
-            numbers = [[*_numbers_of_sgd(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]
-            option = tables.by_leaf("first", first)
-            momentum = {"MOMENTUM": any(has_momentum)}
-            self._launch_along(updates.sgd, tables, lists, d, terms, numbers, option=option, constants=momentum)
-            after(lists, _theta(leaves), *terms.lists)
-
-    def adam(
-        self,
-        leaves: Leaves,
-        d: Direction,
-        exp_avg: TensorList,
-        exp_avg_sq: TensorList,
-        max_exp_avg_sq: list[Tensor | None],
-        step: Sequence[float],
-        groups: Sequence[AdamGroup],
-    ) -> None:
-        if not takes_state(leaves, exp_avg, exp_avg_sq, max_exp_avg_sq):
-            EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
-            return
-        _, _, updates = kernels()
-        with guard(leaves.params[0].device):
-            tables = self._tables_for(leaves)
-            terms = terms_of(d, tables.groups)
-            groups = tables.by_group("groups", groups)
-            has_largest = [groups[g].amsgrad for g in leaves.group]
-            largest = [t if has else None for t, has in zip(max_exp_avg_sq, has_largest, strict=True)]
-            lists = [
-                Argument("params", leaves.params, written=True),
-                Argument("theta", _theta(leaves)),
-                Argument("exp_avg", exp_avg, written=True),
-                Argument("exp_avg_sq", exp_avg_sq, written=True),
-                Argument("max_exp_avg_sq", largest, written=True),
-                *terms.arguments(),
-            ]
-            numbers = [[*_numbers_of_adam(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]
-            places: dict[tuple[int, float], int] = {}  # of each group and step in the corrections
-            option = [
-                places.setdefault(key, len(places))
-                for key in zip(leaves.group, tables.by_leaf("step", step), strict=True)
-            ]
-            corrections: list[float] = []
-            for g, t in places:
-                corrections += (
-                    groups[g].lr / (1.0 - groups[g].beta1 ** t),
-                    math.sqrt(1.0 - groups[g].beta2 ** t),
-                )
-            amsgrad = {"AMSGRAD": any(has_largest)}
+            _check_counts("groups", groups, counts[0])
+            _check_counts("of_leaf", of_leaf, counts[1])
+            by_group = tables.by_group("groups", groups)
+            numbers = [[*of_group, *row] for of_group, row in zip(by_group, terms.numbers, strict=True)]
+            places: dict[tuple[float, ...], int] = {}  # in the numbers of leaves, most of which are alike
+            for row in tables.by_leaf("of_leaf", of_leaf):
+                places.setdefault(tuple(row), len(places) * counts[1])
+            option = [places[tuple(row)] for row in of_leaf]
+            constants = {"FORMULA": getattr(updates.formulas, formula), "STATES": states}
+            constants |= {"OF_GROUP": counts[0], "OF_LEAF": counts[1]}
+            flat = [x for row in places for x in row]
             self._launch_along(
-                updates.adam, tables, lists, d, terms, numbers, [corrections], option=option, constants=amsgrad
+                updates.update, tables, lists, d, terms, numbers, [flat], option=option, constants=constants
             )
             after(lists, _theta(leaves), *terms.lists)
 
@@ -334,7 +298,7 @@ class TritonBackend:
         numbers: Sequence[Sequence[float]],
         more: Sequence[Sequence[float]] = (),
         *,
-        constants: dict[str, bool],
+        constants: dict[str, Any],
         option: Sequence[int] = (),
     ) -> None:
         """Launches what goes along a direction: with the numbers of each group, and those that follow from the sums."""
@@ -370,30 +334,9 @@ class TritonBackend:
         )
 
 
-def _numbers_of_sgd(h: SGDGroup) -> list[float]:
-    named = {
-        "lr": h.lr,
-        "sign": -1.0 if h.maximize else 1.0,
-        "weight_decay": h.weight_decay,
-        "momentum": h.momentum,
-        "undamped": 1.0 - h.dampening,
-        "nesterov": h.nesterov,
-    }
-    return [named[name] for name in SGD]
-
-
-def _numbers_of_adam(h: AdamGroup) -> list[float]:
-    named = {
-        "sign": -1.0 if h.maximize else 1.0,
-        "weight_decay": 0.0 if h.decoupled else h.weight_decay,
-        "shrink": 1.0 - h.lr * h.weight_decay if h.decoupled else 1.0,
-        "beta1_to_1": 1.0 - h.beta1,
-        "beta2": h.beta2,
-        "beta2_to_1": 1.0 - h.beta2,
-        "eps": h.eps,
-        "amsgrad": h.amsgrad,
-    }
-    return [named[name] for name in ADAM]
+def _check_counts(name: str, rows: Sequence[Sequence[float]], count: int) -> None:
+    if any(len(row) != count for row in rows):
+        raise ValueError(f"{name} must have rows of {count} numbers, got {[*map(len, rows)]}")
 
 
 def _theta(leaves: Leaves) -> TensorList:
