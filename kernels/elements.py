@@ -13,7 +13,7 @@ import triton.language as tl
 from . import table as host
 
 GROUP = tl.constexpr(host.GROUP)
-NUMBERS = tl.constexpr(host.NUMBERS)
+OPTION = tl.constexpr(host.OPTION)
 PACKED = tl.constexpr(host.PACKED)
 HEADER = tl.constexpr(host.HEADER)
 

@@ -7,9 +7,10 @@ they must know of the lists lies in tensors of int64 in the memory of the device
 - ``pieces``: for each program the leaf, the first element and the number of elements, pieces of a group together;
 - ``table``: a row a leaf, of ``HEADER`` words and one address a list (0 where the leaf has none in it).
 
-The words of a row are the number of its group, where an update has the numbers of the leaf, and whether it is packed. Leaves whose arrays are all aligned to 16 bytes are *packed*: their whole blocks are read and written without
-masks, 16 bytes at once; what is left of them, and all of the others, under a mask. Which elements are added up together
-does not depend on that.
+The words of a row are the number of its group, its place among the options of an update, and whether it is packed.
+Leaves whose arrays are all aligned to 16 bytes are *packed*: their whole blocks are read and written without masks, 16
+bytes at once; what is left of them, and all of the others, under a mask. Which elements are added up together does not
+depend on that.
 
 Numbers are in tensors of float64, those of one group after those of another.
 """
@@ -30,7 +31,7 @@ THREADS_OF_SUMS = 128
 BLOCK_OF_TOTALS = 1024
 """Pieces whose sums are added up at once by the one program of a group: 10⁹ elements have 122,000 of them."""
 
-GROUP, NUMBERS, PACKED, HEADER = range(4)
+GROUP, OPTION, PACKED, HEADER = range(4)
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Names in torch and Triton."""

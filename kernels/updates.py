@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import formulas  # noqa: F401 (the host picks one)
 from .combine import OF_TERM, combine, factors_of, kappa_and_scale, used_of
-from .elements import GROUP, HEADER, NUMBERS, array, arrays, numbers_at, piece_of, read, read_all, write, write_if
+from .elements import GROUP, HEADER, OPTION, array, arrays, numbers_at, piece_of, read, read_all, write, write_if
 
 # The lists: these, the terms, and the state, whose last lists may be missing.
 PARAMS = tl.constexpr(0)
@@ -25,7 +25,7 @@ def update(
     numbers,
     products,
     clipping,
-    of_leaves,
+    options,
     rows,
     FORMULA: tl.constexpr,
     OF_GROUP: tl.constexpr,
@@ -44,7 +44,7 @@ def update(
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * (OF_GROUP + OF_TERM * TERMS)
     of_group = numbers_at(group, OF_GROUP)
-    of_leaf = numbers_at(of_leaves + tl.load(row + NUMBERS), OF_LEAF)
+    of_leaf = numbers_at(options + tl.load(row + OPTION) * OF_LEAF, OF_LEAF)
     kappa, scale = kappa_and_scale(products, clipping, rows, PROJECT, CLIP, ROWS)
     used = used_of(group + OF_GROUP, TERMS)
     factors = factors_of(group + OF_GROUP, kappa, scale, TERMS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, METHODS, WITHOUT_CORE
-from primitives import run_all, same_bits, tensors
+from primitives import AdamGroup, SGDGroup, adam, run_all, same_bits, sgd, tensors
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -95,7 +95,7 @@ def test_where_arrays_lie_changes_no_bit_not_even_of_a_sum(dtype):
         moved = [p.clone() for p in params]
         d = base.Direction([a, b], [[1.0], [-0.5]])
         products = backend.inner_products(leaves, d, None, 1)
-        backend.sgd(leaves, d, buffers, [False] * len(shapes), [base.SGDGroup(0.1, 0.9, 0.0, 1e-2, False, False)])
+        sgd(backend, leaves, d, buffers, [False] * len(shapes), [SGDGroup(0.1, 0.9, 0.0, 1e-2, False, False)])
         found.append([square, products, *moved, *params, *buffers])
     assert same_bits(*found)
 
@@ -115,15 +115,32 @@ def test_dense_arrays_are_walked_in_the_order_of_memory():
         torch.testing.assert_close(p, e)
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b.double(), lambda b: b.T.contiguous().T])
-def test_state_of_another_dtype_or_order_is_left_to_plain_torch(spoil, launches):
-    params, grads = tensors(torch.float32, 1, [(9, 3)]), tensors(torch.float32, 2, [(9, 3)])
-    buffers = [spoil(torch.zeros(9, 3))]
-    leaves = base.Leaves(params, [0], [params[0].clone()], True)
-    row = base.SGDGroup(0.1, 0.9, 0.0, 0.0, False, False)
-    triton.TritonBackend().sgd(leaves, base.Direction([grads], [[1.0]]), buffers, [True], [row])
-    assert launches == []
-    torch.testing.assert_close(buffers[0], grads[0].to(buffers[0].dtype))
+def test_state_of_another_dtype_or_order_is_not_taken():
+    params, backend = tensors(torch.float32, 1, [(9, 3), (1, 5)]), triton.TritonBackend()
+    leaves = base.Leaves(params, [0, 0])
+    good = [torch.zeros(9, 3), torch.zeros(5, 1).T]
+    assert backend.takes_state(leaves, [good, [None, None]])
+    for wrong in (good[0].double(), torch.zeros(3, 9).T):
+        assert not backend.takes_state(leaves, [good, [wrong, None]])
+        with pytest.raises((TypeError, ValueError), match=r"state\[0\]\[0\] must have the (dtype|strides) of its"):
+            sgd(backend, leaves, base.Direction([good], [[1.0]]), [wrong, None], [False] * 2, [SGDGroup(*[0.1] * 6)])
+
+
+def test_state_that_a_leaf_does_not_have_is_zero(launches):
+    """Beside leaves that have it; a list that none has costs nothing."""
+    shapes = [(1500,), (9,), (1025,)]
+    params, grads = tensors(torch.float32, 1, shapes), tensors(torch.float32, 2, shapes)
+    found = []
+    for absent in (None, 0.0):
+        values = [p.clone() for p in params]
+        buffers = tensors(torch.float32, 3, shapes)
+        buffers[0] = None if absent is None else torch.zeros(1500)
+        leaves = base.Leaves(values, [0, 1, 1])
+        rows = [SGDGroup(0.1, 0.0, 0.0, 0.01, False, False), SGDGroup(0.1, 0.9, 0.2, 0.0, True, False)]
+        sgd(triton.TritonBackend(), leaves, base.Direction([grads], [[1.0, 1.0]]), buffers, [True, False, False], rows)
+        found.append([*values, *buffers[1:]])
+    assert same_bits(*found)
+    assert launches == ["update", "update"]
 
 
 # Groups
@@ -186,10 +203,10 @@ def test_numbers_that_are_not_finite_go_their_way():
     for of_sgd, of_adam in ((ours, ours), (core(), eager.EagerBackend())):
         params, moved, buffer, m, v, top = (values.clone() for _ in range(6))
         d = base.Direction([[grads]], [[1.0]])
-        rows = [base.SGDGroup(0.1, 0.9, 0.0, 0.0, True, False)]
-        of_sgd.sgd(base.Leaves([params], [0], [values.clone()], True), d, [buffer], [False], rows)
-        rows = [base.AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.0, False, True, False)]
-        of_adam.adam(base.Leaves([moved], [0], [values.clone()], True), d, [m], [v.abs_()], [top.abs_()], [3.0], rows)
+        rows = [SGDGroup(0.1, 0.9, 0.0, 0.0, True, False)]
+        sgd(of_sgd, base.Leaves([params], [0], [values.clone()], True), d, [buffer], [False], rows)
+        rows = [AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.0, False, True, False)]
+        adam(of_adam, base.Leaves([moved], [0], [values.clone()], True), d, [m], [v.abs_()], [top.abs_()], [3.0], rows)
         found.append([params, buffer, moved, m, v, top])
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-45, equal_nan=True)
@@ -214,9 +231,9 @@ def test_a_thousand_tensors_take_one_launch_a_primitive(launches):
     backend = triton.TritonBackend()
     norm = backend.square_norm(leaves, grads)
     torch.testing.assert_close(norm, torch.cat(grads).double().square().sum(), rtol=1e-6, atol=0.0)
-    rows = [base.SGDGroup(0.1, 0.0, 0.0, 0.0, False, False)] * 2
-    backend.sgd(leaves, base.Direction([grads], [[1.0, 1.0]]), [None] * 1000, [False] * 1000, rows)
-    assert launches == ["square_norm", "totals", "sgd"]
+    rows = [SGDGroup(0.1, 0.0, 0.0, 0.0, False, False)] * 2
+    sgd(backend, leaves, base.Direction([grads], [[1.0, 1.0]]), [None] * 1000, [False] * 1000, rows)
+    assert launches == ["square_norm", "totals", "update"]
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p, e)
 
@@ -232,7 +249,7 @@ def test_a_step_is_as_many_launches_as_that_of_the_compiled_core(method_name, bu
     moves = method.passes - 1
     projects = bool(method.optimizer.recipe.m)
     assert len(launches) == 3 * moves + 2 * projects + 1
-    assert launches[-1] == ("sgd" if build is torch.optim.SGD else "adam")
+    assert launches[-1] == "update"
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -344,8 +361,7 @@ def test_numbers_for_too_few_groups_or_leaves_are_refused(launches):
     leaves = base.Leaves(params, [0, 1], [p.clone() for p in params], True)
     backend = triton.TritonBackend()
     d = base.Direction([grads], [[1.0, 1.0]])
-    row = base.SGDGroup(0.1, 0.9, 0.0, 0.0, False, False)
-    adam = base.AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.01, True, False, False)
+    row = SGDGroup(0.1, 0.9, 0.0, 0.0, False, False)
     none = [None, None]
     with pytest.raises(ValueError, match="eta must have one entry a parameter group, that is 2, got 1"):
         backend.square_norm(leaves, grads, eta=[0.1])
@@ -354,12 +370,15 @@ def test_numbers_for_too_few_groups_or_leaves_are_refused(launches):
     with pytest.raises(ValueError, match="groups must be 2 or more, got 1"):
         backend.inner_products(leaves, d, None, 1)
     with pytest.raises(ValueError, match="groups must have one entry a parameter group, that is 2, got 1"):
-        backend.sgd(leaves, d, [*grads], [True, True], [row])
-    with pytest.raises(ValueError, match="first must have one entry a parameter, that is 2, got 1"):
-        backend.sgd(leaves, d, [p.clone() for p in params], [True], [row] * 2)
-    states = [[p.clone() for p in params] for _ in range(2)]
-    with pytest.raises(ValueError, match="step must have one entry a parameter, that is 2, got 3"):
-        backend.adam(leaves, d, *states, none, [1.0] * 3, [adam] * 2)
+        backend.update(leaves, d, "sgd", [none], [row], [(1.0,)], [0, 0])
+    with pytest.raises(ValueError, match=r"groups must have 6 entries a row, got \[6, 5\]"):
+        backend.update(leaves, d, "sgd", [none], [row, row[:5]], [(1.0,)], [0, 0])
+    with pytest.raises(ValueError, match=r"options must have 2 entries a row, got \[1\]"):
+        backend.update(leaves, d, "adam", [none] * 3, [row] * 2, [(1.0,)], [0, 0])
+    with pytest.raises(ValueError, match="option must have one entry a parameter, that is 2, got 1"):
+        backend.update(leaves, d, "sgd", [none], [row] * 2, [(1.0,)], [0])
+    with pytest.raises(ValueError, match=r"state must have 3 entries a row, got \[1\]"):
+        backend.update(leaves, d, "adam", [none], [row] * 2, [(1.0, 1.0)], [0, 0])
     clipped = base.Direction([grads], [[1.0, 1.0]], None, torch.ones(2).double(), [], 1.0)
     with pytest.raises(ValueError, match="products must be 3 numbers a parameter group, got 2 numbers"):
         backend.direction(leaves, clipped, [p.clone() for p in params])

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..kernels import table
 from ..kernels.table import CHUNK, HEADER
-from .base import Leaves, memory_order
+from ..ownership import is_dense
+from .base import Leaves
 
 KEPT = 32
 """Tables that are kept. A step has about eight; the memory of gradients may alternate between a few places."""
@@ -82,14 +83,13 @@ class Tables:
         self.dtype = leaves.params[0].dtype
         self.sizes = [param.size() for param in leaves.params]
         self.strides = [param.stride() for param in leaves.params]
-        self._order = [memory_order(param) for param in leaves.params]
         if any(param.dtype != self.dtype for param in leaves.params):
             found = ", ".join(map(str, dict.fromkeys(param.dtype for param in leaves.params)))
             raise TypeError(f"parameters must be of one dtype, got {found}")
         if self.dtype not in DTYPES:
             raise TypeError(f"parameters must be of dtype float64, float32, bfloat16 or float16, got {self.dtype}")
         for i, param in enumerate(leaves.params):
-            if torch.empty_like(param, device="meta").stride() != param.stride():  # the strides of what has no gaps
+            if not is_dense(param.size(), param.stride()):
                 raise ValueError(f"params[{i}] must be dense in memory, got {tuple(param.size())} by {param.stride()}")
         pieces, starts = self._pieces()
         self.programs = len(pieces) // 3
@@ -195,7 +195,7 @@ class Tables:
     def _check(self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]]) -> None:
         """Check that every tensor can be taken by its address as one like its parameter."""
         for argument, tensors in zip(arguments, lists, strict=True):
-            for i, (tensor, size, order) in enumerate(zip(tensors, self.sizes, self._order, strict=True)):
+            for i, (tensor, size, strides) in enumerate(zip(tensors, self.sizes, self.strides, strict=True)):
                 if tensor is _ABSENT:
                     continue
                 name = f"{argument.name}[{i}]"
@@ -206,10 +206,8 @@ class Tables:
                     raise ValueError(
                         f"{name} must have the shape of its parameter, {tuple(size)}, got {tuple(tensor.size())}"
                     )
-                if memory_order(tensor) != order:
-                    raise ValueError(
-                        f"{name} must have the strides of its parameter, {self.strides[i]}, got {tensor.stride()}"
-                    )
+                if any(a != b and n != 1 for n, a, b in zip(size, tensor.stride(), strides, strict=True)):
+                    raise ValueError(f"{name} must have the strides of its parameter, {strides}, got {tensor.stride()}")
                 if argument.written and tensor.requires_grad and torch.is_grad_enabled():
                     raise RuntimeError(f"{name} requires grad and would be written: call under torch.no_grad()")
 

@@ -25,18 +25,10 @@ from torch import Tensor
 
 from .. import ownership
 from ..kernels.table import FORMULAS, PERTURB, SUMS
+from ..ownership import lies_as
 from . import scalars
-from .base import (
-    Bookkeeping,
-    Direction,
-    FoldInto,
-    Leaves,
-    PerGroup,
-    Scalar,
-    TensorList,
-    takes_state,
-)
-from .eager import EagerBackend, copy_bits
+from .base import Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList
+from .eager import copy_bits
 from .launches import after, guard, is_capturing, launch, launch_totals
 from .tables import Argument, Prepared, Tables
 from .trial import interprets, kernels, why_unusable
@@ -245,24 +237,29 @@ class TritonBackend:
             self._launch_along(moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
             after(lists, leaves.backup if leaves.saved else None, *terms.lists)
 
+    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+        return all(
+            value is None or (value.dtype is param.dtype and lies_as(value, param))
+            for values in state
+            for param, value in zip(leaves.params, values, strict=True)
+        )
+
     def update(
         self,
         leaves: Leaves,
         d: Direction,
         formula: str,
         state: Sequence[Sequence[Tensor | None]],
-        of_leaf: Sequence[Sequence[float]],
         groups: Sequence[Sequence[float]],
+        options: Sequence[Sequence[float]],
+        option: Sequence[int],
     ) -> None:
-        if not takes_state(leaves, *state):
-            EagerBackend().update(leaves, d, formula, state, of_leaf, groups)
-            return
         _, _, updates = kernels()
-        counts = FORMULAS[formula]
-        if len(state) != counts[2]:
-            raise ValueError(f"state of {formula} must be {counts[2]} lists, got {len(state)}")
-        present = [i for i, tensors in enumerate(state, 1) if any(tensor is not None for tensor in tensors)]
-        states = max(present, default=0)
+        of_group, of_leaf, lists_of_state = FORMULAS[formula]
+        _check_rows("state", [state], lists_of_state)
+        _check_rows("groups", groups, of_group)
+        _check_rows("options", options, of_leaf)
+        states = max((i for i, values in enumerate(state, 1) if any(x is not None for x in values)), default=0)
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
@@ -272,17 +269,12 @@ class TritonBackend:
                 *terms.arguments(),
                 *(Argument(f"state[{i}]", state[i], written=True) for i in range(states)),
             ]
-            _check_counts("groups", groups, counts[0])
-            _check_counts("of_leaf", of_leaf, counts[1])
             by_group = tables.by_group("groups", groups)
-            numbers = [[*of_group, *row] for of_group, row in zip(by_group, terms.numbers, strict=True)]
-            places: dict[tuple[float, ...], int] = {}  # in the numbers of leaves, most of which are alike
-            for row in tables.by_leaf("of_leaf", of_leaf):
-                places.setdefault(tuple(row), len(places) * counts[1])
-            option = [places[tuple(row)] for row in of_leaf]
+            numbers = [[*row, *of_terms] for row, of_terms in zip(by_group, terms.numbers, strict=True)]
+            flat = [x for row in options for x in row]
+            option = tables.by_leaf("option", option)
             constants = {"FORMULA": getattr(updates.formulas, formula), "STATES": states}
-            constants |= {"OF_GROUP": counts[0], "OF_LEAF": counts[1]}
-            flat = [x for row in places for x in row]
+            constants |= {"OF_GROUP": of_group, "OF_LEAF": of_leaf}
             self._launch_along(
                 updates.update, tables, lists, d, terms, numbers, [flat], option=option, constants=constants
             )
@@ -334,9 +326,9 @@ class TritonBackend:
         )
 
 
-def _check_counts(name: str, rows: Sequence[Sequence[float]], count: int) -> None:
+def _check_rows(name: str, rows: Sequence[Sequence[object]], count: int) -> None:
     if any(len(row) != count for row in rows):
-        raise ValueError(f"{name} must have rows of {count} numbers, got {[*map(len, rows)]}")
+        raise ValueError(f"{name} must have {count} entries a row, got {[*map(len, rows)]}")
 
 
 def _theta(leaves: Leaves) -> TensorList:
