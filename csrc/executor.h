@@ -19,8 +19,7 @@ class Executor {
   virtual void perturb(const Perturbation& arguments) = 0;
   virtual void copy(const Copy& arguments) = 0;
   virtual void materialise(const Materialise& arguments) = 0;
-  virtual void sgd(const SgdStep& arguments) = 0;
-  virtual void adam(const AdamStep& arguments) = 0;
+  virtual void update(const Update& arguments) = 0;
 
   // Whether it wants to be told of memory that may come from another stream of the device, and be freed soon.
   virtual bool records_use() const { return false; }
