@@ -30,25 +30,25 @@ __global__ void __launch_bounds__(kBlock) update_kernel(GAM_PARAM(UpdateArgument
   each_pack<kPack<T>>(piece, row.packed, [&](auto pack, int64_t i, int) {
     constexpr int W = decltype(pack)::value;
     const Pack<O, W> d = combined.template values<W>(i, combine);
-    Pack<O, W> x = theta.template values<W>(i), state[S] = {};
+    Pack<T, W> x = theta.template load<W>(i), state[S] = {};
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-      if (kept[s].exists()) state[s] = kept[s].template values<W>(i);
+      if (kept[s].exists()) state[s] = kept[s].template load<W>(i);
     }
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       O of_element[S];
 #pragma unroll
-      for (int s = 0; s < S; ++s) of_element[s] = state[s].v[k];
-      x.v[k] = step(d.v[k], x.v[k], of_element);
+      for (int s = 0; s < S; ++s) of_element[s] = value_of(state[s].v[k]);
+      put(step(d.v[k], value_of(x.v[k]), of_element), x.v[k]);
 #pragma unroll
-      for (int s = 0; s < S; ++s) state[s].v[k] = of_element[s];
+      for (int s = 0; s < S; ++s) put(of_element[s], state[s].v[k]);
     }
 #pragma unroll
     for (int s = 0; s < S; ++s) {
-      if (kept[s].exists()) kept[s].template put_values<W>(i, state[s]);
+      if (kept[s].exists()) kept[s].template store<W>(i, state[s]);
     }
-    params.template put_values<W>(i, x);
+    params.template store<W>(i, x);
   });
 }
 
