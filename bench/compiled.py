@@ -61,7 +61,7 @@ class Compiled(EagerBackend):
     name = "compile"
 
     def __init__(self) -> None:
-        for name in ("square_norm", "perturb", "inner_products", "restore", "direction", "sgd", "adam"):
+        for name in ("square_norm", "perturb", "inner_products", "restore", "direction", "update"):
             setattr(self, name, self._primitive(name))
 
     @staticmethod

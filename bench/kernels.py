@@ -110,8 +110,7 @@ class Primitives:
         """All primitives on the backend called ``name``."""
         backend: Any = Compiled() if name == "compile" else backends.select(name, self.device)
         n = len(self.params)
-        sgd = [base.SGDGroup(1e-9, 0.9, 0.0, 5e-4, False, False)]
-        adam = [base.AdamGroup(1e-9, 0.9, 0.999, 1e-8, 1e-2, True, False, False)]
+        option = [0] * n
 
         def first() -> None:
             self.unsaved.saved = False
@@ -122,11 +121,13 @@ class Primitives:
             backend.perturb(self.saved, self.g2, None, [1e-9], self.one, from_start=False, fold=into)
 
         def update(d: base.Direction) -> Callable[[], None]:
-            return lambda: backend.sgd(self.saved, d, self.momentum, [False] * n, sgd)
+            row = (1e-9, 0.9, 0.0, 5e-4, 0.0, 0.0)
+            return lambda: backend.update(self.saved, d, "sgd", [self.momentum], [row], [(0.0,)], option)
 
         def adamw() -> None:
-            none: list[Tensor | None] = [None] * n
-            backend.adam(self.saved, self.u, self.momentum, self.square, none, [3.0] * n, adam)
+            state = [self.momentum, self.square, [None] * n]
+            row = (0.9, 0.999, 1e-8, 0.0, 1.0 - 1e-11, 0.0)
+            backend.update(self.saved, self.u, "adam", state, [row], [(1e-9, 1.0)], option)
 
         far: Callable[[], None] = lambda: backend.perturb(  # noqa: E731
             self.saved, self.g1, self.g0, [1e-9], self.one, from_start=True

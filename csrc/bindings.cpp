@@ -9,7 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <type_traits>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -100,39 +100,11 @@ std::optional<gam::FoldInto> optional_fold(py::handle fold) {
                        gam::unpack_numbers("fold.k", fold.attr("k")), gam::unpack_numbers("fold.l", fold.attr("l"))};
 }
 
-template <class T>
-T field(py::handle group, const char* name) {
-  try {
-    return group.attr(name).cast<T>();
-  } catch (const py::cast_error&) {
-    throw py::type_error(std::string("groups: ") + name + " must be a " +
-                         (std::is_same_v<T, bool> ? "bool" : "number"));
+std::vector<TensorList> state_of(py::handle state) {
+  std::vector<TensorList> result;
+  for (const py::object& list : gam::unpack_entries("state", state, "lists of tensors")) {
+    result.emplace_back("state[" + std::to_string(result.size()) + "]", list, true);
   }
-}
-
-gam::SgdGroup sgd_group(py::handle group) {
-  return {field<double>(group, "lr"),           field<double>(group, "momentum"), field<double>(group, "dampening"),
-          field<double>(group, "weight_decay"), field<bool>(group, "nesterov"),   field<bool>(group, "maximize")};
-}
-
-gam::AdamGroup adam_group(py::handle group) {
-  return {field<double>(group, "lr"),    field<double>(group, "beta1"),        field<double>(group, "beta2"),
-          field<double>(group, "eps"),   field<double>(group, "weight_decay"), field<bool>(group, "decoupled"),
-          field<bool>(group, "amsgrad"), field<bool>(group, "maximize")};
-}
-
-template <class Group>
-std::vector<Group> groups_of(py::handle groups, Group (*convert)(py::handle)) {
-  std::vector<Group> result;
-  for (const py::object& group : gam::unpack_entries("groups", groups, "parameter groups")) {
-    result.push_back(convert(group));
-  }
-  return result;
-}
-
-std::vector<unsigned char> bools(const char* name, py::handle list) {
-  std::vector<unsigned char> result;
-  for (const int64_t value : gam::unpack_integers(name, list)) result.push_back(value != 0);
   return result;
 }
 
@@ -169,13 +141,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              for (size_t i = 0; i < tensors.size(); ++i) list.append(tensors[i]);
              return py::iter(list);
            })
-      .def_property_readonly(
-          "hold",
-          [](const gam::Tensors& tensors) {
-            constexpr const char* kNames[] = {"shared", "exclusive", "owned"};
-            return kNames[static_cast<size_t>(tensors.hold())];
-          },
-          "Who else can get at their memory: by other tensors too, by these only, or nobody but the engine.");
+      .def_property_readonly("owned", &gam::Tensors::owned, "Whether nobody but the engine can get at their memory.");
 
   m.def(
       "hold",
@@ -184,7 +150,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         std::vector<at::Tensor> values;
         values.reserve(list.size());
         for (size_t i = 0; i < list.size(); ++i) values.push_back(*list[i]);
-        return std::make_shared<gam::Tensors>(std::move(values), gam::Hold::kShared);
+        return std::make_shared<gam::Tensors>(std::move(values), false);
       },
       py::arg("tensors"));
 
@@ -201,12 +167,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("keep", &gam::Draws::keep);
 
   m.def(
-      "devices",
+      "kinds",
       [](const gam::Tensors& tensors) {
-        std::vector<at::Device> found;  // few, mostly one
+        std::vector<std::tuple<at::Device, at::ScalarType, bool>> found;  // few, mostly one
         for (size_t i = 0; i < tensors.size(); ++i) {
-          const at::Device device = tensors[i].device();
-          if (std::find(found.begin(), found.end(), device) == found.end()) found.push_back(device);
+          const at::Tensor& tensor = tensors[i];
+          const std::tuple kind(tensor.device(), tensor.scalar_type(), tensor.is_non_overlapping_and_dense());
+          if (std::find(found.begin(), found.end(), kind) == found.end()) found.push_back(kind);
         }
         return found;
       },
@@ -232,27 +199,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def("take_gradients", &gam::take_gradients, py::arg("params"), py::arg("keep"));
 
-  py::class_<gam::Plan>(m, "Plan", py::module_local(), "The shapes of the parameters of one device, and its tables.")
+  py::class_<gam::Plan>(m, "Plan", py::module_local(), "The shapes of a block of parameters, and its tables.")
       .def(py::init([](py::handle params, py::handle group) {
              return gam::Plan(TensorList("params", params), gam::unpack_integers("group", group));
            }),
            py::arg("params"), py::arg("group"))
       .def(
           "fits",
-          [](const gam::Plan& plan, py::handle params, py::handle group) {
+          [](gam::Plan& plan, py::handle params, py::handle group) {
             return plan.fits(TensorList("params", params), gam::unpack_integers("group", group));
           },
           py::arg("params"), py::arg("group"), "Whether the plan can be used for these parameters.")
       .def(
-          "takes_state",
-          [](const gam::Plan& plan, py::handle state) {
-            std::vector<TensorList> lists;
-            for (const py::object& list : gam::unpack_entries("state", state, "lists of tensors")) {
-              lists.emplace_back("state[" + std::to_string(lists.size()) + "]", list, true);
-            }
-            return plan.takes_state(lists);
-          },
-          py::arg("state"), "Whether lists of tensors of these dtypes can be the state of a base optimizer.");
+          "takes_state", [](const gam::Plan& plan, py::handle state) { return plan.takes_state(state_of(state)); },
+          py::arg("state"), "Whether lists of such tensors can be the state of a base optimizer.");
 
   m.def(
       "square_norm",
@@ -298,29 +258,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("out"));
 
   m.def(
-      "sgd",
-      [](gam::Plan& plan, py::handle leaves, py::handle d, py::handle momentum_buffer, py::handle first,
-         py::handle groups) {
-        gam::sgd(plan, leaves_of(leaves), direction_of(d), TensorList("momentum_buffer", momentum_buffer, true),
-                 bools("first", first), groups_of(groups, sgd_group));
+      "update",
+      [](gam::Plan& plan, py::handle leaves, py::handle d, const std::string& formula, py::handle state,
+         py::handle groups, py::handle options, py::handle option) {
+        gam::update(plan, leaves_of(leaves), direction_of(d), formula, state_of(state), table("groups", groups),
+                    table("options", options), gam::unpack_integers("option", option));
       },
-      py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("momentum_buffer"), py::arg("first"),
-      py::arg("groups"));
-
-  m.def(
-      "adam",
-      [](gam::Plan& plan, py::handle leaves, py::handle d, py::handle exp_avg, py::handle exp_avg_sq,
-         py::handle max_exp_avg_sq, py::handle step, py::handle groups) {
-        gam::adam(plan, leaves_of(leaves), direction_of(d), TensorList("exp_avg", exp_avg),
-                  TensorList("exp_avg_sq", exp_avg_sq), TensorList("max_exp_avg_sq", max_exp_avg_sq, true),
-                  gam::unpack_numbers("step", step), groups_of(groups, adam_group));
-      },
-      py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-      py::arg("max_exp_avg_sq"), py::arg("step"), py::arg("groups"));
+      py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("formula"), py::arg("state"), py::arg("groups"),
+      py::arg("options"), py::arg("option"));
 
   m.def(
       "empty_like", [](py::handle tensors) { return gam::empty_like(TensorList("tensors", tensors)); },
-      py::arg("tensors"), "An uninitialised dense tensor like each.");
+      py::arg("tensors"), "An uninitialised tensor like each.");
 
 #if defined(GAM_EMULATED)
   bind_emulator(m);

@@ -2,10 +2,6 @@
 
 #include <c10/util/StringUtil.h>
 
-#include <algorithm>
-#include <numeric>
-#include <vector>
-
 namespace py = pybind11;
 
 namespace gam {
@@ -34,22 +30,13 @@ Dtype dtype_of(const TensorList& list, size_t i) {
       c10::str(list.name_of(i), " must be of dtype float64, float32, bfloat16 or float16, got ", list[i]->dtype()));
 }
 
-// The number of elements from the first to the last in memory, gaps included.
-static int64_t span(const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return 0;
-  if (tensor.is_non_overlapping_and_dense()) return tensor.numel();
-  int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += tensor.stride(d) * (tensor.size(d) - 1);
-  return last + 1;
-}
-
 static bool has_plain_memory(const at::Tensor& tensor) {
   return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && tensor.has_storage() && !tensor.is_neg() &&
          !tensor._is_zerotensor();
 }
 
 static size_t needed_bytes(const at::Tensor& tensor) {
-  return static_cast<size_t>(tensor.storage_offset() + span(tensor)) * tensor.element_size();
+  return static_cast<size_t>(tensor.storage_offset() + tensor.numel()) * tensor.element_size();
 }
 
 static bool is_in_memory(const at::Tensor& tensor) {
@@ -69,8 +56,9 @@ void check_plain(const TensorList& list, size_t i, at::Device device) {
   if (!has_plain_memory(tensor)) {
     refuse_type(list.name_of(i) + " must be a plain tensor with memory of its own, not a subclass or a lazy view");
   }
-  if (tensor.dim() > kMaxDims) {
-    refuse_value(c10::str(list.name_of(i), " must have at most ", kMaxDims, " dimensions, got ", tensor.dim()));
+  if (!tensor.is_non_overlapping_and_dense()) {
+    refuse_value(c10::str(list.name_of(i), " must be dense in memory, got strides ", tensor.strides(), " of shape ",
+                          tensor.sizes()));
   }
   if (!is_in_memory(tensor)) {
     refuse_value(c10::str(list.name_of(i), " must have its elements in memory: its storage has ",
@@ -79,48 +67,16 @@ void check_plain(const TensorList& list, size_t i, at::Device device) {
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  return tensor.layout() == at::kStrided && has_plain_memory(tensor) && tensor.dim() <= kMaxDims &&
+  return tensor.layout() == at::kStrided && has_plain_memory(tensor) && tensor.is_non_overlapping_and_dense() &&
          is_in_memory(tensor);
 }
 
-bool is_free_of_self_overlap(const at::Tensor& tensor) {
-  if (tensor.is_non_overlapping_and_dense() || tensor.numel() <= 1) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 0;  // the largest offset within the dimensions so far
-  for (const auto& [stride, size] : dims) {
-    if (stride <= reach) return false;
-    reach += stride * (size - 1);
+bool lies_as(const at::Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  if (tensor.strides() == strides) return true;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && tensor.strides()[d] != strides[d]) return tensor.numel() == 0;
   }
   return true;
-}
-
-std::pair<uintptr_t, uintptr_t> extent(const at::Tensor& tensor) {
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  return {begin, begin + static_cast<uintptr_t>(span(tensor)) * tensor.element_size()};
-}
-
-bool are_interleaved(const at::Tensor& a, const at::Tensor& b) {
-  if (a.strides() != b.strides() || a.element_size() != b.element_size() || a.dim() == 0) return false;
-  const int64_t item = static_cast<int64_t>(a.element_size());
-  int64_t row = 0, step = 0;  // the largest stride, and the greatest common divisor of all
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    row = std::max(row, a.stride(d) * item);
-    step = std::gcd(step, a.stride(d) * item);
-  }
-  if (step == 0) return false;
-  const auto inner = [&](const at::Tensor& t) {  // bytes that a row spans
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += t.stride(d) * item == row ? 0 : t.stride(d) * (t.size(d) - 1);
-    return (last + 1) * item;
-  };
-  const auto distance = static_cast<int64_t>(reinterpret_cast<intptr_t>(b.const_data_ptr()) -
-                                             reinterpret_cast<intptr_t>(a.const_data_ptr()));
-  const int64_t phase = (distance % step + step) % step, column = (distance % row + row) % row;
-  return (phase >= item && phase <= step - item) || (column >= inner(a) && column + inner(b) <= row);
 }
 
 }  // namespace gam

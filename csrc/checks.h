@@ -3,7 +3,6 @@
 
 #include <optional>
 #include <string>
-#include <utility>
 
 #include "lists.h"
 #include "primitives.h"
@@ -19,19 +18,15 @@ std::optional<Dtype> known_dtype(at::ScalarType dtype);
 // Raises TypeError unless it is a floating dtype that the core knows.
 Dtype dtype_of(const TensorList& list, size_t i);
 
-// Raises TypeError or ValueError unless it is a strided tensor of the device with all its elements in memory.
+// Raises TypeError or ValueError unless it is a strided tensor of the device with all its elements in memory, without
+// gaps.
 void check_plain(const TensorList& list, size_t i, at::Device device);
 
 // Whether it is that, but for the device.
 bool is_plain(const at::Tensor& tensor);
 
-// Whether no two elements share memory; false also where that is hard to say.
-bool is_free_of_self_overlap(const at::Tensor& tensor);
-
-// The bytes that a tensor spans.
-std::pair<uintptr_t, uintptr_t> extent(const at::Tensor& tensor);
-
-// Whether two tensors whose extents meet are seen to have no byte in common, as columns of one matrix have not.
-bool are_interleaved(const at::Tensor& a, const at::Tensor& b);
+// Whether the elements of a tensor lie in memory in this order. The stride of a dimension of one element is of no
+// account.
+bool lies_as(const at::Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides);
 
 }  // namespace gam

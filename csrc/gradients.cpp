@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_zero.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/StringUtil.h>
 #include <torch/csrc/DynamicTypes.h>
@@ -115,11 +116,11 @@ std::vector<bool> parts_of_buffers(const std::vector<at::Tensor>& grads) {
   return result;
 }
 
-// Whether it is as checks.h has it, and dense, in the shape, dtype and device of its parameter.
-bool is_plain_and_like(const at::Tensor& grad, const at::Tensor& param) {
-  return grad.sizes() == param.sizes() && grad.scalar_type() == param.scalar_type() &&
-         grad.device() == param.device() && known_dtype(grad.scalar_type()) && grad.is_non_overlapping_and_dense() &&
-         is_plain(grad);
+// Whether the engine can take a gradient as it is: of the dtype of its parameter, and in its order in memory, if that
+// is dense.
+bool fits(const at::Tensor& grad, const at::Tensor& param) {
+  return grad.scalar_type() == param.scalar_type() && grad.sizes() == param.sizes() &&
+         (!param.is_non_overlapping_and_dense() || lies_as(grad, param.sizes(), param.strides()));
 }
 
 // Whether a gradient has numbers of more bits than its parameter.
@@ -249,9 +250,8 @@ class Taking {
       rest_.push_back(i);
       return;
     }
-    const bool sole = is_sole(grad), fits = grad.scalar_type() == param.scalar_type();
-    if ((keep_ && !sole) || !fits) rest_.push_back(i);
-    exclusive_ = exclusive_ && (sole || !fits);
+    const bool sole = is_sole(grad);
+    if ((keep_ && !sole) || !fits(grad, param)) rest_.push_back(i);
     taken_[i] = grad;
     if (keep_ && (sole || !may_be_part(grad))) param.mutable_grad().reset();
   }
@@ -265,7 +265,7 @@ class Taking {
 
   bool took_all() const { return rest_.empty(); }
 
-  // Has torch make the rest: zeros, copies, other dtypes.
+  // Has torch make the rest: zeros, copies, other dtypes and orders.
   std::shared_ptr<Tensors> finish() {
     if (!rest_.empty()) {
       std::vector<at::Tensor> made;
@@ -275,23 +275,21 @@ class Taking {
       }
       for (size_t k = 0; k < rest_.size(); ++k) taken_[rest_[k]] = std::move(made[k]);  // lets go of what was there
     }
-    return std::make_shared<Tensors>(std::move(taken_), keep_        ? Hold::kOwned
-                                                        : exclusive_ ? Hold::kExclusive
-                                                                     : Hold::kShared);
+    return std::make_shared<Tensors>(std::move(taken_), keep_);
   }
 
  private:
   static at::Tensor make(const at::Tensor& param, const at::Tensor& grad) {
     if (!grad.defined()) return at::zeros_like(param);
-    return grad.scalar_type() == param.scalar_type() ? grad.clone(at::MemoryFormat::Preserve)
-                                                     : grad.to(param.scalar_type());
+    if (fits(grad, param)) return grad.clone(at::MemoryFormat::Preserve);
+    const at::NoGradGuard no_grad;
+    return at::empty_like(param).copy_(grad);
   }
 
   const Tensors& params_;
   bool keep_;
   std::vector<at::Tensor> taken_;
   std::vector<size_t> rest_;
-  bool exclusive_ = true;
 };
 
 }  // namespace
@@ -313,10 +311,10 @@ std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& sh
       taking.undo();
       return nullptr;
     }
-    plain = plain && is_plain_and_like(grad, params[i]);
+    plain = plain && fits(grad, params[i]) && grad.device() == params[i].device() && known_dtype(grad.scalar_type()) &&
+            is_plain(grad);
     if (plain) {
-      found->arrays.push_back({keep ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()), nullptr});
-      found->contiguous = found->contiguous && grad.is_contiguous();
+      found->arrays.push_back(keep ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()));
     }
     taking.take(i);
   }

@@ -48,9 +48,10 @@ std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& param
 std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
                                               const std::vector<unsigned char>& flags, bool keep);
 
-// The gradients in the dtypes of their parameters, zeros where there is none. With `keep` they are the caller's to
-// overwrite, and the parameters have none: a gradient that somebody else could see change is copied, and stays where it
-// is if it may be part of a buffer, until clear_gradients() finds out.
+// The gradients in the dtypes of their parameters and, where these are dense, in their order in memory; zeros where
+// there is none. With `keep` they are the caller's to overwrite, and the parameters have none: a gradient that somebody
+// else could see change is copied, and stays where it is if it may be part of a buffer, until clear_gradients() finds
+// out.
 std::shared_ptr<Tensors> take_gradients(const Tensors& params, bool keep);
 
 }  // namespace gam

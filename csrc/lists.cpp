@@ -1,6 +1,5 @@
 #include "lists.h"
 
-#include <ATen/ExpandUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/StringUtil.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -61,13 +60,13 @@ Tensors::~Tensors() { release(tensors_); }
 std::shared_ptr<Found> Tensors::known(const std::shared_ptr<const Shapes>& shapes, bool written) const {
   const bool fits = shapes == (others_ ? others_->shapes_ : shapes_);
   if (!fits || !found_ || (written && (!found_->writable || at::GradMode::is_enabled()))) return nullptr;
-  if (hold_ == Hold::kOwned) return found_;
+  if (owned_) return found_;
   // whoever else has a hold on a tensor may have given it other memory, or a lazy copy
   for (size_t i = 0; i < tensors_.size(); ++i) {
     if (i + 2 * kAhead < tensors_.size()) prefetch(tensors_[i + 2 * kAhead].unsafeGetTensorImpl(), 3);
     if (i + kAhead < tensors_.size()) prefetch(tensors_[i + kAhead].storage().unsafeGetStorageImpl(), 1);
     const void* data = written ? tensors_[i].mutable_data_ptr() : tensors_[i].const_data_ptr();
-    if (data != found_->arrays[i].data) return nullptr;
+    if (data != found_->arrays[i]) return nullptr;
   }
   return found_;
 }
@@ -76,23 +75,15 @@ void Tensors::remember(std::shared_ptr<const Shapes> shapes, std::shared_ptr<Fou
   shapes_ = std::move(shapes);
   found_ = std::move(found);
   others_ = nullptr;
-  if (hold_ == Hold::kExclusive) hold_ = Hold::kShared;  // they were given other memory
 }
 
 const at::Tensor& Tensors::make(size_t i) const {
   const at::Tensor& like = (*others_)[i];
-  const auto strides = dense_strides(like);
-  const auto place =
-      static_cast<const char*>(found_->arrays[i].data) - static_cast<const char*>(memory_.const_data_ptr());
+  const auto place = static_cast<const char*>(found_->arrays[i]) - static_cast<const char*>(memory_.const_data_ptr());
   tensors_[i] =
       at::detail::make_tensor<at::TensorImpl>(c10::Storage(memory_.storage()), memory_.key_set(), like.dtype());
-  tensors_[i].unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), strides, place / like.element_size());
+  tensors_[i].unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), place / like.element_size());
   return tensors_[i];
-}
-
-std::vector<int64_t> dense_strides(const at::Tensor& tensor) {
-  if (tensor.is_non_overlapping_and_dense()) return tensor.strides().vec();
-  return at::infer_dense_strides(tensor.sizes(), tensor.strides());
 }
 
 TensorList::TensorList(std::string name, py::handle list, bool optional) : name_(std::move(name)) {

@@ -14,30 +14,22 @@
 
 namespace gam {
 
-// What a call has found out about a list that fits the leaves of a plan.
+// The arrays of a list that fits the leaves of a plan.
 struct Found {
-  std::vector<Array> arrays;                           // by leaf
-  std::vector<std::pair<uintptr_t, uintptr_t>> bytes;  // that each tensor spans; empty until somebody asks
-  bool contiguous = true;                              // all of them
-  bool writable = false;                               // looked at as something that is written
-};
-
-// Who else can get at the memory of a list of tensors.
-enum class Hold : uint8_t {
-  kShared,     // anybody, by other tensors too
-  kExclusive,  // whoever has these very tensors
-  kOwned,      // nobody but the engine
+  std::vector<void*> arrays;  // by leaf
+  bool writable = false;      // looked at as something that is written
 };
 
 // Tensors that go into several operations of a step: gam_fast._C.Tensors. What was found out about them is kept.
 class Tensors {
  public:
-  Tensors(std::vector<at::Tensor> tensors, Hold hold) : tensors_(std::move(tensors)), hold_(hold) {}
+  // `owned`: nobody but the engine can get at their memory.
+  Tensors(std::vector<at::Tensor> tensors, bool owned) : tensors_(std::move(tensors)), owned_(owned) {}
   ~Tensors();
 
   size_t size() const { return tensors_.size(); }
   const at::Tensor& operator[](size_t i) const { return tensors_[i].defined() ? tensors_[i] : make(i); }
-  Hold hold() const { return hold_; }
+  bool owned() const { return owned_; }
 
   // What was found for these leaves, where it still holds; null otherwise. The GIL guards all of these functions.
   std::shared_ptr<Found> known(const std::shared_ptr<const Shapes>& shapes, bool written) const;
@@ -46,7 +38,8 @@ class Tensors {
   // They are plain tensors of these shapes.
   void fit(std::shared_ptr<const Shapes> shapes) { shapes_ = std::move(shapes); }
 
-  // They are plain tensors, each of the shape, dtype and device of that of `others`; so they fit whatever those fit.
+  // They are plain tensors, each of the dtype and device of that of `others`, and lies in memory as it does; so they
+  // fit whatever those fit.
   void resemble(std::shared_ptr<Tensors> others, std::shared_ptr<Found> found) {
     others_ = std::move(others);
     found_ = std::move(found);
@@ -60,15 +53,12 @@ class Tensors {
   const at::Tensor& make(size_t i) const;
 
   mutable std::vector<at::Tensor> tensors_;
-  Hold hold_;
+  bool owned_;
   std::shared_ptr<const Shapes> shapes_;
   std::shared_ptr<Tensors> others_;
   std::shared_ptr<Found> found_;
   at::Tensor memory_;
 };
-
-// The strides of a tensor that is allocated like another: its own, unless it has gaps or overlaps itself.
-std::vector<int64_t> dense_strides(const at::Tensor& tensor);
 
 // Lets go of tensors.
 void release(std::vector<at::Tensor>& tensors);

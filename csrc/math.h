@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define GAM_FORMULA __host__ __device__ __forceinline__
@@ -216,5 +217,11 @@ struct Lion {
 
 // The functors above, each with its name in Python.
 #define GAM_UPDATES(X) X(Sgd, "sgd") X(Adam, "adam") X(Lion, "lion")
+
+enum class Formula : uint8_t {
+#define GAM_FORMULA_OF(functor, name) k##functor,
+  GAM_UPDATES(GAM_FORMULA_OF)
+#undef GAM_FORMULA_OF
+};
 
 }  // namespace gam

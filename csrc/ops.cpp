@@ -1,14 +1,14 @@
 #include "ops.h"
 
-#include <ATen/ExpandUtils.h>
 #include <c10/util/StringUtil.h>
 
-#include <cmath>
+#include <algorithm>
 #include <utility>
 
 #include "call.h"
 #include "checks.h"
 #include "devices.h"
+#include "math.h"
 
 namespace gam {
 namespace {
@@ -20,8 +20,6 @@ constexpr int64_t kAlignment = 64;  // a cache line
 bool is_small(const at::Tensor& tensor) { return tensor.numel() > 0 && tensor.nbytes() < kSmallBytes; }
 
 // Numbers and combinations
-
-size_t group_of(const Plan& plan, size_t leaf) { return static_cast<size_t>(plan.shapes()[leaf].group); }
 
 void check_count(const Plan& plan, size_t count, const char* name) {
   if (static_cast<int>(count) < plan.groups()) {
@@ -54,6 +52,39 @@ void check_coefficients(const Plan& plan, const Direction& d, const std::vector<
         c10::str(name, " must have one list of numbers a term, that is ", d.terms.size(), ", got ", lists.size()));
   }
   for (const Numbers& numbers : lists) by_group(plan, numbers, name);
+}
+
+// How many numbers and lists of state a formula has.
+struct Counts {
+  Formula formula;
+  int state, of_group, of_leaf;
+};
+
+Counts counts_of(const std::string& name) {
+  std::string known;
+#define GAM_COUNTS(functor, called)                                                                            \
+  if (name == called) {                                                                                        \
+    using F = functor<float>;                                                                                  \
+    static_assert(F::kState <= kMaxState && int(F::kOfGroup) <= kMaxOfGroup && int(F::kOfLeaf) <= kMaxOfLeaf); \
+    return {Formula::k##functor, F::kState, F::kOfGroup, F::kOfLeaf};                                          \
+  }                                                                                                            \
+  known += std::string(known.empty() ? "" : ", ") + called;
+  GAM_UPDATES(GAM_COUNTS)
+#undef GAM_COUNTS
+  refuse_value(c10::str("formula must be one of ", known, ", got ", name));
+}
+
+// Lists of `count` numbers each, as rows of a table.
+template <class Row>
+std::vector<Row> rows_of(const std::vector<Numbers>& lists, int count, const char* name) {
+  std::vector<Row> rows(lists.size());
+  for (size_t i = 0; i < lists.size(); ++i) {
+    if (static_cast<int>(lists[i].size()) != count) {
+      refuse_value(c10::str(name, "[", i, "] must have ", count, " numbers, got ", lists[i].size()));
+    }
+    std::copy(lists[i].begin(), lists[i].end(), rows[i].numbers);
+  }
+  return rows;
 }
 
 // A combination as the loops take it. Terms whose coefficients are zero are left out, as their elements may be
@@ -129,7 +160,6 @@ at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, co
     arguments.theta = call.read(leaves.theta());
     arguments.eta = by_group(plan, *eta, "eta");
   }
-  call.ready();
   at::Tensor total;
   call.run([&](Executor& executor) { total = executor.square_norm(arguments); });
   return total;
@@ -158,7 +188,6 @@ void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::o
                       by_group(plan, fold->l, "l")};
   }
   arguments.stream = call.exceeds_caches();
-  call.ready();
   call.run([&](Executor& executor) { executor.perturb(arguments); });
 }
 
@@ -173,7 +202,6 @@ at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<st
   arguments.u = arguments.m = terms.view();
   const auto groups_of_m = m ? terms.groups_with(*m) : std::vector<Combination::Group>();
   arguments.m.groups = m ? groups_of_m.data() : nullptr;
-  call.ready();
   at::Tensor products;
   call.run([&](Executor& executor) { products = executor.inner_products(arguments, groups); });
   return products;
@@ -183,7 +211,6 @@ void restore(Plan& plan, const Leaves& leaves) {
   if (!leaves.saved) return;
   Call call(plan);
   Copy arguments{call.read_last(leaves.backup), call.write(leaves.params), call.exceeds_caches()};
-  call.ready();
   call.run([&](Executor& executor) { executor.copy(arguments); });
 }
 
@@ -198,59 +225,43 @@ void direction(Plan& plan, const Leaves& leaves, const Direction& d, const Tenso
     arguments.restore.to = call.write(leaves.params);
     arguments.restore.stream = call.exceeds_caches();
   }
-  call.ready();
   call.run([&](Executor& executor) { executor.materialise(arguments); });
 }
 
-void sgd(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& buffers,
-         const std::vector<unsigned char>& first, const std::vector<SgdGroup>& groups) {
+void update(Plan& plan, const Leaves& leaves, const Direction& d, const std::string& formula,
+            const std::vector<TensorList>& state, const std::vector<Numbers>& groups,
+            const std::vector<Numbers>& options, const std::vector<int64_t>& option) {
+  const Counts counts = counts_of(formula);
   check_count(plan, groups.size(), "groups");
-  if (first.size() != plan.shapes().size()) {
+  const auto of_groups = rows_of<OfGroup>(groups, counts.of_group, "groups");
+  const auto of_leaves = rows_of<OfLeaf>(options, counts.of_leaf, "options");
+  if (option.size() != plan.shapes().size()) {
     refuse_value(
-        c10::str("first must have one bool a parameter, that is ", plan.shapes().size(), ", got ", first.size()));
+        c10::str("option must have one index a parameter, that is ", plan.shapes().size(), ", got ", option.size()));
+  }
+  for (const int64_t index : option) {
+    if (index < 0 || index >= static_cast<int64_t>(options.size())) {
+      refuse_value(c10::str("option must be indices of the ", options.size(), " options, got ", index));
+    }
+  }
+  if (static_cast<int>(state.size()) != counts.state) {
+    refuse_value(c10::str("state must be ", counts.state, " lists of tensors, got ", state.size()));
   }
   Call call(plan);
-  SgdStep arguments;
+  Update arguments;
   const Terms terms(call, plan, d);
+  const std::vector<int32_t> places(option.begin(), option.end());
+  arguments.formula = counts.formula;
   arguments.d = terms.view();
   arguments.theta = call.read_last(leaves.theta());
   arguments.params = call.write(leaves.params);
-  arguments.buffer = call.state(buffers, [&](size_t i) { return groups[group_of(plan, i)].momentum != 0.0; });
-  arguments.first = first.data();
-  arguments.groups = groups.data();
+  for (size_t k = 0; k < state.size(); ++k) arguments.state[k] = call.write(state[k]);
+  arguments.groups = of_groups.data();
+  arguments.options = of_leaves.data();
+  arguments.count = of_leaves.size();
+  arguments.option = places.data();
   arguments.stream = leaves.saved && call.exceeds_caches();
-  call.ready();
-  call.run([&](Executor& executor) { executor.sgd(arguments); });
-}
-
-void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& average, const TensorList& square,
-          const TensorList& largest, const Numbers& step, const std::vector<AdamGroup>& groups) {
-  check_count(plan, groups.size(), "groups");
-  if (step.size() != plan.shapes().size()) {
-    refuse_value(
-        c10::str("step must have one number a parameter, that is ", plan.shapes().size(), ", got ", step.size()));
-  }
-  Call call(plan);
-  AdamStep arguments;
-  const Terms terms(call, plan, d);
-  arguments.d = terms.view();
-  arguments.theta = call.read_last(leaves.theta());
-  arguments.params = call.write(leaves.params);
-  arguments.average = call.state(average, [](size_t) { return true; });
-  arguments.square = call.state(square, [](size_t) { return true; });
-  arguments.largest = call.state(largest, [&](size_t i) { return groups[group_of(plan, i)].amsgrad; });
-  Numbers step_size, root_correction;
-  for (size_t i = 0; i < step.size(); ++i) {
-    const AdamGroup& group = groups[group_of(plan, i)];
-    step_size.push_back(group.lr / (1.0 - std::pow(group.beta1, step[i])));
-    root_correction.push_back(std::sqrt(1.0 - std::pow(group.beta2, step[i])));
-  }
-  arguments.step_size = step_size.data();
-  arguments.root_correction = root_correction.data();
-  arguments.groups = groups.data();
-  arguments.stream = leaves.saved && call.exceeds_caches();
-  call.ready();
-  call.run([&](Executor& executor) { executor.adam(arguments); });
+  call.run([&](Executor& executor) { executor.update(arguments); });
 }
 
 std::shared_ptr<Tensors> empty_like(const TensorList& tensors) {
@@ -270,20 +281,19 @@ std::shared_ptr<Tensors> empty_like(const TensorList& tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = *tensors[i];
     dtype_of(tensors, i);
-    found->contiguous = found->contiguous && tensor.is_contiguous();
     if (is_small(tensor)) {
-      found->arrays.push_back({static_cast<char*>(memory.mutable_data_ptr()) + places[i], nullptr});
+      found->arrays.push_back(static_cast<char*>(memory.mutable_data_ptr()) + places[i]);
     } else {
-      result[i] = empty(device, tensor.sizes(), dense_strides(tensor), tensor.scalar_type());
-      found->arrays.push_back({result[i].mutable_data_ptr(), nullptr});
+      result[i] = empty(device, tensor.sizes(), tensor.strides(), tensor.scalar_type());
+      found->arrays.push_back(result[i].mutable_data_ptr());
     }
   }
-  auto made = std::make_shared<Tensors>(std::move(result), Hold::kOwned);
+  auto made = std::make_shared<Tensors>(std::move(result), true);
   std::shared_ptr<Tensors> others = tensors.held();
   if (!others) {
     std::vector<at::Tensor> values;
     for (size_t i = 0; i < tensors.size(); ++i) values.push_back(*tensors[i]);
-    others = std::make_shared<Tensors>(std::move(values), Hold::kShared);
+    others = std::make_shared<Tensors>(std::move(values), false);
   }
   made->share(memory);
   made->resemble(std::move(others), std::move(found));

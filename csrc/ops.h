@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "lists.h"
@@ -52,13 +53,12 @@ void restore(Plan& plan, const Leaves& leaves);
 
 void direction(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& out);
 
-void sgd(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& buffers,
-         const std::vector<unsigned char>& first, const std::vector<SgdGroup>& groups);
+// `state`: the lists of the formula, with None for a leaf that has none. `option`: by leaf, its place among `options`.
+void update(Plan& plan, const Leaves& leaves, const Direction& d, const std::string& formula,
+            const std::vector<TensorList>& state, const std::vector<Numbers>& groups,
+            const std::vector<Numbers>& options, const std::vector<int64_t>& option);
 
-void adam(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& average, const TensorList& square,
-          const TensorList& largest, const Numbers& step, const std::vector<AdamGroup>& groups);
-
-// An uninitialised dense tensor like each, all of one device.
+// An uninitialised tensor like each, all of one device.
 std::shared_ptr<Tensors> empty_like(const TensorList& tensors);
 
 }  // namespace gam

@@ -1,10 +1,9 @@
-// The plan of one optimizer's parameters on one device, as Python keeps it.
+// The plan of one block of parameters, as Python keeps it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -16,16 +15,18 @@ namespace gam {
 
 inline constexpr int64_t kMaxGroups = 1 << 20;
 
-// The device, shapes, dtypes and groups of the parameters, and what carries the primitives out on them. It may be kept
-// between steps: addresses are taken anew in every call.
+// The device, dtype, shapes and groups of the parameters of a block, and what carries the primitives out on them. It
+// may be kept between steps: addresses are taken anew in every call.
 class Plan {
  public:
   Plan(const TensorList& params, const std::vector<int64_t>& group);
 
-  // Whether these parameters are, in everything the plan depends on, those it was made for.
-  bool fits(const TensorList& params, const std::vector<int64_t>& group) const;
+  // Whether these parameters are, in everything the plan depends on, those it was made for. Raises ValueError where
+  // they were given other memory, and overlap.
+  bool fits(const TensorList& params, const std::vector<int64_t>& group);
 
-  // Whether lists of these dtypes, null where there is none, can be the state of a base optimizer.
+  // Whether the tensors of these lists, null where there is none, can be the state of a base optimizer: of the dtype of
+  // the parameters, and in their order in memory.
   bool takes_state(const std::vector<TensorList>& state) const;
 
   at::Device device() const { return device_; }
@@ -34,16 +35,14 @@ class Plan {
   int groups() const { return shapes_->groups(); }
   Executor& executor() const { return *executor_; }
 
-  // Whether the last call with this pattern of accesses had the same fingerprint (addresses and layouts) and was found
-  // free of overlaps. To find that out takes a sort, and addresses mostly stay. The GIL guards both functions.
-  bool known(uint64_t accesses, const std::vector<uintptr_t>& fingerprint) const;
-  void remember(uint64_t accesses, std::vector<uintptr_t> fingerprint);
-
  private:
+  // Remembers where the parameters lie. Raises ValueError where two overlap, since all are worked on at once.
+  void take_addresses(const TensorList& params);
+
   at::Device device_;
   std::shared_ptr<const Shapes> shapes_;
   std::unique_ptr<Executor> executor_;
-  std::map<uint64_t, std::vector<uintptr_t>> known_;
+  std::vector<uintptr_t> addresses_;
 };
 
 }  // namespace gam

@@ -7,8 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "math.h"
-
 namespace gam {
 
 enum class Dtype : uint8_t { kDouble, kFloat, kBFloat16, kHalf };
@@ -81,11 +79,7 @@ struct Materialise {
   Copy restore;  // its lists may be null
 };
 
-enum class Formula : uint8_t {
-#define GAM_NAME_OF(functor, name) k##functor,
-  GAM_UPDATES(GAM_NAME_OF)
-#undef GAM_NAME_OF
-};
+enum class Formula : uint8_t;  // of math.h
 
 inline constexpr int kMaxState = 3, kMaxOfGroup = 6, kMaxOfLeaf = 2;  // of all formulas
 
@@ -99,12 +93,14 @@ struct OfLeaf {
 // A step of a base optimizer along d. A leaf has its array in each list of its state, or null, which stands for zeros
 // that are not kept.
 struct Update {
-  Formula formula = Formula::kSgd;
+  Formula formula = {};
   Combination d;
   List theta = nullptr, params = nullptr;  // theta may be params
   List state[kMaxState] = {};              // as many as the formula has; the others null
   const OfGroup* groups = nullptr;
-  const OfLeaf* leaves = nullptr;
+  const OfLeaf* options = nullptr;  // the few that differ
+  size_t count = 0;                 // of the options
+  const int32_t* option = nullptr;  // by leaf, its place among them
   bool stream = false;
 };
 

@@ -9,9 +9,9 @@ while they work.
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype
 
-from .backends.base import AdamGroup, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
+from .backends.base import Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList
 
 torch_version: str
 """The version of torch it was built for."""
@@ -27,9 +27,8 @@ class Tensors(list[Tensor]):
     (A sequence of its own, with no method that changes it; a list to type checkers, as torch's annotations ask for it.)
     """
 
-    hold: str
-    """Who else can get at their memory: by other tensors too (``"shared"``), by these very tensors only
-    (``"exclusive"``), or nobody but the engine (``"owned"``)."""
+    owned: bool
+    """Whether nobody but the engine can get at their memory."""
 
 class Versions:
     def first_changed(self, tensors: TensorList) -> int: ...
@@ -50,7 +49,7 @@ class Draws:
 
 # What gam_fast.backends.base.Bookkeeping says; ``tensors`` and ``params`` are of hold().
 def hold(tensors: TensorList) -> Tensors: ...
-def devices(tensors: TensorList) -> list[device]: ...
+def kinds(tensors: TensorList) -> list[tuple[device, dtype, bool]]: ...
 def versions(tensors: TensorList) -> Versions: ...
 def survey_gradients(params: TensorList, flags: bytearray) -> tuple[list[int], bool, int]: ...
 def clear_gradients(params: TensorList, recycle: int, keep_parts: bool = True) -> list[tuple[int, Tensor]]: ...
@@ -58,12 +57,12 @@ def take_usual_gradients(params: TensorList, versions: Any, flags: bytearray, ke
 def take_gradients(params: TensorList, keep: bool) -> Tensors: ...
 
 class Plan:
-    """The shapes, dtypes and groups of the parameters of one device, and how their elements are shared out."""
+    """The shapes and groups of the parameters of a block, and how their elements are shared out."""
 
     def __init__(self, params: TensorList, group: Sequence[int]) -> None: ...
     def fits(self, params: TensorList, group: Sequence[int]) -> bool: ...
     def takes_state(self, state: Sequence[Sequence[Tensor | None]]) -> bool:
-        """Whether lists of tensors of these dtypes can be the state of a base optimizer."""
+        """Return whether lists of such tensors can be the state of a base optimizer."""
 
 def square_norm(plan: Plan, leaves: Leaves, a: TensorList, b: TensorList | None, eta: PerGroup | None) -> Tensor: ...
 def perturb(
@@ -82,26 +81,18 @@ def inner_products(
 ) -> Tensor: ...
 def restore(plan: Plan, leaves: Leaves) -> None: ...
 def direction(plan: Plan, leaves: Leaves, d: Direction, out: TensorList) -> None: ...
-def sgd(
+def update(
     plan: Plan,
     leaves: Leaves,
     d: Direction,
-    momentum_buffer: Sequence[Tensor | None],
-    first: Sequence[bool],
-    groups: Sequence[SGDGroup],
-) -> None: ...
-def adam(
-    plan: Plan,
-    leaves: Leaves,
-    d: Direction,
-    exp_avg: TensorList,
-    exp_avg_sq: TensorList,
-    max_exp_avg_sq: Sequence[Tensor | None],
-    step: Sequence[float],
-    groups: Sequence[AdamGroup],
+    formula: str,
+    state: Sequence[Sequence[Tensor | None]],
+    groups: Sequence[Sequence[float]],
+    options: Sequence[Sequence[float]],
+    option: Sequence[int],
 ) -> None: ...
 def empty_like(tensors: TensorList) -> Tensors:
-    """An uninitialised dense tensor like each. Small ones share memory."""
+    """An uninitialised tensor like each. Small ones share memory."""
 
 def launches() -> int:
     """How many kernels have been launched in this process."""

@@ -5,17 +5,19 @@ The functions on lists are :class:`gam_fast.backends.base.Bookkeeping` for backe
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 References: TypeAlias = "tuple[int, int, int, int, bool]"
+Kind: TypeAlias = "tuple[torch.device, torch.dtype, bool]"
 
 
 def take(param: Tensor) -> Tensor:
@@ -138,9 +140,50 @@ def _counts() -> tuple[tuple[int, int], int]:
         return _references_to_base([torch.zeros(1, device="cpu").view(1)]), _uses(torch.zeros(1, device="cpu"))
 
 
-def as_dtype(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in the parameter's dtype: itself, where it has that."""
-    return grad if grad.dtype == dtype else grad.to(dtype)
+def as_like(grad: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient as the engine takes it, in the dtype of its parameter (or ``dtype``) and in its order in memory.
+
+    It is the gradient itself, where it is so.
+    """
+    dtype = dtype or param.dtype
+    if grad.dtype == dtype and lies_as(grad, param):
+        return grad
+    return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(grad)
+
+
+def lies_as(tensor: Tensor, param: Tensor) -> bool:
+    """Return whether the elements lie in memory in the order of the parameter's, if that is dense.
+
+    >>> square = torch.zeros(2, 2)
+    >>> lies_as(square, square), lies_as(square.T, square), lies_as(torch.zeros(1, 2), torch.zeros(2, 1).T)
+    (True, False, True)
+    """
+    size, strides = param.shape, (tensor.stride(), param.stride())
+    if strides[0] == strides[1]:
+        return True
+    return all(a == b or n == 1 for n, a, b in zip(size, *strides, strict=True)) or not is_dense(size, strides[1])
+
+
+@lru_cache(maxsize=1 << 14)
+def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Return whether the elements fill their memory without gaps or overlaps, in some order of dimensions.
+
+    >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (4, 1)), is_dense((2, 3), (0, 1))
+    (True, False, False)
+    """
+    if math.prod(size) == 0:
+        return True
+    expected = 1
+    for step, count in sorted((step, count) for step, count in zip(stride, size, strict=True) if count > 1):
+        if step != expected:
+            return False
+        expected *= count
+    return True
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    """Return the device and dtype, and whether it is dense in memory."""
+    return tensor.device, tensor.dtype, is_dense(tensor.shape, tensor.stride())
 
 
 def wider_dtype(param: Tensor) -> torch.dtype | None:
@@ -193,9 +236,9 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def devices(tensors: list[Tensor]) -> list[torch.device]:
-    """Return the devices of the tensors, each once."""
-    return list(dict.fromkeys(tensor.device for tensor in tensors))
+def kinds(tensors: list[Tensor]) -> list[Kind]:
+    """Return the kinds of the tensors, each once."""
+    return list(dict.fromkeys(map(kind_of, tensors)))
 
 
 def survey_gradients(params: list[Tensor], flags: bytearray) -> tuple[list[int], bool, int]:
@@ -246,12 +289,12 @@ def take_usual_gradients(params: list[Tensor], versions: Any, flags: bytearray, 
 def take_gradients(params: list[Tensor], keep: bool, dtype: torch.dtype | None = None) -> list[Tensor]:
     """The gradients, zeros where there is none; with ``keep`` to be overwritten.
 
-    Their dtypes are those of the parameters, or ``dtype``.
+    Their dtypes are those of the parameters, or ``dtype``; their order in memory is theirs.
     """
     taken = []
     for param in params:
         if param.grad is None:
             taken.append(torch.zeros_like(param, dtype=dtype))
         else:
-            taken.append(as_dtype(take(param) if keep else param.grad, dtype or param.dtype))
+            taken.append(as_like(take(param) if keep else param.grad, param, dtype))
     return taken

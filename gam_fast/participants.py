@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from torch.nn.parameter import is_lazy
 from . import ownership
 from .backends.base import Backend, Bookkeeping, Direction, Leaves, TensorList, Versions
 from .backends.eager import EagerBackend
-from .ownership import as_dtype, wider_dtype
+from .ownership import Kind, as_like, kind_of, wider_dtype
 from .sharded import Layout, any_sharded, layout_of, local, local_gradient, spread, take_local
+
+ShardKey: TypeAlias = "tuple[Kind, Layout | None, torch.dtype | None]"
+"""Kind and layout of the leaves, and the dtype of their vectors where it is another."""
 
 RECYCLE_BYTES = 1 << 16
 """From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
@@ -25,7 +28,9 @@ NEVER = 1 << 62
 
 @dataclass(eq=False)
 class Shard:
-    """The leaves of one device, layout over processes and dtype of vectors, and the gradients held, by vector.
+    """The leaves of one device, dtype, layout over processes and dtype of vectors, and the gradients held, by vector.
+
+    Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``.
 
     Attributes:
         backend: what works on them.
@@ -73,7 +78,7 @@ class Participants:
         self._select = select
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded
-        self._shards: dict[tuple[torch.device, Layout | None, torch.dtype | None], Shard] = {}
+        self._shards: dict[ShardKey, Shard] = {}
         self.flags = bytearray(len(self.params))
         self.named: Iterable[tuple[str, Tensor]] = ()
         """Names of parameters in the model, for messages."""
@@ -82,7 +87,9 @@ class Participants:
         if self.params and not self.sharded:
             self._books = select(self.params[0].device).bookkeeping
         self._all = self._books.hold(self.params)
-        self.devices = self._books.devices(self._all)
+        self._kinds = self._books.kinds(self._all)
+        self._is_usual = not self.sharded and len(self._kinds) == 1 and self._kinds[0][2]
+        self.devices = list(dict.fromkeys(device for device, _, _ in self._kinds))
         if len(self.devices) > 1:  # perhaps of several backends
             self._books, self._all = ownership, self.params
         self._versions: Versions | None = None
@@ -155,7 +162,7 @@ class Participants:
 
     def take_usual(self, index: int, *, keep: bool) -> bool:
         """Fast path of :meth:`take_in`. Return False if it does not apply."""
-        if self._versions is None or self.sharded or len(self.devices) != 1:
+        if self._versions is None or not self._is_usual:
             return False
         shard = next(iter(self._shards.values()), None)
         if shard is not None and shard.leaves.params is not self._all:
@@ -208,35 +215,35 @@ class Participants:
             return shard.backend.bookkeeping.take_gradients(shard.leaves.params, keep)
         read = take_local if keep else local_gradient
         return [
-            torch.zeros_like(part) if param.grad is None else as_dtype(read(param), part.dtype)
+            torch.zeros_like(part) if param.grad is None else as_like(read(param), part)
             for param, part in zip(shard.owners, shard.leaves.params, strict=True)
         ]
 
     def activate(self, positions: Sequence[int], *, usual: bool = False) -> None:
         """Let parameters take part from now on; in the passes before, their gradients count as zero.
 
-        ``usual``: they are of one device and not sharded, and no gradient has more bits than its parameter.
+        ``usual``: they are of one kind and not sharded, and no gradient has more bits than its parameter.
         """
-        places: dict[tuple[torch.device, Layout | None, torch.dtype | None], list[int]] = {}
+        places: dict[ShardKey, list[int]] = {}
         if usual or self._all_usual(positions):
-            places[self.devices[0], None, None] = list(positions)
+            places[self._kinds[0], None, None] = list(positions)
         else:
             for i in positions:
                 param = self.params[i]
-                key = local(param).device, layout_of(param), None if self.sharded else wider_dtype(param)
+                key = kind_of(local(param)), layout_of(param), None if self.sharded else wider_dtype(param)
                 places.setdefault(key, []).append(i)
         for key, chosen in places.items():
             shard = self._shards.get(key)
             if shard is None:
                 held = next(iter(self)).grads if self._shards else {}
-                device, layout, wider = key
-                backend = self._select(device) if wider is None else EagerBackend()
+                (device, _, is_dense), layout, wider = key
+                backend = self._select(device) if wider is None and is_dense else EagerBackend()
                 shard = Shard(backend, Leaves(vectors=wider), layout=layout, grads={k: [] for k in held})
                 self._shards[key] = shard
             self._add(shard, chosen)
 
     def _all_usual(self, positions: Sequence[int]) -> bool:
-        if self.sharded or len(self.devices) != 1:
+        if not self._is_usual:
             return False
         for param in map(self.params.__getitem__, positions):  # no generator: it takes twice as long
             grad = param.grad
@@ -256,7 +263,7 @@ class Participants:
             shard.grads[index] = hold([*grads, *(torch.zeros_like(part, dtype=leaves.vectors) for part in parts)])
         leaves.group.extend([self._group[i] for i in positions])
         shard.owners.extend(owners)
-        is_all = len(positions) == len(self.params) and not self.sharded and leaves.vectors is None
+        is_all = len(positions) == len(self.params) and not self.sharded and shard.backend.bookkeeping is self._books
         leaves.params = self._all if is_all else hold([*leaves.params, *parts])
         for i in positions:
             self.flags[i] = 1

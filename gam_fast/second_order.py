@@ -8,7 +8,7 @@ from torch import Tensor
 from . import hvp, scalars
 from .backends.base import Scalar
 from .backends.scalars import steps
-from .ownership import as_dtype, may_be_part
+from .ownership import as_like, may_be_part
 from .participants import Participants
 from .recipes import Recipe
 
@@ -33,7 +33,7 @@ def differentiate(recipe: Recipe, shards: Participants, losses: list[Tensor], in
         raise RuntimeError(f"no parameter of this {recipe.name} requires a gradient: there is nothing to optimize")
     grads = dict(zip(params, hvp.gradient(losses, params, twice=recipe.has_product(index)), strict=True))
     for param, grad in grads.items():
-        param.grad = None if grad is None else as_dtype(grad.detach(), param.dtype)
+        param.grad = None if grad is None else as_like(grad.detach(), param)
     return [grads.get(param) for param in shards.params]
 
 
@@ -62,4 +62,4 @@ def multiply(shards: Participants, index: int, graph: list[Tensor | None], total
         shard.grads[index] = []  # a reference less, so that they can be taken over
         shard.grads[index] = shard.backend.bookkeeping.take_gradients(shard.leaves.params, keep=True)
     for param, value in zip(params, products, strict=True):
-        param.grad = torch.zeros_like(param) if value is None else as_dtype(value, param.dtype)
+        param.grad = torch.zeros_like(param) if value is None else as_like(value, param)

@@ -6,61 +6,179 @@ The state of the base optimizer is laid out by torch's own conventions (``moment
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .backends.base import AdamGroup, Backend, Direction, Leaves, SGDGroup, TensorList
+from .backends.base import Backend, Direction, Leaves, TensorList
+from .backends.eager import EagerBackend
 from .chain import members
 from .hooks import step_of_base
-from .ownership import as_dtype
+from .ownership import as_like, lies_as
 from .participants import Shard, materialise
 from .sharded import any_sharded, local, local_gradient, spread
 
 Directions: TypeAlias = "list[tuple[Shard, Direction]]"
 """The direction of each shard."""
 
-FusedUpdate: TypeAlias = "Callable[[Optimizer, Backend, TensorList, Leaves, Direction, int], None]"
-"""By the base optimizer, the backend, the parameters that the leaves are (or are local parts of), the direction, and
-the number of the base optimizer's first group among all groups."""
-
-_SGD_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
-_ADAM_NUMBERS = ("lr", "eps", "weight_decay")
+Group: TypeAlias = "dict[str, Any]"
+Numbers: TypeAlias = "tuple[float, ...]"
 
 
-def fused_update(base: Optimizer) -> FusedUpdate | None:
-    """The update that restores θ and takes the step of ``base`` in one primitive, or ``None`` where torch must do it.
+@dataclass(frozen=True)
+class Fused:
+    """A base optimizer whose step is one primitive (:meth:`Backend.update`): a row of :data:`FUSED`.
 
-    torch does it for every other optimizer (subclasses too), for hyper-parameters that are tensors, for
-    ``differentiable=True``, for Adam with ``capturable`` or ``fused`` (their step counters live on the device), and
-    when hooks are registered on ``base`` itself.
+    Attributes:
+        formula: its name in the backends.
+        state: the names of its state in torch's layout, in the order of the formula.
+        fits: tell whether the formula takes the step of an optimizer, as its groups are now.
+        numbers: return those of a parameter group, in the order of the formula.
+        keeps: tell of each state whether a group has it.
+        options: return the numbers of leaves that differ, and for each leaf its place among them; of the groups, the
+            group of each leaf, whether it has no state yet, and the number of its step (empty unless ``counts``).
+        counts: whether each parameter's state has the number of its steps (``step``).
+        advance: called after the step of all parameters.
+    """
+
+    formula: str
+    state: tuple[str, ...]
+    fits: Callable[[Optimizer], bool]
+    numbers: Callable[[Optimizer, Group], Numbers]
+    keeps: Callable[[Group], tuple[bool, ...]]
+    options: Callable[[list[Group], list[int], list[bool], list[float]], tuple[list[Numbers], list[int]]]
+    counts: bool = False
+    advance: Callable[[Optimizer], None] = lambda base: None
+
+
+def _fits_sgd(base: Optimizer) -> bool:
+    return type(base) is SGD and _all_numbers(base.param_groups, ("lr", "momentum", "dampening", "weight_decay"))
+
+
+def _numbers_of_sgd(base: Optimizer, group: Group) -> Numbers:
+    flags = float(group["nesterov"]), float(group.get("maximize", False))
+    return float(group["lr"]), float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]), *flags
+
+
+def _first_of_sgd(
+    groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]
+) -> tuple[list[Numbers], list[int]]:
+    return [(0.0,), (1.0,)], [int(first) for first in new]
+
+
+def _fits_adam(base: Optimizer) -> bool:
+    groups = base.param_groups
+    if type(base) not in (Adam, AdamW) or not _all_numbers(groups, ("lr", "eps", "weight_decay")):
+        return False
+    if any(isinstance(beta, Tensor) for group in groups for beta in group["betas"]):
+        return False
+    # their step counters live on the device
+    on_host = not any(group.get("capturable") or group.get("fused") for group in groups)
+    return on_host and all(state["step"].device.type == "cpu" for state in base.state.values() if "step" in state)
+
+
+def _decay(decay: float, rate: float, decoupled: bool) -> tuple[float, float]:
+    """Return λ of coupled weight decay, and the factor of decoupled decay."""
+    return (0.0, 1.0 - rate * decay) if decoupled else (decay, 1.0)
+
+
+def _numbers_of_adam(base: Optimizer, group: Group) -> Numbers:
+    decoupled = isinstance(base, AdamW) or bool(group.get("decoupled_weight_decay", False))
+    decay = _decay(float(group["weight_decay"]), float(group["lr"]), decoupled)
+    beta1, beta2 = group["betas"]
+    return float(beta1), float(beta2), float(group["eps"]), *decay, float(group.get("maximize", False))
+
+
+def _corrections_of_adam(
+    groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]
+) -> tuple[list[Numbers], list[int]]:
+    places: dict[tuple[int, float], int] = {}  # few: parameters of a group have mostly made the same number of steps
+    option = [places.setdefault(key, len(places)) for key in zip(of_leaf, steps, strict=True)]
+    found: list[Numbers] = []
+    for g, t in places:
+        beta1, beta2 = groups[g]["betas"]
+        found.append((float(groups[g]["lr"]) / (1.0 - beta1**t), math.sqrt(1.0 - beta2**t)))
+    return found, option
+
+
+def _fits_lion(base: Optimizer) -> bool:
+    """By its arguments, whoever wrote it: those of ``pytorch_optimizer.Lion``, without its extras."""
+    groups = base.param_groups
+    return (
+        type(base).__name__ == "Lion"
+        and hasattr(base, "maximize")
+        and all({"betas", "weight_decouple", "fixed_decay"} <= group.keys() for group in groups)
+        and not any(group.get(extra) for group in groups for extra in ("use_gc", "adanorm", "cautious"))
+        and _all_numbers(groups, ("lr", "weight_decay"))
+    )
+
+
+def _numbers_of_lion(base: Optimizer, group: Group) -> Numbers:
+    rate = 1.0 if group["fixed_decay"] else float(group["lr"])
+    decay = _decay(float(group["weight_decay"]), rate, bool(group["weight_decouple"]))
+    maximize = float(base.maximize)  # type: ignore[attr-defined]
+    return float(group["lr"]), float(group["betas"][0]), float(group["betas"][1]), *decay, maximize
+
+
+def _no_options(
+    groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]
+) -> tuple[list[Numbers], list[int]]:
+    return [()], [0] * len(of_leaf)
+
+
+def _advance_lion(base: Optimizer) -> None:
+    for group in base.param_groups:  # as it counts itself
+        group["step"] = group.get("step", 0) + 1
+
+
+FUSED = (
+    Fused(
+        "sgd",
+        ("momentum_buffer",),
+        _fits_sgd,
+        _numbers_of_sgd,
+        lambda group: (group["momentum"] != 0.0,),
+        _first_of_sgd,
+    ),
+    Fused(
+        "adam",
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        _fits_adam,
+        _numbers_of_adam,
+        lambda group: (True, True, bool(group["amsgrad"])),
+        _corrections_of_adam,
+        counts=True,
+    ),
+    Fused(
+        "lion", ("exp_avg",), _fits_lion, _numbers_of_lion, lambda group: (True,), _no_options, advance=_advance_lion
+    ),
+)
+"""The base optimizers whose step is one primitive."""
+
+
+def fused(base: Optimizer) -> Fused | None:
+    """Return how the step of ``base`` is taken by one primitive that also restores θ; ``None`` if torch takes it.
+
+    torch takes that of every other optimizer (subclasses too), with hyper-parameters that are tensors, with
+    ``differentiable=True``, of Adam with ``capturable`` or ``fused``, and where hooks are registered on ``base``.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> fused_update(torch.optim.SGD([weight], lr=0.1)).__name__
-    'sgd_update'
-    >>> fused_update(torch.optim.RMSprop([weight])) is None
+    >>> fused(torch.optim.SGD([weight], lr=0.1)).formula
+    'sgd'
+    >>> fused(torch.optim.RMSprop([weight])) is None
     True
     """
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return None
-    groups = base.param_groups
-    if any(group.get("differentiable") for group in groups):
+    if any(group.get("differentiable") for group in base.param_groups):
         return None
-    if type(base) is SGD and _all_numbers(groups, _SGD_NUMBERS):
-        return sgd_update
-    if type(base) in (Adam, AdamW) and _all_numbers(groups, _ADAM_NUMBERS):
-        betas = all(not isinstance(beta, Tensor) for group in groups for beta in group["betas"])
-        on_host = not any(group.get("capturable") or group.get("fused") for group in groups)
-        on_host = on_host and all(
-            state["step"].device.type == "cpu" for state in base.state.values() if "step" in state
-        )
-        return adam_update if betas and on_host else None
-    return None
+    return next((row for row in FUSED if row.fits(base)), None)
 
 
 def apply(
@@ -115,7 +233,7 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
         part = _part(shard, chosen)
         part.leaves.backup, part.leaves.saved = [], False  # θ is there, perhaps changed by a hook
         term = [
-            as_dtype(local_gradient(p), part.leaves.vectors or x.dtype)
+            as_like(local_gradient(p), x, part.leaves.vectors)
             for p, x in zip(part.owners, part.leaves.params, strict=True)
         ]
         ones = [[1.0] * len(direction.p[0])]
@@ -159,12 +277,13 @@ def _by_member(base: Optimizer, directions: Directions) -> Iterator[tuple[Optimi
 def _step(base: Optimizer, directions: Directions) -> None:
     """As :func:`apply`, without hooks that look on."""
     for member, parts, first in _by_member(base, directions):
-        update = fused_update(member)
-        if update is None:
+        row = fused(member)
+        if row is None:
             _step_by_torch(member, parts)
             continue
         for shard, direction in parts:
-            update(member, shard.backend, shard.owners, shard.leaves, direction, first)
+            fused_step(member, row, shard, direction, first)
+        row.advance(member)
         member._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
 
 
@@ -218,93 +337,72 @@ def _states(base: Optimizer, owners: TensorList) -> Sequence[dict[str, Any]]:
     return [found.get(param, {}) for param in owners]
 
 
-def _locals(state: Sequence[Tensor | None]) -> list[Any]:
-    """Return the part of each that this process holds."""
-    if not any_sharded(state):
-        return list(state)
-    return [None if value is None else local(value) for value in state]
-
-
-def sgd_update(
-    base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction, first_group: int = 0
-) -> None:
-    """Restore, and one step of :class:`torch.optim.SGD` along ``d`` (formula: :meth:`Backend.sgd`)."""
-    groups = [
-        SGDGroup(
-            float(group["lr"]),
-            float(group["momentum"]),
-            float(group["dampening"]),
-            float(group["weight_decay"]),
-            bool(group["nesterov"]),
-            bool(group.get("maximize", False)),
-        )
-        for group in base.param_groups
-    ]
-    groups = _among_all(groups, first_group, len(d.p[0]))
-    has_momentum = [group.momentum != 0.0 for group in groups]
-    buffers: list[Tensor | None] = [None] * len(owners)
-    if any(has_momentum):
-        buffers = [state.get("momentum_buffer") for state in _states(base, owners)]
-    if not all(has_momentum):
-        buffers = [x if has_momentum[group] else None for x, group in zip(buffers, leaves.group, strict=True)]
-    first = [buffer is None for buffer in buffers]
-    made = [i for i, group in enumerate(leaves.group) if first[i] and has_momentum[group]] if any(first) else []
-    for i in made:
-        buffers[i] = torch.zeros_like(owners[i], memory_format=torch.preserve_format)
-    backend.sgd(leaves, d, _locals(buffers), first, groups)
-    for i in made:
-        base.state[owners[i]]["momentum_buffer"] = buffers[i]
-
-
-def adam_update(
-    base: Optimizer, backend: Backend, owners: TensorList, leaves: Leaves, d: Direction, first_group: int = 0
-) -> None:
-    """Restore, and one step of :class:`torch.optim.Adam` or AdamW along ``d`` (formula: :meth:`Backend.adam`).
+def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_group: int = 0) -> None:
+    """Restore θ, and take one step of ``base`` along ``d``.
 
     Raises:
         RuntimeError: while a CUDA graph is captured, which would repeat the bias correction of one step.
     """
-    if leaves.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    leaves, owners = shard.leaves, shard.owners
+    if row.counts and leaves.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{type(base).__name__} counts its steps on the host, which a CUDA graph does not repeat: pass "
             "capturable=True to capture it"
         )
-    groups = [
-        AdamGroup(
-            float(group["lr"]),
-            float(group["betas"][0]),
-            float(group["betas"][1]),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            isinstance(base, AdamW) or bool(group.get("decoupled_weight_decay", False)),
-            bool(group["amsgrad"]),
-            bool(group.get("maximize", False)),
-        )
-        for group in base.param_groups
-    ]
-    groups = _among_all(groups, first_group, len(d.p[0]))
-    states = []
-    for param, group, before in zip(owners, leaves.group, _states(base, owners), strict=True):
-        state = dict(before)
-        if not state:
-            step_dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-            state["step"] = torch.zeros((), dtype=step_dtype, device="cpu")  # whatever the default device
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        if groups[group].amsgrad and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        states.append(state)
+    groups = _among_all(base.param_groups, first_group, len(d.p[0]))
+    keeps = [row.keeps(group) for group in groups]
+    states = _states(base, owners) if any(map(any, keeps)) else [{}] * len(owners)
+    made: dict[int, dict[str, Tensor]] = {}  # by leaf; they are put where they belong after the step
+    steps: list[Tensor] = []
+    if row.counts:
+        for i, state in enumerate(states):
+            if "step" not in state:
+                dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+                made[i] = {"step": torch.zeros((), dtype=dtype, device="cpu")}  # whatever the default device
+            steps.append(made[i]["step"] if i in made else state["step"])
+    new = [True] * len(owners)
+    lists: list[list[Any]] = []
+    for k, name in enumerate(row.state):
+        has = [kept[k] for kept in keeps]
+        values: list[Any] = [None] * len(owners)
+        if any(has):
+            values = [state.get(name) for state in states]
+            if not all(has):
+                values = [value if has[g] else None for value, g in zip(values, leaves.group, strict=True)]
+            absent = [value is None for value in values]
+            new = absent if k == 0 else new
+            for i in [i for i, missing in enumerate(absent) if missing and has[leaves.group[i]]]:
+                values[i] = torch.zeros_like(owners[i], memory_format=torch.preserve_format)
+                made.setdefault(i, {})[name] = values[i]
+        lists.append(values)
     # one read for all counters: they are 0-dim tensors, by torch's layout of the state
-    steps = (torch.stack([state["step"] for state in states]) + 1.0).tolist()
-    backend.adam(
-        leaves,
-        d,
-        _locals([state["exp_avg"] for state in states]),
-        _locals([state["exp_avg_sq"] for state in states]),
-        _locals([state.get("max_exp_avg_sq") for state in states]),
-        steps,
-        groups,
-    )
-    for param, state in zip(owners, states, strict=True):
-        base.state[param] = state
-    torch._foreach_add_([state["step"] for state in states], 1.0)
+    options, option = row.options(groups, leaves.group, new, (torch.stack(steps) + 1.0).tolist() if steps else [])
+    numbers = [row.numbers(base, group) for group in groups]
+    backend, leaves, d, lists = _fitting(shard, d, lists, made, row.state)
+    backend.update(leaves, d, row.formula, lists, numbers, options, option)
+    for i, state in made.items():
+        base.state[owners[i]].update(state)
+    if steps:
+        torch._foreach_add_(steps, 1.0)
+
+
+def _fitting(
+    shard: Shard, d: Direction, lists: list[list[Any]], made: dict[int, dict[str, Tensor]], names: Sequence[str]
+) -> tuple[Backend, Leaves, Direction, list[list[Any]]]:
+    """State as the backend takes it: in the parameters' order in memory, or by plain torch where its dtype differs.
+
+    It is neither where a model was converted after its optimizer had stepped, or a state loaded from before that.
+    """
+    leaves = shard.leaves
+    if any_sharded([value for values in lists for value in values]):
+        lists = [[None if value is None else local(value) for value in values] for values in lists]
+    elif not shard.backend.takes_state(leaves, lists):
+        for name, values in zip(names, lists, strict=True):
+            for i, (value, param) in enumerate(zip(values, leaves.params, strict=True)):
+                if value is not None and value.dtype is param.dtype and not lies_as(value, param):
+                    values[i] = torch.empty_like(param).copy_(value)
+                    made.setdefault(i, {})[name] = values[i]
+    if shard.backend.takes_state(leaves, lists):
+        return shard.backend, leaves, d, lists
+    plain = Leaves(list(leaves.params), leaves.group, list(leaves.backup), leaves.saved)
+    return EagerBackend(), plain, replace(d, terms=[list(term) for term in d.terms]), lists

@@ -2,9 +2,58 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from gam_fast.backends import base
+
+
+class SGDGroup(NamedTuple):
+    """Hyper-parameters of :class:`torch.optim.SGD`."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+
+class AdamGroup(NamedTuple):
+    """Hyper-parameters of :class:`torch.optim.Adam` and :class:`torch.optim.AdamW`."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    amsgrad: bool
+    maximize: bool
+
+
+def sgd(backend, leaves, d, buffers, first, groups):
+    """The update of SGD; ``first``: for each leaf, whether it is its first step."""
+    backend.update(leaves, d, "sgd", [buffers], groups, [(0.0,), (1.0,)], [int(new) for new in first])
+
+
+def adam(backend, leaves, d, average, square, largest, steps, groups):
+    """The update of Adam; ``steps``: the number of each leaf's step, already advanced."""
+    decays = [(0.0, 1.0 - h.lr * h.weight_decay) if h.decoupled else (h.weight_decay, 1.0) for h in groups]
+    rows = [(h.beta1, h.beta2, h.eps, *decay, h.maximize) for h, decay in zip(groups, decays, strict=True)]
+    options = [
+        (groups[g].lr / (1.0 - groups[g].beta1 ** t), math.sqrt(1.0 - groups[g].beta2 ** t))
+        for g, t in zip(leaves.group, steps, strict=True)
+    ]
+    largest = [top if groups[g].amsgrad else None for top, g in zip(largest, leaves.group, strict=True)]
+    backend.update(leaves, d, "adam", [average, square, largest], rows, options, list(range(len(options))))
+
+
+def lion(backend, leaves, d, average, groups):
+    """The update of Lion; groups of lr, β₁, β₂, coupled decay, the factor of decoupled decay, maximize."""
+    backend.update(leaves, d, "lion", [average], groups, [()], [0] * len(leaves.params))
 
 
 def tensors(dtype, seed, shapes=((70_001,), (33,), (), (0,), (5, 7))):
@@ -50,16 +99,19 @@ def run_all(backend, dtype, shapes=((70_001,), (33,), (), (0,), (5, 7)), device=
     found["direction"] = [*out, *target.params]
     for nesterov in (False, True):
         target, buffers = leaves(), make(8)
-        rows = [base.SGDGroup(0.1, 0.9, 0.0 if nesterov else 0.1, 0.01, nesterov, g == 1) for g in range(2)]
-        backend.sgd(target, d, buffers, [i == 1 for i in range(count)], rows)
+        rows = [SGDGroup(0.1, 0.9, 0.0 if nesterov else 0.1, 0.01, nesterov, g == 1) for g in range(2)]
+        sgd(backend, target, d, buffers, [i == 1 for i in range(count)], rows)
         found[f"sgd {nesterov}"] = [*target.params, *buffers]
     for amsgrad in (False, True):
         target, average, square = leaves(), make(8), [t.abs() for t in make(9)]
         largest = [t.abs() for t in make(10)] if amsgrad else [None] * count
-        rows = [base.AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.01, g == 0, amsgrad, g == 1) for g in range(2)]
-        backend.adam(target, d, average, square, largest, [float(i + 1) for i in range(count)], rows)
+        rows = [AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.01, g == 0, amsgrad, g == 1) for g in range(2)]
+        adam(backend, target, d, average, square, largest, [float(i + 1) for i in range(count)], rows)
         found[f"adam {amsgrad}: state"] = [*average, *square, *(t for t in largest if t is not None)]
         found[f"adam {amsgrad}: params"] = target.params
+    target, average = leaves(), make(8)
+    lion(backend, target, d, average, [(0.1, 0.9, 0.99, 0.0, 0.999, 0.0), (0.2, 0.3, 0.4, 0.01, 1.0, 1.0)])
+    found["lion"] = [*target.params, *average]
     return found
 
 

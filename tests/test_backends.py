@@ -10,6 +10,7 @@ import emulated
 import pytest
 import torch
 from cases import BACKENDS, DTYPES, EMULATED, INTERPRETED, pairwise
+from primitives import AdamGroup, SGDGroup, adam, lion, sgd
 
 import gam_fast
 from gam_fast import backends
@@ -24,8 +25,7 @@ def tensors(dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     result = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
     result[4] = result[4].contiguous(memory_format=torch.channels_last)
-    wide = torch.randn(SHAPES[3][0], 802, generator=generator).to(dtype)
-    result[3] = wide[:, ::2]  # neither contiguous nor dense
+    result[3] = torch.randn(SHAPES[3][0] * 401 + 1, generator=generator).to(dtype)[1:].view(SHAPES[3])  # not aligned
     return result
 
 
@@ -237,10 +237,10 @@ def test_sgd(backend, dtype, first):
     start = double(target.backup)
     d, values = directions(dtype)
     groups = [
-        base.SGDGroup(0.1, 0.9, 0.25, 0.01, nesterov=False, maximize=False),
-        base.SGDGroup(0.2, 0.0, 0.0, 0.02, nesterov=False, maximize=True),
+        SGDGroup(0.1, 0.9, 0.25, 0.01, nesterov=False, maximize=False),
+        SGDGroup(0.2, 0.0, 0.0, 0.02, nesterov=False, maximize=True),
     ]
-    buffers = [t if g == 0 else None for t, g in zip(tensors(dtype, 20), GROUPS, strict=True)]
+    buffers = [t * (not first) if g == 0 else None for t, g in zip(tensors(dtype, 20), GROUPS, strict=True)]
     expected, expected_buffers = [], []
     for w, v, b, g in zip(start, values, buffers, GROUPS, strict=True):
         h = groups[g]
@@ -249,7 +249,7 @@ def test_sgd(backend, dtype, first):
             v = v if first else h.momentum * b.double() + (1 - h.dampening) * v
         expected.append(w - h.lr * v)
         expected_buffers.append(v)
-    backend.sgd(target, d, buffers, [first and b is not None for b in buffers], groups)
+    sgd(backend, target, d, buffers, [first and b is not None for b in buffers], groups)
     close(target.params, expected, dtype, scale=8.0)
     kept = [(b, e) for b, e in zip(buffers, expected_buffers, strict=True) if b is not None]
     close([b for b, _ in kept], [e for _, e in kept], dtype, scale=8.0)
@@ -261,8 +261,8 @@ def test_adam(backend, dtype):
     start = double(target.backup)
     d, values = directions(dtype)
     groups = [
-        base.AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.01, decoupled=True, amsgrad=False, maximize=False),
-        base.AdamGroup(0.2, 0.8, 0.95, 1e-2, 0.02, decoupled=False, amsgrad=True, maximize=True),
+        AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.01, decoupled=True, amsgrad=False, maximize=False),
+        AdamGroup(0.2, 0.8, 0.95, 1e-2, 0.02, decoupled=False, amsgrad=True, maximize=True),
     ]
     average = tensors(dtype, 21)
     square = [t.abs() for t in tensors(dtype, 22)]
@@ -280,12 +280,29 @@ def test_adam(backend, dtype):
         root = (s if top is None else torch.maximum(s, top.double())).sqrt()
         step = h.lr / (1 - h.beta1**t) * m / (root / (1 - h.beta2**t) ** 0.5 + h.eps)
         expected.append((w - step, m, s))
-    backend.adam(target, d, average, square, largest, steps, groups)
+    adam(backend, target, d, average, square, largest, steps, groups)
     for i, (w, m, s) in enumerate(expected):
         # The step divides by √v + ε, which magnifies the rounding of v where v is small; its own size is the scale.
         close([target.params[i]], [w], dtype, scale=64.0)
         close([average[i]], [m], dtype, scale=8.0)
         close([square[i]], [s], dtype, scale=64.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lion(backend, dtype):
+    target = leaves(dtype, saved=True)
+    d, values = directions(dtype)
+    rows = [(0.1, 0.9, 0.99, 0.0, 0.75, 0.0), (0.2, 0.3, 0.4, 0.125, 1.0, 1.0)]
+    average = tensors(dtype, 21)
+    before = double(average)
+    expected = []
+    for w, v, m, g in zip(double(target.backup), values, before, GROUPS, strict=True):
+        lr, beta1, beta2, decay, shrink, maximize = rows[g]
+        v = (-v if maximize else v) + decay * w
+        expected.append((w * shrink - lr * torch.sign(m + (1 - beta1) * (v - m)), m + (1 - beta2) * (v - m)))
+    lion(backend, target, d, average, rows)
+    close(target.params, [w for w, _ in expected], dtype, scale=8.0)
+    close(average, [m for _, m in expected], dtype, scale=8.0)
 
 
 def test_the_backend_does_nothing_on_an_unsaved_restore(backend):

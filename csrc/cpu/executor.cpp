@@ -20,7 +20,7 @@ at::Tensor tensor_of(const std::vector<double>& values, at::IntArrayRef sizes) {
 }  // namespace
 
 Work Executor::work(std::initializer_list<List> lists) const {
-  Work work{shapes_->leaves().data(), plan_.pieces().data(), {}};
+  Work work{shapes_->dtype(), shapes_->leaves().data(), plan_.pieces().data(), {}};
   std::copy_n(lists.begin(), std::min<size_t>(lists.size(), Work::kMaxLists), work.lists);
   return work;
 }
@@ -68,17 +68,11 @@ void Executor::materialise(const Materialise& arguments) {
   parallel_over_chunks(plan_, [&](Range range) { kernels().materialise(work, arguments, range); });
 }
 
-void Executor::sgd(const SgdStep& arguments) {
-  const List* terms = arguments.d.lists;
-  const Work work = this->work({terms[0], terms[1], terms[2], arguments.theta, arguments.params, arguments.buffer});
-  parallel_over_chunks(plan_, [&](Range range) { kernels().sgd(work, arguments, range); });
-}
-
-void Executor::adam(const AdamStep& arguments) {
-  const List* terms = arguments.d.lists;
-  const Work work = this->work({terms[0], terms[1], terms[2], arguments.theta, arguments.params, arguments.average,
-                                arguments.square, arguments.largest});
-  parallel_over_chunks(plan_, [&](Range range) { kernels().adam(work, arguments, range); });
+void Executor::update(const Update& arguments) {
+  const List *terms = arguments.d.lists, *state = arguments.state;
+  const Work work =
+      this->work({terms[0], terms[1], terms[2], arguments.theta, arguments.params, state[0], state[1], state[2]});
+  parallel_over_chunks(plan_, [&](Range range) { kernels().update(work, arguments, range); });
 }
 
 }  // namespace gam::cpu

@@ -21,6 +21,7 @@ struct Range {
 struct Work {
   static constexpr int kMaxLists = 9;
 
+  Dtype dtype;
   const Leaf* leaves;
   const Piece* pieces;
   List lists[kMaxLists];  // those that are read or written, as far as they are not null
@@ -34,8 +35,7 @@ struct Kernels {
   void (*perturb)(const Work&, const Perturbation&, Range);
   void (*copy)(const Work&, const Copy&, Range);
   void (*materialise)(const Work&, const Materialise&, Range);
-  void (*sgd)(const Work&, const SgdStep&, Range);
-  void (*adam)(const Work&, const AdamStep&, Range);
+  void (*update)(const Work&, const Update&, Range);
 };
 
 namespace baseline {

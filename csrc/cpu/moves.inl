@@ -36,13 +36,12 @@ void perturb(const Work& work, const Perturbation& arguments, Range range) {
     const Perturb<O> formula{of_group<O>(arguments.radius, leaf)};
     const Weigh<O> weigh{weighted ? of_group<O>(arguments.eta, leaf) : O(0)};
     const List start = arguments.save ? arguments.params : arguments.backup;
-    Reader<T> origin(array_of(arguments.from_start ? start : arguments.params), leaf), a(array_of(arguments.a), leaf);
-    Reader<T> b, theta(array_of(start), leaf), params(array_of(arguments.params), leaf);
-    if (arguments.b) b.open(array_of(arguments.b), leaf);
-    Writer<T> out(array_of(arguments.params), leaf, arguments.stream && arguments.from_start && !arguments.save);
-    Writer<T> backup(array_of(arguments.backup), leaf, arguments.stream);
+    Reader<T> origin(array_of(arguments.from_start ? start : arguments.params)), a(array_of(arguments.a));
+    Reader<T> b(array_of(arguments.b)), theta(array_of(start)), params(array_of(arguments.params));
+    Writer<T> out(array_of(arguments.params), arguments.stream && arguments.from_start && !arguments.save);
+    Writer<T> backup(array_of(arguments.backup), arguments.stream);
     each_tile(piece.begin, piece.length, [&](int64_t i, int n) {
-      if (arguments.save) backup.raw(params.raw(i, n), i, n);
+      if (arguments.save) backup.raw(params.raw(i), i, n);
       const V* x = origin.tile(i, n);
       const V* p = a.tile(i, n);
       const V* q = arguments.b ? b.tile(i, n) : nullptr;
@@ -68,8 +67,8 @@ void perturb(const Work& work, const Perturbation& arguments, Range range) {
       const Folding& fold = arguments.fold;
       if (fold.into) {
         const Fold<O> folded{of_group<O>(fold.k, leaf), of_group<O>(fold.l, leaf)};
-        Reader<T> into(array_of(fold.into), leaf), other(array_of(fold.other), leaf);
-        Writer<T> result(array_of(fold.into), leaf, false);
+        Reader<T> into(array_of(fold.into)), other(array_of(fold.other));
+        Writer<T> result(array_of(fold.into), false);
         const V* y = into.tile(i, n);
         const V* z = other.tile(i, n);
         V* w = result.tile(i);
@@ -82,16 +81,15 @@ void perturb(const Work& work, const Perturbation& arguments, Range range) {
 }
 
 template <class T>
-void copy_piece(const Copy& arguments, const Piece& piece, const Leaf& leaf) {
-  Reader<T> from(arguments.from[piece.leaf], leaf);
-  Writer<T> to(arguments.to[piece.leaf], leaf, arguments.stream);
-  each_tile(piece.begin, piece.length, [&](int64_t i, int n) { to.raw(from.raw(i, n), i, n); });
+void copy_piece(const Copy& arguments, const Piece& piece) {
+  Reader<T> from(arguments.from[piece.leaf]);
+  Writer<T> to(arguments.to[piece.leaf], arguments.stream);
+  each_tile(piece.begin, piece.length, [&](int64_t i, int n) { to.raw(from.raw(i), i, n); });
 }
 
 void copy(const Work& work, const Copy& arguments, Range range) {
-  each_piece(work, range, [&](auto type, const Piece& piece, const Leaf& leaf, auto) {
-    copy_piece<decltype(type)>(arguments, piece, leaf);
-  });
+  each_piece(work, range,
+             [&](auto type, const Piece& piece, const Leaf&, auto) { copy_piece<decltype(type)>(arguments, piece); });
   end_of_streaming();
 }
 
@@ -100,12 +98,12 @@ void materialise(const Work& work, const Materialise& arguments, Range range) {
     using T = decltype(type);
     with_terms(arguments.d, leaf, [&](auto terms) {
       Combined<T, terms.value> combined(arguments.d, piece, leaf);
-      Writer<T> out(array_of(arguments.out), leaf, false);
+      Writer<T> out(array_of(arguments.out), false);
       each_tile(piece.begin, piece.length, [&](int64_t i, int n) {
         fill_tile(n, out.tile(i), combined.tile(i, n));
         out.store(i, n);
       });
-      if (arguments.restore.from) copy_piece<T>(arguments.restore, piece, leaf);
+      if (arguments.restore.from) copy_piece<T>(arguments.restore, piece);
     });
   });
   end_of_streaming();

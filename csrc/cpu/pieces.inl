@@ -24,28 +24,28 @@ struct Tuple {
 inline void prefetch(const Work& work, const Piece& piece) {
 #if defined(__GNUC__)
   constexpr int64_t kLine = 64, kMost = 512;
-  const int64_t size = size_of(work.leaves[piece.leaf].dtype);
+  const int64_t size = size_of(work.dtype);
   const int64_t bytes = piece.length * size < kMost ? piece.length * size : kMost;
   for (const List list : work.lists) {
-    if (!list || !list[piece.leaf].data) continue;
-    const char* begin = static_cast<const char*>(list[piece.leaf].data) + piece.begin * size;
+    if (!list || !list[piece.leaf]) continue;
+    const char* begin = static_cast<const char*>(list[piece.leaf]) + piece.begin * size;
     for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
   }
 #endif
 }
 
-// Calls f(type, piece, leaf, array_of) for the pieces of a range; `type` is a value of the leaf's element type, and
-// array_of(list) the array of the leaf, an empty one of a null list.
+// Calls f(type, piece, leaf, array_of) for the pieces of a range; `type` is a value of the element type, and
+// array_of(list) the array of the leaf, null where it or the list has none.
 template <class F>
 void each_piece(const Work& work, Range range, F f) {
   constexpr int64_t kPiecesAhead = 3;
-  for (int64_t p = range.begin; p < range.end; ++p) {
-    if (p + kPiecesAhead < range.end) prefetch(work, work.pieces[p + kPiecesAhead]);
-    const Piece& piece = work.pieces[p];
-    const Leaf& leaf = work.leaves[piece.leaf];
-    const auto array_of = [&](List list) { return list ? list[piece.leaf] : Array(); };
-    with_type(leaf.dtype, [&](auto type) { f(type, piece, leaf, array_of); });
-  }
+  with_type(work.dtype, [&](auto type) {
+    for (int64_t p = range.begin; p < range.end; ++p) {
+      if (p + kPiecesAhead < range.end) prefetch(work, work.pieces[p + kPiecesAhead]);
+      const Piece& piece = work.pieces[p];
+      f(type, piece, work.leaves[piece.leaf], [&](List list) { return list ? list[piece.leaf] : nullptr; });
+    }
+  });
 }
 
 // The Combine of a leaf's group.
@@ -65,7 +65,7 @@ class Combined {
 
  public:
   Combined(const Combination& d, const Piece& piece, const Leaf& leaf) : combine_(combine_of<O>(d, leaf)) {
-    for (int t = 0; t < Terms; ++t) readers_[t].open(list_of(d, leaf, t)[piece.leaf], leaf);
+    for (int t = 0; t < Terms; ++t) readers_[t] = Reader<T>(list_of(d, leaf, t)[piece.leaf]);
   }
 
   // A function of j, the element i + j.

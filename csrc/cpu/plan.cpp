@@ -5,10 +5,10 @@
 namespace gam::cpu {
 
 Plan::Plan(const Shapes& shapes) {
+  const int64_t element = size_of(shapes.dtype());
   int64_t room = 0;  // bytes left in the chunk being filled
   for (size_t i = 0; i < shapes.size(); ++i) {
     const Leaf& leaf = shapes.leaves()[i];
-    const int64_t element = size_of(leaf.dtype);
     for (int64_t begin = 0; begin < leaf.numel;) {
       if (room <= 0) {
         starts_.push_back(static_cast<int64_t>(pieces_.size()));

@@ -11,9 +11,9 @@ class Summation {
   static constexpr int kPlaces = Lists == 1 ? 4 : Lists == 2 ? 2 : 1;
 
  public:
-  Summation(const Tuple<Array, Lists>& arrays, const Leaf& leaf, Value value) : value_(value) {
+  Summation(const Tuple<void*, Lists>& arrays, Value value) : value_(value) {
     for (auto& place : readers_)
-      for (int k = 0; k < Lists; ++k) place[k].open(arrays.values[k], leaf);
+      for (int k = 0; k < Lists; ++k) place[k] = Reader<T>(arrays.values[k]);
   }
 
   void operator()(const Piece& piece, double* sums) {
@@ -62,8 +62,8 @@ class Summation {
 };
 
 template <class T, int Sums, int Lists, class Value>
-void add_up(const Tuple<Array, Lists>& arrays, const Leaf& leaf, const Piece& piece, double* sums, Value value) {
-  Summation<T, Sums, Lists, Value>(arrays, leaf, value)(piece, sums);
+void add_up(const Tuple<void*, Lists>& arrays, const Piece& piece, double* sums, Value value) {
+  Summation<T, Sums, Lists, Value>(arrays, value)(piece, sums);
 }
 
 // sums[k] for the k-th piece of the range
@@ -74,18 +74,17 @@ void square_norm(const Work& work, const SquareNorm& arguments, Range range, dou
     using O = opmath_t<T>;
     const Weigh<O> weigh{theta ? of_group<O>(arguments.eta, leaf) : O(0)};
     const auto add_squares = [&](const auto& arrays, auto value) {
-      add_up<T, 1>(arrays, leaf, piece, sums++,
-                   [value](auto... x) { return Tuple<O, 1>{{value(x...) * value(x...)}}; });
+      add_up<T, 1>(arrays, piece, sums++, [value](auto... x) { return Tuple<O, 1>{{value(x...) * value(x...)}}; });
     };
     if (b && theta) {
-      add_squares(Tuple<Array, 3>{{array_of(a), array_of(b), array_of(theta)}},
+      add_squares(Tuple<void*, 3>{{array_of(a), array_of(b), array_of(theta)}},
                   [weigh](O x, O y, O t) { return weigh(x - y, t); });
     } else if (theta) {
-      add_squares(Tuple<Array, 2>{{array_of(a), array_of(theta)}}, [weigh](O x, O t) { return weigh(x, t); });
+      add_squares(Tuple<void*, 2>{{array_of(a), array_of(theta)}}, [weigh](O x, O t) { return weigh(x, t); });
     } else if (b) {
-      add_squares(Tuple<Array, 2>{{array_of(a), array_of(b)}}, [](O x, O y) { return x - y; });
+      add_squares(Tuple<void*, 2>{{array_of(a), array_of(b)}}, [](O x, O y) { return x - y; });
     } else {
-      add_squares(Tuple<Array, 1>{{array_of(a)}}, [](O x) { return x; });
+      add_squares(Tuple<void*, 1>{{array_of(a)}}, [](O x) { return x; });
     }
   });
 }
@@ -99,12 +98,12 @@ void inner_products(const Work& work, const InnerProducts& arguments, Range rang
     with_terms(u, leaf, [&](auto terms) {
       const Combine<O> of_u = combine_of<O>(u, leaf);
       const Combine<O> of_m = !m.groups ? Combine<O>() : combine_of<O>(m, leaf);
-      Tuple<Array, terms.value> arrays;
+      Tuple<void*, terms.value> arrays;
       for (int t = 0; t < terms.value; ++t) arrays.values[t] = array_of(list_of(u, leaf, t));
       if (!m.groups) {
-        add_up<T, 1>(arrays, leaf, piece, sums, [of_u](auto... x) { return Tuple<O, 1>{{of_u(x...) * of_u(x...)}}; });
+        add_up<T, 1>(arrays, piece, sums, [of_u](auto... x) { return Tuple<O, 1>{{of_u(x...) * of_u(x...)}}; });
       } else {
-        add_up<T, kSums>(arrays, leaf, piece, sums, [of_u, of_m](auto... x) {
+        add_up<T, kSums>(arrays, piece, sums, [of_u, of_m](auto... x) {
           const O a = of_u(x...), b = of_m(x...);
           return Tuple<O, kSums>{{a * a, b * a, b * b}};
         });

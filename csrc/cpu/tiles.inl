@@ -1,9 +1,9 @@
-// Arrays in tiles: elements of any dtype and layout, in the working precision and in the first-level cache.
+// Arrays in tiles: elements of any dtype, in the working precision and in the first-level cache.
 //
 // Included once for each instruction set, inside namespace gam::cpu::GAM_ISA (see isa.inl).
 
-// Elements of a tile. The loops over formulas run on tiles only: they then know neither dtypes nor layouts, and the
-// arrays of one tile, eight of 2 KiB of fp32 at most, fit the first-level cache.
+// Elements of a tile. The loops over formulas run on tiles only: they then do not know dtypes, and the arrays
+// of one tile, eight of 2 KiB of fp32 at most, fit the first-level cache.
 constexpr int kTile = 512;
 
 template <class T, class U>
@@ -73,27 +73,6 @@ inline void end_of_streaming() {
 #endif
 }
 
-// Calls visit(j, offset) with the offsets of elements [i, i + n) in logical order.
-template <class Visit>
-void each_offset(const Leaf& leaf, const int64_t* strides, int64_t i, int n, Visit visit) {
-  int64_t index[kMaxDims];
-  int64_t offset = 0;
-  for (int d = leaf.dims - 1; d >= 0; --d) {
-    index[d] = i % leaf.sizes[d];
-    offset += index[d] * strides[d];
-    i /= leaf.sizes[d];
-  }
-  for (int j = 0; j < n; ++j) {
-    visit(j, offset);
-    for (int d = leaf.dims - 1; d >= 0; --d) {
-      offset += strides[d];
-      if (++index[d] < leaf.sizes[d]) break;
-      offset -= leaf.sizes[d] * strides[d];
-      index[d] = 0;
-    }
-  }
-}
-
 // Room for a tile. The alignment is that of the whole: elements of a type that is aligned beyond its size, which
 // alignas on the array would make, are not vectorized by GCC.
 template <class T, bool Used = true>
@@ -107,62 +86,48 @@ class Reader {
 
  public:
   Reader() = default;
-  Reader(const Array& array, const Leaf& leaf) { open(array, leaf); }
+  explicit Reader(const void* array) : data_(static_cast<const T*>(array)) {}
 
-  void open(const Array& array, const Leaf& leaf) {
-    data_ = static_cast<const T*>(array.data);
-    strides_ = array.strides;
-    leaf_ = &leaf;
-  }
+  // Elements from the i-th on as they are stored.
+  const T* raw(int64_t i) const { return data_ + i; }
 
-  // Elements [i, i + n) as they are stored; valid until the next call.
-  const T* raw(int64_t i, int n) {
-    if (!strides_) return data_ + i;
-    each_offset(*leaf_, strides_, i, n, [this](int j, int64_t offset) { raw_.values[j] = data_[offset]; });
-    return raw_.values;
-  }
-
-  // The same as the loops see them.
-  const Value* tile(int64_t i, int n) {
-    const T* stored = raw(i, n);
+  // Elements [i, i + n) as the loops see them; valid until the next call.
+  const Value* tile(int64_t i, [[maybe_unused]] int n) {
     if constexpr (kSame<T, Value>) {
-      return stored;
+      return raw(i);
     } else {
-      widen(stored, tile_.values, n);
+      widen(raw(i), tile_.values, n);
       return tile_.values;
     }
   }
 
  private:
   const T* data_ = nullptr;
-  const int64_t* strides_ = nullptr;
-  const Leaf* leaf_ = nullptr;
-  Room<T> raw_;
   Room<Value, !kSame<T, Value>> tile_;
 };
 
+// Without an array, what is put is lost.
 template <class T>
 class Writer {
   using Value = seen_t<T>;
 
  public:
-  Writer(const Array& array, const Leaf& leaf, bool streaming)
-      : data_(static_cast<T*>(array.data)),
-        strides_(array.strides),
-        leaf_(&leaf),
-        stream_(streaming && !strides_ && reinterpret_cast<uintptr_t>(data_) % 64 == 0) {}
+  Writer() = default;
+  Writer(void* array, bool streaming)
+      : data_(static_cast<T*>(array)), stream_(streaming && reinterpret_cast<uintptr_t>(array) % 64 == 0) {}
 
   // Where to put elements [i, i + n) before store(): the array itself where that is possible.
   Value* tile(int64_t i) {
     if constexpr (kSame<T, Value>) {
-      if (!strides_ && !stream_) return data_ + i;
+      if (data_ && !stream_) return data_ + i;
     }
     return tile_.values;
   }
 
   void store(int64_t i, int n) {
+    if (!data_) return;
     if constexpr (kSame<T, Value>) {
-      if (strides_ || stream_) raw(tile_.values, i, n);
+      if (stream_) raw(tile_.values, i, n);
     } else {
       narrow(tile_.values, raw_.values, n);
       raw(raw_.values, i, n);
@@ -171,20 +136,17 @@ class Writer {
 
   // Elements as they are stored.
   void raw(const T* stored, int64_t i, int n) {
-    if (strides_) {
-      each_offset(*leaf_, strides_, i, n, [this, stored](int j, int64_t offset) { data_[offset] = stored[j]; });
-    } else if (stream_) {
-      stream(stored, data_ + i, static_cast<size_t>(n) * sizeof(T));
+    const size_t bytes = static_cast<size_t>(n) * sizeof(T);
+    if (stream_) {
+      stream(stored, data_ + i, bytes);
     } else {
-      std::memcpy(data_ + i, stored, static_cast<size_t>(n) * sizeof(T));
+      std::memcpy(data_ + i, stored, bytes);
     }
   }
 
  private:
-  T* data_;
-  const int64_t* strides_;
-  const Leaf* leaf_;
-  bool stream_;
+  T* data_ = nullptr;
+  bool stream_ = false;
   Room<Value> tile_;
   Room<T, !kSame<T, Value>> raw_;
 };

@@ -3,10 +3,11 @@ r"""The primitives a backend implements, and the data they work on.
 Every primitive handles a list of any number of tensors, of all parameter groups of one device, in one call.
 Conventions for all of them:
 
-- Lists of tensors are aligned with :attr:`Leaves.params`: same length, shapes and dtypes, same device. Only
-  ``eager`` takes vectors of another dtype (:attr:`Leaves.vectors`).
+- Lists of tensors are aligned with :attr:`Leaves.params`: same length, shapes, dtypes and order in memory, same
+  device. The parameters are of one dtype, without gaps in memory, and none overlaps another. Only ``eager`` takes
+  others, and vectors of another dtype (:attr:`Leaves.vectors`).
 - Scalars that may differ between parameter groups come as a sequence indexed by group.
-- Tensors are float16, bfloat16, float32 or float64, of any layout. Arithmetic is done in fp32 (fp64 for float64) and
+- Tensors are float16, bfloat16, float32 or float64. Arithmetic is done in fp32 (fp64 for float64) and
   rounded once, when a value is stored. Sums are combined in fp64 in a fixed order: a result depends neither on the
   number of threads nor on the run.
 - Nothing waits for the device: norms and inner products (:data:`Scalar`, :data:`Products`) stay tensors on an
@@ -98,32 +99,6 @@ class Direction:
     limit: float | None = None
 
 
-@dataclass(frozen=True)
-class SGDGroup:
-    """Hyper-parameters of :class:`torch.optim.SGD` for one parameter group."""
-
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-
-
-@dataclass(frozen=True)
-class AdamGroup:
-    """Hyper-parameters of :class:`torch.optim.Adam` and :class:`torch.optim.AdamW` for one parameter group."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    amsgrad: bool
-    maximize: bool
-
-
 def takes_state(leaves: Leaves, *state: Sequence[Tensor | None]) -> bool:
     """Return whether the state of the base optimizer has the dtypes of the parameters, as kernels need it.
 
@@ -159,8 +134,8 @@ class Bookkeeping(Protocol):
         """The same tensors as the backend likes them best in several calls."""
         ...
 
-    def devices(self, tensors: TensorList) -> Sequence[torch.device]:
-        """Return the devices of the tensors, each once."""
+    def kinds(self, tensors: TensorList) -> Sequence[tuple[torch.device, torch.dtype, bool]]:
+        """Return the kinds of the tensors, each once: device, dtype, and whether they are dense in memory."""
         ...
 
     def versions(self, tensors: TensorList) -> Versions: ...
@@ -193,7 +168,7 @@ class Bookkeeping(Protocol):
         ...
 
     def take_gradients(self, params: TensorList, keep: bool) -> TensorList:
-        """The gradients in the dtypes of the parameters, zeros where there is none.
+        """The gradients in the dtypes of the parameters and in their order in memory, zeros where there is none.
 
         With ``keep`` they are the engine's to overwrite, and the parameters have none; one that somebody else could see
         change is copied, and stays where it is if it may be part of a buffer.
@@ -223,7 +198,7 @@ class Backend(Protocol):
         ...
 
     def allocate(self, like: TensorList) -> TensorList:
-        """Uninitialised tensors of the same shapes, dtypes and, where they are dense, layouts."""
+        """Uninitialised tensors of the same shapes, dtypes and order in memory."""
         ...
 
     def square_norm(
@@ -273,41 +248,37 @@ class Backend(Protocol):
         """``out ← d`` and restore. ``out`` may be one of the terms. Reads 1 N a term and θ, writes 2 N."""
         ...
 
-    def sgd(
-        self,
-        leaves: Leaves,
-        d: Direction,
-        momentum_buffer: list[Tensor | None],
-        first: list[bool],
-        groups: Sequence[SGDGroup],
-    ) -> None:
-        r"""Restore θ, then one step of :class:`torch.optim.SGD` with ``d`` in place of the gradient.
-
-        .. math:: d ← (−1)^{maximize} d + λ θ, \quad b ← μ b + (1−τ) d, \quad
-                  θ ← θ − lr\,(d + μ b \text{ if nesterov else } b)
-
-        with :math:`b ← d` where ``first`` is true (the buffer's content is then not read) and :math:`b = d` where the
-        buffer is ``None`` (no momentum). Reads 1 N for θ, each term and b, writes 1 N for params and b.
-        """
+    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+        """Return whether :meth:`update` can work on these tensors."""
         ...
 
-    def adam(
+    def update(
         self,
         leaves: Leaves,
         d: Direction,
-        exp_avg: TensorList,
-        exp_avg_sq: TensorList,
-        max_exp_avg_sq: list[Tensor | None],
-        step: Sequence[float],
-        groups: Sequence[AdamGroup],
+        formula: str,
+        state: Sequence[Sequence[Tensor | None]],
+        groups: Sequence[Sequence[float]],
+        options: Sequence[Sequence[float]],
+        option: Sequence[int],
     ) -> None:
-        r"""Restore θ, then one step of :class:`torch.optim.Adam` (or AdamW) with ``d`` in place of the gradient.
+        r"""Restore θ, then one step of a base optimizer with ``d`` in place of the gradient.
 
-        .. math:: m ← m + (1−β_1)(d − m), \quad v ← β_2 v + (1−β_2) d², \quad
-                  θ ← θ − \frac{lr}{1−β_1^t} \frac{m}{\sqrt{v}/\sqrt{1−β_2^t} + ε}
+        The formulas, each with the names of its ``state``, of its numbers by group, and of those of a leaf:
 
-        where weight decay adds λθ to d, or, ``decoupled``, first multiplies θ by 1 − lr λ; with ``amsgrad`` v in the
-        last formula is its running maximum. ``step`` is t of each leaf, already advanced. Reads 1 N for θ, each term, m
-        and v (and the maximum), writes 1 N for params, m and v (and the maximum).
+        - ``sgd``: b; lr, μ, τ, λ, nesterov, maximize; first.
+          :math:`d ← ±d + λ θ`, :math:`b ← μ b + (1−τ) d`, :math:`θ ← θ − lr\,(d + μ b \text{ if nesterov else } b)`,
+          with :math:`b ← d` where ``first`` is 1.
+        - ``adam``: m, v, largest; β₁, β₂, ε, λ, shrink, maximize; step_size, root_correction.
+          :math:`d ← ±d + λ θ`, :math:`m ← m + (1−β_1)(d − m)`, :math:`v ← β_2 v + (1−β_2) d²`,
+          :math:`θ ← shrink\,θ − step\_size \frac{m}{\sqrt{v} / root\_correction + ε}`; with the third state, v in the
+          last formula is its running maximum.
+        - ``lion``: m; lr, β₁, β₂, λ, shrink, maximize; none.
+          :math:`d ← ±d + λ θ`, :math:`θ ← shrink\,θ − lr \operatorname{sign}(m + (1−β_1)(d − m))`,
+          :math:`m ← m + (1−β_2)(d − m)`.
+
+        ``state`` has for each of them one tensor a leaf, new ones zeros, or ``None`` where the group does without.
+        ``options`` are the numbers of leaves that differ, ``option`` has for each leaf its place among them. Reads 1 N
+        for θ, each term and each state, writes 1 N for params and each state.
         """
         ...

@@ -18,18 +18,7 @@ from torch import Tensor
 
 from .. import ownership
 from . import scalars
-from .base import (
-    AdamGroup,
-    Bookkeeping,
-    Direction,
-    FoldInto,
-    Leaves,
-    PerGroup,
-    Scalar,
-    SGDGroup,
-    TensorList,
-    accumulate_dtype,
-)
+from .base import Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList, accumulate_dtype
 
 CPU_CHUNK = 1 << 20
 """Elements of a chunk on CPU; below this, waking the threads for each operation costs more than a cache saves."""
@@ -362,78 +351,86 @@ class EagerBackend:
             torch._foreach_copy_(chunk(out), _combine(chunk, d.terms, factors))
         self.restore(leaves)
 
-    def sgd(
-        self,
-        leaves: Leaves,
-        d: Direction,
-        momentum_buffer: list[Tensor | None],
-        first: list[bool],
-        groups: Sequence[SGDGroup],
-    ) -> None:
-        self.restore(leaves)
-        factors = scalars.factors(d)
-        for chunk in _each(leaves):
-            h = groups[chunk.group]
-            step = _combine(chunk, d.terms, factors)
-            params = chunk.open(leaves.params)
-            if h.maximize:
-                torch._foreach_neg_(step)
-            if h.weight_decay != 0.0:
-                torch._foreach_add_(step, params, alpha=h.weight_decay)
-            if h.momentum != 0.0:
-                buffer = chunk.open(momentum_buffer)
-                fresh = [first[piece.leaf] for piece in chunk.pieces]
-                new = [(b, s) for b, s, f in zip(buffer, step, fresh, strict=True) if f]
-                old = [(b, s) for b, s, f in zip(buffer, step, fresh, strict=True) if not f]
-                if new:
-                    torch._foreach_copy_([b for b, _ in new], [s for _, s in new])
-                if old:
-                    torch._foreach_mul_([b for b, _ in old], h.momentum)
-                    torch._foreach_add_([b for b, _ in old], [s for _, s in old], alpha=1.0 - h.dampening)
-                if h.nesterov:
-                    torch._foreach_add_(step, buffer, alpha=h.momentum)
-                else:
-                    step = buffer
-                chunk.close(momentum_buffer, buffer)
-            torch._foreach_add_(params, step, alpha=-h.lr)
-            chunk.close(leaves.params, params)
+    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+        return True
 
-    def adam(
+    def update(
         self,
         leaves: Leaves,
         d: Direction,
-        exp_avg: TensorList,
-        exp_avg_sq: TensorList,
-        max_exp_avg_sq: list[Tensor | None],
-        step: Sequence[float],
-        groups: Sequence[AdamGroup],
+        formula: str,
+        state: Sequence[Sequence[Tensor | None]],
+        groups: Sequence[Sequence[float]],
+        options: Sequence[Sequence[float]],
+        option: Sequence[int],
     ) -> None:
         self.restore(leaves)
         factors = scalars.factors(d)
         for chunk in _each(leaves):
-            h = groups[chunk.group]
-            grads = _combine(chunk, d.terms, factors)
-            params = chunk.open(leaves.params)
-            average, square = chunk.open(exp_avg), chunk.open(exp_avg_sq)
-            if h.maximize:
-                torch._foreach_neg_(grads)
-            if h.weight_decay != 0.0 and h.decoupled:
-                torch._foreach_mul_(params, 1.0 - h.lr * h.weight_decay)
-            elif h.weight_decay != 0.0:
-                torch._foreach_add_(grads, params, alpha=h.weight_decay)
-            torch._foreach_lerp_(average, grads, 1.0 - h.beta1)
-            torch._foreach_mul_(square, h.beta2)
-            torch._foreach_addcmul_(square, grads, grads, 1.0 - h.beta2)
-            if h.amsgrad:
-                largest = chunk.open(max_exp_avg_sq)
-                torch._foreach_maximum_(largest, square)
-                chunk.close(max_exp_avg_sq, largest)
-                denominator = torch._foreach_sqrt(largest)
-            else:
-                denominator = torch._foreach_sqrt(square)
-            t = [step[piece.leaf] for piece in chunk.pieces]
-            torch._foreach_div_(denominator, [(1.0 - h.beta2**n) ** 0.5 for n in t])
-            torch._foreach_add_(denominator, h.eps)
-            torch._foreach_addcdiv_(params, average, denominator, [-h.lr / (1.0 - h.beta1**n) for n in t])
-            for tensors, work in ((leaves.params, params), (exp_avg, average), (exp_avg_sq, square)):
-                chunk.close(tensors, work)
+            of_leaf = [options[option[piece.leaf]] for piece in chunk.pieces]
+            used = [values for values in state if values[chunk.pieces[0].leaf] is not None]  # by all of a group
+            step = _combine(chunk, d.terms, factors)
+            params, *work = (chunk.open(values) for values in (leaves.params, *used))
+            _FORMULAS[formula](step, params, work, groups[chunk.group], of_leaf)
+            for values, opened in zip((leaves.params, *used), (params, *work), strict=True):
+                chunk.close(values, opened)
+
+
+# The steps of base optimizers on the tensors of a chunk, as csrc/math.h has them. What comes in as d is theirs to
+# overwrite.
+
+
+def _decay(d: TensorList, theta: TensorList, decay: float, shrink: float, maximize: float) -> None:
+    if maximize:
+        torch._foreach_neg_(d)
+    if decay != 0.0:
+        torch._foreach_add_(d, theta, alpha=decay)
+    if shrink != 1.0:
+        torch._foreach_mul_(theta, shrink)
+
+
+def _sgd(d: TensorList, theta: TensorList, state: list[TensorList], h: Sequence[float], of_leaf: OfLeaf) -> None:
+    lr, momentum, dampening, decay, nesterov, maximize = h
+    _decay(d, theta, decay, 1.0, maximize)
+    if state:
+        (buffer,) = state
+        torch._foreach_mul_(buffer, momentum)
+        for first in (0.0, 1.0):
+            chosen = [(b, x) for b, x, option in zip(buffer, d, of_leaf, strict=True) if option[0] == first]
+            if chosen:
+                alpha = 1.0 if first else 1.0 - dampening
+                torch._foreach_add_([b for b, _ in chosen], [x for _, x in chosen], alpha=alpha)
+        if nesterov:
+            torch._foreach_add_(d, buffer, alpha=momentum)
+        else:
+            d = buffer
+    torch._foreach_add_(theta, d, alpha=-lr)
+
+
+def _adam(d: TensorList, theta: TensorList, state: list[TensorList], h: Sequence[float], of_leaf: OfLeaf) -> None:
+    beta1, beta2, eps, *decay = h
+    average, square, *largest = state
+    _decay(d, theta, *decay)
+    torch._foreach_lerp_(average, d, 1.0 - beta1)
+    torch._foreach_mul_(square, beta2)
+    torch._foreach_addcmul_(square, d, d, 1.0 - beta2)
+    if largest:
+        torch._foreach_maximum_(largest[0], square)
+    denominator = torch._foreach_sqrt(largest[0] if largest else square)
+    torch._foreach_div_(denominator, [root_correction for _, root_correction in of_leaf])
+    torch._foreach_add_(denominator, eps)
+    torch._foreach_addcdiv_(theta, average, denominator, [-step_size for step_size, _ in of_leaf])
+
+
+def _lion(d: TensorList, theta: TensorList, state: list[TensorList], h: Sequence[float], of_leaf: OfLeaf) -> None:
+    lr, beta1, beta2, *decay = h
+    (average,) = state
+    _decay(d, theta, *decay)
+    update = torch._foreach_lerp(average, d, 1.0 - beta1)
+    torch._foreach_sign_(update)
+    torch._foreach_lerp_(average, d, 1.0 - beta2)
+    torch._foreach_add_(theta, update, alpha=-lr)
+
+
+OfLeaf: TypeAlias = "Sequence[Sequence[float]]"
+_FORMULAS = {"sgd": _sgd, "adam": _adam, "lion": _lion}

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from . import scalars
-from .base import AdamGroup, Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, SGDGroup, TensorList
-from .eager import EagerBackend
+from .base import Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList
 
 INSTALL = "pip install --no-build-isolation . (in a checkout of gam_fast; torch, ninja and a C++17 compiler are needed)"
 
@@ -162,35 +161,21 @@ class NativeBackend:
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
         self.core.direction(self._plan_for(leaves), leaves, self._direction(leaves, d), out)
 
-    def sgd(
-        self,
-        leaves: Leaves,
-        d: Direction,
-        momentum_buffer: list[Tensor | None],
-        first: list[bool],
-        groups: Sequence[SGDGroup],
-    ) -> None:
-        plan = self._plan_for(leaves)
-        if not plan.takes_state([momentum_buffer]):  # of a model that was converted after its optimizer had stepped
-            EagerBackend().sgd(*_as_lists(leaves, d), momentum_buffer, first, groups)
-            return
-        self.core.sgd(plan, leaves, self._direction(leaves, d), momentum_buffer, first, groups)
+    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+        return self._plan_for(leaves).takes_state(state)
 
-    def adam(
+    def update(
         self,
         leaves: Leaves,
         d: Direction,
-        exp_avg: TensorList,
-        exp_avg_sq: TensorList,
-        max_exp_avg_sq: list[Tensor | None],
-        step: Sequence[float],
-        groups: Sequence[AdamGroup],
+        formula: str,
+        state: Sequence[Sequence[Tensor | None]],
+        groups: Sequence[Sequence[float]],
+        options: Sequence[Sequence[float]],
+        option: Sequence[int],
     ) -> None:
         plan = self._plan_for(leaves)
-        if not plan.takes_state([exp_avg, exp_avg_sq, max_exp_avg_sq]):
-            EagerBackend().adam(*_as_lists(leaves, d), exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
-            return
-        self.core.adam(plan, leaves, self._direction(leaves, d), exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
+        self.core.update(plan, leaves, self._direction(leaves, d), formula, state, groups, options, option)
 
     @staticmethod
     def _takes_sums(leaves: Leaves) -> bool:
@@ -205,9 +190,3 @@ class NativeBackend:
         if not self._takes_sums(leaves):
             return Direction(d.terms, scalars.factors(d))  # type: ignore[arg-type]  # numbers on a CPU
         return d if d.products is None else replace(d, products=scalars.on_device(d.products, leaves.params[0].device))
-
-
-def _as_lists(leaves: Leaves, d: Direction) -> tuple[Leaves, Direction]:
-    """The same for torch, which takes lists only."""
-    plain = Leaves(list(leaves.params), leaves.group, list(leaves.backup), leaves.saved)
-    return plain, replace(d, terms=[list(term) for term in d.terms])
