@@ -86,7 +86,7 @@ int main() {
   END();
   STRUCT(UpdateArguments);
   FIELD(UpdateArguments, table), FIELD(UpdateArguments, formula), FIELD(UpdateArguments, sums);
-  FIELD(UpdateArguments, groups), FIELD(UpdateArguments, leaves);
+  FIELD(UpdateArguments, groups), FIELD(UpdateArguments, options);
   END();
   std::printf("\n}\n");
   return 0;

@@ -81,7 +81,7 @@ struct UpdateArguments {
   Formula formula;
   Sums sums;
   Numbers<UpdateGroup> groups;
-  Numbers<OfLeaf> leaves;  // by the option of a row
+  Numbers<OfLeaf> options;  // by the option of a row
 };
 
 static_assert(sizeof(SquareNormArguments) <= 4096, "arguments of a kernel");

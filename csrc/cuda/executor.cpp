@@ -1,8 +1,6 @@
 #include "executor.h"
 
 #include <algorithm>
-#include <cstring>
-#include <map>
 #include <vector>
 
 namespace gam::cuda {
@@ -111,24 +109,15 @@ void Executor::update(const Update& arguments) {
   const Guard guard(device_);
   std::vector<UpdateGroup> groups;
   for (int g = 0; g < shapes_->groups(); ++g) groups.push_back({arguments.d.groups[g], arguments.groups[g]});
-  // Most leaves have the same numbers, so the few different ones have a table, whose places stay the same.
-  const auto before = [](const OfLeaf& a, const OfLeaf& b) { return std::memcmp(&a, &b, sizeof a) < 0; };
-  std::map<OfLeaf, int32_t, decltype(before)> known(before);
-  std::vector<OfLeaf> leaves;
-  std::vector<int32_t> option;
-  for (size_t i = 0; i < shapes_->size(); ++i) {
-    const auto [found, is_new] = known.try_emplace(arguments.leaves[i], static_cast<int32_t>(leaves.size()));
-    if (is_new) leaves.push_back(arguments.leaves[i]);
-    option.push_back(found->second);
-  }
+  const std::vector<OfLeaf> options(arguments.options, arguments.options + arguments.count);
   const auto gamma = gamma_of(arguments.d);
-  Lists lists{{arguments.params, arguments.theta}, option.data()};
+  Lists lists{{arguments.params, arguments.theta}, arguments.option};
   lists.lists.insert(lists.lists.end(), arguments.state, arguments.state + kMaxState);
   lists.lists.insert(lists.lists.end(), arguments.d.lists, arguments.d.lists + kMaxTerms);
-  const auto prepared = tables_.prepare(lists, {Tables::span(groups), Tables::span(leaves), Tables::span(gamma)});
+  const auto prepared = tables_.prepare(lists, {Tables::span(groups), Tables::span(options), Tables::span(gamma)});
   cuda::update(grid(tables_.chunks()), shapes_->dtype(),
                {prepared.table, arguments.formula, sums_of(arguments.d, gamma, prepared.many<double>(2)),
-                numbers_of(groups, prepared.many<UpdateGroup>(0)), numbers_of(leaves, prepared.many<OfLeaf>(1))});
+                numbers_of(groups, prepared.many<UpdateGroup>(0)), numbers_of(options, prepared.many<OfLeaf>(1))});
 }
 
 }  // namespace gam::cuda

@@ -31,7 +31,7 @@ struct Piece {
 // The arrays of one leaf: their addresses, in the order of the lists, follow.
 struct alignas(8) Row {
   int32_t group;
-  int32_t option;  // of an update: the place of the leaf's numbers
+  int32_t option;  // of an update, the place of the leaf's numbers among its options
   bool packed;     // all arrays are aligned to 16 bytes
 };
 

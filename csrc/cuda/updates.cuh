@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kBlock) update_kernel(GAM_PARAM(UpdateArgument
   GAM_SHARED(Functor<O>, functor, 1);
   find_factors(arguments.sums, group.d, factor);
   if (threadIdx.x == kWarp) {  // the first warp is at work on the factors
-    functor[0] = Functor<O>(group.numbers.numbers, number(arguments.leaves, row.option).numbers);
+    functor[0] = Functor<O>(group.numbers.numbers, number(arguments.options, row.option).numbers);
   }
   __syncthreads();
   const Functor<O>& step = functor[0];
