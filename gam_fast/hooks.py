@@ -6,7 +6,6 @@ them, so here they are called around the update, whatever drives the passes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
-_NO_RANGE = contextlib.nullcontext()
 
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """Positional arguments, of which the first is the optimizer, and keyword arguments of a ``step()``."""
@@ -53,7 +50,10 @@ class Hooked(Optimizer):
             name = f"Optimizer.step#{type(self).__name__}.step"
             # a range for nobody would take 9 µs
             recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-            with torch.autograd.profiler.record_function(name) if recorded else _NO_RANGE:
+            ranged = torch.autograd.profiler.record_function(name) if recorded else None
+            try:
+                if ranged is not None:
+                    ranged.__enter__()
                 try:
                     out = func(self, *args, **kwargs)
                 finally:
@@ -63,6 +63,9 @@ class Hooked(Optimizer):
                 if updated is not None:
                     call_after(self, updated)
                 return out
+            finally:
+                if ranged is not None:
+                    ranged.__exit__(None, None, None)
 
         return wrapper
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
@@ -71,17 +72,15 @@ class Participants:
         *,
         keep_parts: bool = True,
     ) -> None:
-        self.groups = groups
         self.params: TensorList = [param for group in groups for param in group["params"]]
         self.sharded = any_sharded(self.params)
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
+        self._counts = [len(group["params"]) for group in groups]
         self._select = select
-        self._recipe = recipe
-        self._keep_parts = keep_parts and not self.sharded
         self._shards: dict[ShardKey, Shard] = {}
-        self.flags = bytearray(len(self.params))
-        self.named: Iterable[tuple[str, Tensor]] = ()
-        """Names of parameters in the model, for messages."""
+        self._whole: Shard | None = None  # of all parameters, if the step before had it
+        self.only: Shard | None = None
+        """The shard, where there is one."""
         self._spare: dict[Tensor, Tensor] = {}
         self._books: Bookkeeping = ownership
         if self.params and not self.sharded:
@@ -92,11 +91,37 @@ class Participants:
         self.devices = list(dict.fromkeys(device for device, _, _ in self._kinds))
         if len(self.devices) > 1:  # perhaps of several backends
             self._books, self._all = ownership, self.params
+        self._start(groups, recipe, keep_parts)
+
+    def _start(self, groups: Sequence[dict[str, Any]], recipe: str, keep_parts: bool) -> None:
+        self.groups = groups
+        self._recipe = recipe
+        self._keep_parts = keep_parts and not self.sharded
+        self.flags = bytearray(len(self.params))
+        self.named: Iterable[tuple[str, Tensor]] = ()
+        """Names of parameters in the model, for messages."""
         self._versions: Versions | None = None
         self._each: list[int] | None = None  # the versions again, where parameters may move that are not trained
         self._parts: TensorList = []  # those that were there when the versions were noted, of sharded parameters
         self.moved: list[int] = []
         """The positions of parameters without a gradient that a pass was seen to move."""
+
+    def again(self, groups: Sequence[dict[str, Any]], recipe: str, *, keep_parts: bool) -> Participants | None:
+        """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
+        params = [param for group in groups for param in group["params"]]
+        is_same = (
+            not self.sharded
+            and self._counts == [len(group["params"]) for group in groups]
+            and all(map(operator.is_, params, self.params))
+        )
+        if not is_same:
+            return None
+        self._all = self._books.hold(self.params, self._all)
+        if self._books.kinds(self._all) != self._kinds:
+            self._books.let_go(self._all)
+            return None
+        self._start(groups, recipe, keep_parts)
+        return self
 
     def __iter__(self) -> Iterator[Shard]:
         return iter(self._shards.values())
@@ -164,15 +189,20 @@ class Participants:
         """Fast path of :meth:`take_in`. Return False if it does not apply."""
         if self._versions is None or not self._is_usual:
             return False
-        shard = next(iter(self._shards.values()), None)
+        shard = self.only
+        if shard is None and self._shards:
+            return False
         if shard is not None and shard.leaves.params is not self._all:
             return False
         taken = self._books.take_usual_gradients(self._all, self._versions, self.flags, keep)
         if taken is None:
             return False
-        if shard is None:
+        if shard is None and self._whole is not None:
+            shard = self.only = self._shards[self._kinds[0], None, None] = self._whole
+            self.flags[:] = b"\1" * len(self.flags)
+        elif shard is None:
             self.activate(range(len(self.params)), usual=True)
-            shard = next(iter(self._shards.values()))
+            (shard,) = self._shards.values()
         shard.grads[index] = taken
         return True
 
@@ -240,6 +270,7 @@ class Participants:
                 backend = self._select(device) if wider is None and is_dense else EagerBackend()
                 shard = Shard(backend, Leaves(vectors=wider), layout=layout, grads={k: [] for k in held})
                 self._shards[key] = shard
+                self.only = shard if len(self._shards) == 1 else None
             self._add(shard, chosen)
 
     def _all_usual(self, positions: Sequence[int]) -> bool:
@@ -256,6 +287,7 @@ class Participants:
         owners = [self.params[i] for i in positions]
         parts = [local(param) for param in owners] if self.sharded else owners
         hold, leaves = shard.backend.bookkeeping.hold, shard.leaves
+        leaves.prepared = None
         if leaves.saved:
             copies = [part.clone(memory_format=torch.preserve_format) for part in parts]
             leaves.backup = hold([*leaves.backup, *copies])
@@ -300,10 +332,17 @@ class Participants:
             del leaves.group[count:], shard.owners[count:]
             shard.backend.restore(leaves)
 
-    def release(self) -> None:
+    def release(self, *, undone: bool) -> None:
         """Let go of all that is held."""
+        shard, self.only, self._whole = self.only, None, None
+        if shard is not None and shard.leaves.params is self._all and not undone:
+            self._whole = shard
+            shard.grads.clear()
+            leaves = shard.leaves
+            leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
         self._shards.clear()
         self._spare.clear()
+        self._books.let_go(self._all)
         self._parts = []
 
     def name(self, position: int) -> str:

@@ -66,9 +66,7 @@ def on(value: Scalar, device: torch.device) -> Scalar:
     return float(value) if reads_are_free(device) else value
 
 
-def products_on(products: Products, device: torch.device) -> Products:
+def products_on(products: Tensor, device: torch.device) -> Products:
     """The products for a backend on ``device``: numbers on a CPU."""
-    if not isinstance(products, Tensor):
-        return products
     products = products.to(device)
     return products.tolist() if reads_are_free(device) else products

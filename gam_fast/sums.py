@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import scalars
-from .backends.base import Direction, Products, Scalar
+from .backends.base import Direction, PerGroup, Products, Scalar, TensorList
 from .participants import Participants
 from .recipes import Move
 from .sharded import add_up_over_processes
@@ -36,6 +36,11 @@ class Sums:
     def square_length(self, move: Move, eta: list[float] | None) -> Scalar:
         """The square of the norm that a move is divided by."""
         minus = move.minus
+        s = self._shards.only
+        if s is not None and self.on_host and not self._shards.sharded:
+            return float(
+                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
+            )
         return self._add_up(
             [
                 s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
@@ -43,12 +48,17 @@ class Sums:
             ]
         )
 
-    def inner_products(self, combinations: Sequence[tuple[Direction, Direction | None]]) -> Products:
-        """The products of one pair of combinations a shard."""
-        tables = [
-            shard.backend.inner_products(shard.leaves, u, m, self._groups)
-            for shard, (u, m) in zip(self._shards, combinations, strict=True)
-        ]
+    def inner_products(
+        self,
+        of_shards: Sequence[list[TensorList]],
+        u: Sequence[PerGroup],
+        m: Sequence[PerGroup] | None = None,
+    ) -> Products:
+        """The products of combinations of each shard's terms: the coefficients ``u`` and ``m`` by term and group."""
+        tables = []
+        for shard, terms in zip(self._shards, of_shards, strict=True):
+            of_m = None if m is None else Direction(terms, m)
+            tables.append(shard.backend.inner_products(shard.leaves, Direction(terms, u), of_m, self._groups))
         return scalars.inner_products(self._over_processes(tables), self.on_host)
 
     def _add_up(self, squares: list[Tensor]) -> Scalar:

@@ -110,12 +110,12 @@ class TritonBackend:
 
     def _tables_for(self, leaves: Leaves) -> Tables:
         """The tables of a step before where they fit; looked at once a step, and when leaves were added."""
-        tables = leaves.cache.get("tables")
-        if isinstance(tables, Tables) and leaves.cache.get("tables_count") == len(leaves.params):
+        if leaves.prepared is not None:
+            tables: Tables = leaves.prepared
             return tables
         found = next((tables for tables in self._plans if tables.fits(leaves)), None) or Tables(leaves)
         self._plans = [found, *(tables for tables in self._plans if tables is not found)][:MAX_PLANS]
-        leaves.cache.update(tables=found, tables_count=len(leaves.params))
+        leaves.prepared = found
         return found
 
     def allocate(self, like: TensorList) -> TensorList:
@@ -194,7 +194,7 @@ class TritonBackend:
             total, mark = scalars.on_device(square, tables.device), self._mark_on(tables.device)
             self._ticket += 1
             if save:  # an interrupt may come before the launch, or after it: restore() finds out
-                leaves.cache["ticket"] = self._ticket
+                leaves.ticket = self._ticket
             launch(moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, **constants)
             leaves.saved = True
             after(lists, a, b)
@@ -214,8 +214,8 @@ class TritonBackend:
 
     def restore(self, leaves: Leaves) -> None:
         """Done by torch, in one call that nothing interrupts, compiles or needs memory: it is the way back."""
-        ticket = leaves.cache.get("ticket")
-        if not leaves.saved and isinstance(ticket, int) and not is_capturing(leaves.params[0].device):
+        ticket = leaves.ticket
+        if not leaves.saved and ticket is not None and not is_capturing(leaves.params[0].device):
             mark = self._mark_on(leaves.params[0].device)
             leaves.saved = torch.equal(mark, torch.full_like(mark, ticket))  # waits for the device
         if leaves.saved:
