@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -24,10 +25,9 @@ def interprets() -> bool:
 @cache
 def kernels() -> ModuleType:
     """Import the kernels, and Triton with them."""
-    from .. import kernels
-    from ..kernels import formulas, moves, sums, updates  # noqa: F401
-
-    return kernels
+    for name in ("formulas", "moves", "sums", "updates"):
+        import_module(f"gam_fast.kernels.{name}")
+    return import_module("gam_fast.kernels")
 
 
 _reasons: dict[torch.device, str | None] = {}  # by device, once it has been tried
