@@ -111,7 +111,7 @@ LISTING = [
 def test_the_inspection_of_machine_code_finds_loops_and_what_exceeds_limits():
     assert [len(loop) for loop in sass.loops(LISTING)] == [3]  # the inner one
     limits = json.loads(sass.LIMITS.read_text(encoding="utf-8"))
-    good = sass.Kernel("sm_90", "perturb", "float", "", 32, 8, 0, 0, 2, 1, 256, 8, 1.0)
+    good = sass.Kernel("sm_90", "perturb", "float, false", 32, 8, 0, 0, 2, 1, 256, 8, 1.0)
     assert sass.check([good], limits) == []
     for change, message in (
         ({"spills": 2}, "2 spills"),

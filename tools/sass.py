@@ -33,8 +33,7 @@ class Kernel:
 
     architecture: str
     name: str
-    types: str
-    variant: str
+    variant: str  # the arguments of the template
     registers: int
     shared: int
     stack: int
@@ -45,9 +44,8 @@ class Kernel:
     blocks: int = 0
     occupancy: float = 0.0
 
-    @property
-    def is_any(self) -> bool:
-        return self.types == "any"
+    def __str__(self) -> str:
+        return f"{self.name}<{self.variant}>"
 
 
 def tool(name: str) -> str:
@@ -108,17 +106,13 @@ def kernels(library: str, architecture: str, cuobjdump: str) -> list[Kernel]:
         head = re.match(r"(?:void )?gam::cuda::(\w+)_kernel<(.*?)>?\(", plain)
         if not head:
             continue
-        arguments = re.sub(r"gam::(cuda::|any::)?", "", head[2])
-        only = re.match(r"Only<(\w+)>", arguments)
-        types = "any" if "Any" in arguments else only[1] if only else ""
         hot = [loop for loop in loops(instructions) if any(LOADS.search(text) for text in loop)]
         registers, stack, shared = usage[mangled]
         found.append(
             Kernel(
                 architecture,
                 head[1],
-                types,
-                re.sub(r"^(Only<.*?>|Any),? ?", "", arguments),
+                head[2].replace("gam::any::", ""),
                 registers,
                 # what cuobjdump adds on newer processors is the driver's, and is counted by cuda_occupancy.h
                 shared - 1024 if shared >= 1024 and int(architecture[3:]) >= 90 else shared,
@@ -155,14 +149,13 @@ def check(found: list[Kernel], limits: dict[str, dict[str, float]]) -> list[str]
     wrong = []
     for kernel in found:
         limit = limits[kernel.name]
-        suffix = "_any" if kernel.is_any else ""
-        where = f"{kernel.architecture} {kernel.name} {kernel.types} {kernel.variant}".strip()
+        where = f"{kernel.architecture} {kernel}"
         if kernel.spills or kernel.stack:
             wrong.append(f"{where}: {kernel.spills} spills, {kernel.stack} bytes of stack")
-        if kernel.registers > limit["registers" + suffix]:
-            wrong.append(f"{where}: {kernel.registers} registers, limit {limit['registers' + suffix]}")
-        if kernel.occupancy < limit["occupancy" + suffix]:
-            wrong.append(f"{where}: occupancy {kernel.occupancy:.2f}, limit {limit['occupancy' + suffix]}")
+        if kernel.registers > limit["registers"]:
+            wrong.append(f"{where}: {kernel.registers} registers, limit {limit['registers']}")
+        if kernel.occupancy < limit["occupancy"]:
+            wrong.append(f"{where}: occupancy {kernel.occupancy:.2f}, limit {limit['occupancy']}")
         if kernel.loads < limit["loads"] or kernel.stores < limit["stores"]:
             wrong.append(f"{where}: {kernel.loads} loads and {kernel.stores} stores of 128 bits in a loop")
     return wrong
@@ -171,17 +164,15 @@ def check(found: list[Kernel], limits: dict[str, dict[str, float]]) -> list[str]
 def table(found: list[Kernel], in_full: bool) -> Iterator[str]:
     """A line for each kernel, or for each name with its worst figures."""
     columns = f"{'registers':>10}{'spills':>8}{'LDG.128':>9}{'STG.128':>9}{'blocks':>8}{'occupancy':>11}"
-    yield f"{'':9}{'kernel':34}{'types':16}{columns}"
-    groups: dict[tuple[str, ...], list[Kernel]] = {}
+    yield f"{'':9}{'kernel':40}{columns}"
+    groups: dict[tuple[str, str], list[Kernel]] = {}
     for kernel in found:
-        title = f"{kernel.name} {kernel.variant}".strip() if in_full else kernel.name
-        types = kernel.types if in_full else "any" if kernel.is_any else "one"
-        groups.setdefault((kernel.architecture, title, types), []).append(kernel)
-    for (architecture, title, types), group in groups.items():
+        groups.setdefault((kernel.architecture, str(kernel) if in_full else kernel.name), []).append(kernel)
+    for (architecture, title), group in groups.items():
         least = min(group, key=lambda kernel: kernel.occupancy)
         numbers = f"{max(k.registers for k in group):10}{sum(k.spills for k in group):8}"
         numbers += f"{min(k.loads for k in group):9}{min(k.stores for k in group):9}"
-        yield f"{architecture:9}{title:34}{types:16}{numbers}{least.blocks:8}{least.occupancy:11.0%}"
+        yield f"{architecture:9}{title:40}{numbers}{least.blocks:8}{least.occupancy:11.0%}"
 
 
 def main() -> None:

@@ -69,35 +69,19 @@ struct MaterialiseArguments {
   Numbers<Mixture> d;
 };
 
-struct SgdNumbers {
+struct UpdateGroup {
   Mixture d;
-  SgdGroup group;
+  OfGroup numbers;
 };
 
-struct SgdArguments {
-  enum List { kParams, kTheta, kBuffer, kTerms, kLists = kTerms + kMaxTerms };
+struct UpdateArguments {
+  enum List { kParams, kTheta, kState, kTerms = kState + kMaxState, kLists = kTerms + kMaxTerms };
 
-  Table table;  // option: whether it is the first step
+  Table table;
+  Formula formula;
   Sums sums;
-  Numbers<SgdNumbers> groups;
-};
-
-struct AdamNumbers {
-  Mixture d;
-  AdamGroup group;
-};
-
-struct AdamCorrections {
-  double step_size, root_correction;
-};
-
-struct AdamArguments {
-  enum List { kParams, kTheta, kAverage, kSquare, kLargest, kTerms, kLists = kTerms + kMaxTerms };
-
-  Table table;  // option: which of the corrections
-  Sums sums;
-  Numbers<AdamNumbers> groups;
-  Numbers<AdamCorrections> corrections;
+  Numbers<UpdateGroup> groups;
+  Numbers<OfLeaf> options;  // by the option of a row
 };
 
 static_assert(sizeof(SquareNormArguments) <= 4096, "arguments of a kernel");
@@ -106,7 +90,6 @@ static_assert(sizeof(TotalsArguments) <= 4096, "arguments of a kernel");
 static_assert(sizeof(PerturbArguments) <= 4096, "arguments of a kernel");
 static_assert(sizeof(CopyArguments) <= 4096, "arguments of a kernel");
 static_assert(sizeof(MaterialiseArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(SgdArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(AdamArguments) <= 4096, "arguments of a kernel");
+static_assert(sizeof(UpdateArguments) <= 4096, "arguments of a kernel");
 
 }  // namespace gam::cuda

@@ -41,16 +41,16 @@ __device__ __forceinline__ Combine<O> combine_of(const double* factor) {
 
 // The terms of one leaf; their lists start at number `first` of the table. How many there are is the same for all
 // threads of a block, so the branches on it cost next to nothing, and everything is read before the first is used.
-template <class Types, class T>
+template <class T>
 class Combined {
   using O = opmath_t<T>;
 
  public:
-  __device__ __forceinline__ Combined(const Table& table, const Row& row, int first, const Mixture& mixture)
+  __device__ __forceinline__ Combined(const Row& row, int first, const Mixture& mixture)
       : terms_(mixture.terms),
-        x_(table, row, first + mixture.index[0]),
-        y_(table, row, first + mixture.index[1]),
-        z_(table, row, first + mixture.index[2]) {}
+        x_(row, first + mixture.index[0]),
+        y_(row, first + mixture.index[1]),
+        z_(row, first + mixture.index[2]) {}
 
   // Calls use(k, terms...) for the k-th of V elements.
   template <int V, class Use>
@@ -81,7 +81,7 @@ class Combined {
 
  private:
   int terms_;
-  View<Types, T> x_, y_, z_;
+  View<T> x_, y_, z_;
 };
 
 }  // namespace gam::cuda

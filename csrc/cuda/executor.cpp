@@ -1,8 +1,6 @@
 #include "executor.h"
 
 #include <algorithm>
-#include <map>
-#include <utility>
 #include <vector>
 
 namespace gam::cuda {
@@ -51,7 +49,7 @@ at::Tensor Executor::square_norm(const SquareNorm& arguments) {
   const auto prepared = tables_.prepare({{arguments.a, arguments.b, arguments.theta}}, {Tables::span(eta)});
   const c10::DataPtr parts = allocate(tables_.chunks() * static_cast<int64_t>(sizeof(double)));
   auto* values = static_cast<double*>(parts.get());
-  cuda::square_norm(grid(tables_.chunks()), prepared.types, arguments.b != nullptr, arguments.theta != nullptr,
+  cuda::square_norm(grid(tables_.chunks()), shapes_->dtype(), arguments.b != nullptr, arguments.theta != nullptr,
                     {prepared.table, values, numbers_of(eta, prepared.many<double>(0))});
   return add_up(values, nullptr, 1, 1, {});
 }
@@ -65,7 +63,7 @@ at::Tensor Executor::inner_products(const InnerProducts& arguments, int64_t grou
   const c10::DataPtr parts = allocate(tables_.chunks() * static_cast<int64_t>(kSums * sizeof(double)));
   auto* values = static_cast<double*>(parts.get());
   cuda::inner_products(
-      grid(tables_.chunks()), prepared.types, !m.empty(),
+      grid(tables_.chunks()), shapes_->dtype(), !m.empty(),
       {prepared.table, values, numbers_of(u, prepared.many<Mixture>(0)), numbers_of(m, prepared.many<Mixture>(1))});
   return add_up(values, prepared.starts, kSums, groups, {groups, kSums});
 }
@@ -81,7 +79,7 @@ void Executor::perturb(const Perturbation& arguments) {
   }
   const Lists lists{{arguments.params, arguments.backup, arguments.a, arguments.b, fold.into, fold.other}};
   const auto prepared = tables_.prepare(lists, {Tables::span(groups)});
-  cuda::perturb(grid(tables_.chunks()), prepared.types, arguments.b != nullptr, arguments.eta != nullptr,
+  cuda::perturb(grid(tables_.chunks()), shapes_->dtype(), arguments.b != nullptr, arguments.eta != nullptr,
                 {prepared.table, arguments.square, arguments.save, arguments.from_start, fold.into != nullptr,
                  numbers_of(groups, prepared.many<PerturbGroup>(0))});
 }
@@ -90,7 +88,7 @@ void Executor::copy(const Copy& arguments) {
   if (is_empty()) return;
   const Guard guard(device_);
   const auto prepared = tables_.prepare({{arguments.from, arguments.to}});
-  cuda::copy(grid(tables_.chunks()), prepared.types, {prepared.table});
+  cuda::copy(grid(tables_.chunks()), shapes_->dtype(), {prepared.table});
 }
 
 void Executor::materialise(const Materialise& arguments) {
@@ -101,51 +99,25 @@ void Executor::materialise(const Materialise& arguments) {
   Lists lists{{arguments.out, arguments.restore.from, arguments.restore.to}};
   lists.lists.insert(lists.lists.end(), arguments.d.lists, arguments.d.lists + kMaxTerms);
   const auto prepared = tables_.prepare(lists, {Tables::span(d), Tables::span(gamma)});
-  cuda::materialise(grid(tables_.chunks()), prepared.types,
+  cuda::materialise(grid(tables_.chunks()), shapes_->dtype(),
                     {prepared.table, sums_of(arguments.d, gamma, prepared.many<double>(1)),
                      arguments.restore.from != nullptr, numbers_of(d, prepared.many<Mixture>(0))});
 }
 
-void Executor::sgd(const SgdStep& arguments) {
+void Executor::update(const Update& arguments) {
   if (is_empty()) return;
   const Guard guard(device_);
-  std::vector<SgdNumbers> groups;
+  std::vector<UpdateGroup> groups;
   for (int g = 0; g < shapes_->groups(); ++g) groups.push_back({arguments.d.groups[g], arguments.groups[g]});
-  const std::vector<int32_t> first(arguments.first, arguments.first + shapes_->size());
+  const std::vector<OfLeaf> options(arguments.options, arguments.options + arguments.count);
   const auto gamma = gamma_of(arguments.d);
-  Lists lists{{arguments.params, arguments.theta, arguments.buffer}, first.data()};
+  Lists lists{{arguments.params, arguments.theta}, arguments.option};
+  lists.lists.insert(lists.lists.end(), arguments.state, arguments.state + kMaxState);
   lists.lists.insert(lists.lists.end(), arguments.d.lists, arguments.d.lists + kMaxTerms);
-  const auto prepared = tables_.prepare(lists, {Tables::span(groups), Tables::span(gamma)});
-  cuda::sgd(grid(tables_.chunks()), prepared.types,
-            {prepared.table, sums_of(arguments.d, gamma, prepared.many<double>(1)),
-             numbers_of(groups, prepared.many<SgdNumbers>(0))});
-}
-
-void Executor::adam(const AdamStep& arguments) {
-  if (is_empty()) return;
-  const Guard guard(device_);
-  std::vector<AdamNumbers> groups;
-  for (int g = 0; g < shapes_->groups(); ++g) groups.push_back({arguments.d.groups[g], arguments.groups[g]});
-  // Leaves of one group have mostly made the same number of steps: few pairs, whose numbers in the table stay the same.
-  std::map<std::pair<double, double>, int32_t> known;
-  std::vector<AdamCorrections> corrections;
-  std::vector<int32_t> option;
-  for (size_t i = 0; i < shapes_->size(); ++i) {
-    const AdamCorrections pair{arguments.step_size[i], arguments.root_correction[i]};
-    const auto [found, is_new] =
-        known.try_emplace({pair.step_size, pair.root_correction}, static_cast<int32_t>(corrections.size()));
-    if (is_new) corrections.push_back(pair);
-    option.push_back(found->second);
-  }
-  const auto gamma = gamma_of(arguments.d);
-  Lists lists{{arguments.params, arguments.theta, arguments.average, arguments.square, arguments.largest},
-              option.data()};
-  lists.lists.insert(lists.lists.end(), arguments.d.lists, arguments.d.lists + kMaxTerms);
-  const auto prepared = tables_.prepare(lists, {Tables::span(groups), Tables::span(corrections), Tables::span(gamma)});
-  cuda::adam(
-      grid(tables_.chunks()), prepared.types,
-      {prepared.table, sums_of(arguments.d, gamma, prepared.many<double>(2)),
-       numbers_of(groups, prepared.many<AdamNumbers>(0)), numbers_of(corrections, prepared.many<AdamCorrections>(1))});
+  const auto prepared = tables_.prepare(lists, {Tables::span(groups), Tables::span(options), Tables::span(gamma)});
+  cuda::update(grid(tables_.chunks()), shapes_->dtype(),
+               {prepared.table, arguments.formula, sums_of(arguments.d, gamma, prepared.many<double>(2)),
+                numbers_of(groups, prepared.many<UpdateGroup>(0)), numbers_of(options, prepared.many<OfLeaf>(1))});
 }
 
 }  // namespace gam::cuda

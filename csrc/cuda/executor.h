@@ -16,8 +16,7 @@ class Executor final : public gam::Executor {
   void perturb(const Perturbation& arguments) override;
   void copy(const Copy& arguments) override;
   void materialise(const Materialise& arguments) override;
-  void sgd(const SgdStep& arguments) override;
-  void adam(const AdamStep& arguments) override;
+  void update(const Update& arguments) override;
 
   bool takes_sums() const override { return true; }
   bool records_use() const override { return true; }

@@ -1,14 +1,9 @@
 // The launches as the executor sees them, without CUDA's headers. Each function is one launch.
 #pragma once
 
-#include <cstdint>
-
 #include "arguments.h"
 
 namespace gam::cuda {
-
-// The type of all leaves; kAny where they differ, or where a leaf cannot be walked in the order of memory.
-enum class Types : uint8_t { kDouble, kFloat, kBFloat16, kHalf, kAny };
 
 // A grid of as many blocks, on a stream (a cudaStream_t).
 struct Grid {
@@ -16,15 +11,14 @@ struct Grid {
   void* stream;
 };
 
-void square_norm(const Grid& grid, Types types, bool difference, bool weighted, const SquareNormArguments& arguments);
-void inner_products(const Grid& grid, Types types, bool with_m, const InnerProductsArguments& arguments);
+void square_norm(const Grid& grid, Dtype dtype, bool difference, bool weighted, const SquareNormArguments& arguments);
+void inner_products(const Grid& grid, Dtype dtype, bool with_m, const InnerProductsArguments& arguments);
 // `columns` is 1 or kSums.
 void totals(const Grid& grid, int columns, const TotalsArguments& arguments);
-void perturb(const Grid& grid, Types types, bool difference, bool weighted, const PerturbArguments& arguments);
-void copy(const Grid& grid, Types types, const CopyArguments& arguments);
-void materialise(const Grid& grid, Types types, const MaterialiseArguments& arguments);
-void sgd(const Grid& grid, Types types, const SgdArguments& arguments);
-void adam(const Grid& grid, Types types, const AdamArguments& arguments);
+void perturb(const Grid& grid, Dtype dtype, bool difference, bool weighted, const PerturbArguments& arguments);
+void copy(const Grid& grid, Dtype dtype, const CopyArguments& arguments);
+void materialise(const Grid& grid, Dtype dtype, const MaterialiseArguments& arguments);
+void update(const Grid& grid, Dtype dtype, const UpdateArguments& arguments);
 
 // How many kernels have been launched in this process.
 int64_t launches();

@@ -39,20 +39,18 @@ void with_flag(bool value, F f) {
   }
 }
 
-// Calls f with the types as a type.
+// Calls f with an element of the dtype.
 template <class F>
-void with_types(Types types, F f) {
-  switch (types) {
-    case Types::kDouble:
-      return f(Only<double>());
-    case Types::kFloat:
-      return f(Only<float>());
-    case Types::kBFloat16:
-      return f(Only<BFloat16>());
-    case Types::kHalf:
-      return f(Only<Half>());
-    case Types::kAny:
-      return f(Any());
+void with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return f(double());
+    case Dtype::kFloat:
+      return f(float());
+    case Dtype::kBFloat16:
+      return f(BFloat16());
+    case Dtype::kHalf:
+      return f(Half());
   }
 }
 

@@ -3,30 +3,20 @@
 
 namespace gam::cuda {
 
-void square_norm(const Grid& grid, Types types, bool difference, bool weighted, const SquareNormArguments& arguments) {
-  with_types(types, [&](auto only) {
-    using T = decltype(only);
-    if (difference && weighted) {
-      GAM_LAUNCH((square_norm_kernel<T, true, true>), grid, kBlock, arguments);
-    } else if (difference) {
-      GAM_LAUNCH((square_norm_kernel<T, true, false>), grid, kBlock, arguments);
-    } else if (weighted) {
-      GAM_LAUNCH((square_norm_kernel<T, false, true>), grid, kBlock, arguments);
-    } else {
-      GAM_LAUNCH((square_norm_kernel<T, false, false>), grid, kBlock, arguments);
-    }
+void square_norm(const Grid& grid, Dtype dtype, bool difference, bool weighted, const SquareNormArguments& arguments) {
+  const auto launch = [&](auto element, auto difference_, auto weighted_) {
+    GAM_LAUNCH((square_norm_kernel<decltype(element), difference_.value, weighted_.value>), grid, kBlock, arguments);
+  };
+  with_dtype(dtype, [&](auto element) {
+    with_flag(difference, [&](auto d) { with_flag(weighted, [&](auto w) { launch(element, d, w); }); });
   });
 }
 
-void inner_products(const Grid& grid, Types types, bool with_m, const InnerProductsArguments& arguments) {
-  with_types(types, [&](auto only) {
-    using T = decltype(only);
-    if (with_m) {
-      GAM_LAUNCH((inner_products_kernel<T, true>), grid, kBlock, arguments);
-    } else {
-      GAM_LAUNCH((inner_products_kernel<T, false>), grid, kBlock, arguments);
-    }
-  });
+void inner_products(const Grid& grid, Dtype dtype, bool with_m, const InnerProductsArguments& arguments) {
+  const auto launch = [&](auto element, auto with_m_) {
+    GAM_LAUNCH((inner_products_kernel<decltype(element), with_m_.value>), grid, kBlock, arguments);
+  };
+  with_dtype(dtype, [&](auto element) { with_flag(with_m, [&](auto m) { launch(element, m); }); });
 }
 
 void totals(const Grid& grid, int columns, const TotalsArguments& arguments) {

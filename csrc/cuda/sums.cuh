@@ -26,79 +26,69 @@ __device__ __forceinline__ void add_product(O (&sum)[V], int slot, O x, O y) {
   }
 }
 
-template <class Types, bool Difference, bool Weighted>
-__global__ void __launch_bounds__(kBlock, kResident<Types>)
-    square_norm_kernel(GAM_PARAM(SquareNormArguments) arguments) {
+template <class T, bool Difference, bool Weighted>
+__global__ void __launch_bounds__(kBlock) square_norm_kernel(GAM_PARAM(SquareNormArguments) arguments) {
   using Lists = SquareNormArguments;
-  const Table& table = arguments.table;
-  const Piece piece = table.pieces[blockIdx.x];
-  const Row& row = row_of(table, piece.leaf);
-  double total[1] = {0.0};
-  with_type(Types(), row, [&](auto type) {
-    using T = decltype(type);
-    using O = opmath_t<T>;
-    constexpr int V = kPack<T>;
-    const View<Types, T> a(table, row, Lists::kA), b(table, row, Lists::kB), theta(table, row, Lists::kTheta);
-    const Weigh<O> weigh{Weighted ? static_cast<O>(number(arguments.eta, row.group)) : O(0)};
-    O sum[V] = {};
-    each_pack<V, kReadsAhead>(piece, row.packed, [&](auto pack, int64_t i, int slot) {
-      constexpr int W = decltype(pack)::value;
-      Pack<O, W> x = a.template values<W>(i);
-      if constexpr (Difference) {
-        const Pack<O, W> y = b.template values<W>(i);
+  using O = opmath_t<T>;
+  constexpr int V = kPack<T>;
+  const Piece piece = arguments.table.pieces[blockIdx.x];
+  const Row& row = row_of(arguments.table, piece.leaf);
+  const View<T> a(row, Lists::kA), b(row, Lists::kB), theta(row, Lists::kTheta);
+  const Weigh<O> weigh{Weighted ? static_cast<O>(number(arguments.eta, row.group)) : O(0)};
+  O sum[V] = {};
+  each_pack<V, kReadsAhead>(piece, row.packed, [&](auto pack, int64_t i, int slot) {
+    constexpr int W = decltype(pack)::value;
+    Pack<O, W> x = a.template values<W>(i);
+    if constexpr (Difference) {
+      const Pack<O, W> y = b.template values<W>(i);
 #pragma unroll
-        for (int k = 0; k < W; ++k) x.v[k] = x.v[k] - y.v[k];
-      }
-      if constexpr (Weighted) {
-        const Pack<O, W> t = theta.template values<W>(i);
+      for (int k = 0; k < W; ++k) x.v[k] = x.v[k] - y.v[k];
+    }
+    if constexpr (Weighted) {
+      const Pack<O, W> t = theta.template values<W>(i);
 #pragma unroll
-        for (int k = 0; k < W; ++k) x.v[k] = weigh(x.v[k], t.v[k]);
-      }
+      for (int k = 0; k < W; ++k) x.v[k] = weigh(x.v[k], t.v[k]);
+    }
 #pragma unroll
-      for (int k = 0; k < W; ++k) add_product(sum, slot + k, x.v[k], x.v[k]);
-    });
-#pragma unroll
-    for (int k = 0; k < V; ++k) total[0] += static_cast<double>(sum[k]);
+    for (int k = 0; k < W; ++k) add_product(sum, slot + k, x.v[k], x.v[k]);
   });
+  double total[1] = {0.0};
+#pragma unroll
+  for (int k = 0; k < V; ++k) total[0] += static_cast<double>(sum[k]);
   block_sum(total);
   if (threadIdx.x == 0) arguments.parts[blockIdx.x] = total[0];
 }
 
-template <class Types, bool WithM>
-__global__ void __launch_bounds__(kBlock, kResident<Types>)
-    inner_products_kernel(GAM_PARAM(InnerProductsArguments) arguments) {
-  const Table& table = arguments.table;
-  const Piece piece = table.pieces[blockIdx.x];
-  const Row& row = row_of(table, piece.leaf);
+template <class T, bool WithM>
+__global__ void __launch_bounds__(kBlock) inner_products_kernel(GAM_PARAM(InnerProductsArguments) arguments) {
+  using O = opmath_t<T>;
+  constexpr int V = kPack<T>;
+  const Piece piece = arguments.table.pieces[blockIdx.x];
+  const Row& row = row_of(arguments.table, piece.leaf);
   const Mixture& u = number(arguments.u, row.group);
-  double total[kSums] = {};
-  with_type(Types(), row, [&](auto type) {
-    using T = decltype(type);
-    using O = opmath_t<T>;
-    constexpr int V = kPack<T>;
-    const Combined<Types, T> combined(table, row, InnerProductsArguments::kTerms, u);
-    const Combine<O> of_u = combine_of<O>(u.p);
-    const Combine<O> of_m = combine_of<O>(WithM ? number(arguments.m, row.group).p : u.p);
-    O uu[V] = {}, um[V] = {}, mm[V] = {};
-    each_pack<V, kReadsAhead>(piece, row.packed, [&](auto pack, int64_t i, int slot) {
-      constexpr int W = decltype(pack)::value;
-      combined.template each<W>(i, [&](int k, auto... x) {
-        const O a = of_u(x...);
-        add_product(uu, slot + k, a, a);
-        if constexpr (WithM) {
-          const O b = of_m(x...);
-          add_product(um, slot + k, b, a);
-          add_product(mm, slot + k, b, b);
-        }
-      });
+  const Combined<T> combined(row, InnerProductsArguments::kTerms, u);
+  const Combine<O> of_u = combine_of<O>(u.p);
+  const Combine<O> of_m = combine_of<O>(WithM ? number(arguments.m, row.group).p : u.p);
+  O uu[V] = {}, um[V] = {}, mm[V] = {};
+  each_pack<V, kReadsAhead>(piece, row.packed, [&](auto pack, int64_t i, int slot) {
+    constexpr int W = decltype(pack)::value;
+    combined.template each<W>(i, [&](int k, auto... x) {
+      const O a = of_u(x...);
+      add_product(uu, slot + k, a, a);
+      if constexpr (WithM) {
+        const O b = of_m(x...);
+        add_product(um, slot + k, b, a);
+        add_product(mm, slot + k, b, b);
+      }
     });
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      total[0] += static_cast<double>(uu[k]);
-      total[1] += static_cast<double>(um[k]);
-      total[2] += static_cast<double>(mm[k]);
-    }
   });
+  double total[kSums] = {};
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    total[0] += static_cast<double>(uu[k]);
+    total[1] += static_cast<double>(um[k]);
+    total[2] += static_cast<double>(mm[k]);
+  }
   block_sum(total);
   if (threadIdx.x == 0) {
 #pragma unroll

@@ -28,27 +28,22 @@ struct Piece {
   int32_t leaf, length;
 };
 
-// The arrays of one leaf; `lists` addresses follow.
-struct Row {
+// The arrays of one leaf: their addresses, in the order of the lists, follow.
+struct alignas(8) Row {
   int32_t group;
-  int32_t option;  // what else an update must know of the leaf
-  Dtype dtype;
-  bool packed;     // all arrays are dense and aligned to 16 bytes
-  int64_t layout;  // where sizes and strides begin, of a leaf that is walked in logical order; else −1
+  int32_t option;  // of an update, the place of the leaf's numbers among its options
+  bool packed;     // all arrays are aligned to 16 bytes
 };
 
-// A table starts with its rows. A layout is: the number of dimensions, the sizes, and for each list 1 and its strides,
-// or 0 and as many unused numbers if it is contiguous.
 struct Table {
   const Piece* pieces;
   const unsigned char* rows;
-  const int64_t* layouts;
   int32_t row_bytes;
 };
 
 inline constexpr int64_t row_bytes(int lists) { return static_cast<int64_t>(sizeof(Row)) + 8 * lists; }
 
-// One N a group.
+// By group, or another index.
 template <class N>
 struct Numbers {
   const N* many = nullptr;

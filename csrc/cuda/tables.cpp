@@ -16,19 +16,6 @@ constexpr size_t kStreams = 4;
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-Types types_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kDouble:
-      return Types::kDouble;
-    case Dtype::kFloat:
-      return Types::kFloat;
-    case Dtype::kBFloat16:
-      return Types::kBFloat16;
-    default:
-      return Types::kHalf;
-  }
-}
-
 }  // namespace
 
 Tables::Tables(const Shapes& shapes) : shapes_(shapes) {
@@ -56,50 +43,27 @@ Tables::Prepared Tables::prepare(const Lists& lists, std::initializer_list<Span>
     const std::vector<unsigned char> room(leaves * static_cast<size_t>(width));
     bytes.add(room.data(), room.size());
   }
-  Prepared result;
-  std::vector<int64_t> layouts;
   for (size_t i = 0; i < leaves; ++i) {
-    const Leaf& leaf = shapes_.leaves()[i];
+    unsigned char* const at = bytes.at(static_cast<int64_t>(i) * width);
     Row row;
     std::memset(&row, 0, sizeof row);  // padding too: tables are compared byte by byte
-    row.group = leaf.group, row.option = lists.option ? lists.option[i] : 0;
-    row.dtype = leaf.dtype, row.packed = true, row.layout = -1;
-    bool strided = false;
+    row.group = shapes_.leaves()[i].group, row.option = lists.option ? lists.option[i] : 0, row.packed = true;
     for (int k = 0; k < count; ++k) {
-      const Array array = lists.lists[static_cast<size_t>(k)] ? lists.lists[static_cast<size_t>(k)][i] : Array();
-      strided = strided || array.strides;
-      row.packed = row.packed && is_aligned(array.data) && !array.strides;
-      std::memcpy(bytes.at(static_cast<int64_t>(i) * width + row_bytes(k)), &array.data, sizeof array.data);
+      const List list = lists.lists[static_cast<size_t>(k)];
+      void* const data = list ? list[i] : nullptr;
+      row.packed = row.packed && is_aligned(data);
+      std::memcpy(at + row_bytes(k), &data, sizeof data);
     }
-    if (strided) {
-      row.layout = static_cast<int64_t>(layouts.size());
-      layouts.push_back(leaf.dims);
-      layouts.insert(layouts.end(), leaf.sizes, leaf.sizes + leaf.dims);
-      for (const List list : lists.lists) {
-        const int64_t* strides = list ? list[i].strides : nullptr;
-        layouts.push_back(strides ? 1 : 0);
-        if (strides) {
-          layouts.insert(layouts.end(), strides, strides + leaf.dims);
-        } else {
-          layouts.insert(layouts.end(), static_cast<size_t>(leaf.dims), 0);
-        }
-      }
-    }
-    std::memcpy(bytes.at(static_cast<int64_t>(i) * width), &row, sizeof row);
-    if (leaf.numel == 0) continue;
-    const Types types = strided ? Types::kAny : types_of(row.dtype);
-    result.types = !result.any_ ? types : result.types == types ? types : Types::kAny;
-    result.any_ = true;
+    std::memcpy(at, &row, sizeof row);
   }
-  const int64_t layouts_offset = bytes.add(layouts.data(), layouts.size());
+  Prepared result;
   for (const Span& span : numbers) {
     const bool fits = span.count <= static_cast<size_t>(kFew);
     result.many_.push_back(fits ? -1 : bytes.add(static_cast<const unsigned char*>(span.data), span.bytes));
   }
   const unsigned char* pieces = fixed(stream);
   result.base_ = on_device(bytes.all(), stream);
-  result.table = {reinterpret_cast<const Piece*>(pieces), result.base_,
-                  reinterpret_cast<const int64_t*>(result.base_ + layouts_offset), static_cast<int32_t>(width)};
+  result.table = {reinterpret_cast<const Piece*>(pieces), result.base_, static_cast<int32_t>(width)};
   result.starts = reinterpret_cast<const int64_t*>(pieces + starts_offset_);
   return result;
 }

@@ -48,7 +48,6 @@ class Tables {
   class Prepared {
    public:
     Table table;
-    Types types = Types::kAny;
     const int64_t* starts;  // of each group's chunks, and the end
 
     // Numbers by group, of which the table holds those that do not fit the arguments of a kernel.
@@ -59,7 +58,6 @@ class Tables {
 
    private:
     friend class Tables;
-    bool any_ = false;  // leaf with elements so far
     const unsigned char* base_ = nullptr;
     std::vector<int64_t> many_;
   };

@@ -3,12 +3,18 @@
 
 namespace gam::cuda {
 
-void sgd(const Grid& grid, Types types, const SgdArguments& arguments) {
-  with_types(types, [&](auto only) { GAM_LAUNCH((sgd_kernel<decltype(only)>), grid, kBlock, arguments); });
-}
-
-void adam(const Grid& grid, Types types, const AdamArguments& arguments) {
-  with_types(types, [&](auto only) { GAM_LAUNCH((adam_kernel<decltype(only)>), grid, kBlock, arguments); });
+void update(const Grid& grid, Dtype dtype, const UpdateArguments& arguments) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (arguments.formula) {
+#define GAM_CASE(functor, name)                                       \
+  case Formula::k##functor:                                           \
+    GAM_LAUNCH((update_kernel<T, functor>), grid, kBlock, arguments); \
+    break;
+      GAM_UPDATES(GAM_CASE)
+#undef GAM_CASE
+    }
+  });
 }
 
 }  // namespace gam::cuda

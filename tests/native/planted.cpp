@@ -31,7 +31,7 @@ struct Model {
   Table table(const std::vector<std::vector<std::vector<float>>*>& data) {
     for (size_t i = 0; i < sizes.size(); ++i) {
       unsigned char* at = rows.data() + i * static_cast<size_t>(row_bytes(lists));
-      Row row{0, 0, Dtype::kFloat, true, -1};
+      Row row{0, 0, true};
       for (int k = 0; k < lists; ++k) {
         float* const address = k < static_cast<int>(data.size()) && data[static_cast<size_t>(k)]
                                    ? (*data[static_cast<size_t>(k)])[i].data()
@@ -41,7 +41,7 @@ struct Model {
       }
       std::memcpy(at, &row, sizeof row);
     }
-    return {pieces.data(), rows.data(), nullptr, static_cast<int32_t>(row_bytes(lists))};
+    return {pieces.data(), rows.data(), static_cast<int32_t>(row_bytes(lists))};
   }
 
   int lists;
@@ -72,14 +72,14 @@ void check() {
   std::vector<double> parts(sums.pieces.size());
   double total = 0;
   const Grid grid{static_cast<int64_t>(parts.size()), nullptr};
-  square_norm(grid, Types::kFloat, false, false, {sums.table({&a}), parts.data(), {}});
+  square_norm(grid, Dtype::kFloat, false, false, {sums.table({&a}), parts.data(), {}});
   totals({1, nullptr}, 1, {parts.data(), nullptr, 1, grid.blocks, &total});
   if (!(std::fabs(total / expected - 1.0) < 1e-6)) std::printf("wrong: norm %g, not %g\n", total, expected);
 
   Model moves(sizes, PerturbArguments::kLists);
   PerturbArguments arguments{moves.table({&params, &backup, &a}), nullptr, true, false, false, {}};
   arguments.groups.few[0].radius = 0.5;
-  perturb(grid, Types::kFloat, false, false, arguments);
+  perturb(grid, Dtype::kFloat, false, false, arguments);
   const auto before = values(sizes, 1.0f), old = values(sizes, 0.0f);
   for (size_t i = 0; i < sizes.size(); ++i) {
     const auto end = static_cast<size_t>(sizes[i]);

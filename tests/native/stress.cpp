@@ -15,6 +15,7 @@
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/plan.h"
+#include "../../csrc/math.h"
 
 namespace {
 
@@ -34,11 +35,11 @@ class Tensors {
     std::minstd_rand random(seed);
     for (const Leaf& leaf : shapes.leaves()) {
       // Small positive numbers in every dtype: the exponent bits stay in the middle of the range.
-      std::vector<unsigned char> bytes(static_cast<size_t>(leaf.numel * size_of(leaf.dtype)) + 1);
+      std::vector<unsigned char> bytes(static_cast<size_t>(leaf.numel * size_of(shapes.dtype())) + 1);
       for (size_t i = 0; i + 1 < bytes.size(); ++i) bytes[i] = static_cast<unsigned char>(random() & 0x3f);
       memory_.push_back(std::move(bytes));
     }
-    for (auto& bytes : memory_) arrays_.push_back({bytes.data(), nullptr});
+    for (auto& bytes : memory_) arrays_.push_back(bytes.data());
   }
 
   List list() const { return arrays_.data(); }
@@ -46,7 +47,7 @@ class Tensors {
 
  private:
   std::vector<std::vector<unsigned char>> memory_;
-  std::vector<Array> arrays_;
+  std::vector<void*> arrays_;
 };
 
 void parallel(const Plan& plan, int threads, const std::function<void(Range)>& f) {
@@ -74,10 +75,8 @@ struct Round {
 
   void run(const Shapes& shapes, const Plan& plan, int threads) {
     const Kernels& loops = kernels();
-    const Work work{shapes.leaves().data(), plan.pieces().data(), {}};
+    const Work work{shapes.dtype(), shapes.leaves().data(), plan.pieces().data(), {}};
     const double numbers[] = {0.5, 0.25};
-    const std::vector<double> by_leaf(shapes.size(), 0.5);
-    const std::vector<unsigned char> first(shapes.size(), 0);
     std::vector<Combination::Group> groups(2);
     for (auto& group : groups) group = {3, {0, 1, 2}, {0.5, 0.25, 0.125}};
     Combination d;
@@ -104,19 +103,19 @@ struct Round {
     const Materialise materialise{d, out.list(), {}};
     parallel(plan, threads, [&](Range r) { loops.materialise(work, materialise, r); });
 
-    const std::vector<SgdGroup> sgd_groups(2, {0.5, 0.5, 0.0, 0.25, true, false});
-    SgdStep sgd;
-    sgd.d = d, sgd.theta = backup.list(), sgd.params = params.list(), sgd.buffer = momentum.list();
-    sgd.first = first.data(), sgd.groups = sgd_groups.data(), sgd.stream = true;
-    parallel(plan, threads, [&](Range r) { loops.sgd(work, sgd, r); });
-
-    const std::vector<AdamGroup> adam_groups(2, {0.5, 0.5, 0.5, 0.25, 0.125, true, true, false});
-    AdamStep adam;
-    adam.d = d, adam.theta = backup.list(), adam.params = params.list(), adam.average = momentum.list();
-    adam.square = square.list(), adam.largest = out.list();
-    adam.step_size = adam.root_correction = by_leaf.data();
-    adam.groups = adam_groups.data(), adam.stream = true;
-    parallel(plan, threads, [&](Range r) { loops.adam(work, adam, r); });
+    const OfGroup of_group{{0.5, 0.5, 0.5, 0.5, 0.5, 0.5}};
+    const std::vector<OfGroup> of_groups(2, of_group);
+    const OfLeaf of_leaf{{0.5, 0.5}};
+    const std::vector<int32_t> option(shapes.size(), 0);
+    Update update;
+    update.d = d, update.theta = backup.list(), update.params = params.list(), update.stream = true;
+    update.state[0] = momentum.list(), update.state[1] = square.list(), update.state[2] = out.list();
+    update.groups = of_groups.data(), update.options = &of_leaf, update.count = 1, update.option = option.data();
+#define GAM_RUN(functor, name)          \
+  update.formula = Formula::k##functor; \
+  parallel(plan, threads, [&](Range r) { loops.update(work, update, r); });
+    GAM_UPDATES(GAM_RUN)
+#undef GAM_RUN
 
     const Copy restore{backup.list(), params.list(), true};
     parallel(plan, threads, [&](Range r) { loops.copy(work, restore, r); });
@@ -131,14 +130,14 @@ struct Round {
   std::vector<double> norms, products;
 };
 
-std::vector<Shapes::Shape> shapes(int64_t large) {
+Shapes shapes(Dtype dtype, int64_t large) {
   std::vector<Shapes::Shape> result;
-  const Dtype dtypes[] = {Dtype::kFloat, Dtype::kDouble, Dtype::kBFloat16, Dtype::kHalf};
-  for (int i = 0; i < 400; ++i) result.push_back({dtypes[i % 4], i % 2, {1 + i % 37}});
-  for (const Dtype dtype : dtypes) result.push_back({dtype, 1, {3, large}});
-  result.push_back({Dtype::kFloat, 0, {0}});
-  result.push_back({Dtype::kFloat, 0, {}});
-  return result;
+  std::vector<int64_t> group;
+  for (int i = 0; i < 100; ++i) result.push_back({{1 + i % 37}, {1}}), group.push_back(i % 2);
+  for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{3, large}, {0}, {}}) {
+    result.push_back({sizes, {}}), group.push_back(1);
+  }
+  return {dtype, std::move(result), group};
 }
 
 // Chunks hold kChunkBytes each, but for the last and for what a cut may not divide, and all elements once.
@@ -152,7 +151,7 @@ void check_plan(const Shapes& shapes, const Plan& plan) {
       const auto leaf = static_cast<size_t>(piece.leaf);
       require(piece.begin == covered[leaf] && piece.length > 0, "pieces follow each other");
       covered[leaf] += piece.length;
-      bytes += piece.length * size_of(shapes[leaf].dtype);
+      bytes += piece.length * size_of(shapes.dtype());
     }
     require(bytes <= kChunkBytes + kCut * 8, "no chunk is too large");
     require(bytes > kChunkBytes - kCut * 8 || chunk == plan.chunks() - 1, "no chunk is too small");
@@ -167,21 +166,23 @@ void check_plan(const Shapes& shapes, const Plan& plan) {
 }  // namespace
 
 int main() {
-  const Shapes all(shapes(70'001));
-  const Plan plan(all);
-  check_plan(all, plan);
-  std::vector<Shapes::Shape> uneven(1000, {Dtype::kFloat, 0, {64}});
-  uneven.insert(uneven.begin() + 500, {Dtype::kFloat, 0, {100'000'000}});
-  const Shapes skewed(uneven);
+  std::vector<Shapes::Shape> uneven(1000, {{64}, {1}});
+  uneven[500] = {{100'000'000}, {1}};
+  const Shapes skewed(Dtype::kFloat, uneven, std::vector<int64_t>(uneven.size(), 0));
   check_plan(skewed, Plan(skewed));
   for (const std::string& name : instruction_sets()) {
     require(use_instruction_set(name), "chooses " + name);
-    Round alone(all, plan);
-    alone.run(all, plan, 1);
-    for (const int threads : {2, 3, 7}) {
-      Round together(all, plan);
-      together.run(all, plan, threads);
-      require(alone == together, name + " with " + std::to_string(threads) + " threads");
+    for (const Dtype dtype : {Dtype::kFloat, Dtype::kDouble, Dtype::kBFloat16, Dtype::kHalf}) {
+      const Shapes all = shapes(dtype, 210'001);
+      const Plan plan(all);
+      check_plan(all, plan);
+      Round alone(all, plan);
+      alone.run(all, plan, 1);
+      for (const int threads : {2, 3, 7}) {
+        Round together(all, plan);
+        together.run(all, plan, threads);
+        require(alone == together, name + " with " + std::to_string(threads) + " threads");
+      }
     }
     std::printf("%s: the same bits with 1, 2, 3 and 7 threads\n", name.c_str());
   }
