@@ -6,6 +6,7 @@ them, so here they are called around the update, whatever drives the passes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_NO_RANGE = contextlib.nullcontext()
 
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """Positional arguments, of which the first is the optimizer, and keyword arguments of a ``step()``."""
@@ -27,10 +30,6 @@ class Calls:
     updated: Call | None = None
     """One that has updated the parameters: the hooks after it are due."""
 
-    def take_updated(self) -> Call | None:
-        """Give :attr:`updated` out, once."""
-        found, self.updated = self.updated, None
-        return found
 
 
 class Hooked(Optimizer):
@@ -45,27 +44,21 @@ class Hooked(Optimizer):
         @functools.wraps(func)
         def wrapper(self: Hooked, *args: Any, **kwargs: Any) -> Any:
             calls: Calls = self._progress.calls
-            calls.take_updated()  # of a step that raised
+            calls.updated = None  # of a step that raised
             outer, calls.current = calls.current, ((self, *args), kwargs)
             name = f"Optimizer.step#{type(self).__name__}.step"
             # a range for nobody would take 9 µs
             recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-            ranged = torch.autograd.profiler.record_function(name) if recorded else None
-            try:
-                if ranged is not None:
-                    ranged.__enter__()
+            with torch.autograd.profiler.record_function(name) if recorded else _NO_RANGE:
                 try:
                     out = func(self, *args, **kwargs)
                 finally:
                     calls.current = outer
                 self._optimizer_step_code()
-                updated = calls.take_updated()
+                updated, calls.updated = calls.updated, None
                 if updated is not None:
                     call_after(self, updated)
                 return out
-            finally:
-                if ranged is not None:
-                    ranged.__exit__(None, None, None)
 
         return wrapper
 

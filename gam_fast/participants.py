@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
@@ -79,6 +79,8 @@ class Participants:
         self._select = select
         self._shards: dict[ShardKey, Shard] = {}
         self._whole: Shard | None = None  # of all parameters, if the step before had it
+        self.all: list[Shard] = []
+        """The shards."""
         self.only: Shard | None = None
         """The shard, where there is one."""
         self._spare: dict[Tensor, Tensor] = {}
@@ -122,12 +124,6 @@ class Participants:
             return None
         self._start(groups, recipe, keep_parts)
         return self
-
-    def __iter__(self) -> Iterator[Shard]:
-        return iter(self._shards.values())
-
-    def __len__(self) -> int:
-        return len(self._shards)
 
     def present(self) -> list[bool]:
         """For each parameter, whether it takes part."""
@@ -200,9 +196,10 @@ class Participants:
         if shard is None and self._whole is not None:
             shard = self.only = self._shards[self._kinds[0], None, None] = self._whole
             self.flags[:] = b"\1" * len(self.flags)
+            self.all.append(shard)
         elif shard is None:
             self.activate(range(len(self.params)), usual=True)
-            (shard,) = self._shards.values()
+            (shard,) = self.all
         shard.grads[index] = taken
         return True
 
@@ -220,7 +217,7 @@ class Participants:
         if not may_write:
             self._check_versions(where)
         self._look_closely(where, mend)
-        for shard in self:
+        for shard in self.all:
             shard.grads[index] = self._take(shard, keep)
 
     def _look_closely(self, where: str, mend: str | None) -> None:
@@ -265,12 +262,13 @@ class Participants:
         for key, chosen in places.items():
             shard = self._shards.get(key)
             if shard is None:
-                held = next(iter(self)).grads if self._shards else {}
+                held = self.all[0].grads if self.all else {}
                 (device, _, is_dense), layout, wider = key
                 backend = self._select(device) if wider is None and is_dense else EagerBackend()
                 shard = Shard(backend, Leaves(vectors=wider), layout=layout, grads={k: [] for k in held})
                 self._shards[key] = shard
-                self.only = shard if len(self._shards) == 1 else None
+                self.all.append(shard)
+                self.only = shard if len(self.all) == 1 else None
             self._add(shard, chosen)
 
     def _all_usual(self, positions: Sequence[int]) -> bool:
@@ -311,20 +309,20 @@ class Participants:
 
     def drop(self, index: int) -> None:
         """Vector ``index`` is not needed any more."""
-        for shard in self:
+        for shard in self.all:
             del shard.grads[index]
         self.clear_gradients()
 
     def give_back(self, index: int) -> None:
         """Vector ``index`` is the gradient that the parameters have after all."""
-        for shard in self:
+        for shard in self.all:
             for owner, grad in zip(shard.owners, shard.grads[index], strict=True):
                 if owner.grad is None:  # one that is there is part of a buffer, with the same numbers
                     owner.grad = spread(grad, owner)
 
     def restore(self) -> None:
         """Put θ back, bit for bit."""
-        for shard in self:
+        for shard in self.all:
             leaves = shard.leaves
             count = len(leaves.params)
             if len(leaves.backup) > count:  # of an interrupted activate(), as the rest of the two lists
@@ -341,6 +339,7 @@ class Participants:
             leaves = shard.leaves
             leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
         self._shards.clear()
+        self.all.clear()
         self._spare.clear()
         self._books.let_go(self._all)
         self._parts = []

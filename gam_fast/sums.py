@@ -31,7 +31,7 @@ class Sums:
 
     def square_norm(self, vector: int) -> Scalar:
         """‖g‖² of a vector that is held."""
-        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._shards])
+        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._shards.all])
 
     def square_length(self, move: Move, eta: list[float] | None) -> Scalar:
         """The square of the norm that a move is divided by."""
@@ -44,7 +44,7 @@ class Sums:
         return self._add_up(
             [
                 s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-                for s in self._shards
+                for s in self._shards.all
             ]
         )
 
@@ -55,10 +55,13 @@ class Sums:
         m: Sequence[PerGroup] | None = None,
     ) -> Products:
         """The products of combinations of each shard's terms: the coefficients ``u`` and ``m`` by term and group."""
-        tables = []
-        for shard, terms in zip(self._shards, of_shards, strict=True):
+        tables: list[Tensor] = []
+        for shard, terms in zip(self._shards.all, of_shards, strict=True):
             of_m = None if m is None else Direction(terms, m)
             tables.append(shard.backend.inner_products(shard.leaves, Direction(terms, u), of_m, self._groups))
+        if len(tables) == 1 and self.on_host and not self._shards.sharded:
+            found: Products = tables[0].tolist()
+            return found
         return scalars.inner_products(self._over_processes(tables), self.on_host)
 
     def _add_up(self, squares: list[Tensor]) -> Scalar:
@@ -69,4 +72,4 @@ class Sums:
     def _over_processes(self, sums: list[Tensor]) -> list[Tensor]:
         if not self._shards.sharded:
             return sums
-        return add_up_over_processes(sums, [shard.layout for shard in self._shards])
+        return add_up_over_processes(sums, [shard.layout for shard in self._shards.all])

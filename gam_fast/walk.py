@@ -132,7 +132,7 @@ class Walk:
                 if self._rng is not None:
                     self._rng.__exit__(undo, error, None)
             finally:
-                torch.set_grad_enabled(grad_enabled)
+                torch._C._set_grad_enabled(grad_enabled)
                 self.over = True
                 self.current = None  # which refers to this object
                 clear_weight_caches()
@@ -174,7 +174,7 @@ class Walk:
     @property
     def perturbed(self) -> bool:
         """Whether a pass is under way whose weights are not those of the model."""
-        return self.under_way and not self.complete and any(shard.leaves.saved for shard in self.shards)
+        return self.under_way and not self.complete and any(shard.leaves.saved for shard in self.shards.all)
 
     @property
     def in_last_pass(self) -> bool:
@@ -326,7 +326,9 @@ class Walk:
             graph = second_order.differentiate(recipe, self.shards, losses, index)
             if not recipe.has_product(index):
                 graph.clear()
-        self._collect_vector(index)
+        if not self.shards.take_usual(index, keep=recipe.keeps[index]):
+            self._take_in(index)
+        self._newest, self.at_end = index, index == recipe.vectors - 1
         weight = self.portion.weight
         if weight != 1.0:
             self.coefficients.weigh(index, weight)
@@ -369,17 +371,12 @@ class Walk:
         total = self._sums.square_norm(index)
         self._watch.check(total, {index}, last=False)
         second_order.multiply(self.shards, index, graph, total, keep=index in self.plan[index][1])
-        self._collect_vector(index + 1)
-
-    def _collect_vector(self, index: int) -> None:
-        """Take ``param.grad`` in as vector ``index``."""
-        if self.shards.take_usual(index, keep=self.recipe.keeps[index]):
-            self._newest, self.at_end = index, index == self.recipe.vectors - 1
-        else:
-            self._take_in(index)
+        if not self.shards.take_usual(index + 1, keep=self.recipe.keeps[index + 1]):
+            self._take_in(index + 1)
+        self._newest, self.at_end = index + 1, index + 1 == self.recipe.vectors - 1
 
     def _take_in(self, index: int) -> None:
-        """As :meth:`_collect_vector`, by a closer look at the gradients."""
+        """Take ``param.grad`` in as vector ``index``, where that is not as it mostly is."""
         mend: str | None = (
             "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
         )
@@ -389,7 +386,6 @@ class Walk:
             mend = None  # as torch's optimizers do nothing then
         keep, where = self.recipe.keeps[index], f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
         self.shards.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
-        self._newest, self.at_end = index, index == self.recipe.vectors - 1
 
     def _move(self) -> None:
         """From the pass just made to the next point of the walk, and fold what is no longer needed."""
@@ -405,7 +401,7 @@ class Walk:
         self._watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
         radius = self.coefficients.radius[index]
-        for shard in self.shards:
+        for shard in self.shards.all:
             if not shard.leaves.saved:
                 shard.leaves.backup = self.shards.allocate_backup(shard)
             into = None
@@ -446,7 +442,7 @@ class Walk:
             self._unscale(gradients, self._watch.scale)
         u, m, p, q = self.coefficients.final(gradients)
         gammas, limit = self.coefficients.gamma, self.settings.clip_grad_norm
-        terms = [(shard, [shard.grads[k] for k in gradients]) for shard in self.shards]
+        terms = [(shard, [shard.grads[k] for k in gradients]) for shard in self.shards.all]
         products: Products | None = None
         if terms and (q is not None or limit is not None or self._watch.looks):
             products = self._sums.inner_products([term for _, term in terms], u, m)
@@ -493,7 +489,7 @@ class Walk:
 
     def _unscale(self, gradients: Sequence[int], scale: LossScale | GivenScale) -> None:
         """Take the loss scaling out of what the direction is combined from."""
-        for shard in self.shards:
+        for shard in self.shards.all:
             inverse = scale.inverse(shard.leaves.params[0].device)
             for k in gradients:
                 torch._foreach_mul_(list(shard.grads[k]), inverse)

@@ -116,9 +116,13 @@ class NativeBackend:
 
         A few are kept, for models of which now these parameters take part, now those.
         """
-        found = next((plan for plan in self._plans if plan.fits(leaves.params, leaves.group)), None)
-        found = found or self.core.Plan(leaves.params, leaves.group)
-        self._plans = [found, *(plan for plan in self._plans if plan is not found)][:MAX_PLANS]
+        for found in self._plans:
+            if found.fits(leaves.params, leaves.group):
+                self._plans.remove(found)
+                break
+        else:
+            found = self.core.Plan(leaves.params, leaves.group)
+        self._plans = [found, *self._plans[: MAX_PLANS - 1]]
         self._device = leaves.params[0].device if found.takes_sums else None
         leaves.prepared = found
         return found
