@@ -30,6 +30,11 @@ class Calls:
     updated: Call | None = None
     """One that has updated the parameters: the hooks after it are due."""
 
+    def take_updated(self) -> Call | None:
+        """Give :attr:`updated` out, once."""
+        found, self.updated = self.updated, None
+        return found
+
 
 
 class Hooked(Optimizer):
@@ -55,7 +60,7 @@ class Hooked(Optimizer):
                 finally:
                     calls.current = outer
                 self._optimizer_step_code()
-                updated, calls.updated = calls.updated, None
+                updated = calls.take_updated()
                 if updated is not None:
                     call_after(self, updated)
                 return out
