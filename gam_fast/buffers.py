@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .capture import is_capturing
 from .places import ABSENT, STATISTICS, Place, can_be_copied, copied, copy_all, differing, size_of, write
 from .reach import modules_in_reach
 
@@ -107,6 +106,7 @@ class ForwardState:
         *,
         several: bool = True,
         by_gradient: bool = True,
+        capturing: bool = False,
     ) -> None:
         """Before the first pass of a step.
 
@@ -117,13 +117,14 @@ class ForwardState:
             left_out: patterns of the names of buffers that may move in every pass.
             several: whether the step may have several passes.
             by_gradient: whether a parameter that is being trained has a gradient after the first pass.
+            capturing: whether a CUDA graph is being captured.
 
         Raises:
             RuntimeError: a lazy module before its first forward, where there are several passes.
             ValueError: a pattern of ``left_out`` that no buffer is named by.
         """
         self._model, self._params, self._taking_part, self._left_out = model, params, taking_part, left_out
-        self._capturing = is_capturing([param.device for param in params[:1]])
+        self._capturing = capturing
         self._begun = self._looked = self._returned = self._settled = self._keep_last = False
         self._elsewhere: list[tuple[str, Place]] = []
         self._taken = {id(module) for state in _under_way for module in state._modules} if len(_under_way) else set()

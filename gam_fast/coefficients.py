@@ -68,10 +68,6 @@ class Coefficients:
         self._start()
         return self
 
-    def part(self, name: str) -> list[ByGroup]:
-        """The coefficients in the combination ``"u"`` or ``"m"``."""
-        return self.u if name == "u" else self.m
-
     def weigh(self, vector: int, weight: float) -> None:
         """The vector is a part of what it stands for, which is ``weight`` times as long."""
         self._is_weighed = True
@@ -80,8 +76,7 @@ class Coefficients:
 
     def folded(self, fold: Fold) -> None:
         """The vector that others were folded into has their coefficients and its own in it."""
-        part = self.part(fold.part)
-        part[fold.into] = [1.0] * len(self.gamma)
+        (self.u if fold.part == "u" else self.m)[fold.into] = [1.0] * len(self.gamma)
 
     def final(
         self, vectors: Sequence[int]

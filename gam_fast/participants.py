@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import ownership
+from . import ownership, scalars
 from .backends.base import Backend, Bookkeeping, Direction, Leaves, TensorList, Versions
 from .backends.eager import EagerBackend
 from .ownership import Kind, as_like, kind_of, wider_dtype
@@ -60,6 +60,7 @@ class Participants:
     Attributes:
         params: all parameters, whether they take part or not.
         devices: what they are on.
+        on_host: whether reading a sum waits for nothing.
         sharded: whether any is spread over processes.
         flags: for each parameter, whether it takes part.
     """
@@ -91,6 +92,7 @@ class Participants:
         self._kinds = self._books.kinds(self._all)
         self._is_usual = not self.sharded and len(self._kinds) == 1 and self._kinds[0][2]
         self.devices = list(dict.fromkeys(device for device, _, _ in self._kinds))
+        self.on_host = all(map(scalars.reads_are_free, self.devices))
         if len(self.devices) > 1:  # perhaps of several backends
             self._books, self._all = ownership, self.params
         self._start(groups, recipe, keep_parts)

@@ -229,28 +229,34 @@ class ReplayRNG:
             return cls() if option else None
         return cls(generators=option)
 
-    def prepare(self, devices: Iterable[torch.device], *, several: bool = True) -> ReplayRNG:
-        """Before a step.
-
-        Args:
-            devices: as for the constructor.
-            several: whether there may be several passes.
-        """
+    def prepare(self, devices: Iterable[torch.device]) -> None:
+        """Choose the generators of these devices, and the CPU's."""
         devices = tuple(devices)
         if devices != self._devices:
             self._devices = devices
             accelerators = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
             self.devices = [torch.device("cpu"), *accelerators]
             self._torch = [_Source.of_device(device) for device in self.devices]
-        self._several = several
-        return self
 
     def __enter__(self) -> ReplayRNG:
-        if is_capturing(self.devices):
+        self.start(self._devices or (), capturing=is_capturing(self.devices))
+        return self
+
+    def start(self, devices: Iterable[torch.device], *, capturing: bool, several: bool = True) -> None:
+        """Begin a step, as ``with`` does.
+
+        Args:
+            devices: as for the constructor.
+            capturing: whether a CUDA graph is being captured.
+            several: whether there may be several passes.
+        """
+        if capturing:
             raise RuntimeError(
                 "random numbers cannot be replayed inside a CUDA graph capture: construct the optimizer with "
                 "replay_rng=False, which is exact for a model without dropout or other randomness"
             )
+        self.prepare(devices)
+        self._several = several
         self._alone = not _steps and threading.active_count() == 1
         _steps.add(id(self))
         self._sources = None
@@ -258,7 +264,6 @@ class ReplayRNG:
         self._in_pass = self._looked = self._keep_last = self._is_after_reading = False
         draws = None if self._alone else _draws()
         self._apart = draws() if draws is not None else None
-        return self
 
     def begin(self, *, keep_last: bool = False) -> None:
         """Start a pass: from the state at entry.
@@ -285,8 +290,12 @@ class ReplayRNG:
             if source.moves:
                 source.set(source.start)
 
-    def end(self) -> None:
-        """End a pass: the generators stand where they would after the first alone."""
+    def end(self, *, goes_on: bool = False) -> None:
+        """End a pass: the generators stand where they would after the first alone.
+
+        Args:
+            goes_on: whether the next pass begins before anybody draws from them, unless another thread does.
+        """
         if not self._in_pass:
             return
         self._in_pass = False
@@ -298,7 +307,7 @@ class ReplayRNG:
             return
         for source in self._replayed:
             source.last = source.get() if self._keep_last else None
-            if source.moves:
+            if source.moves and not (goes_on and self._alone):
                 source.set(source.after)
 
     def _look(self) -> None:
@@ -342,7 +351,8 @@ class ReplayRNG:
     ) -> None:
         _steps.discard(id(self))
         if self._sources is not None:
-            self.end()
+            if self._in_pass:
+                self.end()
             for source in self._replayed:
                 if kind is not None:
                     source.set(source.start)

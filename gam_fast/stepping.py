@@ -129,7 +129,7 @@ class Stepper(Hooked):
             UserWarning: somebody called backward() since the last step; those gradients are not used.
         """
         self._refuse_nesting("passes()")
-        return Passes(Drive(self, self._loss_scale(scaler)))
+        return Passes(Drive(self, None if scaler is None else self._loss_scale(scaler)))
 
     @overload
     def step(self, closure: None = None, *, scaler: Any = None) -> None: ...
@@ -171,7 +171,7 @@ class Stepper(Hooked):
             if walk is not None and walk.by_loop and (walk.complete or (walk.in_last_pass and closure is None)):
                 return self._end(walk, closure, given, scaler)
             self._refuse_nesting("step()")
-            scale = self._loss_scale(scaler)
+            scale = None if scaler is None else self._loss_scale(scaler)
             if closure is None:
                 self._step_without_closure(scale or given)
                 return None
@@ -241,8 +241,8 @@ class Stepper(Hooked):
         progress.calls.updated = call
 
     def _loss_scale(self, scaler: Any) -> LossScale | None:
-        scale = None if scaler is None else LossScale(scaler, self)
-        return scale if scale is not None and scale.enabled else None
+        scale = LossScale(scaler, self)
+        return scale if scale.enabled else None
 
     def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Walk:
         """Begin a step of several passes; nothing is done to the parameters yet."""
@@ -394,8 +394,10 @@ class Stepper(Hooked):
                 progress.stepped = True
                 progress.loop_took_step = walk.by_loop and walk.finished
         if first and walk.finished:
-            self._warn_of_unused_share(walk)
-            self._warn_of_forgotten_model(walk)
+            if walk.portion.share < 1.0:
+                self._warn_of_unused_share(walk)
+            if walk.state.forgotten:
+                self._warn_of_forgotten_model(walk)
             if walk.rates_moved:
                 warnings.warn(
                     f"a learning rate was changed between the passes of a step of {type(self).__name__}: a body runs "
@@ -432,7 +434,7 @@ class Stepper(Hooked):
 
     def _warn_of_unused_share(self, walk: Walk) -> None:
         """Once, where a step of several passes has asked for less than the batch and got the whole of it."""
-        if walk.recipe.passes == 1 or walk.portion.share == 1.0 or walk.portion.asked or self._progress.warned_of_share:
+        if walk.recipe.passes == 1 or walk.portion.asked or self._progress.warned_of_share:
             return
         self._progress.warned_of_share = True
         warnings.warn(
@@ -445,8 +447,7 @@ class Stepper(Hooked):
     def _warn_of_forgotten_model(self, walk: Walk) -> None:
         """Once, where buffers of a module that has our parameters have moved, and perhaps did so in every pass."""
         forgotten, walk.state.forgotten = walk.state.forgotten, []
-        if forgotten:
-            warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=frames_of_libraries())
+        warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=frames_of_libraries())
 
     def _first_gradient(self) -> Tensor | None:
         for group in self.param_groups:

@@ -306,9 +306,7 @@ def _step_by_torch(base: Optimizer, directions: Directions) -> None:
 
 def _among_all(groups: list[Any], first: int, total: int) -> list[Any]:
     """Hyper-parameters of groups ``first`` … of ``total``, at their numbers; what stands at the others is not read."""
-    return (
-        groups if len(groups) == total else [groups[0]] * first + groups + [groups[0]] * (total - first - len(groups))
-    )
+    return [groups[0]] * first + groups + [groups[0]] * (total - first - len(groups))
 
 
 def only_makes_state(base: Optimizer) -> bool:
@@ -354,7 +352,9 @@ def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_gr
             f"{type(base).__name__} counts its steps on the host, which a CUDA graph does not repeat: pass "
             "capturable=True to capture it"
         )
-    groups = _among_all(base.param_groups, first_group, len(d.p[0]))
+    groups = base.param_groups
+    if len(groups) != len(d.p[0]):
+        groups = _among_all(groups, first_group, len(d.p[0]))
     keeps = [row.keeps(group) for group in groups]
     states = _states(base, owners) if any(map(any, keeps)) else [{}] * count
     made: dict[int, dict[str, Tensor]] = {}  # by leaf; they are put where they belong after the step

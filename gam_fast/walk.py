@@ -21,6 +21,7 @@ from . import hvp, scalars, second_order
 from .amp import GivenScale, LossScale
 from .backends.base import Direction, FoldInto, Products, Scalar
 from .buffers import ForwardState
+from .capture import is_capturing
 from .coefficients import Coefficients
 from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
@@ -90,7 +91,8 @@ class Walk:
         self._watch = FiniteWatch(
             recipe, settings.on_nonfinite, self._device, on_host=self._sums.on_host, at_end=self._local is not None
         )
-        self._watch.use(scale)
+        if scale is not None:
+            self._watch.use(scale)
         self._micro_batches: list[Any] | None = None
         self._first_square: Scalar | None = None  # ‖g0‖², where it is known
         self._squares: list[Scalar] = []  # of the lengths that the moves are divided by
@@ -197,15 +199,17 @@ class Walk:
         peak of a step does not grow.
         """
         if not self._begun:
-            self.settings.check_capture(self.shards.devices)
+            capturing, several = is_capturing(self.shards.devices), self.recipe.passes > 1
+            if capturing:
+                self.settings.check_capture(self.shards.devices)
             self._begun = True
             if self.settings.replay_rng is not None:
-                self._rng = self.settings.replay_rng.prepare(self.shards.devices, several=self.recipe.passes > 1)
-                self._rng.__enter__()
+                self._rng = self.settings.replay_rng
+                self._rng.start(self.shards.devices, several=several, capturing=capturing)
             if self.settings.freeze_running_statistics:
-                several, gradient = self.recipe.passes > 1, not self.recipe.second_order
                 given = self.settings.model, self.params, self.shards.flags, self.settings.moving_buffers
-                self.state.enter(*given, several=several, by_gradient=gradient)
+                gradient = not self.recipe.second_order
+                self.state.enter(*given, several=several, by_gradient=gradient, capturing=capturing)
             if self._local is not None:
                 self._when_left(self._local.close)
                 self._local.begin()
@@ -307,7 +311,7 @@ class Walk:
                 self.shards.refuse_write(written[0], f"pass 0 of {self.recipe.name}")
             self._collect()
             if self._rng is not None:
-                self._rng.end()
+                self._rng.end(goes_on=not self.at_end)
             if not self.at_end:
                 if self._rates is None:
                     self._rates = [group.get("lr") for group in self.groups]
@@ -406,7 +410,7 @@ class Walk:
                 shard.leaves.backup = self.shards.allocate_backup(shard)
             into = None
             if fold is not None:
-                part = self.coefficients.part(fold.part)
+                part = self.coefficients.u if fold.part == "u" else self.coefficients.m
                 into = FoldInto(shard.grads[fold.into], shard.grads[fold.other], part[fold.into], part[fold.other])
             # to ask a tensor for its device takes a microsecond
             square = total if self._sums.on_host else scalars.on(total, shard.leaves.params[0].device)
@@ -465,7 +469,8 @@ class Walk:
             self.state.settle()
         update(directions)
         self.finished = True
-        self._others.finish()
+        if self._others.params:
+            self._others.finish()
         if self._local is None and self.settings.measure_change:
             self._measure_change()
         if self._watch.scale is not None:
