@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from .recipes import Fold, Move, Recipe
 
 ByGroup: TypeAlias = "list[float]"
+
+_MAXIMIZES = operator.methodcaller("get", "maximize", False)
 
 
 class Coefficients:
@@ -35,9 +38,9 @@ class Coefficients:
     """
 
     def __init__(self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
-        self._made_of = recipe, list(hyper), [group.get("maximize", False) for group in groups]
+        self._made_of = recipe, list(hyper), list(map(_MAXIMIZES, groups))
         found = [recipe.coefficients(h) for h in hyper]
-        sign = [-1.0 if group.get("maximize", False) else 1.0 for group in groups]
+        sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
         self.gamma = [gamma for _, _, gamma in found]
         self._u = [[c[i] for c, _, _ in found] for i in range(recipe.vectors)]
         self._m = [[d[i] if d else 0.0 for _, d, _ in found] for i in range(recipe.vectors)]
@@ -51,21 +54,17 @@ class Coefficients:
                 signs = [1.0] * len(sign) if recipe.is_product(move.along) else sign
                 self.radius[i] = [s * float(h[move.radius]) for s, h in zip(signs, hyper, strict=True)]
         self._final: tuple[list[ByGroup], list[ByGroup] | None, list[ByGroup], list[ByGroup] | None] | None = None
-        self._start()
-
-    def _start(self) -> None:
-        self.u, self.m = list(self._u), list(self._m)
-        self._is_weighed = False
+        self.u, self.m, self._is_weighed = list(self._u), list(self._m), False
 
     def again(
         self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]
     ) -> Coefficients | None:
         """Return the same, as before the first fold, where it is made of the same; else ``None``."""
-        if self._made_of != (recipe, hyper, [group.get("maximize", False) for group in groups]):
+        if self._made_of != (recipe, hyper, list(map(_MAXIMIZES, groups))):
             return None
         if self._is_weighed:
             self._final = None
-        self._start()
+        self.u, self.m, self._is_weighed = list(self._u), list(self._m), False
         return self
 
     def weigh(self, vector: int, weight: float) -> None:

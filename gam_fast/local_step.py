@@ -70,7 +70,7 @@ def averaged(
     made = [(shard, _own(shard, materialise(shard, direction))) for shard, direction in directions]
     of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
     local.average([of[param] for param in shards.params if param in of])
-    products = None if limit is None else sums.inner_products([[xs] for _, xs in made], ones)
+    products = None if limit is None else sums.inner_products([(shard, [xs]) for shard, xs in made], ones)
     return [(shard, Direction([xs], ones, None, products, gamma, limit)) for shard, xs in made]
 
 

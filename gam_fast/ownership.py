@@ -143,10 +143,10 @@ def _counts() -> tuple[tuple[int, int], int]:
 def as_like(grad: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The gradient as the engine takes it, in the dtype of its parameter (or ``dtype``) and in its order in memory.
 
-    It is the gradient itself, where it is so.
+    It is the gradient itself, where it is so, and where it is sparse, which the engine refuses.
     """
     dtype = dtype or param.dtype
-    if grad.dtype == dtype and lies_as(grad, param):
+    if grad.layout is not torch.strided or (grad.dtype == dtype and lies_as(grad, param)):
         return grad
     return torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(grad)
 

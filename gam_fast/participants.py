@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -19,6 +20,8 @@ from .sharded import Layout, any_sharded, layout_of, local, local_gradient, spre
 
 ShardKey: TypeAlias = "tuple[Kind, Layout | None, torch.dtype | None]"
 """Kind and layout of the leaves, and the dtype of their vectors where it is another."""
+
+_PARAMS_OF = operator.itemgetter("params")
 
 RECYCLE_BYTES = 1 << 16
 """From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
@@ -112,13 +115,9 @@ class Participants:
 
     def again(self, groups: Sequence[dict[str, Any]], recipe: str, *, keep_parts: bool) -> Participants | None:
         """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
-        params = [param for group in groups for param in group["params"]]
-        is_same = (
-            not self.sharded
-            and self._counts == [len(group["params"]) for group in groups]
-            and all(map(operator.is_, params, self.params))
-        )
-        if not is_same:
+        lists = list(map(_PARAMS_OF, groups))
+        same_count = self._counts == list(map(len, lists))
+        if self.sharded or not same_count or not all(map(operator.is_, chain(*lists), self.params)):
             return None
         self._all = self._books.hold(self.params, self._all)
         if self._books.kinds(self._all) != self._kinds:
@@ -131,23 +130,21 @@ class Participants:
         """For each parameter, whether it takes part."""
         return [flag != 0 for flag in self.flags]
 
-    def clear_gradients(self, *, recycle: bool = False) -> None:
-        """No parameter has a gradient, or (a part of somebody's buffer) one of zeros.
+    def clear_gradients(self) -> None:
+        """No parameter has a gradient, or (a part of somebody's buffer) one of zeros."""
+        self._books.clear_gradients(self._all, NEVER, self._keep_parts)
 
-        With ``recycle``, large ones on a CPU are kept to become the backup.
+    def begin_pass(self, *, recycle: bool, each: bool = False) -> None:
+        """Clear gradients. From here on, nobody but the engine may write to a parameter that is being trained.
+
+        Args:
+            recycle: whether large ones on a CPU are kept to become the backup.
+            each: whether parameters may move that are not: what is found changed is then no end of the search.
         """
         recycle = recycle and not self._shards and not self.sharded
         least, clear = RECYCLE_BYTES if recycle else NEVER, self._books.clear_gradients
-        found = clear(self._all, least) if self._keep_parts else clear(self._all, least, keep_parts=False)
-        for i, grad in found:
+        for i, grad in clear(self._all, least, self._keep_parts):
             self._spare[self.params[i]] = grad
-
-    def note_versions(self, *, each: bool = False) -> None:
-        """From here on, nobody but the engine may write to a parameter that is being trained.
-
-        Args:
-            each: whether parameters may move that are not: what is found changed is then no end of the search.
-        """
         self._parts = [local(param) for param in self.params] if self.sharded else []
         self._versions = self._books.versions(self._parts or self._all)
         self._each = [param._version for param in self._parts or self.params] if each else None
@@ -212,7 +209,7 @@ class Participants:
             may_write: whether the forward may have written to parameters, as in a step of one pass.
 
         Raises:
-            RuntimeError: a parameter was written to since :meth:`note_versions`; no parameter has a gradient, and
+            RuntimeError: a parameter was written to since :meth:`begin_pass`; no parameter has a gradient, and
                 there is a ``mend`` for that.
             TypeError: a sparse gradient.
         """

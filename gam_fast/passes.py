@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 
 from .amp import LossScale
 from .turn import Turn
+from .updates import Directions
 from .walk import Walk
 
 
@@ -29,8 +30,10 @@ class Steps(Protocol):
         """Begin a step; nothing is done to the parameters yet."""
         ...
 
-    def _take(self, walk: Walk) -> None:
-        """Update the parameters; all passes were made."""
+    def step(self) -> object: ...
+
+    def _update(self, directions: Directions) -> None:
+        """Update the parameters along the directions; all passes were made."""
         ...
 
     def _leave(self, walk: Walk, error: BaseException | None) -> bool:
@@ -78,7 +81,11 @@ class Drive:
                 return turn
             if not walk.over:
                 walk.complete = True
-                self._steps._take(walk)
+                if self._by_loop:
+                    # the public one, so that hooks, profilers and schedulers take notice; it finds `complete`
+                    self._steps.step()
+                else:
+                    walk.finish(self._steps._update)
         except BaseException as error:
             if not self.undo(error):
                 raise

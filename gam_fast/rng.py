@@ -203,7 +203,7 @@ class ReplayRNG:
     def _set_up(self) -> None:
         self._own = [_source_of(generator) for generator in self.generators]
         self._ambient = [_Ambient("random"), _Ambient("numpy.random")]
-        self._devices: tuple[torch.device, ...] | None = None
+        self._devices: list[torch.device] = []
         self._sources: list[_Source] | None = None
         self._replayed: list[_Source] = []
         self._apart: Any = None
@@ -231,18 +231,16 @@ class ReplayRNG:
 
     def prepare(self, devices: Iterable[torch.device]) -> None:
         """Choose the generators of these devices, and the CPU's."""
-        devices = tuple(devices)
-        if devices != self._devices:
-            self._devices = devices
-            accelerators = sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str)
-            self.devices = [torch.device("cpu"), *accelerators]
-            self._torch = [_Source.of_device(device) for device in self.devices]
+        self._devices = list(devices)
+        accelerators = sorted({d for d in self._devices if d.type not in ("cpu", "meta")}, key=str)
+        self.devices = [torch.device("cpu"), *accelerators]
+        self._torch = [_Source.of_device(device) for device in self.devices]
 
     def __enter__(self) -> ReplayRNG:
-        self.start(self._devices or (), capturing=is_capturing(self.devices))
+        self.start(self._devices, capturing=is_capturing(self.devices))
         return self
 
-    def start(self, devices: Iterable[torch.device], *, capturing: bool, several: bool = True) -> None:
+    def start(self, devices: list[torch.device], *, capturing: bool, several: bool = True) -> None:
         """Begin a step, as ``with`` does.
 
         Args:
@@ -255,7 +253,8 @@ class ReplayRNG:
                 "random numbers cannot be replayed inside a CUDA graph capture: construct the optimizer with "
                 "replay_rng=False, which is exact for a model without dropout or other randomness"
             )
-        self.prepare(devices)
+        if devices != self._devices:
+            self.prepare(devices)
         self._several = several
         self._alone = not _steps and threading.active_count() == 1
         _steps.add(id(self))
@@ -279,7 +278,10 @@ class ReplayRNG:
         if self._apart is not None:
             self._apart.begin()
         if self._sources is None:
-            self._sources = [*self._torch, *self._own, *(source for source in self._ambient if source.is_due())]
+            self._sources = [*self._torch, *self._own]
+            for ambient in self._ambient:
+                if ambient.is_due():
+                    self._sources.append(ambient)
             for source in self._sources:
                 source.note_start()
             return

@@ -232,7 +232,7 @@ class Stepper(Hooked):
         progress = self._progress
         passes = progress.walk.recipe.passes if progress.walk is not None else self.recipe.passes
         since, progress.unscaled_since = progress.unscaled_since, None
-        if since is not None and (progress.walk is None or not progress.walk.is_scaled):
+        if since is not None and (progress.walk is None or progress.walk.watch.scale is None):
             check_not_forgotten(since, self, passes)
         call = progress.calls.current or ((self,), {})
         before = partial(call_before, self, call) if any_before(self) else None
@@ -269,7 +269,7 @@ class Stepper(Hooked):
         missed, progress.error = progress.error, None
         if missed is not None:
             raise missed
-        groups, agenda = self.param_groups, self._agenda
+        groups, agenda = self.base.param_groups, self._agenda
         whole = agenda.is_always or not groups
         if not whole:
             if not agenda.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
@@ -309,13 +309,6 @@ class Stepper(Hooked):
         )
         walk = progress.walk = Walk(settings, groups, coefficients, participants, scale, by_loop=by_loop)
         return walk
-
-    def _take(self, walk: Walk) -> None:
-        """Update the parameters; all passes were made."""
-        if walk.by_loop:  # by the public step, so that hooks, profilers and schedulers take notice; it finds `complete`
-            self.step()
-        else:
-            walk.finish(self._update)
 
     def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any = None) -> Any:
         """Update by a loop, all passes of which are made or in the last of which it is.
@@ -427,7 +420,7 @@ class Stepper(Hooked):
         seen, difference = self._progress.seen, self._progress.difference
         if difference is not None and walk.relative_change is not None:
             seen.update(difference.after(walk.relative_change))
-        for group in self.param_groups:
+        for group in self.base.param_groups:
             if STEPS in group:
                 group[STEPS] += 1
             group.update(seen)
@@ -450,7 +443,7 @@ class Stepper(Hooked):
         warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=frames_of_libraries())
 
     def _first_gradient(self) -> Tensor | None:
-        for group in self.param_groups:
+        for group in self.base.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     grad: Tensor = param.grad
@@ -492,7 +485,7 @@ class Stepper(Hooked):
         """For a method that cannot work in every process."""
 
     def _refuse_nesting(self, what: str) -> None:
-        if self._walk is not None:
+        if self._progress.walk is not None and self._walk is not None:
             raise RuntimeError(
                 f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
                 "end, or close() the iterator to undo the step"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import scalars
 from .backends.base import Direction, PerGroup, Products, Scalar, TensorList
-from .participants import Participants
+from .participants import Participants, Shard
 from .recipes import Move
 from .sharded import add_up_over_processes
 
@@ -50,15 +50,15 @@ class Sums:
 
     def inner_products(
         self,
-        of_shards: Sequence[list[TensorList]],
+        terms: Sequence[tuple[Shard, list[TensorList]]],
         u: Sequence[PerGroup],
         m: Sequence[PerGroup] | None = None,
     ) -> Products:
         """The products of combinations of each shard's terms: the coefficients ``u`` and ``m`` by term and group."""
         tables: list[Tensor] = []
-        for shard, terms in zip(self._shards.all, of_shards, strict=True):
-            of_m = None if m is None else Direction(terms, m)
-            tables.append(shard.backend.inner_products(shard.leaves, Direction(terms, u), of_m, self._groups))
+        for shard, own in terms:
+            of_m = None if m is None else Direction(own, m)
+            tables.append(shard.backend.inner_products(shard.leaves, Direction(own, u), of_m, self._groups))
         if len(tables) == 1 and self.on_host and not self._shards.sharded:
             found: Products = tables[0].tolist()
             return found

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .backends.base import Backend, Direction, Leaves, TensorList
 from .backends.eager import EagerBackend
-from .chain import members
+from .chain import Chain, members
 from .hooks import step_of_base
 from .ownership import as_like, lies_as
 from .participants import Shard, materialise
@@ -259,12 +259,11 @@ def _part(shard: Shard, chosen: Sequence[int]) -> Shard:
 
 def _step(base: Optimizer, directions: Directions) -> None:
     """As :func:`apply`, without hooks that look on: each base optimizer of a chain steps along its part."""
-    chain = members(base)
-    if len(chain) == 1:
+    if not isinstance(base, Chain):
         _step_member(base, directions)
         return
     first = 0
-    for member in chain:
+    for member in base.members:
         groups = range(first, first + len(member.param_groups))
         parts: Directions = []
         for shard, direction in directions:

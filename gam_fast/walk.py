@@ -35,6 +35,8 @@ from .settings import Settings
 from .sums import Sums
 from .turn import Portion, Turn, some
 
+_RATE_OF = operator.methodcaller("get", "lr")
+
 Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
 
 
@@ -88,11 +90,11 @@ class Walk:
                     "sync='global'"
                 )
             self._local = LocalSync(settings.model, self._device)
-        self._watch = FiniteWatch(
+        self.watch = FiniteWatch(
             recipe, settings.on_nonfinite, self._device, on_host=self._sums.on_host, at_end=self._local is not None
         )
         if scale is not None:
-            self._watch.use(scale)
+            self.watch.use(scale)
         self._micro_batches: list[Any] | None = None
         self._first_square: Scalar | None = None  # ‖g0‖², where it is known
         self._squares: list[Scalar] = []  # of the lengths that the moves are divided by
@@ -169,11 +171,6 @@ class Walk:
         return self._begun and not self.over
 
     @property
-    def is_scaled(self) -> bool:
-        """Whether gradients are known to be scaled."""
-        return self._watch.scale is not None
-
-    @property
     def perturbed(self) -> bool:
         """Whether a pass is under way whose weights are not those of the model."""
         return self.under_way and not self.complete and any(shard.leaves.saved for shard in self.shards.all)
@@ -199,7 +196,7 @@ class Walk:
         peak of a step does not grow.
         """
         if not self._begun:
-            capturing, several = is_capturing(self.shards.devices), self.recipe.passes > 1
+            several, capturing = self.recipe.passes > 1, not self.shards.on_host and is_capturing(self.shards.devices)
             if capturing:
                 self.settings.check_capture(self.shards.devices)
             self._begun = True
@@ -216,7 +213,6 @@ class Walk:
                 self.state.start_anew()  # from those of rank 0
         clear_weight_caches()
         shards, state, portion = self.shards, self.state, self.portion
-        shards.clear_gradients(recycle=self.recipe.passes > 1)
         # whether passes see parts of the batch, as known by now: the last is then the one that counts
         is_cut = portion.share < 1.0 and portion.asked
         if self._rng is not None:
@@ -229,7 +225,7 @@ class Walk:
             self._others.begin(keep_last=is_cut)
         if portion.asked:
             portion.begin()
-        shards.note_versions(each=state.active and state.moves_parameters)
+        shards.begin_pass(recycle=self.recipe.passes > 1, each=state.active and state.moves_parameters)
         left = self.recipe.passes - self.recipe.passes_before[self._newest + 1]
         self.current = Turn(index, index + left, 1.0 if left == 1 else portion.share, self.backward, portion)
         return self.current
@@ -257,7 +253,7 @@ class Walk:
                 f"scaler.unscale_ was called for one pass of {self.recipe.name}, and the gradients of the others are "
                 "scaled: leave it out; to clip, construct the optimizer with clip_grad_norm="
             )
-        self._watch.use(scale)
+        self.watch.use(scale)
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """See :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches`."""
@@ -288,7 +284,7 @@ class Walk:
                     f"turn.backward(loss) outside the pass of {self.recipe.name} that the turn belongs to"
                 )
             hvp.check_loss(loss, self.recipe.name)
-        scaled = loss if self._watch.scale is None else self._watch.scale.scale(loss)
+        scaled = loss if self.watch.scale is None else self.watch.scale.scale(loss)
         if self.recipe.second_order:
             self._losses.append(scaled)
         else:
@@ -307,50 +303,49 @@ class Walk:
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # a tenth of the time of a context manager
         try:
-            if self._newest < 0 and self.state.active and (written := self.state.look()) and self.recipe.passes > 1:
-                self.shards.refuse_write(written[0], f"pass 0 of {self.recipe.name}")
-            self._collect()
+            index, recipe = self._newest + 1, self.recipe
+            if index == 0 and self.state.active and (written := self.state.look()) and recipe.passes > 1:
+                self.shards.refuse_write(written[0], f"pass 0 of {recipe.name}")
+            if self.watch.scale is not None:
+                self.watch.scale.check_pass(f"pass {recipe.pass_of(index)} of {recipe.name}")
+            graph = self._differentiate(index) if recipe.second_order else []
+            if not self.shards.take_usual(index, keep=recipe.keeps[index]):
+                self._take_in(index)
+            self._newest, self.at_end = index, index == recipe.vectors - 1
+            if self.portion.weight != 1.0:
+                self._weigh(index, self.portion.weight, of_product=bool(graph))
+            if index == 0 and not self.at_end and self.settings.goes_on is not None and not self._goes_on():
+                graph.clear()
+                self._stay()
+            if graph:
+                self._multiply(index, graph)
             if self._rng is not None:
                 self._rng.end(goes_on=not self.at_end)
             if not self.at_end:
                 if self._rates is None:
-                    self._rates = [group.get("lr") for group in self.groups]
+                    self._rates = list(map(_RATE_OF, self.groups))
                 self._move()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
-    def _collect(self) -> None:
-        """Take the gradient of a pass in, and the Hessian-vector product that the recipe makes of it."""
-        index, recipe = self._newest + 1, self.recipe
-        if self._watch.scale is not None:
-            self._watch.scale.check_pass(f"pass {recipe.pass_of(index)} of {recipe.name}")
-        graph: list[Tensor | None] = []
-        if recipe.second_order:
-            losses, self._losses = self._losses, []
-            graph = second_order.differentiate(recipe, self.shards, losses, index)
-            if not recipe.has_product(index):
-                graph.clear()
-        if not self.shards.take_usual(index, keep=recipe.keeps[index]):
-            self._take_in(index)
-        self._newest, self.at_end = index, index == recipe.vectors - 1
-        weight = self.portion.weight
-        if weight != 1.0:
-            self.coefficients.weigh(index, weight)
-            if graph:
-                self.coefficients.weigh(index + 1, weight)
-        if index == 0 and not self.at_end and self.settings.goes_on is not None and not self._goes_on():
-            graph.clear()
-            self._stay()
-        if graph:
-            self._multiply(index, graph)
+    def _differentiate(self, index: int) -> list[Tensor | None]:
+        """Give the parameters their gradients of a loss; return those to be differentiated again."""
+        losses, self._losses = self._losses, []
+        graph = second_order.differentiate(self.recipe, self.shards, losses, index)
+        return graph if self.recipe.has_product(index) else []
+
+    def _weigh(self, index: int, weight: float, *, of_product: bool) -> None:
+        self.coefficients.weigh(index, weight)
+        if of_product:
+            self.coefficients.weigh(index + 1, weight)
 
     def _goes_on(self) -> bool:
         """Ask whether the gradient at θ is such that the walk is taken; waits for an accelerator."""
         assert self.settings.goes_on is not None
         self._first_square = self._sums.square_norm(0)
         square = float(self._first_square) * self.portion.weight**2
-        if self._watch.scale is not None:
-            square *= float(self._watch.scale.inverse(self._device)) ** 2
+        if self.watch.scale is not None:
+            square *= float(self.watch.scale.inverse(self._device)) ** 2
         if self._local is not None:
             square = mean_of_all(self._local, self.shards, square, self.recipe.name)
         else:
@@ -373,7 +368,7 @@ class Walk:
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
         """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector."""
         total = self._sums.square_norm(index)
-        self._watch.check(total, {index}, last=False)
+        self.watch.check(total, {index}, last=False)
         second_order.multiply(self.shards, index, graph, total, keep=index in self.plan[index][1])
         if not self.shards.take_usual(index + 1, keep=self.recipe.keeps[index + 1]):
             self._take_in(index + 1)
@@ -402,7 +397,7 @@ class Walk:
         eta, minus = self.coefficients.eta, move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
         total = self._sums.square_length(move, eta) if known is None else known
-        self._watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
+        self.watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
         radius = self.coefficients.radius[index]
         for shard in self.shards.all:
@@ -442,19 +437,19 @@ class Walk:
         self.rates_moved = self._have_rates_moved()
         last = self.recipe.vectors - 1
         gradients = [*(self.plan[-1][1] if self.plan else ()), last]
-        if self._watch.scale is not None:
-            self._unscale(gradients, self._watch.scale)
+        if self.watch.scale is not None:
+            self._unscale(gradients, self.watch.scale)
         u, m, p, q = self.coefficients.final(gradients)
         gammas, limit = self.coefficients.gamma, self.settings.clip_grad_norm
-        terms = [(shard, [shard.grads[k] for k in gradients]) for shard in self.shards.all]
+        terms = [(shard, list(map(shard.grads.__getitem__, gradients))) for shard in self.shards.all]
         products: Products | None = None
-        if terms and (q is not None or limit is not None or self._watch.looks):
-            products = self._sums.inner_products([term for _, term in terms], u, m)
-            self._watch.check(products, set(gradients), last=True)
+        if terms and (q is not None or limit is not None or self.watch.looks):
+            products = self._sums.inner_products(terms, u, m)
+            self.watch.check(products, set(gradients), last=True)
         if self._local is not None:
             if self.settings.measure_change:
                 self._measure_change()
-            self.relative_change = agree(self._local, self.shards, self._watch, self.recipe.name, self.relative_change)
+            self.relative_change = agree(self._local, self.shards, self.watch, self.recipe.name, self.relative_change)
             limit = None  # what is clipped is the mean
         directions = []
         for shard, own in terms:
@@ -473,14 +468,14 @@ class Walk:
             self._others.finish()
         if self._local is None and self.settings.measure_change:
             self._measure_change()
-        if self._watch.scale is not None:
-            self._watch.scale.report(True, self._device)
+        if self.watch.scale is not None:
+            self.watch.scale.report(True, self._device)
         if self.recipe.second_order:  # what is there is no gradient of the loss
             self.shards.clear_gradients()
 
     def _have_rates_moved(self) -> bool:
         """Return whether somebody has changed a learning rate since the first pass."""
-        now = [group.get("lr") for group in self.groups]
+        now = list(map(_RATE_OF, self.groups))
         if self._rates is None or (len(now) == len(self._rates) and all(map(operator.is_, self._rates, now))):
             return False
         pairs = zip(self._rates, now, strict=False)

@@ -276,7 +276,7 @@ def test_no_buffer_is_in_the_state_dict_or_left_after_a_step():
     original = gam_fast.walk.Walk.finish
 
     def spying(self, update):
-        for shard in self.shards:
+        for shard in self.shards.all:
             alive.extend(weakref.ref(t) for t in shard.leaves.backup)
             alive.extend(weakref.ref(t) for k, ts in shard.grads.items() if k != 3 for t in ts)
         return original(self, update)

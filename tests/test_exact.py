@@ -444,7 +444,7 @@ def test_buffers_die_with_the_step():
     original = gam_fast.walk.Walk.finish
 
     def spying(self, update):
-        for shard in self.shards:
+        for shard in self.shards.all:
             alive.extend(weakref.ref(t) for t in shard.leaves.backup)
             alive.extend(weakref.ref(t) for tensors in shard.grads.values() for t in tensors)
         return original(self, update)

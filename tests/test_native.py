@@ -583,7 +583,7 @@ def test_memory_of_the_last_gradient_becomes_the_backup():
             if turn.index == 0:
                 addresses.append(weight.grad.data_ptr())
             else:
-                addresses.append(next(iter(optimizer._walk.shards)).leaves.backup[0].data_ptr())
+                addresses.append(optimizer._walk.shards.only.leaves.backup[0].data_ptr())
         addresses.append(weight.grad.data_ptr())
     assert addresses[4] == addresses[2]
     # a gradient that somebody else holds is left alone
@@ -604,8 +604,8 @@ def test_memory_with_owners_elsewhere_is_not_taken(source):
     for turn in optimizer.passes():
         weight.grad = torch.from_numpy(array) if source == "numpy" else torch.full((40_000,), 3.0).share_memory_()
         if turn.index == 1:
-            assert next(iter(optimizer._walk.shards)).leaves.backup[0].data_ptr() != held
-            assert next(iter(optimizer._walk.shards)).grads[0][0].data_ptr() != array.ctypes.data
+            assert optimizer._walk.shards.only.leaves.backup[0].data_ptr() != held
+            assert optimizer._walk.shards.only.grads[0][0].data_ptr() != array.ctypes.data
     assert (array == 3.0).all()
 
 
