@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import gpu, sass
+from tools import calls, gpu, sass
 from tools.gpu import Stage
 
 HERE = [sys.executable, "-c"]
@@ -123,3 +123,9 @@ def test_the_inspection_of_machine_code_finds_loops_and_what_exceeds_limits():
     ):
         assert message in sass.check([dataclasses.replace(good, **change)], limits)[0]
     assert sum("perturb" in line for line in sass.table([good], False)) == 1
+
+
+def test_a_step_makes_no_more_python_calls_than_it_did():
+    found = calls.of("GAM", tensors=10)
+    assert found.total() <= 160, found
+    assert calls.of("GAM", tensors=40).total() == found.total()  # none for a tensor
