@@ -36,7 +36,6 @@ class Calls:
         return found
 
 
-
 class Hooked(Optimizer):
     """An optimizer that calls the hooks before a step itself, where it updates the parameters."""
 

@@ -184,3 +184,26 @@ print(repr(optimizer)[:30])
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("GAM (base: AdamW")
+
+
+def files_that_name(word):
+    """The source files of the package in which it is a word of its own."""
+    sources = [path for path, _ in modules()] + [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    named = [path for path in sources if re.search(rf"\b{word}\b", path.read_text(encoding="utf-8"), re.IGNORECASE)]
+    return sorted(str(path.relative_to(ROOT)) for path in named)
+
+
+@pytest.mark.parametrize("method", ["FAD", "CFlat"])
+def test_a_method_is_a_row_a_class_and_a_name(method):
+    assert files_that_name(method) == ["gam_fast/__init__.py", "gam_fast/methods.py", "gam_fast/recipes.py"]
+
+
+def test_a_base_optimizer_that_is_fused_is_a_functor_on_each_backend_and_a_row():
+    assert files_that_name("Lion") == [
+        "csrc/math.h",
+        "gam_fast/backends/base.py",
+        "gam_fast/backends/eager.py",
+        "gam_fast/updates.py",
+        "kernels/formulas.py",
+        "kernels/table.py",
+    ]

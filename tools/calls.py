@@ -1,6 +1,6 @@
 """Python calls of one step: what a step costs beside memory and arithmetic, counted where time would be noise.
 
-    python -m tools.calls --method GAM --tensors 10
+python -m tools.calls --method GAM --tensors 10
 """
 
 from __future__ import annotations

@@ -13,17 +13,9 @@ from torch import nn
 from .. import methods
 from ..optimizer import FlatOptimizer
 
-_METHODS = (
-    methods.GAM,
-    methods.SAM,
-    methods.ASAM,
-    methods.GSAM,
-    methods.GradientNormPenalty,
-    methods.ExactGAM,
-    methods.CFlat,
-    methods.FAD,
-    methods.Base,
-)
+_METHODS: list[Any] = [
+    kind for kind in vars(methods).values() if isinstance(kind, type) and kind.__module__ == methods.__name__
+]
 
 
 def register_timm() -> list[str]:
