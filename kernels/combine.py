@@ -1,7 +1,7 @@
 """The combination Σ factor X of terms, whose factors may follow from sums that lie in the memory of the device.
 
 The numbers of a group end with three for each term: p, q, and whether the group uses the term (1 or 0). What a group
-does not use is not read: its elements may be anything.
+does not use is not read: its elements may be anything. ``PARTLY``: whether any group does not use all terms.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import table as host
-from .elements import array, flag, place, read, read_some
+from .elements import flag
 from .formulas import clip_factor, ratio, square_of_direction
 
 P = tl.constexpr(host.TERM.index("p"))
@@ -45,101 +45,31 @@ def kappa_and_scale(products, clipping, rows, PROJECT: tl.constexpr, CLIP: tl.co
 
 
 @triton.jit
-def factor_of(term, kappa, scale):
-    return scale * (kappa * tl.load(term + Q) + tl.load(term + P))
+def factors_of(terms, kappa, scale, TERMS: tl.constexpr):
+    """Return ``s (p + κ q)`` of each term."""
+    found = ()
+    for t in tl.static_range(TERMS):
+        found += (scale * (kappa * tl.load(terms + (OF_TERM * t + Q)) + tl.load(terms + (OF_TERM * t + P))),)
+    return found
 
 
 @triton.jit
-def factors_of(terms, kappa, scale, TERMS: tl.constexpr, TYPE: tl.constexpr):
-    """``s (p + κ q)`` of each term, rounded to the working precision; those beyond ``TERMS`` are not used"""
-    first = factor_of(terms, kappa, scale).to(TYPE)
-    second = first
-    third = first
-    if TERMS > 1:
-        second = factor_of(terms + OF_TERM, kappa, scale).to(TYPE)
-    if TERMS > 2:
-        third = factor_of(terms + 2 * OF_TERM, kappa, scale).to(TYPE)
-    return first, second, third
+def used_of(terms, TERMS: tl.constexpr):
+    """Return whether the group uses each term."""
+    found = ()
+    for t in tl.static_range(TERMS):
+        found += (flag(terms + (OF_TERM * t + USED)),)
+    return found
 
 
 @triton.jit
-def arrays_of(
-    row, LIST: tl.constexpr, begin, TERMS: tl.constexpr, TYPE: tl.constexpr, MASKED: tl.constexpr, STRIDED: tl.constexpr
-):
-    """The arrays of the terms, whose lists start at number ``LIST``; those beyond ``TERMS`` are the first again"""
-    first = array(row, LIST, begin, TYPE, MASKED, STRIDED)
-    second = first
-    third = first
-    if TERMS > 1:
-        second = array(row, LIST + 1, begin, TYPE, MASKED, STRIDED)
-    if TERMS > 2:
-        third = array(row, LIST + 2, begin, TYPE, MASKED, STRIDED)
-    return first, second, third
-
-
-@triton.jit
-def read_term(
-    table,
-    row,
-    pointer,
-    terms,
-    index,
-    inside,
-    TERM: tl.constexpr,
-    LIST: tl.constexpr,
-    PARTLY: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDED: tl.constexpr,
-):
-    offset = place(table, row, LIST + TERM, index, STRIDED)
-    if PARTLY:
-        return read_some(pointer, offset, inside, flag(terms + (OF_TERM * TERM + USED)), MASKED)
-    else:
-        return read(pointer, offset, inside, MASKED)
-
-
-@triton.jit
-def read_terms(
-    table,
-    row,
-    first,
-    second,
-    third,
-    terms,
-    index,
-    inside,
-    LIST: tl.constexpr,
-    TERMS: tl.constexpr,
-    TYPE: tl.constexpr,
-    PARTLY: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDED: tl.constexpr,
-):
-    """A block of each term in the working precision; ``PARTLY`` where there are groups that do not use all of them"""
-    x = read_term(table, row, first, terms, index, inside, 0, LIST, PARTLY, MASKED, STRIDED).to(TYPE)
-    y = x
-    z = x
-    if TERMS > 1:
-        y = read_term(table, row, second, terms, index, inside, 1, LIST, PARTLY, MASKED, STRIDED).to(TYPE)
-    if TERMS > 2:
-        z = read_term(table, row, third, terms, index, inside, 2, LIST, PARTLY, MASKED, STRIDED).to(TYPE)
-    return x, y, z
-
-
-@triton.jit
-def add_term(total, factor, x, terms, TERM: tl.constexpr, PARTLY: tl.constexpr):
-    if PARTLY:
-        return tl.where(flag(terms + (OF_TERM * TERM + USED)), tl.fma(factor, x, total), total)
-    else:
-        return tl.fma(factor, x, total)
-
-
-@triton.jit
-def combine(x, y, z, first, second, third, terms, TERMS: tl.constexpr, PARTLY: tl.constexpr):
-    """``first x + second y + third z``, of the terms that there are"""
-    total = first * x
-    if TERMS > 1:
-        total = add_term(total, second, y, terms, 1, PARTLY)
-    if TERMS > 2:
-        total = add_term(total, third, z, terms, 2, PARTLY)
+def combine(x, factors, used, TERMS: tl.constexpr, PARTLY: tl.constexpr):
+    """Return ``Σ factor x`` of the terms that the group uses."""
+    total = factors[0].to(x[0].dtype) * x[0]
+    for t in tl.static_range(1, TERMS):
+        more = tl.fma(factors[t].to(total.dtype), x[t], total)
+        if PARTLY:
+            total = tl.where(used[t], more, total)
+        else:
+            total = more
     return total

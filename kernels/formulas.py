@@ -1,7 +1,7 @@
 """Every formula of ``csrc/math.h`` once more, rounded in the same places: functions of blocks and of scalars.
 
-Symbols are those of ``gam_fast/backends/base.py``. Elements and factors are in the working precision, fp64 for float64
-and fp32 for the rest; what lies between the sums and the factors is fp64.
+Symbols are those of ``gam_fast/backends/base.py``. Elements are in the working precision, fp64 for float64 and fp32 for
+the rest; scalars are fp64, and rounded to the working precision where they meet elements.
 """
 
 from __future__ import annotations
@@ -57,51 +57,72 @@ def clip_factor(square, limit):
 @triton.jit
 def weigh(v, theta, eta):
     """T v, with the elementwise radius of adaptive recipes T = |θ| + η"""
-    return v * (tl.abs(theta) + eta)
+    return v * (tl.abs(theta) + eta.to(v.dtype))
 
 
 @triton.jit
 def perturbed(origin, v, factor):
     """``origin + factor v``"""
-    return tl.fma(factor, v, origin)
+    return tl.fma(factor.to(v.dtype), v, origin)
 
 
 @triton.jit
 def folded(into, other, k, l):  # noqa: E741
     """``k into + l other``"""
-    return tl.fma(l, other, k * into)
+    return tl.fma(l.to(into.dtype), other, k.to(into.dtype) * into)
+
+
+# The steps of base optimizers, each of the numbers of a parameter group and of a leaf in the order of ``csrc/math.h``.
+# They return the new parameter and the new state; state that a leaf does not have is 0, and is not kept.
 
 
 @triton.jit
-def sgd_gradient(d, theta, sign, weight_decay):
-    """``±d + λ θ``; without decay θ is left out, so that an infinite parameter is not multiplied by 0"""
-    decayed = tl.where(weight_decay != 0.0, theta, 0.0)
-    return tl.fma(weight_decay, decayed, sign * d)
+def with_decay(d, theta, maximize, weight_decay):
+    """``±d + λ θ``; where λ is 0, an infinite parameter is not multiplied by it"""
+    weight_decay = weight_decay.to(d.dtype)
+    sign = tl.where(maximize != 0.0, -1.0, 1.0).to(d.dtype)
+    return tl.fma(weight_decay, tl.where(weight_decay != 0.0, theta, 0.0), sign * d)
 
 
 @triton.jit
-def sgd_buffer(d, buffer, momentum, of_direction):
-    """``b ← μ b + (1 − τ) d``; the first step, b ← d, has factor 1 and a buffer of zeros"""
-    return tl.fma(of_direction, d, momentum * buffer)
+def interpolate(a, b, weight):
+    """``a + weight (b − a)``, begun at the nearer end, as torch.lerp does"""
+    near = weight < 0.5
+    weight = weight.to(a.dtype)
+    return tl.fma(tl.where(near, weight, weight - 1.0), b - a, tl.where(near, a, b))
 
 
 @triton.jit
-def adam_average(d, average, beta1_to_1):
-    """``m + (1 − β₁)(d − m)``, starting at the nearer end, as torch.lerp does; ``beta1_to_1`` is 1 − β₁ in fp64"""
-    near = beta1_to_1 < 0.5
-    weight = beta1_to_1.to(d.dtype)
-    weight = tl.where(near, weight, weight - 1.0)
-    return tl.fma(weight, d - average, tl.where(near, average, d))
+def sgd(d, theta, state, group, leaf):
+    """torch.optim.SGD; the state is the buffer, whose factor is 1 in the first step of a leaf."""
+    lr, momentum, dampening, weight_decay, nesterov, maximize = group
+    d = with_decay(d, theta, maximize, weight_decay)
+    momentum = momentum.to(d.dtype)
+    of_direction = tl.where(leaf[0] != 0.0, 1.0, 1.0 - dampening).to(d.dtype)
+    buffer = tl.fma(of_direction, d, momentum * state[0])
+    along = tl.where(nesterov != 0.0, tl.fma(momentum, buffer, d), buffer)
+    return tl.fma(-lr.to(d.dtype), along, theta), (buffer,)
 
 
 @triton.jit
-def adam_square(d, square, beta2, beta2_to_1):
-    """``β₂ v + (1 − β₂) d²``"""
-    return tl.fma(beta2_to_1 * d, d, beta2 * square)
+def adam(d, theta, state, group, leaf):
+    """torch.optim.Adam and AdamW; the state is m, v and, with amsgrad, the largest v so far."""
+    beta1, beta2, eps, weight_decay, shrink, maximize = group
+    step_size, root_correction = leaf
+    d = with_decay(d, theta, maximize, weight_decay)
+    m = interpolate(state[0], d, 1.0 - beta1)
+    v = tl.fma((1.0 - beta2).to(d.dtype) * d, d, beta2.to(d.dtype) * state[1])
+    largest = tl.where(state[2] >= v, state[2], v)  # v itself where there is none
+    denominator = divide(root(largest), root_correction.to(d.dtype)) + eps.to(d.dtype)
+    return theta * shrink.to(d.dtype) + divide(-step_size.to(d.dtype) * m, denominator), (m, v, largest)
 
 
 @triton.jit
-def adam_moved(theta, average, square, step_size, root_correction, eps):
-    """``θ − step_size m / (√v / root_correction + ε)``"""
-    denominator = divide(root(square), root_correction) + eps
-    return theta + divide(-step_size * average, denominator)
+def lion(d, theta, state, group, leaf):
+    """Lion (arXiv 2302.06675) as in pytorch-optimizer; the state is m."""
+    lr, beta1, beta2, weight_decay, shrink, maximize = group
+    d = with_decay(d, theta, maximize, weight_decay)
+    c = interpolate(state[0], d, 1.0 - beta1)
+    sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, 0.0)).to(d.dtype)
+    m = interpolate(state[0], d, 1.0 - beta2)
+    return tl.fma(-lr.to(d.dtype), sign, theta * shrink.to(d.dtype)), (m,)

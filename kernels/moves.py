@@ -10,22 +10,8 @@ import triton
 import triton.language as tl
 
 from . import table as host
-from .combine import OF_TERM, arrays_of, combine, factors_of, kappa_and_scale, read_terms
-from .elements import (
-    CODES,
-    GROUP,
-    PARAMETER,
-    WORKING,
-    array,
-    has_types,
-    indices,
-    inside_of,
-    piece_of,
-    place,
-    read,
-    whole_blocks,
-    write,
-)
+from .combine import OF_TERM, combine, factors_of, kappa_and_scale, used_of
+from .elements import GROUP, array, arrays, load, piece_of, read, read_all, working, write
 from .formulas import folded, inverse_norm, perturbed, weigh
 
 # The lists of perturb: B, INTO and OTHER may be missing, BACKUP unless it is needed.
@@ -51,8 +37,7 @@ def perturb(
     square,
     mark,
     ticket,
-    AMONG: tl.constexpr,
-    STRIDED: tl.constexpr,
+    TYPE: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SAVE: tl.constexpr,
@@ -63,115 +48,50 @@ def perturb(
 ):
     """``params ← origin + radius / (√square + ξ) T² (a − b)``, with ``SAVE`` a copy of the parameters to the backup
     first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. A launch that saves leaves a ticket."""
-    leaf, begin, length = piece_of(pieces)
-    row = table + leaf * WIDTH
+    row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * OF_PERTURB
     factor = inverse_norm(tl.load(square)) * tl.load(group + RADIUS)
+    eta = tl.load(group + ETA)
+    k = tl.load(group + K)
+    l = tl.load(group + L)  # noqa: E741
     if SAVE:
         tl.store(mark, ticket, mask=tl.program_id(0) == 0)
-    whole = whole_blocks(row, length, BLOCK)
-    for CODE in tl.static_range(CODES):
-        if AMONG & (1 << CODE):
-            if has_types(row, CODE, AMONG):
-                _perturb(
-                    table, row, begin, 0, whole, group, factor, CODE,
-                    DIFFERENCE, WEIGHTED, SAVE, FROM_START, FOLDED, BLOCK, False, False,
-                )  # fmt: skip
-                _perturb(
-                    table, row, begin, whole, length, group, factor, CODE,
-                    DIFFERENCE, WEIGHTED, SAVE, FROM_START, FOLDED, BLOCK, True, STRIDED,
-                )  # fmt: skip
-
-
-@triton.jit
-def _perturb(
-    table,
-    row,
-    begin,
-    start,
-    stop,
-    group,
-    factor,
-    CODE: tl.constexpr,
-    DIFFERENCE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SAVE: tl.constexpr,
-    FROM_START: tl.constexpr,
-    FOLDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDED: tl.constexpr,
-):
-    TYPE: tl.constexpr = PARAMETER[CODE]
-    WORK: tl.constexpr = WORKING[CODE]
-    FROM_BACKUP: tl.constexpr = FROM_START and not SAVE
-    factor = factor.to(WORK)
-    eta = tl.load(group + ETA).to(WORK)
-    params = array(row, PARAMS, begin, TYPE, MASKED, STRIDED)
-    backup = array(row, BACKUP, begin, TYPE, MASKED, STRIDED)
-    a = array(row, A, begin, TYPE, MASKED, STRIDED)
-    b = array(row, B, begin, TYPE, MASKED, STRIDED)
-    if FOLDED:
-        into = array(row, INTO, begin, TYPE, MASKED, STRIDED)
-        other = array(row, OTHER, begin, TYPE, MASKED, STRIDED)
-        k = tl.load(group + K).to(WORK)
-        l = tl.load(group + L).to(WORK)  # noqa: E741
-    for at in range(start, stop, BLOCK):
-        index = indices(begin, at, BLOCK, STRIDED)
-        inside = inside_of(at, stop, BLOCK)
-        of_params = place(table, row, PARAMS, index, STRIDED)
-        if SAVE or FROM_START or WEIGHTED:
-            of_backup = place(table, row, BACKUP, index, STRIDED)
-        if FROM_BACKUP:
-            stored = read(backup, of_backup, inside, MASKED)
-        else:
-            stored = read(params, of_params, inside, MASKED)
-        v = read(a, place(table, row, A, index, STRIDED), inside, MASKED).to(WORK)
-        if DIFFERENCE:
-            v -= read(b, place(table, row, B, index, STRIDED), inside, MASKED).to(WORK)
-        if WEIGHTED:
-            theta = stored.to(WORK)
-            if not (SAVE or FROM_START):  # the origin is not θ
-                theta = read(backup, of_backup, inside, MASKED).to(WORK)
-            v = weigh(weigh(v, theta, eta), theta, eta)
-        # The fold may overwrite a or b: all is read by all threads before anything is written.
+    for MASKED in tl.static_range(2):
+        params = array(row, PARAMS, begin, TYPE, MASKED)
+        backup = array(row, BACKUP, begin, TYPE, MASKED)
+        a = array(row, A, begin, TYPE, MASKED)
+        b = array(row, B, begin, TYPE, MASKED)
         if FOLDED:
-            of_into = place(table, row, INTO, index, STRIDED)
-            x = read(into, of_into, inside, MASKED).to(WORK)
-            y = read(other, place(table, row, OTHER, index, STRIDED), inside, MASKED).to(WORK)
-            tl.debug_barrier()
-        if SAVE:
-            write(backup, of_backup, stored, inside, MASKED)
-        write(params, of_params, perturbed(stored.to(WORK), v, factor), inside, MASKED)
-        if FOLDED:
-            write(into, of_into, folded(x, y, k, l), inside, MASKED)
-
-
-@triton.jit
-def _copy(
-    table,
-    row,
-    begin,
-    start,
-    stop,
-    CODE: tl.constexpr,
-    LIST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDED: tl.constexpr,
-):
-    source = array(row, LIST, begin, PARAMETER[CODE], MASKED, STRIDED)
-    target = array(row, LIST + 1, begin, PARAMETER[CODE], MASKED, STRIDED)
-    for at in range(start, stop, BLOCK):
-        index = indices(begin, at, BLOCK, STRIDED)
-        inside = inside_of(at, stop, BLOCK)
-        value = read(source, place(table, row, LIST, index, STRIDED), inside, MASKED)
-        write(target, place(table, row, LIST + 1, index, STRIDED), value, inside, MASKED)
+            into = array(row, INTO, begin, TYPE, MASKED)
+            other = array(row, OTHER, begin, TYPE, MASKED)
+        for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
+            index = at + tl.arange(0, BLOCK)
+            stored = load(backup if FROM_START and not SAVE else params, index, length, MASKED)
+            origin = working(stored)
+            v = read(a, index, length, MASKED)
+            if DIFFERENCE:
+                v -= read(b, index, length, MASKED)
+            if WEIGHTED:
+                theta = origin
+                if not (SAVE or FROM_START):  # the origin is not θ
+                    theta = read(backup, index, length, MASKED)
+                v = weigh(weigh(v, theta, eta), theta, eta)
+            # The fold may overwrite a or b: all is read by all threads before anything is written.
+            if FOLDED:
+                x = read(into, index, length, MASKED)
+                y = read(other, index, length, MASKED)
+                tl.debug_barrier()
+            if SAVE:
+                write(backup, index, stored, length, MASKED)
+            write(params, index, perturbed(origin, v, factor), length, MASKED)
+            if FOLDED:
+                write(into, index, folded(x, y, k, l), length, MASKED)
 
 
 # The lists of materialise; FROM and TO, the backup and the parameters, may be missing.
 OUT = tl.constexpr(0)
 FROM = tl.constexpr(1)
+TO = tl.constexpr(2)
 TERM = tl.constexpr(3)
 
 
@@ -183,8 +103,7 @@ def materialise(
     products,
     clipping,
     rows,
-    AMONG: tl.constexpr,
-    STRIDED: tl.constexpr,
+    TYPE: tl.constexpr,
     TERMS: tl.constexpr,
     PARTLY: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -195,49 +114,19 @@ def materialise(
     BLOCK: tl.constexpr,
 ):
     """``out ← d``, and with ``RESTORE`` the parameters from the backup; the numbers of a group: its terms"""
-    leaf, begin, length = piece_of(pieces)
-    row = table + leaf * WIDTH
+    row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     terms = numbers + tl.load(row + GROUP) * (OF_TERM * TERMS)
     kappa, scale = kappa_and_scale(products, clipping, rows, PROJECT, CLIP, ROWS)
-    whole = whole_blocks(row, length, BLOCK)
-    for CODE in tl.static_range(CODES):
-        if AMONG & (1 << CODE):
-            if has_types(row, CODE, AMONG):
-                _materialise(table, row, begin, 0, whole, terms, kappa, scale, CODE, TERMS, PARTLY, BLOCK, False, False)
-                _materialise(
-                    table, row, begin, whole, length, terms, kappa, scale, CODE, TERMS, PARTLY, BLOCK, True, STRIDED
-                )
-                if RESTORE:
-                    _copy(table, row, begin, 0, whole, CODE, FROM, BLOCK, False, False)
-                    _copy(table, row, begin, whole, length, CODE, FROM, BLOCK, True, STRIDED)
-
-
-@triton.jit
-def _materialise(
-    table,
-    row,
-    begin,
-    start,
-    stop,
-    terms,
-    kappa,
-    scale,
-    CODE: tl.constexpr,
-    TERMS: tl.constexpr,
-    PARTLY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDED: tl.constexpr,
-):
-    WORK: tl.constexpr = WORKING[CODE]
-    first, second, third = arrays_of(row, TERM, begin, TERMS, PARAMETER[CODE], MASKED, STRIDED)
-    f1, f2, f3 = factors_of(terms, kappa, scale, TERMS, WORK)
-    out = array(row, OUT, begin, PARAMETER[CODE], MASKED, STRIDED)
-    for at in range(start, stop, BLOCK):
-        index = indices(begin, at, BLOCK, STRIDED)
-        inside = inside_of(at, stop, BLOCK)
-        x, y, z = read_terms(
-            table, row, first, second, third, terms, index, inside, TERM, TERMS, WORK, PARTLY, MASKED, STRIDED
-        )
-        d = combine(x, y, z, f1, f2, f3, terms, TERMS, PARTLY)
-        write(out, place(table, row, OUT, index, STRIDED), d, inside, MASKED)
+    used = used_of(terms, TERMS)
+    factors = factors_of(terms, kappa, scale, TERMS)
+    for MASKED in tl.static_range(2):
+        out = array(row, OUT, begin, TYPE, MASKED)
+        source = array(row, FROM, begin, TYPE, MASKED)
+        target = array(row, TO, begin, TYPE, MASKED)
+        pointers = arrays(row, TERM, TERMS, begin, TYPE, MASKED)
+        for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
+            index = at + tl.arange(0, BLOCK)
+            x = read_all(pointers, used, index, length, TERMS, PARTLY, MASKED)
+            if RESTORE:
+                write(target, index, load(source, index, length, MASKED), length, MASKED)
+            write(out, index, combine(x, factors, used, TERMS, PARTLY), length, MASKED)

@@ -10,21 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .combine import OF_TERM, arrays_of, combine, factors_of, read_terms
-from .elements import (
-    CODES,
-    GROUP,
-    PARAMETER,
-    WORKING,
-    array,
-    has_types,
-    indices,
-    inside_of,
-    piece_of,
-    place,
-    read,
-    whole_blocks,
-)
+from .combine import OF_TERM, combine, factors_of, used_of
+from .elements import GROUP, array, arrays, piece_of, read, read_all, working
 from .formulas import weigh
 
 # The lists of square_norm, of which B and THETA may be missing. Those of inner_products are the terms.
@@ -39,65 +26,29 @@ def square_norm(
     table,
     numbers,
     parts,
-    AMONG: tl.constexpr,
-    STRIDED: tl.constexpr,
+    TYPE: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``parts[piece] ← Σ (T (a − b))²``; the number of a group: η"""
-    leaf, begin, length = piece_of(pieces)
-    row = table + leaf * WIDTH
-    eta = tl.load(numbers + tl.load(row + GROUP)) if WEIGHTED else 0.0
-    whole = whole_blocks(row, length, BLOCK)
-    for CODE in tl.static_range(CODES):
-        if AMONG & (1 << CODE):
-            if has_types(row, CODE, AMONG):
-                total = tl.zeros((BLOCK,), WORKING[CODE])
-                total = _add_squares(
-                    total, table, row, begin, 0, whole, eta, CODE, DIFFERENCE, WEIGHTED, BLOCK, False, False
-                )
-                total = _add_squares(
-                    total, table, row, begin, whole, length, eta, CODE, DIFFERENCE, WEIGHTED, BLOCK, True, STRIDED
-                )
-                tl.store(parts + tl.program_id(0), tl.sum(total.to(tl.float64)))
-
-
-@triton.jit
-def _add_squares(
-    total,
-    table,
-    row,
-    begin,
-    start,
-    stop,
-    eta,
-    CODE: tl.constexpr,
-    DIFFERENCE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDED: tl.constexpr,
-):
-    TYPE: tl.constexpr = PARAMETER[CODE]
-    WORK: tl.constexpr = WORKING[CODE]
-    a = array(row, A, begin, TYPE, MASKED, STRIDED)
-    if DIFFERENCE:
-        b = array(row, B, begin, TYPE, MASKED, STRIDED)
-    if WEIGHTED:
-        theta = array(row, THETA, begin, TYPE, MASKED, STRIDED)
-        eta = eta.to(WORK)
-    for at in range(start, stop, BLOCK):
-        index = indices(begin, at, BLOCK, STRIDED)
-        inside = inside_of(at, stop, BLOCK)
-        x = read(a, place(table, row, A, index, STRIDED), inside, MASKED).to(WORK)
-        if DIFFERENCE:
-            x -= read(b, place(table, row, B, index, STRIDED), inside, MASKED).to(WORK)
-        if WEIGHTED:
-            x = weigh(x, read(theta, place(table, row, THETA, index, STRIDED), inside, MASKED).to(WORK), eta)
-        total = tl.fma(x, x, total)
-    return total
+    row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
+    eta = tl.load(numbers + tl.load(row + GROUP))
+    total = working(tl.zeros((BLOCK,), TYPE))
+    for MASKED in tl.static_range(2):
+        a = array(row, A, begin, TYPE, MASKED)
+        b = array(row, B, begin, TYPE, MASKED)
+        theta = array(row, THETA, begin, TYPE, MASKED)
+        for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
+            index = at + tl.arange(0, BLOCK)
+            x = read(a, index, length, MASKED)
+            if DIFFERENCE:
+                x -= read(b, index, length, MASKED)
+            if WEIGHTED:
+                x = weigh(x, read(theta, index, length, MASKED), eta)
+            total = tl.fma(x, x, total)
+    tl.store(parts + tl.program_id(0), tl.sum(total.to(tl.float64)))
 
 
 @triton.jit
@@ -106,8 +57,7 @@ def inner_products(
     table,
     numbers,
     parts,
-    AMONG: tl.constexpr,
-    STRIDED: tl.constexpr,
+    TYPE: tl.constexpr,
     TERMS: tl.constexpr,
     PARTLY: tl.constexpr,
     WITH_M: tl.constexpr,
@@ -115,65 +65,29 @@ def inner_products(
     BLOCK: tl.constexpr,
 ):
     """``parts[3 piece:] ← Σ u², Σ m u, Σ m²``; the numbers of a group: the terms by the coefficients of u, then of m"""
-    leaf, begin, length = piece_of(pieces)
-    row = table + leaf * WIDTH
+    row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     terms = numbers + tl.load(row + GROUP) * (2 * OF_TERM * TERMS)
-    whole = whole_blocks(row, length, BLOCK)
-    for CODE in tl.static_range(CODES):
-        if AMONG & (1 << CODE):
-            if has_types(row, CODE, AMONG):
-                uu = tl.zeros((BLOCK,), WORKING[CODE])
-                um = tl.zeros((BLOCK,), WORKING[CODE])
-                mm = tl.zeros((BLOCK,), WORKING[CODE])
-                uu, um, mm = _add_products(
-                    uu, um, mm, table, row, begin, 0, whole, terms, CODE, TERMS, PARTLY, WITH_M, BLOCK, False, False
-                )
-                uu, um, mm = _add_products(
-                    uu, um, mm, table, row, begin, whole, length, terms, CODE,
-                    TERMS, PARTLY, WITH_M, BLOCK, True, STRIDED,
-                )  # fmt: skip
-                part = parts + 3 * tl.program_id(0).to(tl.int64)
-                tl.store(part, tl.sum(uu.to(tl.float64)))
-                tl.store(part + 1, tl.sum(um.to(tl.float64)))
-                tl.store(part + 2, tl.sum(mm.to(tl.float64)))
-
-
-@triton.jit
-def _add_products(
-    uu,
-    um,
-    mm,
-    table,
-    row,
-    begin,
-    start,
-    stop,
-    terms,
-    CODE: tl.constexpr,
-    TERMS: tl.constexpr,
-    PARTLY: tl.constexpr,
-    WITH_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-    STRIDED: tl.constexpr,
-):
-    WORK: tl.constexpr = WORKING[CODE]
-    first, second, third = arrays_of(row, 0, begin, TERMS, PARAMETER[CODE], MASKED, STRIDED)
-    u1, u2, u3 = factors_of(terms, 0.0, 1.0, TERMS, WORK)
-    m1, m2, m3 = factors_of(terms + OF_TERM * TERMS, 0.0, 1.0, TERMS, WORK)
-    for at in range(start, stop, BLOCK):
-        index = indices(begin, at, BLOCK, STRIDED)
-        inside = inside_of(at, stop, BLOCK)
-        x, y, z = read_terms(
-            table, row, first, second, third, terms, index, inside, 0, TERMS, WORK, PARTLY, MASKED, STRIDED
-        )
-        u = combine(x, y, z, u1, u2, u3, terms, TERMS, PARTLY)
-        uu = tl.fma(u, u, uu)
-        if WITH_M:
-            m = combine(x, y, z, m1, m2, m3, terms, TERMS, PARTLY)
-            um = tl.fma(m, u, um)
-            mm = tl.fma(m, m, mm)
-    return uu, um, mm
+    used = used_of(terms, TERMS)
+    of_u = factors_of(terms, 0.0, 1.0, TERMS)
+    of_m = factors_of(terms + OF_TERM * TERMS, 0.0, 1.0, TERMS)
+    uu = working(tl.zeros((BLOCK,), TYPE))
+    um = uu
+    mm = uu
+    for MASKED in tl.static_range(2):
+        pointers = arrays(row, 0, TERMS, begin, TYPE, MASKED)
+        for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
+            index = at + tl.arange(0, BLOCK)
+            x = read_all(pointers, used, index, length, TERMS, PARTLY, MASKED)
+            u = combine(x, of_u, used, TERMS, PARTLY)
+            uu = tl.fma(u, u, uu)
+            if WITH_M:
+                m = combine(x, of_m, used, TERMS, PARTLY)
+                um = tl.fma(m, u, um)
+                mm = tl.fma(m, m, mm)
+    part = parts + 3 * tl.program_id(0).to(tl.int64)
+    tl.store(part, tl.sum(uu.to(tl.float64)))
+    tl.store(part + 1, tl.sum(um.to(tl.float64)))
+    tl.store(part + 2, tl.sum(mm.to(tl.float64)))
 
 
 @triton.jit

@@ -1,18 +1,16 @@
 """What a launch gets of the lists of tensors: plain numbers, for the host, which makes the tables, and for the kernels.
 
-A launch has one program a piece, that is ``CHUNK`` elements of one leaf, or what is left of it. Everything that it must
-know of the lists lies in tensors of int64 in the memory of the device:
+A launch has one program a piece, that is ``CHUNK`` elements of one leaf, or what is left of it. All tensors of a launch
+are of one dtype, and each of a leaf lies densely in the same order of memory: kernels see flat arrays. Everything that
+they must know of the lists lies in tensors of int64 in the memory of the device:
 
 - ``pieces``: for each program the leaf, the first element and the number of elements, pieces of a group together;
-- ``table``: a row a leaf, of ``HEADER`` words and one address a list (0 where the leaf has none in it); then layouts.
+- ``table``: a row a leaf, of ``HEADER`` words and one address a list (0 where the leaf has none in it).
 
-The words of a row are the number of its group, an option (what else an update must know of it), the code of its type,
-whether it is packed, and where in the table its layout begins. A layout is the number of dimensions, the sizes, and for
-each list 1 and its strides, or 0 and as many unused words where the array is walked in the order of memory.
-
-Leaves whose arrays are all dense, of one order and aligned to 16 bytes are *packed*: their whole blocks are read and
-written without masks, 16 bytes at once; what is left of them, and all of the others, under a mask. Which elements are
-added up together depends neither on that nor on the number of dimensions.
+The words of a row are the number of its group, its place among the options of an update, and whether it is packed.
+Leaves whose arrays are all aligned to 16 bytes are *packed*: their whole blocks are read and written without masks, 16
+bytes at once; what is left of them, and all of the others, under a mask. Which elements are added up together does not
+depend on that.
 
 Numbers are in tensors of float64, those of one group after those of another.
 """
@@ -33,19 +31,17 @@ THREADS_OF_SUMS = 128
 BLOCK_OF_TOTALS = 1024
 """Pieces whose sums are added up at once by the one program of a group: 10⁹ elements have 122,000 of them."""
 
-GROUP, OPTION, TYPES, PACKED, LAYOUT, HEADER = range(6)
+GROUP, OPTION, PACKED, HEADER = range(4)
 
-PARAMETERS = ("float64", "float32", "bfloat16", "float16")
-"""By the code of a row, the type of its arrays: names in torch and Triton."""
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+"""Names in torch and Triton."""
 
 SUMS = 3
 """Numbers of a piece's products: ‖u‖², ⟨m,u⟩, ‖m‖²."""
 
 PERTURB = ("radius", "eta", "k", "l")
-SGD = ("lr", "sign", "weight_decay", "momentum", "undamped", "nesterov")
-ADAM = ("sign", "weight_decay", "shrink", "beta1_to_1", "beta2", "beta2_to_1", "eps", "amsgrad")
 TERM = ("p", "q", "used")
-"""Names of the numbers of a group, in their order: of each kernel, and of each term that follows.
+"""Names of the numbers of a group, in their order: of perturb, and of each term that follows those of a kernel."""
 
-``undamped`` is 1 − τ; ``shrink`` is 1 − lr λ where the decay is decoupled, and ``weight_decay`` then 0; ``beta1_to_1``
-is 1 − β₁; flags are 0 and 1."""
+FORMULAS = {"sgd": (6, 1, 1), "adam": (6, 2, 3), "lion": (6, 0, 1)}
+"""By the name of a step in ``formulas.py``: how many numbers of a group and of a leaf it has, and lists of state."""

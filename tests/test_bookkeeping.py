@@ -36,6 +36,10 @@ def core():
     return backends.select("native", CPU).core
 
 
+ORDERS = [((0, 1, 2), (0, 1, 2)), ((2, 0, 1), (1, 2, 0)), ((1, 0, 2), (1, 0, 2))]
+"""Of dimensions: there and back."""
+
+
 def parameters(count=4, size=8):
     params = [nn.Parameter(torch.full((size,), float(i + 1))) for i in range(count)]
     with torch.enable_grad():
@@ -52,7 +56,18 @@ def test_what_is_held_are_the_same_tensors(books):
     assert held[-1] is params[-1]
     with pytest.raises(IndexError):
         held[4]
-    assert list(books.devices(books.hold([*params, torch.ones(1, device="meta")]))) == [CPU, torch.device("meta")]
+
+
+def test_the_kinds_of_tensors_are_told(books):
+    square, meta = torch.ones(2, 2), torch.device("meta")
+    tensors = [square, square.T, square[:, 0], torch.ones(1, device=meta), torch.ones(2).half(), square[:1]]
+    found = [
+        (CPU, torch.float32, True),
+        (CPU, torch.float32, False),
+        (meta, torch.float32, True),
+        (CPU, torch.float16, True),
+    ]
+    assert list(books.kinds(books.hold(tensors))) == found
 
 
 @torch.no_grad()
@@ -189,13 +204,29 @@ def test_what_is_usual_is_taken_in_one_go(books, keep):
 @torch.no_grad()
 def test_the_core_knows_whose_the_memory_is(core):
     params = parameters()
-    assert core.hold(params).hold == "shared"
-    assert core.take_gradients(core.hold(params), False).hold == "exclusive"
-    seen = params[0].grad
-    assert seen is not None
-    assert core.take_gradients(core.hold(params), False).hold == "shared"
-    assert core.take_gradients(core.hold(params), True).hold == "owned"
-    assert core.empty_like(params).hold == "owned"
+    assert not core.hold(params).owned
+    assert not core.take_gradients(core.hold(params), False).owned
+    assert core.take_gradients(core.hold(params), True).owned
+    assert core.empty_like(params).owned
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@torch.no_grad()
+def test_gradients_come_in_the_order_in_memory_of_their_parameters(books, keep):
+    values = torch.arange(24.0).view(2, 3, 4)
+    params = [nn.Parameter(values.clone().permute(order).contiguous().permute(back)) for order, back in ORDERS]
+    params.append(nn.Parameter(torch.ones(4, 1, 1)))
+    given = [values + 1, values + 2, values.clone().expand(2, 3, 4), torch.ones(1, 1, 4).permute(2, 0, 1)]
+    for param, grad in zip(params, given, strict=True):
+        param.grad = grad
+    given = [grad.clone() for grad in given]
+    addresses = [param.grad.data_ptr() for param in params]
+    taken = books.take_gradients(books.hold(params), keep)
+    for x, param, grad in zip(taken, params, given, strict=True):
+        assert torch.equal(x, grad)
+        assert all(a == b or n == 1 for n, a, b in zip(x.shape, x.stride(), param.stride(), strict=True))
+    assert [x.data_ptr() == address for x, address in zip(taken, addresses, strict=True)][1:3] == [False, False]
+    assert keep or [taken[i].data_ptr() for i in (0, 3)] == [addresses[0], addresses[3]]  # not copied
 
 
 def test_small_tensors_are_allocated_together_and_large_ones_alone(core):

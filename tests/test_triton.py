@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="needs Triton 3.6 or newer")
 
 from gam_fast import backends
-from gam_fast.backends import base, launches, layouts, tables, trial, triton
+from gam_fast.backends import base, launches, tables, trial, triton
 
 CUDA = torch.device("cuda", 0)
 
@@ -156,7 +156,7 @@ def device(monkeypatch):
         return [value.clone() for value in values]
 
     monkeypatch.setattr(tables, "copies", copies)
-    monkeypatch.setattr(tables, "check_plain", lambda *_: None)
+    monkeypatch.setattr(tables, "_check_plain", lambda *_: None)
     monkeypatch.setattr(tables, "graph_memory", tables.GraphMemory())
     monkeypatch.setattr(tables, "pinned", lambda words: fake.pinned.append(fake.capturing) or torch.zeros(words).long())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
@@ -233,76 +233,70 @@ def test_tables_do_not_pile_up(device):
 
 def test_the_words_of_a_table():
     table, params = made(((9_000,), (4, 5), (0,)), (1, 0, 1))
-    wide = torch.zeros(4, 10)
     lists = [
         tables.Argument("params", params),
-        tables.Argument("a", [torch.zeros(9_001)[1:], wide[:, ::2], torch.zeros(0)]),
+        tables.Argument("a", [torch.zeros(9_001)[1:], torch.zeros(4, 5), torch.zeros(0)]),
         tables.Argument("none", None),
-        tables.Argument("some", [None, params[1].T.contiguous().T, None]),
+        tables.Argument("some", [None, torch.zeros(4, 5), None]),
     ]
     prepared = table.prepare(lists, [[1.0, 2.0, 3.0]], option=[7, 8, 9])
     assert prepared.programs == 3
     assert prepared.pieces.view(-1, 3).tolist() == [[1, 0, 20], [0, 0, 8192], [0, 8192, 808]]
     assert prepared.starts.tolist() == [0, 1, 3]
     assert prepared.whole.tolist() == [0, 3]
-    assert (prepared.rows.width, prepared.rows.strided) == (9, True)
-    assert prepared.rows.among == 1 << tables.PARAMETERS.index(torch.float32)
-    rows, layout = prepared.table.split([27, len(prepared.table) - 27])
-    first, second, third = rows.view(3, 9).tolist()
-    assert first[:5] == [1, 7, 1, 0, 27]  # not packed: the second array is not aligned to 16 bytes
-    assert second[:5] == [0, 8, 1, 0, 27 + 5]
-    assert third[:4] == [1, 9, 1, 1]
-    assert first[5:] == [params[0].data_ptr(), lists[1].tensors[0].data_ptr(), 0, 0]
-    assert third[5:] == [0, 0, 0, 0]
-    # of all in the order of memory; then dimensions, sizes, and of each list a flag and strides
-    assert layout.tolist() == [0, 0, 0, 0, 0, 2, 4, 5, 0, 0, 0, 1, 10, 2, 0, 0, 0, 1, 1, 4]
+    assert (prepared.width, prepared.dtype) == (7, "float32")
+    first, second, third = prepared.table.view(3, 7).tolist()
+    assert first[:3] == [1, 7, 0]  # not packed: the second array is not aligned to 16 bytes
+    assert second[:3] == [0, 8, 1]
+    assert third[:3] == [1, 9, 1]
+    assert first[3:] == [params[0].data_ptr(), lists[1].tensors[0].data_ptr(), 0, 0]
+    assert third[3:] == [0, 0, 0, 0]
 
 
 def test_a_change_of_strides_at_the_same_address_is_seen():
     table, params = made(((4, 5),), (0,))
     square = torch.zeros(4, 5)
-    flat = table.prepare([tables.Argument("params", params), tables.Argument("a", [square])])
+    table.prepare([tables.Argument("params", params), tables.Argument("a", [square])])
     turned = square.as_strided((4, 5), (1, 4))
-    other = table.prepare([tables.Argument("params", params), tables.Argument("a", [turned])])
-    assert not flat.rows.strided
-    assert other.rows.strided
+    with pytest.raises(ValueError, match=r"a\[0\] must have the strides of its parameter, \(5, 1\), got \(1, 4\)"):
+        table.prepare([tables.Argument("params", params), tables.Argument("a", [turned])])
+    assert not table.fits(base.Leaves([turned], [0]))
 
 
 @pytest.mark.parametrize(
-    ("build", "strided"),
+    "build",
     [
-        (lambda: torch.zeros(2, 3, 4, 5), False),
-        (lambda: torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), False),
-        (lambda: torch.zeros(2, 3, 4, 10)[..., ::2], True),
-        (lambda: torch.zeros(6, 4).T, False),
-        (lambda: torch.zeros(1, 6, 1).transpose(0, 2), False),
+        lambda: torch.zeros(2, 3, 4, 5),
+        lambda: torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        lambda: torch.zeros(6, 4).T,
+        lambda: torch.zeros(1, 6, 1).transpose(0, 2),
+        lambda: torch.zeros(4, 0, 2),
     ],
 )
-def test_what_is_dense_is_walked_in_the_order_of_memory(build, strided):
-    values = build()
-    assert (layouts.layout_of([values, values.clone() if not strided else values]) is not None) == strided
-    assert layouts.layout_of([values, torch.empty(0), values]) is None or strided
+def test_dense_tensors_of_any_order_are_taken(build):
+    params, like = build(), build()
+    table = tables.Tables(base.Leaves([params], [0]))
+    strides = [99 if n == 1 else step for n, step in zip(like.size(), like.stride(), strict=True)]
+    table.prepare([tables.Argument("params", [params]), tables.Argument("a", [like.as_strided(like.size(), strides)])])
 
 
-def test_memory_in_the_gaps_of_other_memory_is_not_an_overlap():
-    wide = torch.zeros(6, 8)
-    layouts.check_overlaps([("a", True, [wide[:, ::2]]), ("b", True, [wide[:, 1::2]])])
-    layouts.check_overlaps([("a", True, [wide[:, :4]]), ("b", True, [wide[:, 4:]])])
-    layouts.check_overlaps([("a", True, [wide]), ("b", False, [wide])])
-    layouts.check_overlaps([("a", False, [wide[0]]), ("b", False, [wide[0, 1:]])])
-    with pytest.raises(ValueError, match=r"a\[0\] and b\[0\] must not overlap"):
-        layouts.check_overlaps([("a", True, [wide[:, :5]]), ("b", False, [wide[:, 4:]])])
-    with pytest.raises(ValueError, match=r"a\[0\] and b\[0\] must not overlap"):
-        layouts.check_overlaps([("a", True, [wide]), ("b", True, [wide])])
-    with pytest.raises(ValueError, match=r"a\[1\] and b\[0\] must not overlap"):
-        layouts.check_overlaps([("a", True, [torch.zeros(3), wide]), ("b", False, [wide, torch.zeros(3)])])
+@pytest.mark.parametrize("build", [lambda: torch.zeros(4, 10)[:, ::2], lambda: torch.zeros(1).expand(3)])
+def test_parameters_with_gaps_or_overlaps_are_refused(build):
+    with pytest.raises(ValueError, match=r"params\[1\] must be dense in memory"):
+        tables.Tables(base.Leaves([torch.zeros(3), build()], [0, 0]))
+
+
+def test_parameters_of_several_dtypes_are_refused():
+    with pytest.raises(TypeError, match="parameters must be of one dtype, got torch.float32, torch.float64"):
+        tables.Tables(base.Leaves([torch.zeros(3), torch.zeros(3).double()], [0, 0]))
 
 
 def test_memory_that_was_taken_away_is_refused():
+    table, _ = made(((8,),), (0,))
     values = torch.zeros(8)
     values.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="a must have its elements in memory: its storage has 0 bytes of 32"):
-        layouts.check_plain("a", values, torch.device("cpu"), False)
+    with pytest.raises(ValueError, match=r"a\[0\] must have its elements in memory: its storage has 0 bytes of 32"):
+        table.prepare([tables.Argument("a", [values])])
 
 
 # Ahead of time
@@ -312,10 +306,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_and_use_the_widest_accesses(name):
-    """In fp32; `make aot` does all types, alone and together."""
+    """In fp32; `make aot` does all types."""
     from tools import aot
 
-    found = aot.check(name, (tables.PARAMETERS.index(torch.float32),), mixed=False)
+    found = aot.check(name, ("float32",))
     assert {what.split()[0] for what, _, _ in found} == {
         "square_norm", "inner_products", "totals", "perturb", "materialise", "sgd", "adam",
     }  # fmt: skip
@@ -326,6 +320,6 @@ def test_narrow_accesses_would_be_found(monkeypatch):
     from tools import aot
 
     narrow = launches.Shape(128, 128)
-    monkeypatch.setattr(aot, "vectors", lambda variant, code, shape: (variant.reads, variant.writes))
-    found = aot.check("sm_90", (tables.PARAMETERS.index(torch.float32),), mixed=False, of_updates=narrow)
+    monkeypatch.setattr(aot, "vectors", lambda variant, dtype, shape: (variant.reads, variant.writes))
+    found = aot.check("sm_90", ("float32",), of_updates=narrow)
     assert any("0 loads and 0 stores of 16 bytes" in wrong for _, _, wrong in found)

@@ -1,4 +1,7 @@
-"""The engine's SGD, Adam and AdamW against torch's own fed with the same direction; state dicts both ways; clipping."""
+"""The engine's SGD, Adam, AdamW and Lion against those of torch and pytorch-optimizer, fed with the same direction.
+
+State dicts both ways; clipping.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import copy
 import pytest
 import torch
 from cases import METHODS, closure_of, loss_of, make, pairwise
+from pytorch_optimizer import Lion
 from torch import nn
 
 import gam_fast
 from gam_fast.backends.base import Leaves
+from gam_fast.participants import Shard
 from gam_fast.settings import Settings
-from gam_fast.updates import adam_update, fused_update, sgd_update
+from gam_fast.updates import fused, fused_step
 
 on_each_backend = pytest.mark.usefixtures("_on_each_backend")
 """For the arithmetic of one primitive."""
@@ -26,10 +31,15 @@ ADAM_OPTIONS = [
     dict(zip(("amsgrad", "weight_decay", "maximize"), values, strict=True))
     for values in pairwise((False, True), (0.0, 1e-2), (False, True))
 ]
+LION_OPTIONS = [
+    dict(zip(("weight_decouple", "fixed_decay", "weight_decay", "maximize"), values, strict=True))
+    for values in pairwise((False, True), (False, True), (0.0, 1e-2), (False, True))
+]
 OPTIMIZERS = [
     *((torch.optim.SGD, {"lr": 0.1, **o}) for o in SGD_OPTIONS),
     *((torch.optim.Adam, {"lr": 1e-2, **o}) for o in ADAM_OPTIONS),
     *((torch.optim.AdamW, {"lr": 1e-2, **o}) for o in ADAM_OPTIONS),
+    *((Lion, {"lr": 1e-2, **o}) for o in LION_OPTIONS),
 ]
 
 
@@ -61,7 +71,7 @@ def test_equal_to_torch_within_two_ulp(base, options, dtype):
     ours = parameters(dtype)
     theirs = parameters(dtype)
     optimizer = gam_fast.Base(ours, base, **options)
-    assert fused_update(optimizer.base) is (sgd_update if base is torch.optim.SGD else adam_update)
+    assert fused(optimizer.base) is not None
     plain = base(theirs, **options)
     generator = torch.Generator().manual_seed(8)
     for _ in range(5):
@@ -175,9 +185,9 @@ def test_what_torch_must_do_itself():
         torch.optim.Adam(weight, fused=True),
         torch.optim.AdamW(weight, lr=torch.tensor(0.1)),
     ):
-        assert fused_update(base) is None
-    assert fused_update(torch.optim.SGD(weight, lr=0.1, fused=True)) is sgd_update
-    assert fused_update(torch.optim.SGD(weight, lr=0.1, foreach=True)) is sgd_update
+        assert fused(base) is None
+    assert fused(torch.optim.SGD(weight, lr=0.1, fused=True)).formula == "sgd"
+    assert fused(torch.optim.SGD(weight, lr=0.1, foreach=True)).formula == "sgd"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +323,7 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     weight = nn.Parameter(torch.ones(2))
     optimizer = gam_fast.GAM([weight], torch.optim.AdamW, on_nonfinite=policy)
     with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
-        adam_update(optimizer.base, None, [weight], Leaves([OnCuda()], [0]), None)
+        fused_step(optimizer.base, fused(optimizer.base), Shard(None, Leaves([OnCuda()], [0])), None)
     cuda = [torch.device("cuda")]
     settings = Settings(gam_fast.GAM.recipe, None, on_nonfinite=policy)
     settings.check_capture([torch.device("cpu")])

@@ -99,22 +99,6 @@ class Direction:
     limit: float | None = None
 
 
-def takes_state(leaves: Leaves, *state: Sequence[Tensor | None]) -> bool:
-    """Return whether the state of the base optimizer has the dtypes of the parameters, as kernels need it.
-
-    They differ where a model was converted after its optimizer had stepped.
-
-    >>> leaves = Leaves([torch.zeros(2, dtype=torch.float16)], [0])
-    >>> takes_state(leaves, [torch.zeros(2)]), takes_state(leaves, [None])
-    (False, True)
-    """
-    return all(
-        value is None or value.dtype is param.dtype
-        for values in state
-        for param, value in zip(leaves.params, values, strict=True)
-    )
-
-
 class Versions(Protocol):
     """How often tensors had been written to at some time, as autograd counts it."""
 

@@ -27,9 +27,6 @@ arrays of an update that is enough under way to keep memory busy, and takes 60 t
 OF_SUMS = Shape(BLOCK_OF_SUMS, THREADS_OF_SUMS)
 """Results depend on it."""
 
-MIXED = Shape(1024, 256)
-"""Of kernels for several types or any layout, which need twice the registers."""
-
 
 def start(kernel: Any, programs: int, *arguments: object, warps: int, **constants: object) -> None:
     """Starts a kernel on the current stream of the current device: the one place where that is done."""
@@ -39,18 +36,17 @@ def start(kernel: Any, programs: int, *arguments: object, warps: int, **constant
 
 def launch(kernel: Any, prepared: Prepared, *arguments: object, is_sum: bool = False, **constants: object) -> None:
     """Starts a kernel with one program a piece."""
-    rows = prepared.rows
-    is_mixed = rows.strided or rows.among & (rows.among - 1)
-    shape = OF_SUMS if is_sum else MIXED if is_mixed else OF_UPDATES
+    from triton import language
+
+    shape = OF_SUMS if is_sum else OF_UPDATES
     start(
         kernel,
         prepared.programs,
         prepared.pieces,
         prepared.table,
         *arguments,
-        AMONG=rows.among,
-        STRIDED=rows.strided,
-        WIDTH=rows.width,
+        TYPE=getattr(language, prepared.dtype),
+        WIDTH=prepared.width,
         BLOCK=shape.block,
         warps=shape.threads // prepared.warp,
         **constants,

@@ -3,10 +3,10 @@
 For kernels that are launched from Python; the compiled core does the same in C++ (``csrc/call.cpp``,
 ``csrc/cuda/tables.cpp``). What a table holds is described in ``kernels/table.py``.
 
-A table is made and copied to the device, asynchronously, when addresses, shapes or strides have changed since the step
-before, and numbers when they have (Adam's corrections do in each step): one copy a launch at most, and mostly none.
-While a CUDA graph is captured each launch has a copy of its own, from memory that is kept for good, because the graph
-repeats it.
+A table is made and copied to the device, asynchronously, when the tensors are others than in the step before, and
+numbers when they have changed (Adam's corrections do in each step): one copy a launch at most, and mostly none. While a
+CUDA graph is captured each launch has a copy of its own, from memory that is kept for good, because the graph repeats
+it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from ..kernels import table
 from ..kernels.table import CHUNK, HEADER
+from ..ownership import is_dense
 from .base import Leaves
-from .layouts import check_overlaps, check_plain, layout_of
 
 KEPT = 32
 """Tables that are kept. A step has about eight; the memory of gradients may alternate between a few places."""
 
-PARAMETERS: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in table.PARAMETERS)
-"""By the code of a row."""
+DTYPES: dict[torch.dtype, str] = {getattr(torch, name): name for name in table.DTYPES}
+"""Dtypes that kernels take, by their names."""
 
 _ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")  # its address is 0
 
@@ -54,20 +54,10 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The words of a table on the host, and what a kernel is compiled for: see ``kernels/table.py``."""
-
-    words: Tensor
-    among: int
-    strided: bool
-    width: int
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What a launch gets: one program a piece; of ``starts``, where the pieces of each group begin, and the end.
 
-    ``warp`` is the number of threads in a warp of the device.
+    ``warp`` is the number of threads in a warp of the device, ``width`` that of words in a row of the table.
     """
 
     programs: int
@@ -76,12 +66,13 @@ class Prepared:
     starts: Tensor
     whole: Tensor
     table: Tensor
-    rows: Rows
+    width: int
+    dtype: str
     numbers: list[Tensor]
 
 
 class Tables:
-    """The tables of one set of leaves, which keep their shapes, dtypes and groups."""
+    """The tables of one set of leaves, which keep their shapes, strides, dtype and groups."""
 
     def __init__(self, leaves: Leaves) -> None:
         self.device = leaves.params[0].device
@@ -89,12 +80,21 @@ class Tables:
         if min(self.group) < 0:
             raise ValueError(f"group must be indices of parameter groups, got {min(self.group)}")
         self.groups = max(self.group) + 1
+        self.dtype = leaves.params[0].dtype
         self.sizes = [param.size() for param in leaves.params]
-        self.dtypes = [param.dtype for param in leaves.params]
+        self.strides = [param.stride() for param in leaves.params]
+        if any(param.dtype != self.dtype for param in leaves.params):
+            found = ", ".join(map(str, dict.fromkeys(param.dtype for param in leaves.params)))
+            raise TypeError(f"parameters must be of one dtype, got {found}")
+        if self.dtype not in DTYPES:
+            raise TypeError(f"parameters must be of dtype float64, float32, bfloat16 or float16, got {self.dtype}")
+        for i, param in enumerate(leaves.params):
+            if not is_dense(param.size(), param.stride()):
+                raise ValueError(f"params[{i}] must be dense in memory, got {tuple(param.size())} by {param.stride()}")
         pieces, starts = self._pieces()
         self.programs = len(pieces) // 3
         self._fixed = torch.tensor([*pieces, *starts, 0, self.programs], dtype=torch.int64, device="cpu")
-        self._rows: Kept[Rows] = Kept(KEPT)
+        self._rows: Kept[Tensor] = Kept(KEPT)
         self._copies: dict[int, Kept[Tensor]] = {}  # by stream
         self._pieces_for_graphs: Tensor | None = None
         self.warp = 32
@@ -102,12 +102,12 @@ class Tables:
             self.warp = getattr(torch.cuda.get_device_properties(self.device), "warp_size", 32)
 
     def fits(self, leaves: Leaves) -> bool:
-        """Return whether these are leaves of the same shapes, dtypes, groups and device."""
+        """Return whether these are leaves of the same shapes, strides, dtype, groups and device."""
         return (
             self.group == leaves.group
             and self.sizes == [param.size() for param in leaves.params]
-            and self.dtypes == [param.dtype for param in leaves.params]
-            and all(param.device == self.device for param in leaves.params)
+            and self.strides == [param.stride() for param in leaves.params]
+            and all(param.device == self.device and param.dtype == self.dtype for param in leaves.params)
         )
 
     def _pieces(self) -> tuple[list[int], list[int]]:
@@ -150,23 +150,24 @@ class Tables:
         Raises:
             RuntimeError: a tensor requires grad and would be written.
             TypeError: a tensor has another dtype than its parameter, or is sparse or a subclass without memory.
-            ValueError: it has another shape or device, or written memory overlaps other memory of the launch.
+            ValueError: it has another shape, order in memory or device, or its storage is too small.
         """
         lists = [self._present(argument) for argument in arguments]
         try:
             key = Key((torch.is_grad_enabled(), tuple(option), *map(_fingerprint, arguments, lists)))
         except RuntimeError:  # a tensor without an address: say which
-            self._codes(arguments, lists)
+            self._check(arguments, lists)
             raise
         rows = self._rows.get(key, lambda: self._make_rows(arguments, lists, option))
         padded = [[*row, *[0.0] * (len(row) % 2)] for row in numbers]  # each begins at a multiple of 16 bytes
         flat = [number for row in padded for number in row]
         values = torch.tensor(flat, dtype=torch.float64, device="cpu").view(torch.int64)
         of_numbers = Key((struct.pack(f"{len(flat)}d", *flat),))  # bytes tell −0 from 0
-        fixed, words, values = self._on_device([(_PIECES, self._fixed), (key, rows.words), (of_numbers, values)])
+        fixed, words, values = self._on_device([(_PIECES, self._fixed), (key, rows), (of_numbers, values)])
         pieces, starts, whole = fixed.split([3 * self.programs, self.groups + 1, 2])
         split = list(values.view(torch.float64).split([len(row) for row in padded])) if padded else []
-        return Prepared(self.programs, self.warp, pieces, starts, whole, words, rows, split)
+        width, dtype = HEADER + len(lists), DTYPES[self.dtype]
+        return Prepared(self.programs, self.warp, pieces, starts, whole, words, width, dtype, split)
 
     def _present(self, argument: Argument) -> list[Tensor]:
         """The tensors of a list, with one of address 0 in place of those that are missing."""
@@ -181,44 +182,34 @@ class Tables:
 
     def _make_rows(
         self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]], option: Sequence[int]
-    ) -> Rows:
-        codes = self._codes(arguments, lists)
-        check_overlaps([(a.name, a.written, tensors) for a, tensors in zip(arguments, lists, strict=True)])
-        width = HEADER + len(lists)
-        end = width * len(self.sizes)
-        layouts = [0] * (1 + len(lists))  # the first says of each list: in the order of memory
+    ) -> Tensor:
+        """The words of a table on the host."""
+        self._check(arguments, lists)
         rows: list[int] = []
-        among, strided = 0, False
-        for leaf, (tensors, code) in enumerate(zip(zip(*lists, strict=True), codes, strict=True)):
+        for leaf, tensors in enumerate(zip(*lists, strict=True)):
             addresses = [tensor.data_ptr() for tensor in tensors]
-            layout = layout_of(tensors)
-            place = end if layout is None else end + len(layouts)
-            layouts += layout or ()
-            packed = layout is None and not any(address % 16 for address in addresses)
-            rows += (self.group[leaf], option[leaf] if option else 0, code, packed, place, *addresses)
-            if math.prod(self.sizes[leaf]):
-                among |= 1 << code
-                strided = strided or layout is not None
-        return Rows(torch.tensor([*rows, *layouts], dtype=torch.int64, device="cpu"), among, strided, width)
+            packed = not any(address % 16 for address in addresses)
+            rows += (self.group[leaf], option[leaf] if option else 0, packed, *addresses)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
-    def _codes(self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]]) -> list[int]:
-        """Check that every tensor fits its leaf, and return the code of each leaf's dtype."""
+    def _check(self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]]) -> None:
+        """Check that every tensor can be taken by its address as one like its parameter."""
         for argument, tensors in zip(arguments, lists, strict=True):
-            for i, (tensor, size, dtype) in enumerate(zip(tensors, self.sizes, self.dtypes, strict=True)):
+            for i, (tensor, size, strides) in enumerate(zip(tensors, self.sizes, self.strides, strict=True)):
                 if tensor is _ABSENT:
                     continue
                 name = f"{argument.name}[{i}]"
-                check_plain(name, tensor, self.device, argument.written)
+                _check_plain(name, tensor, self.device)
+                if tensor.dtype != self.dtype:
+                    raise TypeError(f"{name} must have the dtype of its parameter, {self.dtype}, got {tensor.dtype}")
                 if tensor.size() != size:
                     raise ValueError(
                         f"{name} must have the shape of its parameter, {tuple(size)}, got {tuple(tensor.size())}"
                     )
-                if tensor.dtype != dtype:
-                    raise TypeError(f"{name} must have the dtype of its parameter, {dtype}, got {tensor.dtype}")
-        unknown = next((dtype for dtype in self.dtypes if dtype not in PARAMETERS), None)
-        if unknown is not None:
-            raise TypeError(f"parameters must be of dtype float64, float32, bfloat16 or float16, got {unknown}")
-        return [PARAMETERS.index(dtype) for dtype in self.dtypes]
+                if any(a != b and n != 1 for n, a, b in zip(size, tensor.stride(), strides, strict=True)):
+                    raise ValueError(f"{name} must have the strides of its parameter, {strides}, got {tensor.stride()}")
+                if argument.written and tensor.requires_grad and torch.is_grad_enabled():
+                    raise RuntimeError(f"{name} requires grad and would be written: call under torch.no_grad()")
 
     def _on_device(self, wanted: Sequence[tuple[Key, Tensor]]) -> list[Tensor]:
         """Copies of these tensors on the current stream's device: those of before, the others made by one transfer."""
@@ -339,6 +330,24 @@ def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> l
 def pinned(words: int) -> Tensor:
     """Memory of the host that copies need not wait for."""
     return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
+
+
+def _check_plain(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Check that a tensor has its elements in memory of the device."""
+    if tensor.device != device and not tensor.device.type == device.type == "cpu":  # "cpu:0" is the CPU too
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be strided, got {tensor.layout}")
+    is_subclass = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    is_lazy = tensor.is_neg() or tensor._is_zerotensor()
+    if is_subclass or is_lazy or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(f"{name} must be a plain tensor with memory of its own, not a subclass or a lazy view")
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
+        raise ValueError(
+            f"{name} must have its elements in memory: its storage has {tensor.untyped_storage().nbytes()} bytes of "
+            f"{needed}"
+        )
 
 
 def _fingerprint(argument: Argument, tensors: Sequence[Tensor]) -> tuple[object, ...]:

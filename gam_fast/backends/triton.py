@@ -14,9 +14,9 @@ a tensor needs it.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import util
 from typing import Any
 
@@ -24,24 +24,13 @@ import torch
 from torch import Tensor
 
 from .. import ownership
-from ..kernels.table import ADAM, PERTURB, SGD, SUMS
+from ..kernels.table import FORMULAS, PERTURB, SUMS
+from ..ownership import lies_as
 from . import scalars
-from .base import (
-    AdamGroup,
-    Bookkeeping,
-    Direction,
-    FoldInto,
-    Leaves,
-    PerGroup,
-    Scalar,
-    SGDGroup,
-    TensorList,
-    takes_state,
-)
-from .eager import EagerBackend, copy_bits
+from .base import Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList
+from .eager import copy_bits
 from .launches import after, guard, is_capturing, launch, launch_totals
 from .tables import Argument, Prepared, Tables
-from .terms import Terms, terms_of
 from .trial import interprets, kernels, why_unusable
 
 if util.find_spec("triton") is None:
@@ -49,6 +38,45 @@ if util.find_spec("triton") is None:
 
 MAX_PLANS = 4
 """Sets of leaves whose tables an optimizer keeps on each device."""
+
+MAX_TERMS = 3
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of a direction that any group uses.
+
+    Attributes:
+        lists: the lists of tensors.
+        numbers: by group, p, q and whether the group uses it, for each of them.
+        partly: whether a group does not use all.
+    """
+
+    lists: list[TensorList]
+    numbers: list[list[float]]
+    partly: bool
+
+    def arguments(self) -> list[Argument]:
+        return [Argument(f"terms[{t}]", tensors) for t, tensors in enumerate(self.lists)]
+
+
+def terms_of(d: Direction, groups: int, m: Direction | None = None) -> Terms:
+    """Those of ``d``, where those that ``m`` uses count as used too; their elements may be anything in the others."""
+    count = len(d.terms)
+    if not 1 <= count <= MAX_TERMS:
+        raise ValueError(f"terms must be 1 to {MAX_TERMS} lists of tensors, got {count}")
+    coefficients = [d.p, *([d.q] if d.q else []), *([m.p] if m else [])]
+    if any(len(rows) != count or min(map(len, rows)) < groups for rows in coefficients):
+        raise ValueError(f"p and q must have {groups} numbers, one a parameter group, for each of {count} terms")
+    used = [[any(c[t][g] != 0.0 for c in coefficients) for t in range(count)] for g in range(groups)]
+    for row in used:
+        row[0] = row[0] or not any(row)
+    kept = [t for t in range(count) if any(row[t] for row in used)]
+    numbers = [
+        [x for t in kept for x in (d.p[t][g], d.q[t][g] if d.q else 0.0, 1.0 if row[t] else 0.0)]
+        for g, row in enumerate(used)
+    ]
+    return Terms([d.terms[t] for t in kept], numbers, not all(row[t] for row in used for t in kept))
 
 
 class TritonBackend:
@@ -209,79 +237,46 @@ class TritonBackend:
             self._launch_along(moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
             after(lists, leaves.backup if leaves.saved else None, *terms.lists)
 
-    def sgd(
-        self,
-        leaves: Leaves,
-        d: Direction,
-        momentum_buffer: list[Tensor | None],
-        first: list[bool],
-        groups: Sequence[SGDGroup],
-    ) -> None:
-        if not takes_state(leaves, momentum_buffer):
-            EagerBackend().sgd(leaves, d, momentum_buffer, first, groups)
-            return
-        _, _, updates = kernels()
-        with guard(leaves.params[0].device):
-            tables = self._tables_for(leaves)
-            terms = terms_of(d, tables.groups)
-            groups = tables.by_group("groups", groups)
-            has_momentum = [groups[g].momentum != 0.0 for g in leaves.group]
-            buffers = [b if has else None for b, has in zip(momentum_buffer, has_momentum, strict=True)]
-            lists = [
-                Argument("params", leaves.params, written=True),
-                Argument("theta", _theta(leaves)),
-                Argument("momentum_buffer", buffers, written=True),
-                *terms.arguments(),
-            ]
-            numbers = [[*_numbers_of_sgd(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]
-            option = tables.by_leaf("first", first)
-            momentum = {"MOMENTUM": any(has_momentum)}
-            self._launch_along(updates.sgd, tables, lists, d, terms, numbers, option=option, constants=momentum)
-            after(lists, _theta(leaves), *terms.lists)
+    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+        return all(
+            value is None or (value.dtype is param.dtype and lies_as(value, param))
+            for values in state
+            for param, value in zip(leaves.params, values, strict=True)
+        )
 
-    def adam(
+    def update(
         self,
         leaves: Leaves,
         d: Direction,
-        exp_avg: TensorList,
-        exp_avg_sq: TensorList,
-        max_exp_avg_sq: list[Tensor | None],
-        step: Sequence[float],
-        groups: Sequence[AdamGroup],
+        formula: str,
+        state: Sequence[Sequence[Tensor | None]],
+        groups: Sequence[Sequence[float]],
+        options: Sequence[Sequence[float]],
+        option: Sequence[int],
     ) -> None:
-        if not takes_state(leaves, exp_avg, exp_avg_sq, max_exp_avg_sq):
-            EagerBackend().adam(leaves, d, exp_avg, exp_avg_sq, max_exp_avg_sq, step, groups)
-            return
         _, _, updates = kernels()
+        of_group, of_leaf, lists_of_state = FORMULAS[formula]
+        _check_rows("state", [state], lists_of_state)
+        _check_rows("groups", groups, of_group)
+        _check_rows("options", options, of_leaf)
+        states = max((i for i, values in enumerate(state, 1) if any(x is not None for x in values)), default=0)
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
-            groups = tables.by_group("groups", groups)
-            has_largest = [groups[g].amsgrad for g in leaves.group]
-            largest = [t if has else None for t, has in zip(max_exp_avg_sq, has_largest, strict=True)]
             lists = [
                 Argument("params", leaves.params, written=True),
                 Argument("theta", _theta(leaves)),
-                Argument("exp_avg", exp_avg, written=True),
-                Argument("exp_avg_sq", exp_avg_sq, written=True),
-                Argument("max_exp_avg_sq", largest, written=True),
                 *terms.arguments(),
+                *(Argument(f"state[{i}]", state[i], written=True) for i in range(states)),
             ]
-            numbers = [[*_numbers_of_adam(h), *row] for h, row in zip(groups, terms.numbers, strict=True)]
-            places: dict[tuple[int, float], int] = {}  # of each group and step in the corrections
-            option = [
-                places.setdefault(key, len(places))
-                for key in zip(leaves.group, tables.by_leaf("step", step), strict=True)
-            ]
-            corrections: list[float] = []
-            for g, t in places:
-                corrections += (
-                    groups[g].lr / (1.0 - groups[g].beta1 ** t),
-                    math.sqrt(1.0 - groups[g].beta2 ** t),
-                )
-            amsgrad = {"AMSGRAD": any(has_largest)}
+            by_group = tables.by_group("groups", groups)
+            numbers = [[*row, *of_terms] for row, of_terms in zip(by_group, terms.numbers, strict=True)]
+            flat = [x for row in options for x in row]
+            option = tables.by_leaf("option", option)
+            constants = {"FORMULA": getattr(updates.formulas, formula), "STATES": states}
+            constants |= {"OF_GROUP": of_group, "OF_LEAF": of_leaf}
             self._launch_along(
-                updates.adam, tables, lists, d, terms, numbers, [corrections], option=option, constants=amsgrad
+                updates.update, tables, lists, d, terms, numbers, [flat], option=option, constants=constants
             )
             after(lists, _theta(leaves), *terms.lists)
 
@@ -295,7 +290,7 @@ class TritonBackend:
         numbers: Sequence[Sequence[float]],
         more: Sequence[Sequence[float]] = (),
         *,
-        constants: dict[str, bool],
+        constants: dict[str, Any],
         option: Sequence[int] = (),
     ) -> None:
         """Launches what goes along a direction: with the numbers of each group, and those that follow from the sums."""
@@ -331,30 +326,9 @@ class TritonBackend:
         )
 
 
-def _numbers_of_sgd(h: SGDGroup) -> list[float]:
-    named = {
-        "lr": h.lr,
-        "sign": -1.0 if h.maximize else 1.0,
-        "weight_decay": h.weight_decay,
-        "momentum": h.momentum,
-        "undamped": 1.0 - h.dampening,
-        "nesterov": h.nesterov,
-    }
-    return [named[name] for name in SGD]
-
-
-def _numbers_of_adam(h: AdamGroup) -> list[float]:
-    named = {
-        "sign": -1.0 if h.maximize else 1.0,
-        "weight_decay": 0.0 if h.decoupled else h.weight_decay,
-        "shrink": 1.0 - h.lr * h.weight_decay if h.decoupled else 1.0,
-        "beta1_to_1": 1.0 - h.beta1,
-        "beta2": h.beta2,
-        "beta2_to_1": 1.0 - h.beta2,
-        "eps": h.eps,
-        "amsgrad": h.amsgrad,
-    }
-    return [named[name] for name in ADAM]
+def _check_rows(name: str, rows: Sequence[Sequence[object]], count: int) -> None:
+    if any(len(row) != count for row in rows):
+        raise ValueError(f"{name} must have {count} entries a row, got {[*map(len, rows)]}")
 
 
 def _theta(leaves: Leaves) -> TensorList:
