@@ -66,12 +66,12 @@ std::vector<Numbers> table(const char* name, py::handle lists) {
   return result;
 }
 
-std::optional<at::Tensor> optional_tensor(const char* name, py::handle object) {
-  if (object.is_none()) return std::nullopt;
-  if (!THPVariable_Check(object.ptr())) {
-    throw py::type_error(std::string(name) + " must be a tensor or None, got " + Py_TYPE(object.ptr())->tp_name);
+gam::Square square_of(py::handle square) {
+  if (THPVariable_Check(square.ptr())) return {THPVariable_Unpack(square.ptr())};
+  if (!PyFloat_Check(square.ptr())) {
+    throw py::type_error(c10::str("square must be a tensor or a float, got ", Py_TYPE(square.ptr())->tp_name));
   }
-  return THPVariable_Unpack(object.ptr());
+  return {std::nullopt, PyFloat_AS_DOUBLE(square.ptr())};
 }
 
 std::vector<TensorList> terms_of(py::handle terms) {
@@ -88,7 +88,11 @@ gam::Direction direction_of(py::handle d) {
   result.terms = terms_of(d.attr("terms"));
   result.p = table("p", d.attr("p"));
   if (const py::object q = d.attr("q"); !q.is_none()) result.q = table("q", q);
-  result.products = optional_tensor("products", d.attr("products"));
+  if (const py::object products = d.attr("products"); THPVariable_Check(products.ptr())) {
+    result.products = THPVariable_Unpack(products.ptr());
+  } else if (!products.is_none()) {
+    result.rows = table("products", products);
+  }
   result.gamma = gam::unpack_numbers("gamma", d.attr("gamma"));
   if (const py::object limit = d.attr("limit"); !limit.is_none()) result.limit = limit.cast<double>();
   return result;
@@ -145,14 +149,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def(
       "hold",
-      [](py::handle tensors) {
+      [](py::handle tensors, const std::shared_ptr<gam::Tensors>& before) {
         const TensorList list("tensors", tensors);
         std::vector<at::Tensor> values;
         values.reserve(list.size());
         for (size_t i = 0; i < list.size(); ++i) values.push_back(*list[i]);
-        return std::make_shared<gam::Tensors>(std::move(values), false);
+        if (!before) return std::make_shared<gam::Tensors>(std::move(values), false);
+        before->take(std::move(values));
+        return before;
       },
-      py::arg("tensors"));
+      py::arg("tensors"), py::arg("before") = nullptr);
+
+  m.def("let_go", [](gam::Tensors& tensors) { tensors.let_go(); }, py::arg("tensors"));
 
   py::class_<gam::Versions>(m, "Versions", py::module_local())
       .def("first_changed", &gam::Versions::first_changed, py::arg("tensors"));
@@ -212,7 +220,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("params"), py::arg("group"), "Whether the plan can be used for these parameters.")
       .def(
           "takes_state", [](const gam::Plan& plan, py::handle state) { return plan.takes_state(state_of(state)); },
-          py::arg("state"), "Whether lists of such tensors can be the state of a base optimizer.");
+          py::arg("state"), "Whether lists of such tensors can be the state of a base optimizer.")
+      .def_property_readonly(
+          "takes_sums", [](const gam::Plan& plan) { return plan.executor().takes_sums(); },
+          "Whether norms and products are read where the parameters are; otherwise they are numbers.");
 
   m.def(
       "square_norm",
@@ -227,8 +238,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](gam::Plan& plan, py::object leaves, py::handle a, py::handle b, py::handle radius, py::handle square,
          bool from_start, py::handle eta, py::handle fold) {
         gam::perturb(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
-                     gam::unpack_numbers("radius", radius), optional_tensor("square", square), from_start,
-                     optional_numbers("eta", eta), optional_fold(fold));
+                     gam::unpack_numbers("radius", radius), square_of(square), from_start, optional_numbers("eta", eta),
+                     optional_fold(fold));
         leaves.attr("saved") = true;  // here, where no signal handler can come between
       },
       py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("radius"), py::arg("square"),

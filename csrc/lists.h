@@ -20,6 +20,9 @@ struct Found {
   bool writable = false;      // looked at as something that is written
 };
 
+// Lets go of tensors.
+void release(std::vector<at::Tensor>& tensors);
+
 // Tensors that go into several operations of a step: gam_fast._C.Tensors. What was found out about them is kept.
 class Tensors {
  public:
@@ -45,6 +48,14 @@ class Tensors {
     found_ = std::move(found);
   }
 
+  // Lets go of the tensors, and holds others in their place: mostly the same again, of which what was found still
+  // holds. (While the core has a hold on a parameter, torch does not swap its tensor for another.)
+  void let_go() {
+    release(tensors_);
+    tensors_.clear();
+  }
+  void take(std::vector<at::Tensor> tensors) { tensors_ = std::move(tensors); }
+
   // Undefined ones lie in this memory, of bytes, at the addresses that were found. Each is made when somebody asks for
   // it: the loops need addresses only.
   void share(at::Tensor memory) { memory_ = std::move(memory); }
@@ -59,9 +70,6 @@ class Tensors {
   std::shared_ptr<Found> found_;
   at::Tensor memory_;
 };
-
-// Lets go of tensors.
-void release(std::vector<at::Tensor>& tensors);
 
 // Asks for lines of memory that are soon to be read.
 inline void prefetch([[maybe_unused]] const void* address, [[maybe_unused]] int lines) {

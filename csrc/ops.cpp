@@ -34,9 +34,6 @@ PerGroup by_group(const Plan& plan, const Numbers& numbers, const char* name) {
 
 // What norms and products leave on the device: `columns` numbers in each of one or more rows.
 const double* sums_of(const Plan& plan, const at::Tensor& tensor, int64_t columns, const char* name) {
-  if (!plan.executor().takes_sums()) {
-    refuse_type(c10::str(name, " must be None on the CPU, where the factors are numbers"));
-  }
   if (tensor.device() != plan.device() || tensor.scalar_type() != at::kDouble || !tensor.is_contiguous() ||
       tensor.numel() < columns || tensor.numel() % columns != 0 || (columns == 1 && tensor.numel() != 1)) {
     refuse_value(c10::str(name, " must be a contiguous float64 tensor on ", plan.device(), " of ",
@@ -99,15 +96,19 @@ class Terms {
     if (d.q) check_coefficients(plan, d, *d.q, "q");
     if (also) check_coefficients(plan, d, *also, "m");
     for (size_t t = 0; t < d.terms.size(); ++t) view_.lists[t] = call.read_last(d.terms[t]);
+    const bool on_host = !plan.executor().takes_sums();
+    if ((d.q || d.limit) && on_host) find_factors(d);
     groups_.resize(static_cast<size_t>(plan.groups()));
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (size_t t = 0; t < d.terms.size(); ++t) {
-        if (d.p[t][g] != 0.0 || (d.q && (*d.q)[t][g] != 0.0) || (also && (*also)[t][g] != 0.0)) take(d, t, g);
+        const double p = factors_.empty() ? d.p[t][g] : factors_[t][g];
+        const double q = d.q && factors_.empty() ? (*d.q)[t][g] : 0.0;
+        if (p != 0.0 || q != 0.0 || (also && (*also)[t][g] != 0.0)) take(t, g, p, q);
       }
-      if (groups_[g].terms == 0) take(d, 0, g);
+      if (groups_[g].terms == 0) take(0, g, 0.0, 0.0);
     }
     view_.groups = groups_.data();
-    if (d.q || d.limit) take_sums(plan, d);
+    if ((d.q || d.limit) && !on_host) take_sums(plan, d);
   }
   Terms(const Terms&) = delete;
 
@@ -123,29 +124,55 @@ class Terms {
   }
 
  private:
-  void take(const Direction& d, size_t t, size_t g) {
+  void take(size_t t, size_t g, double p, double q) {
     Combination::Group& group = groups_[g];
     group.index[group.terms] = static_cast<int>(t);
-    group.p[group.terms] = d.p[t][g];
-    group.q[group.terms++] = d.q ? (*d.q)[t][g] : 0.0;
+    group.p[group.terms] = p;
+    group.q[group.terms++] = q;
+  }
+
+  // What a device finds out by itself, from the same formulas.
+  void find_factors(const Direction& d) {
+    check_rows(d, d.rows.size());
+    double uu = 0.0, um = 0.0, square = 0.0;
+    for (const Numbers& row : d.rows) {
+      if (row.size() != kSums) refuse_value("products must be three numbers a parameter group");
+      uu += row[0], um += row[1];
+    }
+    const double kappa = d.q ? ratio(um, uu) : 0.0;
+    for (size_t r = 0; d.limit && r < d.rows.size(); ++r) {
+      const Numbers& row = d.rows[r];
+      square += d.q ? square_of_direction(row[0], row[1], row[2], d.gamma[r], kappa) : row[0];
+    }
+    const double scale = d.limit ? clip_factor(square, *d.limit) : 1.0;
+    factors_ = d.p;
+    for (size_t t = 0; t < d.p.size(); ++t) {
+      for (size_t g = 0; g < d.p[t].size(); ++g) {
+        factors_[t][g] = factor_of(d.p[t][g], d.q ? (*d.q)[t][g] : 0.0, kappa, scale);
+      }
+    }
+  }
+
+  static void check_rows(const Direction& d, size_t rows) {
+    if (rows == 0) refuse_type("products must be given where q or limit is, got None");
+    if (d.limit && d.gamma.size() != rows) {
+      refuse_value(c10::str("gamma must have one number a row of products, that is ", rows, ", got ", d.gamma.size()));
+    }
   }
 
   void take_sums(const Plan& plan, const Direction& d) {
-    if (!d.products) refuse_type("products must be a tensor where q or limit is given, got None");
+    check_rows(d, d.products ? static_cast<size_t>(d.products->numel() / kSums) : 0);
     view_.products = sums_of(plan, *d.products, kSums, "products");
     view_.rows = static_cast<int>(d.products->numel() / kSums);
     view_.project = d.q.has_value();
     view_.clip = d.limit.has_value();
     view_.limit = d.limit.value_or(0.0);
-    if (view_.clip && static_cast<int>(d.gamma.size()) != view_.rows) {
-      refuse_value(
-          c10::str("gamma must have one number a row of products, that is ", view_.rows, ", got ", d.gamma.size()));
-    }
     view_.gamma = view_.clip ? d.gamma.data() : nullptr;
   }
 
   Combination view_;
   std::vector<Combination::Group> groups_;
+  std::vector<Numbers> factors_;  // by term and group, where the sums are numbers
 };
 
 }  // namespace
@@ -166,8 +193,8 @@ at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, co
 }
 
 void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
-             const Numbers& radius, const std::optional<at::Tensor>& square, bool from_start,
-             const std::optional<Numbers>& eta, const std::optional<FoldInto>& fold) {
+             const Numbers& radius, const Square& square, bool from_start, const std::optional<Numbers>& eta,
+             const std::optional<FoldInto>& fold) {
   Call call(plan);
   Perturbation arguments;
   arguments.save = !leaves.saved;
@@ -181,7 +208,16 @@ void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::o
   arguments.a = call.read_last(a);
   if (b) arguments.b = call.read_last(*b);
   arguments.radius = by_group(plan, radius, "radius");
-  if (square) arguments.square = sums_of(plan, *square, 1, "square");
+  Numbers factors = radius;
+  if (plan.executor().takes_sums()) {
+    if (!square.tensor) refuse_type("square must be a tensor on a device");
+    arguments.square = sums_of(plan, *square.tensor, 1, "square");
+  } else {
+    if (square.tensor) refuse_type("square must be a number on the CPU");
+    const double scale = inverse_norm(square.number);
+    for (double& factor : factors) factor = scale * factor;
+    arguments.radius = factors.data();
+  }
   if (eta) arguments.eta = by_group(plan, *eta, "eta");
   if (fold) {
     arguments.fold = {call.write(fold->into), call.read(fold->other), by_group(plan, fold->k, "k"),

@@ -16,6 +16,12 @@ namespace gam {
 
 using Numbers = std::vector<double>;  // by parameter group
 
+// Norms and products: tensors of a device, read by its kernels, or numbers where the loops run on the host.
+struct Square {
+  std::optional<at::Tensor> tensor;
+  double number = 0.0;
+};
+
 struct Leaves {
   TensorList params, backup;
   bool saved = false;
@@ -29,7 +35,8 @@ struct Direction {
   std::vector<Numbers> p;  // by term
   std::optional<std::vector<Numbers>> q;
   std::optional<at::Tensor> products;
-  Numbers gamma;  // by row of the products
+  std::vector<Numbers> rows;  // the same as numbers
+  Numbers gamma;              // by row of the products
   std::optional<double> limit;
 };
 
@@ -41,10 +48,9 @@ struct FoldInto {
 at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
                        const std::optional<Numbers>& eta);
 
-// Without `square`, `radius` is what the direction is multiplied by.
 void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
-             const Numbers& radius, const std::optional<at::Tensor>& square, bool from_start,
-             const std::optional<Numbers>& eta, const std::optional<FoldInto>& fold);
+             const Numbers& radius, const Square& square, bool from_start, const std::optional<Numbers>& eta,
+             const std::optional<FoldInto>& fold);
 
 // `m`: the coefficients of m, by term, over the terms of u.
 at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<std::vector<Numbers>>& m, int64_t groups);

@@ -1,9 +1,8 @@
 """The compiled core. What the operations compute is stated in :mod:`gam_fast.backends.base`.
 
-Numbers are sequences by parameter group. On a CPU they are all there is: ``square`` is None, and a direction has ``p``
-only. All operations raise ``TypeError`` or ``ValueError``
-(``RuntimeError`` for a leaf that requires grad) that names the argument before anything is written, and release the GIL
-while they work.
+Numbers are sequences by parameter group. Norms and products are numbers on a CPU, and tensors on a device. All
+operations raise ``TypeError`` or ``ValueError`` (``RuntimeError`` for a leaf that requires grad) that names the
+argument before anything is written, and release the GIL while they work.
 """
 
 from collections.abc import Sequence
@@ -48,7 +47,8 @@ class Draws:
         """After the last pass: go on from where it ended, unless it drew nothing or somebody else did."""
 
 # What gam_fast.backends.base.Bookkeeping says; ``tensors`` and ``params`` are of hold().
-def hold(tensors: TensorList) -> Tensors: ...
+def hold(tensors: TensorList, before: TensorList | None = None) -> Tensors: ...
+def let_go(tensors: TensorList) -> None: ...
 def kinds(tensors: TensorList) -> list[tuple[device, dtype, bool]]: ...
 def versions(tensors: TensorList) -> Versions: ...
 def survey_gradients(params: TensorList, flags: bytearray) -> tuple[list[int], bool, int]: ...
@@ -61,6 +61,9 @@ class Plan:
 
     def __init__(self, params: TensorList, group: Sequence[int]) -> None: ...
     def fits(self, params: TensorList, group: Sequence[int]) -> bool: ...
+    @property
+    def takes_sums(self) -> bool:
+        """Whether norms and products are read where the parameters are; otherwise they are numbers."""
     def takes_state(self, state: Sequence[Sequence[Tensor | None]]) -> bool:
         """Return whether lists of such tensors can be the state of a base optimizer."""
 
@@ -70,8 +73,8 @@ def perturb(
     leaves: Leaves,
     a: TensorList,
     b: TensorList | None,
-    radius: Sequence[Scalar],
-    square: Tensor | None,
+    radius: PerGroup,
+    square: Scalar,
     from_start: bool,
     eta: PerGroup | None,
     fold: FoldInto | None,

@@ -131,6 +131,8 @@ def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
     Traceback (most recent call last):
     RuntimeError: a loss was scaled in a step by a GradScaler that the step was not given: ...
     """
+    if not len(_last):  # sooner told than the items listed
+        return
     for scaler, last in list(_last.items()):
         factor, known = scaler._scale, scaler._per_optimizer_states
         if last.time < since or last.thread != threading.get_ident() or factor is None or last.version < 0:

@@ -79,7 +79,8 @@ class ForwardState:
         self._places: list[Place] = []  # first those of buffers, then those of parameters
         self._buffers = 0
         self._entered = self._learning = self._learnt_several = False
-        self._active = False  # entered, with something to look after
+        self.active = False
+        """Whether a step is under way that has something to look after."""
         self.forgotten: list[str] = []
         """Modules with moving buffers that the calling code can name, where no model was given."""
 
@@ -142,7 +143,7 @@ class ForwardState:
         elif self._places:
             self._copy_what_moves()
         self._entered = True
-        self._active = self._learning or bool(self._places)
+        self.active = self._learning or bool(self._places)
         if self._modules:
             _under_way.add(self)
 
@@ -266,7 +267,7 @@ class ForwardState:
 
         Returns the positions of those which were written to nevertheless, as far as that is known.
         """
-        if not self._active or self._looked:
+        if not self.active or self._looked:
             return []
         self._looked = True
         with torch.set_grad_enabled(False):
@@ -327,11 +328,12 @@ class ForwardState:
     def add(self, positions: Sequence[int]) -> None:
         """Parameters without a gradient that were seen to move."""
         if positions and self._entered:
+            self._begun = True  # a pass has shown it
             known = {place.position for place in self._places[self._buffers :]}
             for i in positions:
                 if i not in known and can_be_copied(self._params[i]):
                     self._places.append(Place(self._params[i], position=i, moves=True))
-                    self._active = True
+                    self.active = True
 
     def begin(self, *, keep_last: bool = False) -> None:
         """Start a pass: note what the first pass ended with, and go back to what was there at entry.
@@ -340,7 +342,7 @@ class ForwardState:
             keep_last: whether it is the last pass that counts, as known by now; once true, it stays so.
         """
         self._keep_last = keep_last
-        if not self._active or not self._begun:
+        if not self.active or not self._begun:
             self._begun = True
             return
         self.look()
@@ -384,7 +386,7 @@ class ForwardState:
 
     def settle(self) -> None:
         """After the last pass, before the parameters are updated: what the first pass made of everything is kept."""
-        if not self._active or self._settled:
+        if not self.active or self._settled:
             return
         self._settled = True
         self.look()
@@ -400,16 +402,16 @@ class ForwardState:
         """After the step, or, with ``undo``, when it is left without an update."""
         if not self._entered:
             return
-        if undo and (self._active or self._modules):
+        if undo and (self.active or self._modules):
             with torch.set_grad_enabled(False):
                 self._drop_trained()
                 self._remove_what_is_new()
                 if self._learning:
                     self._find_silent()
                 self._put_back([p for p in self._places if p.entry is not None or p.moved()], to_entry=True)
-        elif self._active:
+        elif self.active:
             self.settle()
-        self._entered = self._active = False
+        self._entered = self.active = False
         if self._modules:
             _under_way.discard(self)
         for place in self._places:

@@ -36,6 +36,7 @@ class Calls:
         return found
 
 
+
 class Hooked(Optimizer):
     """An optimizer that calls the hooks before a step itself, where it updates the parameters."""
 
@@ -48,7 +49,7 @@ class Hooked(Optimizer):
         @functools.wraps(func)
         def wrapper(self: Hooked, *args: Any, **kwargs: Any) -> Any:
             calls: Calls = self._progress.calls
-            calls.take_updated()  # of a step that raised
+            calls.updated = None  # of a step that raised
             outer, calls.current = calls.current, ((self, *args), kwargs)
             name = f"Optimizer.step#{type(self).__name__}.step"
             # a range for nobody would take 9 µs

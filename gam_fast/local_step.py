@@ -70,7 +70,7 @@ def averaged(
     made = [(shard, _own(shard, materialise(shard, direction))) for shard, direction in directions]
     of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
     local.average([of[param] for param in shards.params if param in of])
-    products = None if limit is None else sums.inner_products([(Direction([xs], ones), None) for _, xs in made])
+    products = None if limit is None else sums.inner_products([[xs] for _, xs in made], ones)
     return [(shard, Direction([xs], ones, None, products, gamma, limit)) for shard, xs in made]
 
 

@@ -91,9 +91,9 @@ class OtherGradients:
 
     def __init__(self, params: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         # most that do not require a gradient never get one
-        self._params: Sequence[Tensor] = ()
+        self.params: Sequence[Tensor] = ()
         if params:
-            self._params = [param for param in params if param.requires_grad or param.grad is not None]
+            self.params = [param for param in params if param.requires_grad or param.grad is not None]
         self._own = own
         self._before: dict[Tensor, Held] | None = None
         self._first: dict[Tensor, Held] | None = None
@@ -101,7 +101,7 @@ class OtherGradients:
     def begin(self, *, keep_last: bool) -> None:
         """Before a pass; with ``keep_last`` the last pass counts, else the first."""
         RUNNING[id(self)] = self._own
-        if not self._params:
+        if not self.params:
             return
         params = self._mine()
         with torch.no_grad():
@@ -147,5 +147,5 @@ class OtherGradients:
         """The parameters without those that another step has taken up: it sees to their gradients."""
         if len(RUNNING) > 1:
             taken = {id(param) for key, params in RUNNING.items() if key != id(self) for param in params}
-            self._params = [param for param in self._params if id(param) not in taken]
-        return self._params
+            self.params = [param for param in self.params if id(param) not in taken]
+        return self.params

@@ -215,9 +215,13 @@ class Versions:
         return next((i for i, (version, tensor) in enumerate(pairs) if tensor._version != version), -1)
 
 
-def hold(tensors: list[Tensor]) -> list[Tensor]:
+def hold(tensors: list[Tensor], before: list[Tensor] | None = None) -> list[Tensor]:
     """The list itself."""
     return tensors
+
+
+def let_go(tensors: list[Tensor]) -> None:
+    """A list of Python's is held on to by others too."""
 
 
 def versions(tensors: list[Tensor]) -> Versions:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
@@ -71,17 +72,17 @@ class Participants:
         *,
         keep_parts: bool = True,
     ) -> None:
-        self.groups = groups
         self.params: TensorList = [param for group in groups for param in group["params"]]
         self.sharded = any_sharded(self.params)
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
+        self._counts = [len(group["params"]) for group in groups]
         self._select = select
-        self._recipe = recipe
-        self._keep_parts = keep_parts and not self.sharded
         self._shards: dict[ShardKey, Shard] = {}
-        self.flags = bytearray(len(self.params))
-        self.named: Iterable[tuple[str, Tensor]] = ()
-        """Names of parameters in the model, for messages."""
+        self._whole: Shard | None = None  # of all parameters, if the step before had it
+        self.all: list[Shard] = []
+        """The shards."""
+        self.only: Shard | None = None
+        """The shard, where there is one."""
         self._spare: dict[Tensor, Tensor] = {}
         self._books: Bookkeeping = ownership
         if self.params and not self.sharded:
@@ -92,17 +93,37 @@ class Participants:
         self.devices = list(dict.fromkeys(device for device, _, _ in self._kinds))
         if len(self.devices) > 1:  # perhaps of several backends
             self._books, self._all = ownership, self.params
+        self._start(groups, recipe, keep_parts)
+
+    def _start(self, groups: Sequence[dict[str, Any]], recipe: str, keep_parts: bool) -> None:
+        self.groups = groups
+        self._recipe = recipe
+        self._keep_parts = keep_parts and not self.sharded
+        self.flags = bytearray(len(self.params))
+        self.named: Iterable[tuple[str, Tensor]] = ()
+        """Names of parameters in the model, for messages."""
         self._versions: Versions | None = None
         self._each: list[int] | None = None  # the versions again, where parameters may move that are not trained
         self._parts: TensorList = []  # those that were there when the versions were noted, of sharded parameters
         self.moved: list[int] = []
         """The positions of parameters without a gradient that a pass was seen to move."""
 
-    def __iter__(self) -> Iterator[Shard]:
-        return iter(self._shards.values())
-
-    def __len__(self) -> int:
-        return len(self._shards)
+    def again(self, groups: Sequence[dict[str, Any]], recipe: str, *, keep_parts: bool) -> Participants | None:
+        """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
+        params = [param for group in groups for param in group["params"]]
+        is_same = (
+            not self.sharded
+            and self._counts == [len(group["params"]) for group in groups]
+            and all(map(operator.is_, params, self.params))
+        )
+        if not is_same:
+            return None
+        self._all = self._books.hold(self.params, self._all)
+        if self._books.kinds(self._all) != self._kinds:
+            self._books.let_go(self._all)
+            return None
+        self._start(groups, recipe, keep_parts)
+        return self
 
     def present(self) -> list[bool]:
         """For each parameter, whether it takes part."""
@@ -164,15 +185,21 @@ class Participants:
         """Fast path of :meth:`take_in`. Return False if it does not apply."""
         if self._versions is None or not self._is_usual:
             return False
-        shard = next(iter(self._shards.values()), None)
+        shard = self.only
+        if shard is None and self._shards:
+            return False
         if shard is not None and shard.leaves.params is not self._all:
             return False
         taken = self._books.take_usual_gradients(self._all, self._versions, self.flags, keep)
         if taken is None:
             return False
-        if shard is None:
+        if shard is None and self._whole is not None:
+            shard = self.only = self._shards[self._kinds[0], None, None] = self._whole
+            self.flags[:] = b"\1" * len(self.flags)
+            self.all.append(shard)
+        elif shard is None:
             self.activate(range(len(self.params)), usual=True)
-            shard = next(iter(self._shards.values()))
+            (shard,) = self.all
         shard.grads[index] = taken
         return True
 
@@ -190,7 +217,7 @@ class Participants:
         if not may_write:
             self._check_versions(where)
         self._look_closely(where, mend)
-        for shard in self:
+        for shard in self.all:
             shard.grads[index] = self._take(shard, keep)
 
     def _look_closely(self, where: str, mend: str | None) -> None:
@@ -235,11 +262,13 @@ class Participants:
         for key, chosen in places.items():
             shard = self._shards.get(key)
             if shard is None:
-                held = next(iter(self)).grads if self._shards else {}
+                held = self.all[0].grads if self.all else {}
                 (device, _, is_dense), layout, wider = key
                 backend = self._select(device) if wider is None and is_dense else EagerBackend()
                 shard = Shard(backend, Leaves(vectors=wider), layout=layout, grads={k: [] for k in held})
                 self._shards[key] = shard
+                self.all.append(shard)
+                self.only = shard if len(self.all) == 1 else None
             self._add(shard, chosen)
 
     def _all_usual(self, positions: Sequence[int]) -> bool:
@@ -256,6 +285,7 @@ class Participants:
         owners = [self.params[i] for i in positions]
         parts = [local(param) for param in owners] if self.sharded else owners
         hold, leaves = shard.backend.bookkeeping.hold, shard.leaves
+        leaves.prepared = None
         if leaves.saved:
             copies = [part.clone(memory_format=torch.preserve_format) for part in parts]
             leaves.backup = hold([*leaves.backup, *copies])
@@ -279,20 +309,20 @@ class Participants:
 
     def drop(self, index: int) -> None:
         """Vector ``index`` is not needed any more."""
-        for shard in self:
+        for shard in self.all:
             del shard.grads[index]
         self.clear_gradients()
 
     def give_back(self, index: int) -> None:
         """Vector ``index`` is the gradient that the parameters have after all."""
-        for shard in self:
+        for shard in self.all:
             for owner, grad in zip(shard.owners, shard.grads[index], strict=True):
                 if owner.grad is None:  # one that is there is part of a buffer, with the same numbers
                     owner.grad = spread(grad, owner)
 
     def restore(self) -> None:
         """Put θ back, bit for bit."""
-        for shard in self:
+        for shard in self.all:
             leaves = shard.leaves
             count = len(leaves.params)
             if len(leaves.backup) > count:  # of an interrupted activate(), as the rest of the two lists
@@ -300,10 +330,18 @@ class Participants:
             del leaves.group[count:], shard.owners[count:]
             shard.backend.restore(leaves)
 
-    def release(self) -> None:
+    def release(self, *, undone: bool) -> None:
         """Let go of all that is held."""
+        shard, self.only, self._whole = self.only, None, None
+        if shard is not None and shard.leaves.params is self._all and not undone:
+            self._whole = shard
+            shard.grads.clear()
+            leaves = shard.leaves
+            leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
         self._shards.clear()
+        self.all.clear()
         self._spare.clear()
+        self._books.let_go(self._all)
         self._parts = []
 
     def name(self, position: int) -> str:

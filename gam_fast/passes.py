@@ -73,8 +73,7 @@ class Drive:
             elif not walk.over:  # it is, where step() was called in the last pass
                 walk.advance()
             if not walk.over and not walk.at_end:
-                walk.begin()
-                turn = walk.turn(self._index)
+                turn = walk.begin(self._index)
                 self._index += 1
                 return turn
             if not walk.over:

@@ -201,10 +201,11 @@ class Recipe:
         >>> [EXACT_GAM.pass_of(i) for i in range(EXACT_GAM.vectors)]
         [0, 0, 1, 1]
         """
-        return self._passes_before[vector]
+        return self.passes_before[vector]
 
     @cached_property
-    def _passes_before(self) -> tuple[int, ...]:
+    def passes_before(self) -> tuple[int, ...]:
+        """For each vector, the pass that it comes from."""
         moved = (isinstance(step, Move) for step in self.walk)
         return tuple(accumulate(moved, initial=0))
 

@@ -81,6 +81,8 @@ class _Source:
 
     @classmethod
     def of_device(cls, device: torch.device) -> _Source:
+        if device.type == "cpu":  # without a call in between: twice a pass
+            return cls(torch.default_generator.get_state, torch.default_generator.set_state)
         return cls(partial(get_state, device), partial(set_state, device))
 
     @classmethod

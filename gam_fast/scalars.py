@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -42,15 +43,11 @@ def is_finite(values: Sequence[Scalar | Products]) -> bool:
     >>> is_finite([1.0, [[2.0, 3.0, 4.0]]]), is_finite([float("inf")])
     (True, False)
     """
-    return all(
-        math.isfinite(value) if isinstance(value, float) else all(map(math.isfinite, _numbers(value)))
-        for value in values
-    )
-
-
-def _numbers(value: Scalar | Products) -> list[float]:
-    found = value.tolist() if isinstance(value, Tensor) else value
-    return [x for row in found for x in row] if isinstance(found, list) else [found]
+    for value in values:
+        found = value.tolist() if isinstance(value, Tensor) else value
+        if not (all(map(math.isfinite, chain(*found))) if isinstance(found, list) else math.isfinite(found)):
+            return False
+    return True
 
 
 def reads_are_free(device: torch.device) -> bool:
@@ -66,9 +63,7 @@ def on(value: Scalar, device: torch.device) -> Scalar:
     return float(value) if reads_are_free(device) else value
 
 
-def products_on(products: Products, device: torch.device) -> Products:
+def products_on(products: Tensor, device: torch.device) -> Products:
     """The products for a backend on ``device``: numbers on a CPU."""
-    if not isinstance(products, Tensor):
-        return products
     products = products.to(device)
     return products.tolist() if reads_are_free(device) else products

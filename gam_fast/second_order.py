@@ -45,7 +45,7 @@ def multiply(shards: Participants, index: int, graph: list[Tensor | None], total
     Without ``keep`` the vector is dropped first.
     """
     units: dict[Tensor, Tensor] = {}
-    for shard in shards:
+    for shard in shards.all:
         scale = steps([1.0], scalars.on(total, shard.leaves.params[0].device))[0]
         units.update(zip(shard.owners, hvp.scaled(list(shard.grads[index]), scale), strict=True))
     pairs = [(param, grad) for param, grad in zip(shards.params, graph, strict=True) if grad is not None]
@@ -58,7 +58,7 @@ def multiply(shards: Participants, index: int, graph: list[Tensor | None], total
     products = hvp.product(edges, params, [units[param] for param in params])
     edges.clear()
     units.clear()
-    for shard in shards if keep else ():
+    for shard in shards.all if keep else ():
         shard.grads[index] = []  # a reference less, so that they can be taken over
         shard.grads[index] = shard.backend.bookkeeping.take_gradients(shard.leaves.params, keep=True)
     for param, value in zip(params, products, strict=True):

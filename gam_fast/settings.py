@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .backends import Backend
 from .buffers import ForwardState
 from .capture import refuse_to_look
 from .recipes import Recipe
@@ -20,7 +19,6 @@ class Settings:
     """What the engine asks of every walk."""
 
     recipe: Recipe
-    select: Callable[[torch.device], Backend]
     model: nn.Module | None = None
     replay_rng: ReplayRNG | None = None
     freeze_running_statistics: bool = True
@@ -34,8 +32,6 @@ class Settings:
     """Whether ‖g0‖² is such that the walk goes on; ``None`` where that is not asked."""
     others: Sequence[Tensor] = ()
     """Parameters of ``model`` that belong to another optimizer."""
-    keep_parts: bool = True
-    """Whether gradients that are parts of a buffer of somebody else's stay where they are."""
     measure_change: bool = False
     """Whether :attr:`Walk.relative_change` is wanted."""
 

@@ -19,10 +19,12 @@ from .active import STEPS, Agenda
 from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend
 from .buffers import ForwardState
+from .coefficients import Coefficients
 from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
 from .others import CLOSED, Surroundings
 from .ownership import version
+from .participants import Participants
 from .passes import Drive, Passes
 from .reach import message_of_forgotten
 from .recipes import BASE, Recipe
@@ -55,6 +57,9 @@ class Progress:
     """``"train"`` or ``"eval"``, whichever the optimizer was last told, if it was."""
     seen: dict[str, float] = field(default_factory=dict)
     """What the step under way has to put into the groups once it is taken."""
+    coefficients: Coefficients | None = None
+    """Those of the step before, which are mostly those of the next."""
+    participants: Participants | None = None
     difference: radius.Difference | None = None
     """The automatic radius of the step under way."""
     calls: Calls = field(default_factory=Calls)
@@ -274,23 +279,35 @@ class Stepper(Hooked):
             {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()} if whole else {}
             for group in groups
         ]
-        difference = None
-        if whole and self.recipe.difference is not None:
-            difference = radius.Difference.of(groups, hyper, self.recipe.difference)
+        name, difference = self.recipe.difference if whole else None, None
+        for h in hyper:
+            if name is not None and isinstance(h[name], str):
+                difference = radius.Difference.of(groups, hyper, name)
+                break
         progress.seen, progress.difference = {}, difference
+        recipe, coefficients = self.recipe if whole else self.recipe.plain, progress.coefficients
+        if coefficients is not None:
+            coefficients = coefficients.again(recipe, groups, hyper)
+        if coefficients is None:
+            coefficients = Coefficients(recipe, groups, hyper)
+        progress.coefficients = coefficients
         around = self._surroundings.look(self._model, groups)
+        keep, participants = not around.has_bucket_views, progress.participants
+        if participants is not None:
+            participants = participants.again(groups, recipe.name, keep_parts=keep)
+        if participants is None:
+            participants = Participants(groups, self._select, recipe.name, keep_parts=keep)
+        progress.participants = participants
         settings = Settings(
-            self.recipe if whole else self.recipe.plain,
-            self._select,
+            recipe,
             self._model,
             forward_state=self._progress.forward_state,
             goes_on=None if agenda.trigger is None else self._goes_on,
             others=around.others,
-            keep_parts=not around.has_bucket_views,
             measure_change=difference is not None,
             **self._options,
         )
-        walk = progress.walk = Walk(settings, groups, hyper, scale, by_loop=by_loop)
+        walk = progress.walk = Walk(settings, groups, coefficients, participants, scale, by_loop=by_loop)
         return walk
 
     def _take(self, walk: Walk) -> None:
@@ -432,8 +449,12 @@ class Stepper(Hooked):
             warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=frames_of_libraries())
 
     def _first_gradient(self) -> Tensor | None:
-        params = (param for group in self.param_groups for param in group["params"])
-        return next((param.grad for param in params if param.grad is not None), None)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    grad: Tensor = param.grad
+                    return grad
+        return None
 
     def _warn_of_unused_gradients(self) -> None:
         """Where somebody called backward() since the last step: each pass computes gradients of its own.

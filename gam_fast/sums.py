@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import scalars
-from .backends.base import Direction, Products, Scalar
+from .backends.base import Direction, PerGroup, Products, Scalar, TensorList
 from .participants import Participants
 from .recipes import Move
 from .sharded import add_up_over_processes
@@ -31,24 +31,37 @@ class Sums:
 
     def square_norm(self, vector: int) -> Scalar:
         """‖g‖² of a vector that is held."""
-        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._shards])
+        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._shards.all])
 
     def square_length(self, move: Move, eta: list[float] | None) -> Scalar:
         """The square of the norm that a move is divided by."""
         minus = move.minus
+        s = self._shards.only
+        if s is not None and self.on_host and not self._shards.sharded:
+            return float(
+                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
+            )
         return self._add_up(
             [
                 s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-                for s in self._shards
+                for s in self._shards.all
             ]
         )
 
-    def inner_products(self, combinations: Sequence[tuple[Direction, Direction | None]]) -> Products:
-        """The products of one pair of combinations a shard."""
-        tables = [
-            shard.backend.inner_products(shard.leaves, u, m, self._groups)
-            for shard, (u, m) in zip(self._shards, combinations, strict=True)
-        ]
+    def inner_products(
+        self,
+        of_shards: Sequence[list[TensorList]],
+        u: Sequence[PerGroup],
+        m: Sequence[PerGroup] | None = None,
+    ) -> Products:
+        """The products of combinations of each shard's terms: the coefficients ``u`` and ``m`` by term and group."""
+        tables: list[Tensor] = []
+        for shard, terms in zip(self._shards.all, of_shards, strict=True):
+            of_m = None if m is None else Direction(terms, m)
+            tables.append(shard.backend.inner_products(shard.leaves, Direction(terms, u), of_m, self._groups))
+        if len(tables) == 1 and self.on_host and not self._shards.sharded:
+            found: Products = tables[0].tolist()
+            return found
         return scalars.inner_products(self._over_processes(tables), self.on_host)
 
     def _add_up(self, squares: list[Tensor]) -> Scalar:
@@ -59,4 +72,4 @@ class Sums:
     def _over_processes(self, sums: list[Tensor]) -> list[Tensor]:
         if not self._shards.sharded:
             return sums
-        return add_up_over_processes(sums, [shard.layout for shard in self._shards])
+        return add_up_over_processes(sums, [shard.layout for shard in self._shards.all])

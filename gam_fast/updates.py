@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from .chain import members
 from .hooks import step_of_base
 from .ownership import as_like, lies_as
 from .participants import Shard, materialise
-from .sharded import any_sharded, local, local_gradient, spread
+from .sharded import local, local_gradient, spread
 
 Directions: TypeAlias = "list[tuple[Shard, Direction]]"
 """The direction of each shard."""
@@ -54,7 +54,7 @@ class Fused:
     keeps: Callable[[Group], tuple[bool, ...]]
     options: Callable[[list[Group], list[int], list[bool], list[float]], tuple[list[Numbers], list[int]]]
     counts: bool = False
-    advance: Callable[[Optimizer], None] = lambda base: None
+    advance: Callable[[Optimizer], None] | None = None
 
 
 def _fits_sgd(base: Optimizer) -> bool:
@@ -69,7 +69,7 @@ def _numbers_of_sgd(base: Optimizer, group: Group) -> Numbers:
 def _first_of_sgd(
     groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]
 ) -> tuple[list[Numbers], list[int]]:
-    return [(0.0,), (1.0,)], [int(first) for first in new]
+    return [(0.0,), (1.0,)], list(map(int, new))
 
 
 def _fits_adam(base: Optimizer) -> bool:
@@ -176,9 +176,13 @@ def fused(base: Optimizer) -> Fused | None:
     """
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return None
-    if any(group.get("differentiable") for group in base.param_groups):
-        return None
-    return next((row for row in FUSED if row.fits(base)), None)
+    for group in base.param_groups:  # no generators: they take twice as long, in every step
+        if group.get("differentiable"):
+            return None
+    for row in FUSED:
+        if row.fits(base):
+            return row
+    return None
 
 
 def apply(
@@ -253,13 +257,14 @@ def _part(shard: Shard, chosen: Sequence[int]) -> Shard:
     return Shard(shard.backend, part, [shard.owners[i] for i in chosen], shard.layout)
 
 
-def _by_member(base: Optimizer, directions: Directions) -> Iterator[tuple[Optimizer, Directions, int]]:
-    """Each base optimizer of a chain, its part of the directions, and the number of its first group."""
+def _step(base: Optimizer, directions: Directions) -> None:
+    """As :func:`apply`, without hooks that look on: each base optimizer of a chain steps along its part."""
+    chain = members(base)
+    if len(chain) == 1:
+        _step_member(base, directions)
+        return
     first = 0
-    for member in members(base):
-        if member is base:
-            yield base, directions, 0
-            return
+    for member in chain:
         groups = range(first, first + len(member.param_groups))
         parts: Directions = []
         for shard, direction in directions:
@@ -270,21 +275,20 @@ def _by_member(base: Optimizer, directions: Directions) -> Iterator[tuple[Optimi
             hold = shard.backend.bookkeeping.hold
             picked = replace(direction, terms=[hold([term[i] for i in chosen]) for term in terms])
             parts.append((_part(shard, chosen), picked))
-        yield member, parts, first
+        _step_member(member, parts, first)
         first = groups.stop
 
 
-def _step(base: Optimizer, directions: Directions) -> None:
-    """As :func:`apply`, without hooks that look on."""
-    for member, parts, first in _by_member(base, directions):
-        row = fused(member)
-        if row is None:
-            _step_by_torch(member, parts)
-            continue
-        for shard, direction in parts:
-            fused_step(member, row, shard, direction, first)
-        row.advance(member)
-        member._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
+def _step_member(base: Optimizer, directions: Directions, first_group: int = 0) -> None:
+    row = fused(base)
+    if row is None:
+        _step_by_torch(base, directions)
+        return
+    for shard, direction in directions:
+        fused_step(base, row, shard, direction, first_group)
+    if row.advance is not None:
+        row.advance(base)
+    base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
 
 
 def _step_by_torch(base: Optimizer, directions: Directions) -> None:
@@ -344,6 +348,7 @@ def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_gr
         RuntimeError: while a CUDA graph is captured, which would repeat the bias correction of one step.
     """
     leaves, owners = shard.leaves, shard.owners
+    count = len(owners)
     if row.counts and leaves.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{type(base).__name__} counts its steps on the host, which a CUDA graph does not repeat: pass "
@@ -351,7 +356,7 @@ def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_gr
         )
     groups = _among_all(base.param_groups, first_group, len(d.p[0]))
     keeps = [row.keeps(group) for group in groups]
-    states = _states(base, owners) if any(map(any, keeps)) else [{}] * len(owners)
+    states = _states(base, owners) if any(map(any, keeps)) else [{}] * count
     made: dict[int, dict[str, Tensor]] = {}  # by leaf; they are put where they belong after the step
     steps: list[Tensor] = []
     if row.counts:
@@ -360,20 +365,21 @@ def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_gr
                 dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
                 made[i] = {"step": torch.zeros((), dtype=dtype, device="cpu")}  # whatever the default device
             steps.append(made[i]["step"] if i in made else state["step"])
-    new = [True] * len(owners)
+    new = [True] * count
     lists: list[list[Any]] = []
-    for k, name in enumerate(row.state):
-        has = [kept[k] for kept in keeps]
-        values: list[Any] = [None] * len(owners)
+    for name, has in zip(row.state, zip(*keeps, strict=True), strict=True):
+        values: list[Any] = [None] * count
         if any(has):
             values = [state.get(name) for state in states]
             if not all(has):
                 values = [value if has[g] else None for value, g in zip(values, leaves.group, strict=True)]
-            absent = [value is None for value in values]
-            new = absent if k == 0 else new
-            for i in [i for i, missing in enumerate(absent) if missing and has[leaves.group[i]]]:
-                values[i] = torch.zeros_like(owners[i], memory_format=torch.preserve_format)
-                made.setdefault(i, {})[name] = values[i]
+            absent = list(map(operator.is_, values, [None] * count))
+            new = new if lists else absent
+            if any(absent):
+                for i, g in enumerate(leaves.group):
+                    if absent[i] and has[g]:
+                        values[i] = torch.zeros_like(owners[i], memory_format=torch.preserve_format)
+                        made.setdefault(i, {})[name] = values[i]
         lists.append(values)
     # one read for all counters: they are 0-dim tensors, by torch's layout of the state
     options, option = row.options(groups, leaves.group, new, (torch.stack(steps) + 1.0).tolist() if steps else [])
@@ -393,16 +399,18 @@ def _fitting(
 
     It is neither where a model was converted after its optimizer had stepped, or a state loaded from before that.
     """
-    leaves = shard.leaves
-    if any_sharded([value for values in lists for value in values]):
+    leaves, takes_state = shard.leaves, shard.backend.takes_state
+    if shard.layout is not None:
         lists = [[None if value is None else local(value) for value in values] for values in lists]
-    elif not shard.backend.takes_state(leaves, lists):
+    if takes_state(leaves, lists):
+        return shard.backend, leaves, d, lists
+    if shard.layout is None:
         for name, values in zip(names, lists, strict=True):
             for i, (value, param) in enumerate(zip(values, leaves.params, strict=True)):
                 if value is not None and value.dtype is param.dtype and not lies_as(value, param):
                     values[i] = torch.empty_like(param).copy_(value)
                     made.setdefault(i, {})[name] = values[i]
-    if shard.backend.takes_state(leaves, lists):
-        return shard.backend, leaves, d, lists
+        if takes_state(leaves, lists):
+            return shard.backend, leaves, d, lists
     plain = Leaves(list(leaves.params), leaves.group, list(leaves.backup), leaves.saved)
     return EagerBackend(), plain, replace(d, terms=[list(term) for term in d.terms]), lists

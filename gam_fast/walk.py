@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
@@ -42,7 +43,8 @@ class Walk:
     Args:
         settings: what the optimizer was constructed with.
         groups: the parameter groups.
-        hyper: the recipe's hyper-parameters, by group.
+        coefficients: those of the recipe.
+        participants: the parameters.
         scale: the loss scaling of this step.
         by_loop: whether a loop over ``passes()`` drives it, and not a closure.
     """
@@ -51,7 +53,8 @@ class Walk:
         self,
         settings: Settings,
         groups: Sequence[dict[str, Any]],
-        hyper: Sequence[dict[str, Any]],
+        coefficients: Coefficients,
+        participants: Participants,
         scale: LossScale | GivenScale | None = None,
         *,
         by_loop: bool = False,
@@ -59,19 +62,21 @@ class Walk:
         self.settings = settings
         self.recipe = recipe = settings.recipe
         self.groups = groups
-        self.hyper = hyper
         self.plan = recipe.plan
-        self.coefficients = Coefficients(recipe, groups, hyper)
+        self.coefficients = coefficients
         self.portion = Portion(settings.ascent_share)
-        self.shards = Participants(groups, settings.select, recipe.name, keep_parts=settings.keep_parts)
+        self.shards = participants
         self.params = self.shards.params
         self.by_loop = by_loop
         self.complete = False
         self.finished = False
         self.rates_moved = False
         self._losses: list[Tensor] = []
-        self._over = False
+        self.over = False
+        """Whether the step was taken or undone."""
         self._newest = -1  # the index of the vector made last
+        self.at_end = False
+        """Whether the last pass was made."""
         self._sums = Sums(self.shards, len(groups))
         self._device = self.params[0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
@@ -97,7 +102,7 @@ class Walk:
         """Whether leaving the step may wait for other processes: not in the garbage collector."""
         self.owed: Callable[[], None] | None = None
         """What other processes have to be told before anything else."""
-        self._on_exit = contextlib.ExitStack()
+        self._on_exit: contextlib.ExitStack | None = None
         self._grad_enabled = torch.is_grad_enabled()
         self._begun = False
         self._rng: ReplayRNG | None = None
@@ -109,7 +114,7 @@ class Walk:
 
     def leave(self, error: BaseException | None) -> bool:
         """End the step, or undo it because of ``error``, once. Return True if the error asks to skip the step."""
-        if self._over:
+        if self.over:
             return False
         # Once the update is done the step stands, whatever a hook raises afterwards.
         undo = None if error is None or self.finished else type(error)
@@ -127,14 +132,15 @@ class Walk:
                 if self._rng is not None:
                     self._rng.__exit__(undo, error, None)
             finally:
-                torch.set_grad_enabled(grad_enabled)
-                self._over = True
+                torch._C._set_grad_enabled(grad_enabled)
+                self.over = True
                 self.current = None  # which refers to this object
                 clear_weight_caches()
                 self._losses.clear()
                 self._micro_batches = None
-                self.shards.release()
-                self._on_exit.close()
+                self.shards.release(undone=undo is not None)
+                if self._on_exit is not None:
+                    self._on_exit.close()
                 if undo is not None:
                     self._tell()
         return isinstance(error, SkipStep)
@@ -156,14 +162,9 @@ class Walk:
         self.shards.restore()
 
     @property
-    def over(self) -> bool:
-        """Whether the step was taken or undone."""
-        return self._over
-
-    @property
     def under_way(self) -> bool:
         """Whether a pass was begun, and the step neither taken nor undone."""
-        return self._begun and not self._over
+        return self._begun and not self.over
 
     @property
     def is_scaled(self) -> bool:
@@ -173,7 +174,7 @@ class Walk:
     @property
     def perturbed(self) -> bool:
         """Whether a pass is under way whose weights are not those of the model."""
-        return self.under_way and not self.complete and any(shard.leaves.saved for shard in self.shards)
+        return self.under_way and not self.complete and any(shard.leaves.saved for shard in self.shards.all)
 
     @property
     def in_last_pass(self) -> bool:
@@ -185,27 +186,11 @@ class Walk:
         """Whether backward was called in the pass that is under way."""
         return bool(self._losses) or any(map(has_gradient, self.params))
 
-    @property
-    def at_end(self) -> bool:
-        """Whether the last pass was made."""
-        return self._newest == self.recipe.vectors - 1
-
-    def turn(self, index: int) -> Turn:
-        """The pass that begins, which is the ``index``-th."""
-        left = self._passes_left()
-        self.current = Turn(index, index + left, 1.0 if left == 1 else self.portion.share, self.backward, self.portion)
-        return self.current
-
     def _passes_left(self) -> int:
-        return self.recipe.passes - self.recipe.pass_of(self._newest + 1)
+        return self.recipe.passes - self.recipe.passes_before[self._newest + 1]
 
-    @property
-    def _is_cut(self) -> bool:
-        """Whether passes see parts of the batch, as far as is known by now: the last is then the one that counts."""
-        return self.portion.share < 1.0 and self.portion.asked
-
-    def begin(self) -> None:
-        """Before a pass: no gradients, the same random numbers, and the parameters' versions noted.
+    def begin(self, index: int) -> Turn:
+        """Begin a pass, the ``index``-th: no gradients, the same random numbers, and the parameters' versions noted.
 
         On a CPU, the memory of large gradients of the step before is kept for the backup: fresh memory would have to be
         paged in, which takes as long as the whole step. It would be taken up after the first pass at the latest, so the
@@ -222,19 +207,28 @@ class Walk:
                 given = self.settings.model, self.params, self.shards.flags, self.settings.moving_buffers
                 self.state.enter(*given, several=several, by_gradient=gradient)
             if self._local is not None:
-                self._on_exit.callback(self._local.close)
+                self._when_left(self._local.close)
                 self._local.begin()
                 self.state.start_anew()  # from those of rank 0
         clear_weight_caches()
-        self.shards.clear_gradients(recycle=self.recipe.passes > 1)
-        is_cut = self._is_cut
+        shards, state, portion = self.shards, self.state, self.portion
+        shards.clear_gradients(recycle=self.recipe.passes > 1)
+        # whether passes see parts of the batch, as known by now: the last is then the one that counts
+        is_cut = portion.share < 1.0 and portion.asked
         if self._rng is not None:
             self._rng.begin(keep_last=is_cut)
-        self.state.add(self.shards.moved)
-        self.state.begin(keep_last=is_cut)
-        self._others.begin(keep_last=is_cut)
-        self.portion.begin()
-        self.shards.note_versions(each=self.state.moves_parameters)
+        if shards.moved:
+            state.add(shards.moved)
+        if state.active:
+            state.begin(keep_last=is_cut)
+        if self._others.params or index == 0:
+            self._others.begin(keep_last=is_cut)
+        if portion.asked:
+            portion.begin()
+        shards.note_versions(each=state.active and state.moves_parameters)
+        left = self.recipe.passes - self.recipe.passes_before[self._newest + 1]
+        self.current = Turn(index, index + left, 1.0 if left == 1 else portion.share, self.backward, portion)
+        return self.current
 
     def unscale_by(self, scale: GivenScale) -> None:
         """``scaler.step(optimizer)`` was called in the last pass, or after it; whoever did will update the scaler.
@@ -275,13 +269,17 @@ class Walk:
 
     def _until_end(self, batches: Iterable[Any]) -> Iterator[Any]:
         found = without_last_sync(self.settings.model, batches)
-        self._on_exit.callback(found.close)  # its no_sync() ends with the step, however that ends
+        self._when_left(found.close)  # its no_sync() ends with the step, however that ends
         return found
+
+    def _when_left(self, call: Callable[[], object]) -> None:
+        self._on_exit = self._on_exit or contextlib.ExitStack()
+        self._on_exit.callback(call)
 
     def backward(self, loss: Tensor) -> None:
         """See :meth:`gam_fast.turn.Turn.backward`."""
         if self.recipe.second_order:
-            if self.complete or not self._begun or self._over:
+            if self.complete or not self._begun or self.over:
                 raise RuntimeError(
                     f"turn.backward(loss) outside the pass of {self.recipe.name} that the turn belongs to"
                 )
@@ -302,8 +300,10 @@ class Walk:
             TypeError: a sparse gradient.
             NonFiniteGradientError, SkipStep: a gradient on the way is not finite.
         """
-        with torch.set_grad_enabled(False):  # less than half the time of the decorator no_grad()
-            if self._newest < 0 and (written := self.state.look()) and self.recipe.passes > 1:
+        grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # a tenth of the time of a context manager
+        try:
+            if self._newest < 0 and self.state.active and (written := self.state.look()) and self.recipe.passes > 1:
                 self.shards.refuse_write(written[0], f"pass 0 of {self.recipe.name}")
             self._collect()
             if self._rng is not None:
@@ -312,23 +312,28 @@ class Walk:
                 if self._rates is None:
                     self._rates = [group.get("lr") for group in self.groups]
                 self._move()
+        finally:
+            torch._C._set_grad_enabled(grad_enabled)
 
     def _collect(self) -> None:
         """Take the gradient of a pass in, and the Hessian-vector product that the recipe makes of it."""
-        index = self._newest + 1
+        index, recipe = self._newest + 1, self.recipe
         if self._watch.scale is not None:
-            self._watch.scale.check_pass(f"pass {self.recipe.pass_of(index)} of {self.recipe.name}")
+            self._watch.scale.check_pass(f"pass {recipe.pass_of(index)} of {recipe.name}")
         graph: list[Tensor | None] = []
-        if self.recipe.second_order:
+        if recipe.second_order:
             losses, self._losses = self._losses, []
-            graph = second_order.differentiate(self.recipe, self.shards, losses, index)
-            if not self.recipe.has_product(index):
+            graph = second_order.differentiate(recipe, self.shards, losses, index)
+            if not recipe.has_product(index):
                 graph.clear()
-        self._take_in(index)
-        if self.portion.weight != 1.0:
-            self.coefficients.weigh(index, self.portion.weight)
+        if not self.shards.take_usual(index, keep=recipe.keeps[index]):
+            self._take_in(index)
+        self._newest, self.at_end = index, index == recipe.vectors - 1
+        weight = self.portion.weight
+        if weight != 1.0:
+            self.coefficients.weigh(index, weight)
             if graph:
-                self.coefficients.weigh(index + 1, self.portion.weight)
+                self.coefficients.weigh(index + 1, weight)
         if index == 0 and not self.at_end and self.settings.goes_on is not None and not self._goes_on():
             graph.clear()
             self._stay()
@@ -353,9 +358,11 @@ class Walk:
         self.recipe = self.recipe.plain
         self.plan = self.recipe.plan
         self.coefficients = Coefficients(self.recipe, self.groups, [{} for _ in self.groups])
-        if self._is_cut:
+        self.at_end = True
+        if self.portion.share < 1.0 and self.portion.asked:
             self.shards.drop(0)
             self._newest = -1
+            self.at_end = False
         else:
             self.shards.give_back(0)
 
@@ -364,22 +371,21 @@ class Walk:
         total = self._sums.square_norm(index)
         self._watch.check(total, {index}, last=False)
         second_order.multiply(self.shards, index, graph, total, keep=index in self.plan[index][1])
-        self._take_in(index + 1)
+        if not self.shards.take_usual(index + 1, keep=self.recipe.keeps[index + 1]):
+            self._take_in(index + 1)
+        self._newest, self.at_end = index + 1, index + 1 == self.recipe.vectors - 1
 
     def _take_in(self, index: int) -> None:
-        """Take ``param.grad`` in as vector ``index``."""
-        keep = self.recipe.keeps[index]
-        if not self.shards.take_usual(index, keep=keep):
-            mend: str | None = (
-                "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
-            )
-            if self.recipe.second_order:
-                mend = "the loss does not depend on the parameters of this optimizer"
-            elif self.recipe.passes == 1 and self._local is None:
-                mend = None  # as torch's optimizers do nothing then
-            where = f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
-            self.shards.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
-        self._newest = index
+        """Take ``param.grad`` in as vector ``index``, where that is not as it mostly is."""
+        mend: str | None = (
+            "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
+        )
+        if self.recipe.second_order:
+            mend = "the loss does not depend on the parameters of this optimizer"
+        elif self.recipe.passes == 1 and self._local is None:
+            mend = None  # as torch's optimizers do nothing then
+        keep, where = self.recipe.keeps[index], f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
+        self.shards.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
 
     def _move(self) -> None:
         """From the pass just made to the next point of the walk, and fold what is no longer needed."""
@@ -389,15 +395,13 @@ class Walk:
         move = self.recipe.walk[index]
         assert isinstance(move, Move)
         fold, live = self.plan[index]
-        eta = [float(h[self.recipe.adaptive]) for h in self.hyper] if self.recipe.adaptive else None
-        minus = move.minus
+        eta, minus = self.coefficients.eta, move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
         total = self._sums.square_length(move, eta) if known is None else known
         self._watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
-        sign = [1.0] * len(self.groups) if self.recipe.is_product(move.along) else self.coefficients.sign
-        radius = [s * float(h[move.radius]) for s, h in zip(sign, self.hyper, strict=True)]
-        for shard in self.shards:
+        radius = self.coefficients.radius[index]
+        for shard in self.shards.all:
             if not shard.leaves.saved:
                 shard.leaves.backup = self.shards.allocate_backup(shard)
             into = None
@@ -421,54 +425,48 @@ class Walk:
         if fold is not None:
             self.coefficients.folded(fold)
 
-    @torch.no_grad()
     def finish(self, update: Finish) -> None:
         """After the last pass: the direction of every shard, to ``update``, which restores θ and takes the step."""
+        grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            self._finish(update)
+        finally:
+            torch._C._set_grad_enabled(grad_enabled)
+
+    def _finish(self, update: Finish) -> None:
         self.rates_moved = self._have_rates_moved()
         last = self.recipe.vectors - 1
         gradients = [*(self.plan[-1][1] if self.plan else ()), last]
-        self._unscale(gradients)
-        projected = bool(self.recipe.m)
-        c = [self.coefficients.u[k] for k in gradients]
-        d = [self.coefficients.m[k] for k in gradients]
-        gammas = self.coefficients.gamma
-        q: list[list[float]] | None = None
-        limit = self.settings.clip_grad_norm
+        if self._watch.scale is not None:
+            self._unscale(gradients, self._watch.scale)
+        u, m, p, q = self.coefficients.final(gradients)
+        gammas, limit = self.coefficients.gamma, self.settings.clip_grad_norm
+        terms = [(shard, [shard.grads[k] for k in gradients]) for shard in self.shards.all]
         products: Products | None = None
-        if len(self.shards) and (projected or limit is not None or self._watch.looks):
-            products = self._sums.inner_products(
-                [
-                    (
-                        Direction([shard.grads[k] for k in gradients], list(c)),
-                        Direction([shard.grads[k] for k in gradients], list(d)) if projected else None,
-                    )
-                    for shard in self.shards
-                ]
-            )
+        if terms and (q is not None or limit is not None or self._watch.looks):
+            products = self._sums.inner_products([term for _, term in terms], u, m)
             self._watch.check(products, set(gradients), last=True)
-        if projected:
-            # u − γ (m − κ u) = Σ (c − γ d) X + κ Σ γ c X
-            q = [[gamma * x for gamma, x in zip(gammas, row, strict=True)] for row in c]
-            c = [
-                [x - gamma * y for gamma, x, y in zip(gammas, cs, ds, strict=True)] for cs, ds in zip(c, d, strict=True)
-            ]
         if self._local is not None:
-            self._measure_change()
+            if self.settings.measure_change:
+                self._measure_change()
             self.relative_change = agree(self._local, self.shards, self._watch, self.recipe.name, self.relative_change)
             limit = None  # what is clipped is the mean
         directions = []
-        for shard in self.shards:
-            terms = [shard.grads[k] for k in gradients]
-            seen = None if products is None else scalars.products_on(products, shard.leaves.params[0].device)
-            directions.append((shard, Direction(terms, c, q, seen, gammas, limit)))
+        for shard, own in terms:
+            seen = products
+            if isinstance(products, Tensor):
+                seen = scalars.products_on(products, shard.leaves.params[0].device)
+            directions.append((shard, Direction(own, p, q, seen, gammas, limit)))
         if self._local is not None:
             ceiling = self.settings.clip_grad_norm
             directions = averaged(self._local, self.shards, self._sums, directions, gammas, ceiling)
-        self.state.settle()
+        if self.state.active:
+            self.state.settle()
         update(directions)
         self.finished = True
         self._others.finish()
-        if self._local is None:
+        if self._local is None and self.settings.measure_change:
             self._measure_change()
         if self._watch.scale is not None:
             self._watch.scale.report(True, self._device)
@@ -477,22 +475,21 @@ class Walk:
 
     def _have_rates_moved(self) -> bool:
         """Return whether somebody has changed a learning rate since the first pass."""
-        return self._rates is not None and any(
-            before is not now and isinstance(before, float) and isinstance(now, float) and before != now
-            for before, now in zip(self._rates, (group.get("lr") for group in self.groups), strict=False)
-        )
+        now = [group.get("lr") for group in self.groups]
+        if self._rates is None or (len(now) == len(self._rates) and all(map(operator.is_, self._rates, now))):
+            return False
+        pairs = zip(self._rates, now, strict=False)
+        return any(isinstance(a, float) and isinstance(b, float) and a != b for a, b in pairs)
 
     def _measure_change(self) -> None:
         """Waits for an accelerator."""
-        if self.settings.measure_change and len(self._squares) > 1:
+        if len(self._squares) > 1:
             before, change = map(float, self._squares[:2])
             self.relative_change = math.sqrt(change / before) if before > 0.0 and change >= 0.0 else math.nan
 
-    def _unscale(self, gradients: Sequence[int]) -> None:
+    def _unscale(self, gradients: Sequence[int], scale: LossScale | GivenScale) -> None:
         """Take the loss scaling out of what the direction is combined from."""
-        if self._watch.scale is None:
-            return
-        for shard in self.shards:
-            inverse = self._watch.scale.inverse(shard.leaves.params[0].device)
+        for shard in self.shards.all:
+            inverse = scale.inverse(shard.leaves.params[0].device)
             for k in gradients:
                 torch._foreach_mul_(list(shard.grads[k]), inverse)

@@ -21,7 +21,7 @@ OF_TERM = tl.constexpr(len(host.TERM))
 
 @triton.jit
 def kappa_and_scale(products, clipping, rows, PROJECT: tl.constexpr, CLIP: tl.constexpr, ROWS: tl.constexpr):
-    """κ and s of a direction: 0 and 1 where they are not asked for.
+    """Return κ and s of a direction: 0 and 1 where they are not asked for.
 
     ``products`` has ``rows`` times ‖u‖², ⟨m,u⟩, ‖m‖²; ``clipping`` the limit, then γ of each row.
     """

@@ -30,6 +30,7 @@ def piece_of(pieces, table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def numbers_at(pointer, COUNT: tl.constexpr):
+    """Return the numbers there."""
     found = ()
     for i in tl.static_range(COUNT):
         found += (tl.load(pointer + i),)
@@ -38,7 +39,7 @@ def numbers_at(pointer, COUNT: tl.constexpr):
 
 @triton.jit
 def flag(number):
-    """Whether the number there is not 0: from an integer, because of fp64 the interpreter makes no usable mask."""
+    """Return whether the number there is not 0, by way of an integer: of fp64 the interpreter makes no usable mask."""
     return tl.load(number).to(tl.int32) != 0
 
 

@@ -1,12 +1,11 @@
-"""The steps of base optimizers: one kernel, with a formula for each. Of a block everything is read before anything is
-written."""
+"""The steps of base optimizers, all by one kernel. Of a block everything is read before anything is written."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from . import formulas  # noqa: F401 (the host picks one)
+from . import table as host
 from .combine import OF_TERM, combine, factors_of, kappa_and_scale, used_of
 from .elements import GROUP, HEADER, OPTION, array, arrays, numbers_at, piece_of, read, read_all, write, write_if
 
@@ -15,7 +14,7 @@ PARAMS = tl.constexpr(0)
 THETA = tl.constexpr(1)
 TERM = tl.constexpr(2)
 
-MOST_STATES = tl.constexpr(3)
+MOST_STATES = tl.constexpr(max(states for _, _, states in host.FORMULAS.values()))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -40,7 +39,10 @@ def update(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``params ←`` θ after a step along d, by a function of :mod:`.formulas`; its state is advanced."""
+    """``params ←`` θ after a step along d by ``FORMULA``, which advances the state too.
+
+    The numbers of a group are those of the formula and then the terms; ``options`` are the numbers of leaves.
+    """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * (OF_GROUP + OF_TERM * TERMS)
     of_group = numbers_at(group, OF_GROUP)
@@ -61,7 +63,7 @@ def update(
             x = read_all(terms, used, index, length, TERMS, PARTLY, MASKED)
             origin = read(theta, index, length, MASKED)
             state = read_all(states, has, index, length, STATES, True, MASKED)
-            for _ in tl.static_range(STATES, MOST_STATES):
+            for _ in tl.static_range(STATES, MOST_STATES):  # lists that no leaf has
                 state += (tl.zeros_like(origin),)
             moved, state = FORMULA(combine(x, factors, used, TERMS, PARTLY), origin, state, of_group, of_leaf)
             for s in tl.static_range(STATES):

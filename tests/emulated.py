@@ -56,10 +56,6 @@ def backend_class() -> Any:
     class EmulatedBackend(NativeBackend):
         core = core()
 
-        @staticmethod
-        def _takes_sums(leaves: Any) -> bool:
-            return True
-
     return EmulatedBackend
 
 

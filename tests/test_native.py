@@ -186,7 +186,7 @@ def test_the_plan_is_kept_between_steps_and_made_anew_for_other_shapes():
         leaves = base.Leaves([torch.randn(shape)], [0])
         backend.square_norm(leaves, leaves.params)
         backend.square_norm(leaves, leaves.params)
-        plans.append(leaves.cache["plan"])
+        plans.append(leaves.prepared)
     assert plans[0] is plans[1]
     assert plans[1] is not plans[2]
     leaves.params.append(torch.ones(4))

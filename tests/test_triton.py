@@ -311,7 +311,7 @@ def test_kernels_compile_and_use_the_widest_accesses(name):
 
     found = aot.check(name, ("float32",))
     assert {what.split()[0] for what, _, _ in found} == {
-        "square_norm", "inner_products", "totals", "perturb", "materialise", "sgd", "adam",
+        "square_norm", "inner_products", "totals", "perturb", "materialise", "sgd", "adam", "lion",
     }  # fmt: skip
     assert [what for what, _, wrong in found if wrong] == []
 

@@ -325,7 +325,7 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
         fused_step(optimizer.base, fused(optimizer.base), Shard(None, Leaves([OnCuda()], [0])), None)
     cuda = [torch.device("cuda")]
-    settings = Settings(gam_fast.GAM.recipe, None, on_nonfinite=policy)
+    settings = Settings(gam_fast.GAM.recipe, on_nonfinite=policy)
     settings.check_capture([torch.device("cpu")])
     if policy == "ignore":
         settings.check_capture(cuda)

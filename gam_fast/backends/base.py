@@ -54,7 +54,8 @@ class Leaves:
         backup: θ, one tensor a parameter, from :meth:`Backend.allocate`; it counts only once ``saved`` is true.
         vectors: the dtype of the gradients and directions where they have more bits than the parameters, else ``None``.
         saved: set by :meth:`Backend.perturb` once the backup is complete; no signal finds a parameter moved before.
-        cache: whatever a backend wants to keep for the duration of the step.
+        prepared: what a backend has made of params and group; whoever changes these sets it to ``None``.
+        ticket: of the launch that has saved, where a backend cannot tell otherwise whether one has.
     """
 
     params: TensorList = field(default_factory=list)
@@ -62,7 +63,8 @@ class Leaves:
     backup: TensorList = field(default_factory=list)
     saved: bool = False
     vectors: torch.dtype | None = None
-    cache: dict[str, object] = field(default_factory=dict)
+    prepared: Any = None
+    ticket: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,15 @@ class Bookkeeping(Protocol):
     :meth:`hold` gave. A module may serve: :mod:`gam_fast.ownership` and the compiled core do.
     """
 
-    def hold(self, tensors: TensorList) -> TensorList:
-        """The same tensors as the backend likes them best in several calls."""
+    def hold(self, tensors: TensorList, before: TensorList | None = None) -> TensorList:
+        """The same tensors as the backend likes them best in several calls.
+
+        They may be held by what held them ``before``, which then knows what it knew of them.
+        """
+        ...
+
+    def let_go(self, tensors: TensorList) -> None:
+        """Hold the tensors no longer, until the next call of :meth:`hold`."""
         ...
 
     def kinds(self, tensors: TensorList) -> Sequence[tuple[torch.device, torch.dtype, bool]]:

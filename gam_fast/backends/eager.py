@@ -148,9 +148,9 @@ def chunks(leaves: Leaves) -> list[Chunk]:
     >>> [chunk.numel for chunk in chunks(leaves)]
     [1048000, 1048000, 304003]
     """
-    cached = leaves.cache.get("chunks")
-    if isinstance(cached, list) and leaves.cache.get("count") == len(leaves.params):
-        return cached
+    if leaves.prepared is not None:
+        made: list[Chunk] = leaves.prepared
+        return made
     limit = CPU_CHUNK if leaves.params[0].device.type == "cpu" else DEVICE_CHUNK
     buckets: dict[tuple[int, torch.dtype], list[Piece]] = {}
     for index, (param, group) in enumerate(zip(leaves.params, leaves.group, strict=True)):
@@ -171,7 +171,7 @@ def chunks(leaves: Leaves) -> list[Chunk]:
             fill.append(piece)
             room -= numel
         result.append(Chunk(fill, group, leaves, arena))
-    leaves.cache.update(chunks=result, count=len(leaves.params))
+    leaves.prepared = result
     return result
 
 

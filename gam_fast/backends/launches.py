@@ -29,13 +29,13 @@ OF_SUMS = Shape(BLOCK_OF_SUMS, THREADS_OF_SUMS)
 
 
 def start(kernel: Any, programs: int, *arguments: object, warps: int, **constants: object) -> None:
-    """Starts a kernel on the current stream of the current device: the one place where that is done."""
+    """Start a kernel on the current stream of the current device: the one place where that is done."""
     if programs:
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
 
 def launch(kernel: Any, prepared: Prepared, *arguments: object, is_sum: bool = False, **constants: object) -> None:
-    """Starts a kernel with one program a piece."""
+    """Start a kernel with one program a piece."""
     from triton import language
 
     shape = OF_SUMS if is_sum else OF_UPDATES
@@ -54,14 +54,14 @@ def launch(kernel: Any, prepared: Prepared, *arguments: object, is_sum: bool = F
 
 
 def launch_totals(kernel: Any, prepared: Prepared, parts: Tensor, starts: Tensor, found: Tensor) -> None:
-    """Starts the kernel that adds up the parts of each group, with one program a group."""
+    """Start the kernel that adds up the parts of each group, with one program a group."""
     warps = OF_SUMS.threads // prepared.warp
     groups = starts.numel() - 1
     start(kernel, groups, parts, starts, found, SUMS=found.size(1), BLOCK=BLOCK_OF_TOTALS, warps=warps)
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a device the current one, on whose current stream kernels are started."""
+    """Make a device the current one, on whose current stream kernels are started."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -74,7 +74,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) -> None:
-    """Lets autograd know what was written, and the allocator what may be freed soon but is still being read.
+    """Let autograd know what was written, and the allocator what may be freed soon but is still being read.
 
     Args:
         arguments: all lists of the launch.

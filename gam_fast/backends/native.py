@@ -92,6 +92,7 @@ class NativeBackend:
 
     def __init__(self) -> None:
         self._plans: list[_C.Plan] = []  # the last one used first
+        self._device: torch.device | None = None  # where kernels read norms and products; a CPU gets numbers
 
     @property
     def bookkeeping(self) -> Bookkeeping:
@@ -115,13 +116,15 @@ class NativeBackend:
 
         A few are kept, for models of which now these parameters take part, now those.
         """
-        plan = leaves.cache.get("plan")
-        if isinstance(plan, self.core.Plan) and leaves.cache.get("plan_count") == len(leaves.params):
-            return plan
-        found = next((plan for plan in self._plans if plan.fits(leaves.params, leaves.group)), None)
-        found = found or self.core.Plan(leaves.params, leaves.group)
-        self._plans = [found, *(plan for plan in self._plans if plan is not found)][:MAX_PLANS]
-        leaves.cache.update(plan=found, plan_count=len(leaves.params))
+        for found in self._plans:
+            if found.fits(leaves.params, leaves.group):
+                self._plans.remove(found)
+                break
+        else:
+            found = self.core.Plan(leaves.params, leaves.group)
+        self._plans = [found, *self._plans[: MAX_PLANS - 1]]
+        self._device = leaves.params[0].device if found.takes_sums else None
+        leaves.prepared = found
         return found
 
     def allocate(self, like: TensorList) -> TensorList:
@@ -130,7 +133,7 @@ class NativeBackend:
     def square_norm(
         self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
-        return self.core.square_norm(self._plan_for(leaves), leaves, a, b, eta)
+        return self.core.square_norm(leaves.prepared or self._plan_for(leaves), leaves, a, b, eta)
 
     def perturb(
         self,
@@ -144,25 +147,25 @@ class NativeBackend:
         eta: PerGroup | None = None,
         fold: FoldInto | None = None,
     ) -> None:
-        plan = self._plan_for(leaves)
-        if self._takes_sums(leaves):
-            self.core.perturb(
-                plan, leaves, a, b, radius, scalars.on_device(square, leaves.params[0].device), from_start, eta, fold
-            )
-        else:
-            self.core.perturb(plan, leaves, a, b, scalars.steps(radius, square), None, from_start, eta, fold)
+        plan = leaves.prepared or self._plan_for(leaves)
+        if self._device is not None:
+            square = scalars.on_device(square, self._device)
+        self.core.perturb(plan, leaves, a, b, radius, square, from_start, eta, fold)
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
-        return self.core.inner_products(self._plan_for(leaves), u.terms, u.p, None if m is None else m.p, groups)
+        plan = leaves.prepared or self._plan_for(leaves)
+        return self.core.inner_products(plan, u.terms, u.p, None if m is None else m.p, groups)
 
     def restore(self, leaves: Leaves) -> None:
-        self.core.restore(self._plan_for(leaves), leaves)
+        self.core.restore(leaves.prepared or self._plan_for(leaves), leaves)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
-        self.core.direction(self._plan_for(leaves), leaves, self._direction(leaves, d), out)
+        plan = leaves.prepared or self._plan_for(leaves)
+        self.core.direction(plan, leaves, d if self._device is None else self._on_device(d), out)
 
     def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
-        return self._plan_for(leaves).takes_state(state)
+        plan = leaves.prepared or self._plan_for(leaves)
+        return plan.takes_state(state)
 
     def update(
         self,
@@ -174,19 +177,11 @@ class NativeBackend:
         options: Sequence[Sequence[float]],
         option: Sequence[int],
     ) -> None:
-        plan = self._plan_for(leaves)
-        self.core.update(plan, leaves, self._direction(leaves, d), formula, state, groups, options, option)
+        plan = leaves.prepared or self._plan_for(leaves)
+        d = d if self._device is None else self._on_device(d)
+        self.core.update(plan, leaves, d, formula, state, groups, options, option)
 
-    @staticmethod
-    def _takes_sums(leaves: Leaves) -> bool:
-        """Return whether the device reads norms and products itself; a CPU gets the factors that follow from them."""
-        known = leaves.cache.get("takes_sums")
-        if known is None:
-            known = leaves.cache["takes_sums"] = leaves.params[0].device.type != "cpu"
-        return known is True
-
-    def _direction(self, leaves: Leaves, d: Direction) -> Direction:
-        """``d`` as the core takes it."""
-        if not self._takes_sums(leaves):
-            return Direction(d.terms, scalars.factors(d))  # type: ignore[arg-type]  # numbers on a CPU
-        return d if d.products is None else replace(d, products=scalars.on_device(d.products, leaves.params[0].device))
+    def _on_device(self, d: Direction) -> Direction:
+        """Return ``d`` with products where the kernels read them."""
+        assert self._device is not None
+        return d if d.products is None else replace(d, products=scalars.on_device(d.products, self._device))

@@ -111,7 +111,7 @@ class Tables:
         )
 
     def _pieces(self) -> tuple[list[int], list[int]]:
-        """Leaf, first element and length of each piece, those of a group together; and where each group begins."""
+        """Return leaf, first element and length of each piece, group by group, and where each group begins."""
         leaves_of: list[list[int]] = [[] for _ in range(self.groups)]
         for leaf, group in enumerate(self.group):
             leaves_of[group].append(leaf)
@@ -126,13 +126,13 @@ class Tables:
         return pieces, [*starts, len(pieces) // 3]
 
     def by_group(self, name: str, values: Sequence[Value]) -> Sequence[Value]:
-        """The first of ``values``, one for each group that has leaves; raises ValueError where there are fewer."""
+        """Return the first of ``values``, one for each group that has leaves. Raise ValueError if they are fewer."""
         if len(values) < self.groups:
             raise ValueError(f"{name} must have one entry a parameter group, that is {self.groups}, got {len(values)}")
         return values[: self.groups]
 
     def by_leaf(self, name: str, values: Sequence[Value]) -> Sequence[Value]:
-        """``values``, one for each leaf; raises ValueError where there are others."""
+        """Return ``values``, one for each leaf; raises ValueError where there are others."""
         if len(values) != len(self.sizes):
             raise ValueError(f"{name} must have one entry a parameter, that is {len(self.sizes)}, got {len(values)}")
         return values
@@ -140,7 +140,7 @@ class Tables:
     def prepare(
         self, arguments: Sequence[Argument], numbers: Sequence[Sequence[float]] = (), option: Sequence[int] = ()
     ) -> Prepared:
-        """The table of a launch on the current stream.
+        """Return the table of a launch on the current stream.
 
         Args:
             arguments: its lists, in the order in which the kernel numbers them.
@@ -170,7 +170,7 @@ class Tables:
         return Prepared(self.programs, self.warp, pieces, starts, whole, words, width, dtype, split)
 
     def _present(self, argument: Argument) -> list[Tensor]:
-        """The tensors of a list, with one of address 0 in place of those that are missing."""
+        """Return the tensors of a list, with one of address 0 in place of those that are missing."""
         given = argument.tensors
         if given is None:
             return [_ABSENT] * len(self.sizes)
@@ -183,7 +183,7 @@ class Tables:
     def _make_rows(
         self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]], option: Sequence[int]
     ) -> Tensor:
-        """The words of a table on the host."""
+        """Return the words of a table on the host."""
         self._check(arguments, lists)
         rows: list[int] = []
         for leaf, tensors in enumerate(zip(*lists, strict=True)):
@@ -212,7 +212,7 @@ class Tables:
                     raise RuntimeError(f"{name} requires grad and would be written: call under torch.no_grad()")
 
     def _on_device(self, wanted: Sequence[tuple[Key, Tensor]]) -> list[Tensor]:
-        """Copies of these tensors on the current stream's device: those of before, the others made by one transfer."""
+        """Return copies on the current stream's device: those of before, and the others, made by one transfer."""
         if self.device.type == "cpu":
             return [tensor for _, tensor in wanted]
         capturing = torch.cuda.is_current_stream_capturing()
@@ -272,7 +272,7 @@ class Kept(Generic[Value]):
             self._values.popitem(last=False)
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of a key, made where there is none."""
+        """Return the value of a key, made where there is none."""
         value = self.find(key)
         value = make() if value is None else value
         self.keep(key, value)
@@ -295,11 +295,11 @@ class GraphMemory:
         self._lock = threading.RLock()
 
     def keep(self, tensor: Tensor) -> None:
-        """Holds on to a tensor."""
+        """Hold on to a tensor."""
         self._kept[tensor.data_ptr()] = tensor
 
     def take(self, words: int) -> Tensor:
-        """Pinned memory of so many words."""
+        """Return pinned memory of so many words."""
         with self._lock:
             if self._block is None or self._used + words > self._block.numel():
                 self._block = pinned(max(words, self.WORDS))
@@ -313,7 +313,7 @@ graph_memory = GraphMemory()
 
 
 def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> list[Tensor]:
-    """Copies of vectors of int64 on ``device``, by one transfer that nothing waits for; each aligned to 16 bytes."""
+    """Return copies of vectors of int64 on ``device``, aligned to 16 bytes, by a transfer that nothing waits for."""
     sizes = [value.numel() for value in values]
     even = [size + size % 2 for size in sizes]
     total = sum(even)
@@ -328,7 +328,7 @@ def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> l
 
 
 def pinned(words: int) -> Tensor:
-    """Memory of the host that copies need not wait for."""
+    """Return memory of the host that copies need not wait for."""
     return torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
@@ -351,7 +351,7 @@ def _check_plain(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _fingerprint(argument: Argument, tensors: Sequence[Tensor]) -> tuple[object, ...]:
-    """All that the table depends on."""
+    """Return all that the table depends on."""
     return (
         argument.written,
         tuple(map(Tensor.data_ptr, tensors)),

@@ -1,9 +1,10 @@
-"""Whether Triton works in this process, and for a device: found out before a step depends on it."""
+"""Find out whether Triton works in this process, and for a device, before a step depends on it."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -22,17 +23,18 @@ def interprets() -> bool:
 
 
 @cache
-def kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
-    from ..kernels import moves, sums, updates
-
-    return sums, moves, updates
+def kernels() -> ModuleType:
+    """Import the kernels, and Triton with them."""
+    for name in ("formulas", "moves", "sums", "updates"):
+        import_module(f"gam_fast.kernels.{name}")
+    return import_module("gam_fast.kernels")
 
 
 _reasons: dict[torch.device, str | None] = {}  # by device, once it has been tried
 
 
 def why_unusable(device: torch.device) -> str | None:
-    """Why Triton, once imported, is of no use for a device: found out by a small sum, once a process."""
+    """Return why Triton, once imported, is of no use for a device: found out by a small sum, once a process."""
     if device not in _reasons:
         try:
             reason = _try(device)
@@ -52,18 +54,17 @@ def _try(device: torch.device) -> str | None:
     oldest = OLDEST_ON_ROCM if torch.version.hip else OLDEST
     if tuple(int(part) for part in version.split(".")[:2]) < oldest:
         return f"Triton {version} is too old: {'.'.join(map(str, oldest))} or newer is needed"
-    sums, _, _ = kernels()
-    kinds = {type(kernel).__name__ == "InterpretedFunction" for kernel in (sums.totals, triton.language.sum)}
+    totals = kernels().sums.totals
+    kinds = {type(kernel).__name__ == "InterpretedFunction" for kernel in (totals, triton.language.sum)}
     if kinds != {interprets()}:
         return "TRITON_INTERPRET was changed after Triton had been imported: set it before the process starts"
     return None if _adds_up(device) else f"Triton {version} computes a wrong sum there"
 
 
 def _adds_up(device: torch.device) -> bool:
-    sums, _, _ = kernels()
     parts = torch.ones(3, 1, dtype=torch.float64, device=device)
     found = torch.zeros(1, 1, dtype=torch.float64, device=device)
     starts = torch.tensor([0, 3], device=device)
     with guard(device):
-        start(sums.totals, 1, parts, starts, found, SUMS=1, BLOCK=BLOCK_OF_TOTALS, warps=4)
+        start(kernels().sums.totals, 1, parts, starts, found, SUMS=1, BLOCK=BLOCK_OF_TOTALS, warps=4)
     return torch.equal(found, parts.sum().view(1, 1))

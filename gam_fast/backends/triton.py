@@ -61,7 +61,7 @@ class Terms:
 
 
 def terms_of(d: Direction, groups: int, m: Direction | None = None) -> Terms:
-    """Those of ``d``, where those that ``m`` uses count as used too; their elements may be anything in the others."""
+    """Return the terms that ``d`` or ``m`` uses. Their elements may be anything in the groups that do not."""
     count = len(d.terms)
     if not 1 <= count <= MAX_TERMS:
         raise ValueError(f"terms must be 1 to {MAX_TERMS} lists of tensors, got {count}")
@@ -109,13 +109,13 @@ class TritonBackend:
         return None if is_capturing(device) else why_unusable(device)  # a capture forbids to try
 
     def _tables_for(self, leaves: Leaves) -> Tables:
-        """The tables of a step before where they fit; looked at once a step, and when leaves were added."""
-        tables = leaves.cache.get("tables")
-        if isinstance(tables, Tables) and leaves.cache.get("tables_count") == len(leaves.params):
+        """Return the tables of a step before where they fit. Look once a step, and when leaves were added."""
+        if leaves.prepared is not None:
+            tables: Tables = leaves.prepared
             return tables
         found = next((tables for tables in self._plans if tables.fits(leaves)), None) or Tables(leaves)
         self._plans = [found, *(tables for tables in self._plans if tables is not found)][:MAX_PLANS]
-        leaves.cache.update(tables=found, tables_count=len(leaves.params))
+        leaves.prepared = found
         return found
 
     def allocate(self, like: TensorList) -> TensorList:
@@ -124,7 +124,6 @@ class TritonBackend:
     def square_norm(
         self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
-        sums, _, _ = kernels()
         theta = None if eta is None else _theta(leaves)
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
@@ -132,10 +131,9 @@ class TritonBackend:
             by_group = [0.0] * tables.groups if eta is None else tables.by_group("eta", eta)
             prepared = tables.prepare(lists, [by_group])
             constants = {"DIFFERENCE": b is not None, "WEIGHTED": eta is not None}
-            return _add_up(sums.square_norm, prepared, prepared.whole, 1, 1, constants).view(())
+            return _add_up(kernels().sums.square_norm, prepared, prepared.whole, 1, 1, constants).view(())
 
     def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
-        sums, _, _ = kernels()
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             if groups < tables.groups:
@@ -145,7 +143,7 @@ class TritonBackend:
             numbers = [x for rows in zip(of_u.numbers, of_m.numbers, strict=True) for row in rows for x in row]
             prepared = tables.prepare(of_u.arguments(), [numbers])
             constants = {"TERMS": len(of_u.lists), "PARTLY": of_u.partly, "WITH_M": m is not None}
-            found = _add_up(sums.inner_products, prepared, prepared.starts, groups, SUMS, constants)
+            found = _add_up(kernels().sums.inner_products, prepared, prepared.starts, groups, SUMS, constants)
             after([], *of_u.lists)
             return found
 
@@ -161,7 +159,6 @@ class TritonBackend:
         eta: PerGroup | None = None,
         fold: FoldInto | None = None,
     ) -> None:
-        _, moves, _ = kernels()
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             if not leaves.saved and self._saves_apart(tables.device):
@@ -194,8 +191,8 @@ class TritonBackend:
             total, mark = scalars.on_device(square, tables.device), self._mark_on(tables.device)
             self._ticket += 1
             if save:  # an interrupt may come before the launch, or after it: restore() finds out
-                leaves.cache["ticket"] = self._ticket
-            launch(moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, **constants)
+                leaves.ticket = self._ticket
+            launch(kernels().moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, **constants)
             leaves.saved = True
             after(lists, a, b)
 
@@ -205,7 +202,7 @@ class TritonBackend:
         return device.type == "cpu"
 
     def _mark_on(self, device: torch.device) -> Tensor:
-        """Where a launch that saves leaves its ticket, so that one can tell whether it came to it."""
+        """Return the place where a launch that saves leaves its ticket, which tells whether it came to that."""
         if is_capturing(device):  # nothing is run
             return torch.empty(1, dtype=torch.int64, device=device)
         if self._mark is None:
@@ -214,8 +211,8 @@ class TritonBackend:
 
     def restore(self, leaves: Leaves) -> None:
         """Done by torch, in one call that nothing interrupts, compiles or needs memory: it is the way back."""
-        ticket = leaves.cache.get("ticket")
-        if not leaves.saved and isinstance(ticket, int) and not is_capturing(leaves.params[0].device):
+        ticket = leaves.ticket
+        if not leaves.saved and ticket is not None and not is_capturing(leaves.params[0].device):
             mark = self._mark_on(leaves.params[0].device)
             leaves.saved = torch.equal(mark, torch.full_like(mark, ticket))  # waits for the device
         if leaves.saved:
@@ -223,7 +220,6 @@ class TritonBackend:
             after([], leaves.backup)
 
     def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
-        _, moves, _ = kernels()
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
@@ -234,7 +230,7 @@ class TritonBackend:
                 *terms.arguments(),
             ]
             restore = {"RESTORE": leaves.saved}
-            self._launch_along(moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
+            self._launch_along(kernels().moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
             after(lists, leaves.backup if leaves.saved else None, *terms.lists)
 
     def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
@@ -254,7 +250,6 @@ class TritonBackend:
         options: Sequence[Sequence[float]],
         option: Sequence[int],
     ) -> None:
-        _, _, updates = kernels()
         of_group, of_leaf, lists_of_state = FORMULAS[formula]
         _check_rows("state", [state], lists_of_state)
         _check_rows("groups", groups, of_group)
@@ -273,10 +268,10 @@ class TritonBackend:
             numbers = [[*row, *of_terms] for row, of_terms in zip(by_group, terms.numbers, strict=True)]
             flat = [x for row in options for x in row]
             option = tables.by_leaf("option", option)
-            constants = {"FORMULA": getattr(updates.formulas, formula), "STATES": states}
+            constants = {"FORMULA": getattr(kernels().formulas, formula), "STATES": states}
             constants |= {"OF_GROUP": of_group, "OF_LEAF": of_leaf}
             self._launch_along(
-                updates.update, tables, lists, d, terms, numbers, [flat], option=option, constants=constants
+                kernels().updates.update, tables, lists, d, terms, numbers, [flat], option=option, constants=constants
             )
             after(lists, _theta(leaves), *terms.lists)
 
@@ -293,7 +288,7 @@ class TritonBackend:
         constants: dict[str, Any],
         option: Sequence[int] = (),
     ) -> None:
-        """Launches what goes along a direction: with the numbers of each group, and those that follow from the sums."""
+        """Launch what goes along a direction, with the numbers of each group and the sums that κ and s follow from."""
         project, clip = d.q is not None, d.limit is not None
         flat = [x for row in numbers for x in row]
         clipping = [d.limit or 0.0, *d.gamma]
@@ -338,11 +333,10 @@ def _theta(leaves: Leaves) -> TensorList:
 def _add_up(
     kernel: Any, prepared: Prepared, starts: Tensor, groups: int, count: int, constants: dict[str, Any]
 ) -> Tensor:
-    """``(groups, count)``: the sums of what ``kernel`` finds of each piece, by group; 0 where there are no starts."""
-    sums, _, _ = kernels()
+    """Return ``(groups, count)``: the sums of what ``kernel`` finds of each piece, 0 where there are no starts."""
     parts = starts.new_empty((prepared.programs, count), dtype=torch.float64)
     make = starts.new_zeros if groups >= starts.numel() else starts.new_empty
     found = make((groups, count), dtype=torch.float64)
     launch(kernel, prepared, *prepared.numbers, parts, is_sum=True, **constants)
-    launch_totals(sums.totals, prepared, parts, starts, found)
+    launch_totals(kernels().sums.totals, prepared, parts, starts, found)
     return found
