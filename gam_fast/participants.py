@@ -18,6 +18,8 @@ from .backends.eager import EagerBackend
 from .ownership import Kind, as_like, kind_of, wider_dtype
 from .sharded import Layout, any_sharded, layout_of, local, local_gradient, spread, take_local
 
+Select: TypeAlias = "Callable[[torch.device], Backend]"
+
 ShardKey: TypeAlias = "tuple[Kind, Layout | None, torch.dtype | None]"
 """Kind and layout of the leaves, and the dtype of their vectors where it is another."""
 
@@ -71,7 +73,7 @@ class Participants:
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        select: Callable[[torch.device], Backend],
+        select: Select,
         recipe: str,
         *,
         keep_parts: bool = True,
@@ -80,7 +82,6 @@ class Participants:
         self.sharded = any_sharded(self.params)
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
-        self._select = select
         self._shards: dict[ShardKey, Shard] = {}
         self._whole: Shard | None = None  # of all parameters, if the step before had it
         self.all: list[Shard] = []
@@ -98,10 +99,11 @@ class Participants:
         self.on_host = all(map(scalars.reads_are_free, self.devices))
         if len(self.devices) > 1:  # perhaps of several backends
             self._books, self._all = ownership, self.params
-        self._start(groups, recipe, keep_parts)
+        self._start(groups, select, recipe, keep_parts)
 
-    def _start(self, groups: Sequence[dict[str, Any]], recipe: str, keep_parts: bool) -> None:
+    def _start(self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, keep_parts: bool) -> None:
         self.groups = groups
+        self._select: Select | None = select  # during the step: it has a hold on the optimizer
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded
         self.flags = bytearray(len(self.params))
@@ -113,7 +115,9 @@ class Participants:
         self.moved: list[int] = []
         """The positions of parameters without a gradient that a pass was seen to move."""
 
-    def again(self, groups: Sequence[dict[str, Any]], recipe: str, *, keep_parts: bool) -> Participants | None:
+    def again(
+        self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool
+    ) -> Participants | None:
         """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
         lists = list(map(_PARAMS_OF, groups))
         same_count = self._counts == list(map(len, lists))
@@ -123,7 +127,7 @@ class Participants:
         if self._books.kinds(self._all) != self._kinds:
             self._books.let_go(self._all)
             return None
-        self._start(groups, recipe, keep_parts)
+        self._start(groups, select, recipe, keep_parts)
         return self
 
     def present(self) -> list[bool]:
@@ -263,6 +267,7 @@ class Participants:
             if shard is None:
                 held = self.all[0].grads if self.all else {}
                 (device, _, is_dense), layout, wider = key
+                assert self._select is not None
                 backend = self._select(device) if wider is None and is_dense else EagerBackend()
                 shard = Shard(backend, Leaves(vectors=wider), layout=layout, grads={k: [] for k in held})
                 self._shards[key] = shard
@@ -341,6 +346,7 @@ class Participants:
         self.all.clear()
         self._spare.clear()
         self._books.let_go(self._all)
+        self._select, self.named = None, ()
         self._parts = []
 
     def name(self, position: int) -> str:

@@ -294,7 +294,7 @@ class Stepper(Hooked):
         around = self._surroundings.look(self._model, groups)
         keep, participants = not around.has_bucket_views, progress.participants
         if participants is not None:
-            participants = participants.again(groups, recipe.name, keep_parts=keep)
+            participants = participants.again(groups, self._select, recipe.name, keep_parts=keep)
         if participants is None:
             participants = Participants(groups, self._select, recipe.name, keep_parts=keep)
         progress.participants = participants

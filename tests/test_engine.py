@@ -266,6 +266,22 @@ def test_loading_what_does_not_fit_changes_nothing():
     assert "momentum_buffer" in optimizer.state[weight]
 
 
+def test_an_optimizer_goes_with_the_last_reference_to_it():
+    """Not when the garbage collector comes: its state may be all of a GPU's memory."""
+    model, batches = make("mlp")
+    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model)
+    for batch in batches[:2]:
+        optimizer.step(closure_of(model, *batch))
+    buffers = [weakref.ref(state["momentum_buffer"]) for state in optimizer.state.values()]
+    gc.collect()
+    gc.disable()
+    try:
+        del optimizer
+        assert all(ref() is None for ref in buffers)
+    finally:
+        gc.enable()
+
+
 def test_no_buffer_is_in_the_state_dict_or_left_after_a_step():
     model, batches = make("mlp", torch.float32)
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
