@@ -1,7 +1,7 @@
 """The combination Σ factor X of terms, whose factors may follow from sums that lie in the memory of the device.
 
 The numbers of a group end with three for each term: p, q, and whether the group uses the term (1 or 0). What a group
-does not use is not read: its elements may be anything. ``PARTLY``: whether any group does not use all terms.
+does not use is not read: its elements may be anything. ``PARTLY``: the bits of the terms that not all groups use.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def combine(x, factors, used, TERMS: tl.constexpr, PARTLY: tl.constexpr):
     total = factors[0].to(x[0].dtype) * x[0]
     for t in tl.static_range(1, TERMS):
         more = tl.fma(factors[t].to(total.dtype), x[t], total)
-        if PARTLY:
+        if PARTLY & (1 << t):
             total = tl.where(used[t], more, total)
         else:
             total = more

@@ -96,10 +96,10 @@ def read_if(pointer, index, length, some, MASKED: tl.constexpr):
 
 @triton.jit
 def read_all(pointers, used, index, length, COUNT: tl.constexpr, PARTLY: tl.constexpr, MASKED: tl.constexpr):
-    """Return the elements of each array, with ``PARTLY`` of those that are used."""
+    """Return the elements of each array; ``PARTLY`` has the bits of those that are read only if ``used``."""
     found = ()
     for i in tl.static_range(COUNT):
-        if PARTLY:
+        if PARTLY & (1 << i):
             found += (read_if(pointers[i], index, length, used[i], MASKED),)
         else:
             found += (read(pointers[i], index, length, MASKED),)

@@ -30,6 +30,7 @@ def update(
     OF_GROUP: tl.constexpr,
     OF_LEAF: tl.constexpr,
     STATES: tl.constexpr,
+    LACKED: tl.constexpr,
     TYPE: tl.constexpr,
     TERMS: tl.constexpr,
     PARTLY: tl.constexpr,
@@ -42,6 +43,7 @@ def update(
     """``params ←`` θ after a step along d by ``FORMULA``, which advances the state too.
 
     The numbers of a group are those of the formula and then the terms; ``options`` are the numbers of leaves.
+    ``LACKED``: the bits of the lists of state that not all leaves have.
     """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * (OF_GROUP + OF_TERM * TERMS)
@@ -62,10 +64,13 @@ def update(
             index = at + tl.arange(0, BLOCK)
             x = read_all(terms, used, index, length, TERMS, PARTLY, MASKED)
             origin = read(theta, index, length, MASKED)
-            state = read_all(states, has, index, length, STATES, True, MASKED)
+            state = read_all(states, has, index, length, STATES, LACKED, MASKED)
             for _ in tl.static_range(STATES, MOST_STATES):  # lists that no leaf has
                 state += (tl.zeros_like(origin),)
             moved, state = FORMULA(combine(x, factors, used, TERMS, PARTLY), origin, state, of_group, of_leaf)
             for s in tl.static_range(STATES):
-                write_if(states[s], index, state[s], length, has[s], MASKED)
+                if LACKED & (1 << s):
+                    write_if(states[s], index, state[s], length, has[s], MASKED)
+                else:
+                    write(states[s], index, state[s], length, MASKED)
             write(params, index, moved, length, MASKED)

@@ -57,20 +57,20 @@ class Variant:
         return f"{self.constants.get('FORMULA', self.kernel).__name__} {' '.join(chosen)}"
 
 
-def update(formula: str, terms: int, partly: bool, states: int) -> Variant:
+def update(formula: str, terms: int, partly: int, states: int, lacked: int) -> Variant:
     """Return the kernel of a base optimizer's step with so many lists of state."""
     of_group, of_leaf, _ = FORMULAS[formula]
     chosen = {"FORMULA": getattr(formulas, formula), "OF_GROUP": of_group, "OF_LEAF": of_leaf, "STATES": states}
-    constants = {**chosen, "TERMS": terms, "PARTLY": partly, **ALONG}
+    constants = {**chosen, "LACKED": lacked, "TERMS": terms, "PARTLY": partly, **ALONG}
     return Variant(updates.update, constants, 2 + terms + states, 1 + terms + states, 1 + states)
 
 
 VARIANTS = [
     Variant(sums.square_norm, {"DIFFERENCE": False, "WEIGHTED": False}, 3, 1),
     Variant(sums.square_norm, {"DIFFERENCE": True, "WEIGHTED": True}, 3, 3),
-    Variant(sums.inner_products, {"TERMS": 1, "PARTLY": False, "WITH_M": False}, 1, 1),
-    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": False, "WITH_M": True}, 3, 3),
-    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": True, "WITH_M": True}, 3, 3),
+    Variant(sums.inner_products, {"TERMS": 1, "PARTLY": 0, "WITH_M": False}, 1, 1),
+    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": 0, "WITH_M": True}, 3, 3),
+    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": 7, "WITH_M": True}, 3, 3),
     *(
         Variant(
             moves.perturb,
@@ -87,18 +87,18 @@ VARIANTS = [
             (True, True, False, False, True),
         )
     ),
-    Variant(moves.materialise, {"TERMS": 3, "PARTLY": False, "RESTORE": True, **ALONG}, 6, 4, 2),
-    Variant(moves.materialise, {"TERMS": 2, "PARTLY": True, "RESTORE": False, **ALONG}, 5, 2, 1),
+    Variant(moves.materialise, {"TERMS": 3, "PARTLY": 0, "RESTORE": True, **ALONG}, 6, 4, 2),
+    Variant(moves.materialise, {"TERMS": 2, "PARTLY": 3, "RESTORE": False, **ALONG}, 5, 2, 1),
     *(
         update(*row)
         for row in (
-            ("sgd", 1, False, 0),
-            ("sgd", 3, False, 1),
-            ("sgd", 3, True, 1),
-            ("adam", 1, False, 2),
-            ("adam", 3, False, 2),
-            ("adam", 3, True, 3),
-            ("lion", 3, False, 1),
+            ("sgd", 1, 0, 0, 0),
+            ("sgd", 3, 0, 1, 0),
+            ("sgd", 3, 7, 1, 1),
+            ("adam", 1, 0, 2, 0),
+            ("adam", 3, 0, 2, 0),
+            ("adam", 3, 7, 3, 4),
+            ("lion", 3, 0, 1, 0),
         )
     ),
 ]

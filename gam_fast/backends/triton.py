@@ -49,12 +49,12 @@ class Terms:
     Attributes:
         lists: the lists of tensors.
         numbers: by group, p, q and whether the group uses it, for each of them.
-        partly: whether a group does not use all.
+        partly: the bits of those that a group does not use.
     """
 
     lists: list[TensorList]
     numbers: list[list[float]]
-    partly: bool
+    partly: int
 
     def arguments(self) -> list[Argument]:
         return [Argument(f"terms[{t}]", tensors) for t, tensors in enumerate(self.lists)]
@@ -76,7 +76,8 @@ def terms_of(d: Direction, groups: int, m: Direction | None = None) -> Terms:
         [x for t in kept for x in (d.p[t][g], d.q[t][g] if d.q else 0.0, 1.0 if row[t] else 0.0)]
         for g, row in enumerate(used)
     ]
-    return Terms([d.terms[t] for t in kept], numbers, not all(row[t] for row in used for t in kept))
+    partly = sum(1 << i for i, t in enumerate(kept) if not all(row[t] for row in used))
+    return Terms([d.terms[t] for t in kept], numbers, partly)
 
 
 class TritonBackend:
@@ -254,7 +255,9 @@ class TritonBackend:
         _check_rows("state", [state], lists_of_state)
         _check_rows("groups", groups, of_group)
         _check_rows("options", options, of_leaf)
-        states = max((i for i, values in enumerate(state, 1) if any(x is not None for x in values)), default=0)
+        lacking = [[x is None for x in values] for values in state]
+        states = max((i for i, missing in enumerate(lacking, 1) if not all(missing)), default=0)
+        lacked = sum(1 << i for i in range(states) if any(lacking[i]))
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
@@ -268,7 +271,7 @@ class TritonBackend:
             numbers = [[*row, *of_terms] for row, of_terms in zip(by_group, terms.numbers, strict=True)]
             flat = [x for row in options for x in row]
             option = tables.by_leaf("option", option)
-            constants = {"FORMULA": getattr(kernels().formulas, formula), "STATES": states}
+            constants = {"FORMULA": getattr(kernels().formulas, formula), "STATES": states, "LACKED": lacked}
             constants |= {"OF_GROUP": of_group, "OF_LEAF": of_leaf}
             self._launch_along(
                 kernels().updates.update, tables, lists, d, terms, numbers, [flat], option=option, constants=constants
