@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 
 import gam_fast
 from gam_fast.backends import EagerBackend
-from gam_fast.backends.base import Direction, Leaves
+from gam_fast.backends.base import Block, Direction
 
 MOST_COMPILED = 16
 """Parameters that the compiled peer takes: on two cores so many small ones compile for two minutes."""
@@ -29,14 +29,14 @@ _numbers = itertools.count()
 
 
 def _traced(name: str) -> Callable[..., Any]:
-    """A primitive whose :class:`Leaves` are made within the trace, so that its scratch memory never leaves it.
+    """A primitive whose :class:`Block` are made within the trace, so that its scratch memory never leaves it.
 
     It has a code object of its own: the compiler limits how many variants it makes of one.
     """
     primitive = getattr(EagerBackend(), name)
 
     def run(leaves: tuple[Any, ...], *arguments: Any, **options: Any) -> Any:
-        return primitive(Leaves(*leaves), *arguments, **options)
+        return primitive(Block(*leaves), *arguments, **options)
 
     code = run.__code__.replace(co_name=f"{name}_{next(_numbers)}")
     return FunctionType(code, run.__globals__, name, run.__defaults__, run.__closure__)
@@ -68,7 +68,7 @@ class Compiled(EagerBackend):
     def _primitive(name: str) -> Callable[..., Any]:
         compiled = torch.compile(_traced(name), dynamic=False)
 
-        def run(leaves: Leaves, *arguments: Any, **options: Any) -> Tensor | None:
+        def run(leaves: Block, *arguments: Any, **options: Any) -> Tensor | None:
             inputs = (leaves.params, leaves.group, leaves.backup, leaves.saved)
             result: Tensor | None = compiled(inputs, *map(_as_input, arguments), **options)
             leaves.saved |= name == "perturb"

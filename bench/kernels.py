@@ -91,8 +91,8 @@ class Primitives:
         self.params, self.backup, self.g0, self.g1, self.g2, self.momentum = (tensors() for _ in range(6))
         self.square = [t.abs() for t in tensors()]
         n = len(shapes)
-        self.saved = base.Leaves(self.params, [0] * n, self.backup, True)
-        self.unsaved = base.Leaves(self.params, [0] * n, self.backup, False)
+        self.saved = base.Block(self.params, [0] * n, self.backup, True)
+        self.unsaved = base.Block(self.params, [0] * n, self.backup, False)
         self.u = base.Direction([self.g0, self.g1, self.g2], [[-0.03], [0.6], [0.4]])
         self.m = base.Direction(self.u.terms, [[1.0], [0.0], [0.0]])
         self.last = base.Direction([self.g2], [[1.0]])

@@ -39,9 +39,9 @@ namespace {
 using gam::Numbers;
 using gam::TensorList;
 
-gam::Leaves leaves_of(py::handle leaves) {
-  if (!py::hasattr(leaves, "params")) throw py::type_error("leaves must be Leaves of gam_fast.backends.base");
-  gam::Leaves result;
+gam::Block leaves_of(py::handle leaves) {
+  if (!py::hasattr(leaves, "params")) throw py::type_error("leaves must be Block of gam_fast.backends.base");
+  gam::Block result;
   result.params = TensorList("params", leaves.attr("params"));
   result.saved = leaves.attr("saved").cast<bool>();
   result.backup = TensorList("backup", leaves.attr("backup"));
@@ -193,16 +193,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "survey_gradients",
       [](const gam::Tensors& params, const py::bytearray& flags) {
         const gam::Survey found = gam::survey_gradients(params, bytes_of(flags));
-        return py::make_tuple(found.newcomers, found.any, found.sparse);
+        return py::make_tuple(found.unflagged, found.any, found.sparse);
       },
       py::arg("params"), py::arg("flags"));
 
   m.def("clear_gradients", &gam::clear_gradients, py::arg("params"), py::arg("recycle"), py::arg("keep_parts") = true);
 
   m.def(
-      "take_usual_gradients",
+      "take_all_gradients",
       [](const std::shared_ptr<gam::Tensors>& params, const gam::Versions& versions, const py::bytearray& flags,
-         bool keep) { return gam::take_usual_gradients(params, versions, bytes_of(flags), keep); },
+         bool keep) { return gam::take_all_gradients(params, versions, bytes_of(flags), keep); },
       py::arg("params"), py::arg("versions"), py::arg("flags"), py::arg("keep"));
 
   m.def("take_gradients", &gam::take_gradients, py::arg("params"), py::arg("keep"));

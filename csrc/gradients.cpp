@@ -191,7 +191,7 @@ Survey survey_gradients(const Tensors& params, const std::vector<unsigned char>&
     if (!grad.defined()) continue;
     result.any = true;
     if (grad.layout() != at::kStrided && result.sparse < 0) result.sparse = static_cast<int64_t>(i);
-    if (!flags[i]) result.newcomers.push_back(static_cast<int64_t>(i));
+    if (!flags[i]) result.unflagged.push_back(static_cast<int64_t>(i));
   }
   return result;
 }
@@ -294,8 +294,8 @@ class Taking {
 
 }  // namespace
 
-std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& shared, const Versions& versions,
-                                              const std::vector<unsigned char>& flags, bool keep) {
+std::shared_ptr<Tensors> take_all_gradients(const std::shared_ptr<Tensors>& shared, const Versions& versions,
+                                            const std::vector<unsigned char>& flags, bool keep) {
   const Tensors& params = *shared;
   check_same_count(versions.size(), params, "versions");
   check_same_count(flags.size(), params, "flags");

@@ -30,7 +30,7 @@ class Versions {
 };
 
 struct Survey {
-  std::vector<int64_t> newcomers;  // positions of those with a gradient whose flag is not set
+  std::vector<int64_t> unflagged;  // positions of those with a gradient whose flag is not set
   bool any = false;                // whether there is a gradient at all
   int64_t sparse = -1;             // the first whose gradient is that, or of another layout that is not strided
 };
@@ -45,8 +45,8 @@ std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& param
 // take_gradients where all is as it mostly is: no tensor was written to since, all flags are the same, and each
 // parameter has a dense gradient, of no more bits than it. Null, and nothing done, where it is not. One look at each
 // tensor instead of three: with many small ones, what they say of themselves is more than the caches hold.
-std::shared_ptr<Tensors> take_usual_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
-                                              const std::vector<unsigned char>& flags, bool keep);
+std::shared_ptr<Tensors> take_all_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
+                                            const std::vector<unsigned char>& flags, bool keep);
 
 // The gradients in the dtypes of their parameters and, where these are dense, in their order in memory; zeros where
 // there is none. With `keep` they are the caller's to overwrite, and the parameters have none: a gradient that somebody

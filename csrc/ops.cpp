@@ -177,7 +177,7 @@ class Terms {
 
 }  // namespace
 
-at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
+at::Tensor square_norm(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
                        const std::optional<Numbers>& eta) {
   Call call(plan);
   SquareNorm arguments;
@@ -192,7 +192,7 @@ at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, co
   return total;
 }
 
-void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
+void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
              const Numbers& radius, const Square& square, bool from_start, const std::optional<Numbers>& eta,
              const std::optional<FoldInto>& fold) {
   Call call(plan);
@@ -243,14 +243,14 @@ at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<st
   return products;
 }
 
-void restore(Plan& plan, const Leaves& leaves) {
+void restore(Plan& plan, const Block& leaves) {
   if (!leaves.saved) return;
   Call call(plan);
   Copy arguments{call.read_last(leaves.backup), call.write(leaves.params), call.exceeds_caches()};
   call.run([&](Executor& executor) { executor.copy(arguments); });
 }
 
-void direction(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& out) {
+void direction(Plan& plan, const Block& leaves, const Direction& d, const TensorList& out) {
   Call call(plan);
   Materialise arguments;
   const Terms terms(call, plan, d);
@@ -264,7 +264,7 @@ void direction(Plan& plan, const Leaves& leaves, const Direction& d, const Tenso
   call.run([&](Executor& executor) { executor.materialise(arguments); });
 }
 
-void update(Plan& plan, const Leaves& leaves, const Direction& d, const std::string& formula,
+void update(Plan& plan, const Block& leaves, const Direction& d, const std::string& formula,
             const std::vector<TensorList>& state, const std::vector<Numbers>& groups,
             const std::vector<Numbers>& options, const std::vector<int64_t>& option) {
   const Counts counts = counts_of(formula);

@@ -22,7 +22,7 @@ struct Square {
   double number = 0.0;
 };
 
-struct Leaves {
+struct Block {
   TensorList params, backup;
   bool saved = false;
 
@@ -45,22 +45,22 @@ struct FoldInto {
   Numbers k, l;
 };
 
-at::Tensor square_norm(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
+at::Tensor square_norm(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
                        const std::optional<Numbers>& eta);
 
-void perturb(Plan& plan, const Leaves& leaves, const TensorList& a, const std::optional<TensorList>& b,
+void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
              const Numbers& radius, const Square& square, bool from_start, const std::optional<Numbers>& eta,
              const std::optional<FoldInto>& fold);
 
 // `m`: the coefficients of m, by term, over the terms of u.
 at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<std::vector<Numbers>>& m, int64_t groups);
 
-void restore(Plan& plan, const Leaves& leaves);
+void restore(Plan& plan, const Block& leaves);
 
-void direction(Plan& plan, const Leaves& leaves, const Direction& d, const TensorList& out);
+void direction(Plan& plan, const Block& leaves, const Direction& d, const TensorList& out);
 
 // `state`: the lists of the formula, with None for a leaf that has none. `option`: by leaf, its place among `options`.
-void update(Plan& plan, const Leaves& leaves, const Direction& d, const std::string& formula,
+void update(Plan& plan, const Block& leaves, const Direction& d, const std::string& formula,
             const std::vector<TensorList>& state, const std::vector<Numbers>& groups,
             const std::vector<Numbers>& options, const std::vector<int64_t>& option);
 

@@ -80,7 +80,7 @@ class Method:
     """A row of the comparison."""
 
     name: str
-    optimizer: type[gam_fast.FlatOptimizer]
+    optimizer: type[gam_fast.SharpnessAwareOptimizer]
     hyper: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -34,7 +34,9 @@ def fit(module: pl.LightningModule, batch_size: int, epochs: int, size: int, pre
     trainer = pl.Trainer(
         max_epochs=epochs,
         precision=precision,
-        callbacks=[integrations.FlatCallback()],  # hands the model to the optimizer, and refuses unfit settings
+        callbacks=[
+            integrations.SharpnessAwareCallback()
+        ],  # hands the model to the optimizer, and refuses unfit settings
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -12,7 +12,7 @@ import gam_fast
 from gam_fast import integrations
 
 
-def main(steps: int = 60, **options: object) -> integrations.FlatTrainer:
+def main(steps: int = 60, **options: object) -> integrations.SharpnessAwareTrainer:
     text = inspect.getsource(argparse)
     tokens = torch.tensor([ord(letter) for letter in text if ord(letter) < 128])
     rows = tokens[: len(tokens) // 32 * 32].view(-1, 32)
@@ -32,7 +32,7 @@ def main(steps: int = 60, **options: object) -> integrations.FlatTrainer:
             "disable_tqdm": True,
             "use_cpu": not torch.cuda.is_available(),
         }
-        trainer = integrations.FlatTrainer(
+        trainer = integrations.SharpnessAwareTrainer(
             GPT2LMHeadModel(config),
             TrainingArguments(**{**arguments, **options}),
             train_dataset=[{"input_ids": row, "labels": row} for row in rows],

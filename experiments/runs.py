@@ -42,14 +42,16 @@ class Contender:
         """Passes besides the last, for each step."""
         return (PASSES[self.method] - 1) / self.interval
 
-    def optimizer(self, model: torch.nn.Module, task: Task) -> gam_fast.FlatOptimizer:
+    def optimizer(self, model: torch.nn.Module, task: Task) -> gam_fast.SharpnessAwareOptimizer:
         """For a model, around the base optimizer of a task."""
         own: dict[str, Any] = dict(task.settings(self.method, self.share, self.interval))
         if self.share < 1:
             own["ascent_share"] = self.share
         if self.interval > 1:
             own["interval"] = self.interval
-        method: type[gam_fast.FlatOptimizer] = getattr(gam_fast, "Base" if self.method == "base" else self.method)
+        method: type[gam_fast.SharpnessAwareOptimizer] = getattr(
+            gam_fast, "Base" if self.method == "base" else self.method
+        )
         return method(model.parameters(), task.base, model=model, **task.hyper, **own)
 
 

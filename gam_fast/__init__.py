@@ -16,7 +16,7 @@ from . import active, backends, buffers, flatness, integrations, recipes, rng, s
 from .finite import NonFiniteGradientError  # noqa: E402
 from .hvp import SecondDerivativeError  # noqa: E402
 from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
-from .optimizer import FlatOptimizer  # noqa: E402
+from .optimizer import SharpnessAwareOptimizer  # noqa: E402
 from .turn import Turn, first_pass  # noqa: E402
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "CFlat",
     "ExactGAM",
     "FAD",
-    "FlatOptimizer",
+    "SharpnessAwareOptimizer",
     "GAM",
     "GSAM",
     "GradientNormPenalty",

@@ -177,7 +177,7 @@ Rules: TypeAlias = "Rule | list[Rule] | tuple[Rule, ...] | None"
 """What ``active=`` may be: one rule or several, all of which must agree; a function stands for a rule."""
 
 
-class Agenda:
+class StepSchedule:
     """What an optimizer does with ``interval=`` and ``active=``; one object, for wrappers that copy attributes.
 
     Args:
@@ -192,8 +192,8 @@ class Agenda:
         ValueError: an interval below 1, two rules that need a gradient.
         TypeError: no integer, no rule.
 
-    >>> agenda = Agenda(interval=3, active=Between(4))
-    >>> [step for step in range(10) if agenda.wants(step)]
+    >>> schedule = StepSchedule(interval=3, active=Between(4))
+    >>> [step for step in range(10) if schedule.wants(step)]
     [5, 8]
     """
 
@@ -213,7 +213,7 @@ class Agenda:
 
     def change(self, interval: float, active: Rules) -> None:
         """Be another from now on. Raises as the constructor; nothing is then changed."""
-        vars(self).update(vars(Agenda(interval, active)))
+        vars(self).update(vars(StepSchedule(interval, active)))
 
     @property
     def fields(self) -> dict[str, float]:

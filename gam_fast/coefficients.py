@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from .recipes import Fold, Move, Recipe
+from .recipes import Fold, Perturbation, Recipe
 
 ByGroup: TypeAlias = "list[float]"
 
@@ -28,7 +28,7 @@ class Coefficients:
         u: for each vector, its coefficient in u, by group.
         m: the same in m; zeros without m.
         gamma: γ by group.
-        radius: for each step of the walk that is a move, its radius by group, negative in groups that ascend.
+        radius: for each step of the path that is a perturbation, its radius by group, negative in groups that ascend.
         eta: η by group, ``None`` unless the recipe is adaptive.
 
     >>> from .recipes import GSAM
@@ -49,8 +49,8 @@ class Coefficients:
                 part[i] = [s * x for s, x in zip(sign, part[i], strict=True)]
         self.eta = [float(h[recipe.adaptive]) for h in hyper] if recipe.adaptive else None
         self.radius: dict[int, ByGroup] = {}
-        for i, move in enumerate(recipe.walk):
-            if isinstance(move, Move):
+        for i, move in enumerate(recipe.path):
+            if isinstance(move, Perturbation):
                 signs = [1.0] * len(sign) if recipe.is_product(move.along) else sign
                 self.radius[i] = [s * float(h[move.radius]) for s, h in zip(signs, hyper, strict=True)]
         self._final: tuple[list[ByGroup], list[ByGroup] | None, list[ByGroup], list[ByGroup] | None] | None = None

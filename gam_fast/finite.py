@@ -19,7 +19,7 @@ class NonFiniteGradientError(FloatingPointError):
 
 
 class SkipStep(Exception):
-    """Leaves a step and undoes it without an error to the user."""
+    """Block a step and undoes it without an error to the user."""
 
 
 class FiniteWatch:

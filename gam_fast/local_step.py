@@ -9,12 +9,12 @@ import torch
 from .backends.base import Direction, TensorList
 from .distributed import Agreement, LocalSync
 from .finite import FiniteWatch, listed
-from .participants import Participants, Shard, materialise
+from .parameters import ParameterBlock, StepParameters, materialise
 from .sums import Sums
 
 
 def agree(
-    local: LocalSync, shards: Participants, watch: FiniteWatch, recipe: str, change: float | None
+    local: LocalSync, blocks: StepParameters, watch: FiniteWatch, recipe: str, change: float | None
 ) -> float | None:
     """With the other processes: all take the step or none does, with the same parameters.
 
@@ -24,24 +24,24 @@ def agree(
         RuntimeError: another process has left the step by an exception.
         NonFiniteGradientError, SkipStep: another has found a gradient not finite.
     """
-    present = shards.present()
+    present = blocks.present()
     found = local.agree(present, nonfinite=not watch.is_finite(), value=change or 0.0)
     _check_all_there(found, recipe)
     if found.nonfinite:
         watch.refuse(f"a pass of {recipe} on rank {listed(found.nonfinite)}")
-    newcomers = [i for i, anywhere in enumerate(found.present) if anywhere and not present[i]]
-    if newcomers:
-        shards.activate(newcomers)
+    unflagged = [i for i, anywhere in enumerate(found.present) if anywhere and not present[i]]
+    if unflagged:
+        blocks.activate(unflagged)
     return None if change is None else _mean(found)
 
 
-def mean_of_all(local: LocalSync, shards: Participants, value: float, recipe: str) -> float:
+def mean_of_all(local: LocalSync, blocks: StepParameters, value: float, recipe: str) -> float:
     """The mean of a number that is not negative over the processes, in the course of a step.
 
     Raises:
         RuntimeError: another process has left the step by an exception.
     """
-    found = local.exchange(value, len(shards.params))
+    found = local.exchange(value, len(blocks.params))
     _check_all_there(found, recipe)
     return _mean(found)
 
@@ -59,24 +59,24 @@ def _check_all_there(found: Agreement, recipe: str) -> None:
 
 def averaged(
     local: LocalSync,
-    shards: Participants,
+    blocks: StepParameters,
     sums: Sums,
-    directions: Sequence[tuple[Shard, Direction]],
+    directions: Sequence[tuple[ParameterBlock, Direction]],
     gamma: list[float],
     limit: float | None,
-) -> list[tuple[Shard, Direction]]:
+) -> list[tuple[ParameterBlock, Direction]]:
     """The mean of the directions over the processes, of a norm of at most ``limit``."""
     ones = [[1.0] * len(gamma)]
-    made = [(shard, _own(shard, materialise(shard, direction))) for shard, direction in directions]
-    of = {param: x for shard, xs in made for param, x in zip(shard.owners, xs, strict=True)}
-    local.average([of[param] for param in shards.params if param in of])
-    products = None if limit is None else sums.inner_products([(shard, [xs]) for shard, xs in made], ones)
-    return [(shard, Direction([xs], ones, None, products, gamma, limit)) for shard, xs in made]
+    made = [(block, _own(block, materialise(block, direction))) for block, direction in directions]
+    of = {param: x for block, xs in made for param, x in zip(block.owners, xs, strict=True)}
+    local.average([of[param] for param in blocks.params if param in of])
+    products = None if limit is None else sums.inner_products([(block, [xs]) for block, xs in made], ones)
+    return [(block, Direction([xs], ones, None, products, gamma, limit)) for block, xs in made]
 
 
-def _own(shard: Shard, tensors: TensorList) -> TensorList:
+def _own(block: ParameterBlock, tensors: TensorList) -> TensorList:
     """The tensors, to be written to: copies of those that are the gradients which the parameters keep."""
     return [
         x.clone(memory_format=torch.preserve_format) if x is param.grad else x
-        for param, x in zip(shard.owners, tensors, strict=True)
+        for param, x in zip(block.owners, tensors, strict=True)
     ]

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from . import recipes
 from .bases import Given
-from .optimizer import FlatOptimizer
+from .optimizer import SharpnessAwareOptimizer
 from .options import Options, OptionsOfBase, OptionsWithAlpha, documented
 
 Coefficients: TypeAlias = "float | tuple[float, float]"
@@ -19,7 +19,7 @@ Coefficients: TypeAlias = "float | tuple[float, float]"
 
 
 @documented
-class Base(FlatOptimizer):
+class Base(SharpnessAwareOptimizer):
     """The base optimizer alone: one pass, so that a training loop over ``passes()`` serves it too.
 
     Args:
@@ -43,10 +43,10 @@ class Base(FlatOptimizer):
 
 
 @documented
-class SAM(FlatOptimizer):
+class SAM(SharpnessAwareOptimizer):
     r"""Sharpness-Aware Minimization: the gradient at :math:`θ + ρ\, g_0/‖g_0‖`. Two passes.
 
-    Source: Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021, arXiv 2010.01412. Errors: :class:`FlatOptimizer`.
+    Source: Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021, arXiv 2010.01412. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
@@ -75,10 +75,10 @@ class SAM(FlatOptimizer):
 
 
 @documented
-class ASAM(FlatOptimizer):
+class ASAM(SharpnessAwareOptimizer):
     r"""Adaptive SAM: the gradient at :math:`θ + ρ\, T^2 g_0/‖T g_0‖` with :math:`T = |θ| + η` elementwise. Two passes.
 
-    Source: Kwon, Kim, Park, Choi, ICML 2021, arXiv 2102.11600. Errors: :class:`FlatOptimizer`.
+    Source: Kwon, Kim, Park, Choi, ICML 2021, arXiv 2102.11600. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
@@ -109,11 +109,12 @@ class ASAM(FlatOptimizer):
 
 
 @documented
-class GSAM(FlatOptimizer):
+class GSAM(SharpnessAwareOptimizer):
     r"""Surrogate Gap SAM: :math:`g_1 − α\, g_{0⊥}`, with :math:`g_{0⊥}` the part of :math:`g_0` orthogonal to it.
 
     Two passes, at the points of SAM. Source: Zhuang et al., ICLR 2022, arXiv 2203.08065. Errors:
-    :class:`FlatOptimizer`. The paper lets ρ follow the learning rate: :class:`gam_fast.schedules.ProportionalRadius`.
+    :class:`SharpnessAwareOptimizer`. The paper lets ρ follow the learning rate:
+    :class:`gam_fast.schedules.ProportionalRadius`.
 
     Args:
         params: as everywhere.
@@ -144,11 +145,11 @@ class GSAM(FlatOptimizer):
 
 
 @documented
-class GradientNormPenalty(FlatOptimizer):
+class GradientNormPenalty(SharpnessAwareOptimizer):
     r"""Penalty on the gradient norm: :math:`(1−α)\, g_0 + α\, g_1` at the points of SAM. Two passes.
 
     It descends :math:`L + λ‖∇L‖` with :math:`α = λ/ρ`. Source: Zhao, Zhang, Hu, ICML 2022, arXiv 2202.03599.
-    Errors: :class:`FlatOptimizer`.
+    Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
@@ -179,7 +180,7 @@ class GradientNormPenalty(FlatOptimizer):
 
 
 @documented
-class GAM(FlatOptimizer):
+class GAM(SharpnessAwareOptimizer):
     r"""Gradient norm Aware Minimization, accelerated (Algorithm 2). Four passes.
 
     .. math::
@@ -187,7 +188,7 @@ class GAM(FlatOptimizer):
         θ_2 &= θ + ρ\, h_0/‖h_0‖, & g_2 &= g(θ_2), & g_3 &= g(θ_2 + ρ'\, g_2/‖g_2‖), \\
         h_+ &= α g_1 + (1−α) g_3, & h_- &= β g_0 + (1−β) g_2, & d &= h_+ − γ\, h_{-⊥}.
 
-    Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. Errors: :class:`FlatOptimizer`.
+    Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
@@ -229,7 +230,7 @@ class GAM(FlatOptimizer):
 
 
 @documented
-class ExactGAM(FlatOptimizer):
+class ExactGAM(SharpnessAwareOptimizer):
     r"""Gradient norm Aware Minimization with Hessian-vector products (Algorithm 1). Two passes, three with ``sam_rho``.
 
     .. math::
@@ -243,7 +244,7 @@ class ExactGAM(FlatOptimizer):
     What a step costs in time and memory: ``python -m bench.curvature``. :class:`GAM` approximates it by four gradients.
 
     Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. The defaults are ours: with ρ = .2 and α = .1 the
-    weight of the gradient norm, αρ, is the ρ' = .02 of :class:`GAM`. Further errors: :class:`FlatOptimizer`.
+    weight of the gradient norm, αρ, is the ρ' = .02 of :class:`GAM`. Further errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
@@ -304,10 +305,10 @@ class ExactGAM(FlatOptimizer):
 
 
 @documented
-class CFlat(FlatOptimizer):
-    r"""C-Flat: :math:`g_1 + λ (g_3 − g_2)` on the walk of GAM with one radius. Four passes.
+class CFlat(SharpnessAwareOptimizer):
+    r"""C-Flat: :math:`g_1 + λ (g_3 − g_2)` on the path of GAM with one radius. Four passes.
 
-    Source: Bian et al., NeurIPS 2024, arXiv 2404.00986. Errors: :class:`FlatOptimizer`.
+    Source: Bian et al., NeurIPS 2024, arXiv 2404.00986. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
@@ -338,13 +339,13 @@ class CFlat(FlatOptimizer):
 
 
 @documented
-class FAD(FlatOptimizer):
-    r"""Flatness-Aware Minimization for domain generalization, on the walk of GAM. Four passes.
+class FAD(SharpnessAwareOptimizer):
+    r"""Flatness-Aware Minimization for domain generalization, on the path of GAM. Four passes.
 
     .. math:: d = (1−λα)\, g_0 + λα\, g_1 − λ(1−α)\, g_2 + λ(1−α)\, g_3
 
     Source: Zhang, Xu, Yu, Zou, Cui, ICCV 2023, arXiv 2307.11108; the coefficients are second-hand, and the defaults are
-    ours. Errors: :class:`FlatOptimizer`.
+    ours. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.

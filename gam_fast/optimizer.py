@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import radius, saved
-from .active import COUNTS, Agenda, Rules
+from .active import COUNTS, Rules, StepSchedule
 from .backends import Backend, select
 from .bases import Given, build_base, filled, is_instance, left_behind
 from .buffers import ForwardState
@@ -31,7 +31,7 @@ _ON_NONFINITE = ("raise", "skip", "ignore")
 
 
 @documented
-class FlatOptimizer(Stepper):
+class SharpnessAwareOptimizer(Stepper):
     """A torch optimizer that hands its base optimizer the direction of a :class:`~gam_fast.recipes.Recipe`.
 
     The classes of :mod:`gam_fast.methods` (GAM, SAM, …) are this class with a recipe each.
@@ -87,7 +87,7 @@ class FlatOptimizer(Stepper):
             raise ValueError(f"on_nonfinite must be one of {', '.join(_ON_NONFINITE)}, got {on_nonfinite!r}")
         _check_clip(clip_grad_norm)
         _check_share(ascent_share)
-        self._agenda = Agenda(interval, active)
+        self._schedule = StepSchedule(interval, active)
         fold_plan(self.recipe)  # refuses a table that needs more than three buffers
         given = vars(self).pop("_given")
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
@@ -137,7 +137,7 @@ class FlatOptimizer(Stepper):
 
     if not TYPE_CHECKING:  # for which every argument would do, and every name would be an attribute
 
-        def __new__(cls, *args: Any, **options: Any) -> FlatOptimizer:
+        def __new__(cls, *args: Any, **options: Any) -> SharpnessAwareOptimizer:
             self = super().__new__(cls)
             self._given = set(options)  # also what is given as it is by default
             return self
@@ -156,7 +156,7 @@ class FlatOptimizer(Stepper):
             RuntimeError: during a step; but ``train()``, which a Trainer calls before each backward, does nothing there
                 if it was called before the step.
         """
-        if self._walk is not None and mode == self._progress.mode == "train":
+        if self._current is not None and mode == self._progress.mode == "train":
             return
         self._refuse_nesting(f"{mode}()")
         for base in members(self.base):
@@ -233,29 +233,29 @@ class FlatOptimizer(Stepper):
     @property
     def interval(self) -> float:
         """Every how many steps the whole recipe is taken; may be set between steps, which then count anew."""
-        return self._agenda.interval
+        return self._schedule.interval
 
     @interval.setter
     def interval(self, interval: float) -> None:
         self._refuse_nesting("setting interval")
-        self._agenda.change(interval, self._agenda.active)
+        self._schedule.change(interval, self._schedule.active)
         self._complete_groups()
 
     @property
     def active(self) -> Rules:
         """The rules for which steps take the whole recipe; may be set between steps."""
-        return self._agenda.active
+        return self._schedule.active
 
     @active.setter
     def active(self, active: Rules) -> None:
         self._refuse_nesting("setting active")
-        self._agenda.change(self._agenda.interval, active)
+        self._schedule.change(self._schedule.interval, active)
         self._complete_groups()
 
     @property
     def decides_in_first_pass(self) -> bool:
         """Whether a rule looks at the first gradient: what :attr:`Turn.last` says in the first pass is not final."""
-        return self._agenda.trigger is not None
+        return self._schedule.trigger is not None
 
     def key(self, name: str) -> str:
         """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has one so named."""
@@ -282,7 +282,7 @@ class FlatOptimizer(Stepper):
         Raises:
             RuntimeError: in a pass after the first, where the weights that a checkpoint would go with are perturbed.
         """
-        if self._walk is not None and self._walk.perturbed:
+        if self._current is not None and self._current.perturbed:
             raise RuntimeError(
                 f"state_dict() in a pass of {type(self).__name__} whose weights are perturbed (and the model's "
                 "state_dict() holds those): save both behind the loop over passes() or the closure"
@@ -335,7 +335,7 @@ class FlatOptimizer(Stepper):
             "_own_defaults",
             "_backend_name",
             "_options",
-            "_agenda",
+            "_schedule",
         )
         found = {name: self.__dict__[name] for name in names if name in self.__dict__}
         model = self._copied or saved.ModelOfCopy.of(self._model, matters=self._options["sync"] != "global")
@@ -343,7 +343,7 @@ class FlatOptimizer(Stepper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._backends = {}
-        self._agenda = Agenda()
+        self._schedule = StepSchedule()
         self._surroundings = Surroundings()
         self._progress = Progress(state.get("skipped_steps", 0))
         self._model, self._copied = None, None  # a pickle of 0.7.0 or before has a model
@@ -418,7 +418,7 @@ class FlatOptimizer(Stepper):
         """Return what is kept in every group from step to step, as it is before the first."""
         name = self.recipe.difference
         auto = name is not None and any(isinstance(group.get(self._keys[name]), str) for group in self.param_groups)
-        return {**self._agenda.fields, **({radius.LENGTH: 0.0} if auto else {})}
+        return {**self._schedule.fields, **({radius.LENGTH: 0.0} if auto else {})}
 
 
 def _check_clip(limit: float | None) -> None:

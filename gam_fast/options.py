@@ -1,6 +1,7 @@
 """The keyword arguments of every method: their documentation, their types, and what is said of others.
 
-An option of :class:`gam_fast.optimizer.FlatOptimizer` has its text in :data:`OPTIONS` and its type in :class:`Options`;
+An option of :class:`gam_fast.optimizer.SharpnessAwareOptimizer` has its text in :data:`OPTIONS`, its type in
+:class:`Options`;
 a test compares both with the constructor.
 """
 

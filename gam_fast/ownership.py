@@ -282,10 +282,10 @@ def clear_gradients(params: list[Tensor], recycle: int, keep_parts: bool = True)
     return found
 
 
-def take_usual_gradients(params: list[Tensor], versions: Any, flags: bytearray, keep: bool) -> list[Tensor] | None:
+def take_all_gradients(params: list[Tensor], versions: Any, flags: bytearray, keep: bool) -> list[Tensor] | None:
     """The gradients where all is as usual, which here is no faster to find out."""
-    newcomers, _, sparse = survey_gradients(params, bytearray(len(params)))
-    usual = len(newcomers) == len(params) and sparse < 0 and len(set(flags)) < 2
+    unflagged, _, sparse = survey_gradients(params, bytearray(len(params)))
+    usual = len(unflagged) == len(params) and sparse < 0 and len(set(flags)) < 2
     usual = usual and all(wider_dtype(param) is None for param in params)
     return take_gradients(params, keep) if usual and versions.first_changed(params) < 0 else None
 

@@ -18,15 +18,15 @@ from types import CodeType, FrameType, TracebackType
 from typing import Any, ClassVar, Protocol
 
 from .amp import LossScale
+from .step import Step
 from .turn import Turn
 from .updates import Directions
-from .walk import Walk
 
 
 class Steps(Protocol):
     """The optimizer that takes the steps."""
 
-    def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Walk:
+    def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Step:
         """Begin a step; nothing is done to the parameters yet."""
         ...
 
@@ -36,7 +36,7 @@ class Steps(Protocol):
         """Update the parameters along the directions; all passes were made."""
         ...
 
-    def _leave(self, walk: Walk, error: BaseException | None) -> bool:
+    def _leave(self, step: Step, error: BaseException | None) -> bool:
         """End a step, or undo it because of ``error``. Return True if the error asks to skip the step."""
         ...
 
@@ -45,7 +45,7 @@ class Steps(Protocol):
         ...
 
 
-class Drive:
+class PassDriver:
     """The passes of one step, one after the other."""
 
     failed: ClassVar[tuple[int, int] | None] = None
@@ -55,7 +55,7 @@ class Drive:
         self._steps = steps
         self._scale = scale
         self._by_loop = by_loop
-        self._walk: Walk | None = None
+        self._current: Step | None = None
         self._index = 0
         self.ended = False
         self.is_managed = False
@@ -69,41 +69,41 @@ class Drive:
         """Begin the next pass, or end the step and return None."""
         if self.ended:
             return None
-        walk = self._walk
+        step = self._current
         try:
-            if walk is None:
-                walk = self._walk = self._steps._begin(self._scale, by_loop=self._by_loop)
-            elif not walk.over:  # it is, where step() was called in the last pass
-                walk.advance()
-            if not walk.over and not walk.at_end:
-                turn = walk.begin(self._index)
+            if step is None:
+                step = self._current = self._steps._begin(self._scale, by_loop=self._by_loop)
+            elif not step.over:  # it is, where step() was called in the last pass
+                step.advance()
+            if not step.over and not step.at_end:
+                turn = step.begin(self._index)
                 self._index += 1
                 return turn
-            if not walk.over:
-                walk.complete = True
+            if not step.over:
+                step.complete = True
                 if self._by_loop:
                     # the public one, so that hooks, profilers and schedulers take notice; it finds `complete`
                     self._steps.step()
                 else:
-                    walk.finish(self._steps._update)
+                    step.finish(self._steps._update)
         except BaseException as error:
             if not self.undo(error):
                 raise
         else:
             self.ended = True
-            if not walk.over:
-                self._steps._leave(walk, None)
+            if not step.over:
+                self._steps._leave(step, None)
         return None
 
     def undo(self, error: BaseException | None = None) -> bool:
         """Undo the step, if it is under way, because of ``error``; return True if that asks to skip it."""
         self.ended = True
-        return self._walk is not None and self._steps._leave(self._walk, error or GeneratorExit())
+        return self._current is not None and self._steps._leave(self._current, error or GeneratorExit())
 
     def close(self, error: BaseException | None) -> None:
         """End what a context manager was put around."""
-        walk = None if error is not None or self.ended else self._walk
-        if walk is not None and walk.in_last_pass and (self.is_done or walk.has_gradient):
+        step = None if error is not None or self.ended else self._current
+        if step is not None and step.in_last_pass and (self.is_done or step.has_gradient):
             self.next_pass()
         self.undo(error)
 
@@ -113,10 +113,10 @@ class Drive:
         Args:
             how: ``"end"`` if what is around it has ended, ``"break"``, ``"error"``, or None if it was left before now.
         """
-        walk = self._walk
-        if self.ended or walk is None:
+        step = self._current
+        if self.ended or step is None:
             return
-        is_done = walk.in_last_pass and (how == "end" or (how == "break" and walk.has_gradient))
+        is_done = step.in_last_pass and (how == "end" or (how == "break" and step.has_gradient))
         if is_done and self.is_managed:
             self.is_done = True
             return
@@ -126,7 +126,7 @@ class Drive:
             except Exception as error:  # nobody would see it raised in a finalizer
                 self._steps._fail_later(error)
             return
-        walk.may_communicate = how is not None
+        step.may_communicate = how is not None
         self.undo()
         if is_done:
             warnings.warn(
@@ -172,7 +172,7 @@ class Passes(Iterator[Turn]):
     0.25
     """
 
-    def __init__(self, drive: Drive) -> None:
+    def __init__(self, drive: PassDriver) -> None:
         self._drive = drive
         self._direct: Iterator[Turn] | None = None
 
@@ -198,7 +198,7 @@ class Passes(Iterator[Turn]):
         self._drive.close(error)
 
 
-def _by_hand(drive: Drive) -> Iterator[Turn]:
+def _by_hand(drive: PassDriver) -> Iterator[Turn]:
     """The passes for calls of ``next()``."""
     try:
         while (turn := drive.next_pass()) is not None:
@@ -212,7 +212,7 @@ class _Loop(Iterator[Turn]):
 
     __slots__ = ("_drive", "turns")
 
-    def __init__(self, drive: Drive) -> None:
+    def __init__(self, drive: PassDriver) -> None:
         self._drive = drive
         self.turns: Any = _in_loop(drive)
 
@@ -224,21 +224,21 @@ class _Loop(Iterator[Turn]):
         return turn
 
 
-def _in_loop(drive: Drive) -> Generator[Turn, None, None]:
+def _in_loop(drive: PassDriver) -> Generator[Turn, None, None]:
     """The passes for one loop, whose frame is noted whenever it asks, to find out how it was left."""
     frame = sys._getframe(2)
     code, place, at, mine = frame.f_code, id(frame), frame.f_lasti, object()
     if code.co_varnames[:1] == (".0",):
         _leave_to_the_stack(frame)
     del frame  # which holds the loop
-    Drive.failed = None
+    PassDriver.failed = None
     try:
         while True:
             drive.loop = mine
             try:
                 turn = drive.next_pass()
             except BaseException:
-                Drive.failed = place, at
+                PassDriver.failed = place, at
                 raise
             if turn is None:
                 return
@@ -250,14 +250,14 @@ def _in_loop(drive: Drive) -> Generator[Turn, None, None]:
 
 
 def _how_left(frame: FrameType, code: CodeType, place: int, at: int) -> str | None:
-    """Find out how the loop was left, ``frame`` being the one that runs: see :meth:`Drive.left`.
+    """Find out how the loop was left, ``frame`` being the one that runs: see :meth:`PassDriver.left`.
 
     A frame whose exception is on its way stands at the instruction that raised it.
     """
     if id(frame) != place or frame.f_code is not code:
         return None
     if frame.f_lasti == at:
-        return "error" if Drive.failed == (place, at) else "end"
+        return "error" if PassDriver.failed == (place, at) else "end"
     instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
     if instruction.startswith(_NAMED):
         return None

@@ -1,11 +1,11 @@
 r"""Every method of the family as data: where its gradients are taken, and how they are combined.
 
-A step evaluates the gradients :math:`g_0, …, g_{N-1}` of one mini-batch loss along a *walk* that starts at the
+A step evaluates the gradients :math:`g_0, …, g_{N-1}` of one mini-batch loss along a *path* that starts at the
 parameters :math:`θ`, and hands the base optimizer one direction
 
 .. math:: d = u - γ\,(m - \frac{⟨m,u⟩}{‖u‖²} u), \qquad u = \sum_i c_i g_i, \quad m = \sum_i d_i g_i .
 
-A :class:`Recipe` states the walk, the coefficients ``c`` and ``d`` and the hyper-parameters they are made of. It
+A :class:`Recipe` states the path, the coefficients ``c`` and ``d`` and the hyper-parameters they are made of. It
 knows nothing of tensors: the engine (:mod:`gam_fast.optimizer`) reads it. Adding a published method of the family is
 adding one table here and one class in :mod:`gam_fast.methods`.
 
@@ -61,7 +61,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Move:
+class Perturbation:
     r"""From one pass to the next: ``origin + radius · v / (‖v‖ + ξ)`` with ``v = g[along]`` or ``g[along] − g[minus]``.
 
     ``from_start`` puts the origin at θ, else it is the point of the pass just made. ξ is 1e-12. For an adaptive recipe
@@ -83,23 +83,23 @@ class HessianProduct:
     """
 
 
-Step: TypeAlias = "Move | HessianProduct"
+Segment: TypeAlias = "Perturbation | HessianProduct"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method: its walk, its coefficients and its hyper-parameters.
+    """One method: its path, its coefficients and its hyper-parameters.
 
     Args:
         name: how it is called in messages.
         citation: where it was published.
         defaults: hyper-parameter names and default values; radii are non-negative numbers in units of the parameters.
-        walk: a :class:`Move` between each pass and the next, and a :class:`HessianProduct` after a pass that needs one;
-            ``len(walk) + 1`` vectors.
+        path: a :class:`Perturbation` between each pass and the next, and a :class:`HessianProduct` after a pass that
+            needs one; ``len(path) + 1`` vectors.
         u: the coefficient ``c_i`` of each vector; ``None`` where it takes no part.
         m: the coefficient ``d_i`` of each vector, or an empty tuple where the method has no second combination.
         gamma: name of the hyper-parameter γ, needed with ``m``.
-        adaptive: name of the hyper-parameter η of the elementwise radius (see :class:`Move`), or ``None``.
+        adaptive: name of the hyper-parameter η of the elementwise radius (see :class:`Perturbation`), or ``None``.
         difference: name of the radius that the first move has for the sake of the difference of the gradients at its
             two ends, or ``None``; it may be automatic (:mod:`gam_fast.radius`).
 
@@ -113,7 +113,7 @@ class Recipe:
     name: str
     citation: str
     defaults: Hyperparameters = field(hash=False)
-    walk: tuple[Step, ...]
+    path: tuple[Segment, ...]
     u: tuple[Coefficient, ...]
     m: tuple[Coefficient, ...] = ()
     gamma: str | None = None
@@ -126,16 +126,16 @@ class Recipe:
             raise ValueError(f"recipe {self.name}: u needs {n} coefficients, the last not None, got {self.u!r}")
         if len(self.m) not in (0, n) or bool(self.m) != (self.gamma is not None):
             raise ValueError(f"recipe {self.name}: m needs {n} coefficients and a gamma, or neither")
-        for i, move in enumerate(self.walk):
+        for i, move in enumerate(self.path):
             if isinstance(move, HessianProduct):
                 if self.is_product(i):
                     raise ValueError(f"recipe {self.name}: step {i} would differentiate a Hessian-vector product")
                 continue
             if not (0 <= move.along <= i and (move.minus is None or 0 <= move.minus <= i)):
                 raise ValueError(f"recipe {self.name}: move {i} goes along a gradient that is not taken yet: {move}")
-        if self.difference and (len(self.moves) < 2 or self.moves[0].radius != self.difference):
+        if self.difference and (len(self.perturbations) < 2 or self.perturbations[0].radius != self.difference):
             raise ValueError(f"recipe {self.name}: the first move does not have the radius {self.difference!r}")
-        names = {move.radius for move in self.moves} | {name for name in (self.gamma, self.adaptive) if name}
+        names = {move.radius for move in self.perturbations} | {name for name in (self.gamma, self.adaptive) if name}
         if not names <= set(self.defaults):
             raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
 
@@ -144,19 +144,19 @@ class Recipe:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
-    def moves(self) -> tuple[Move, ...]:
-        """The steps of the walk that go to another point."""
-        return tuple(step for step in self.walk if isinstance(step, Move))
+    def perturbations(self) -> tuple[Perturbation, ...]:
+        """The steps of the path that go to another point."""
+        return tuple(step for step in self.path if isinstance(step, Perturbation))
 
     @cached_property
     def vectors(self) -> int:
         """Gradients and Hessian-vector products in one step."""
-        return len(self.walk) + 1
+        return len(self.path) + 1
 
     @cached_property
     def passes(self) -> int:
-        """Points of the walk, at each of which the loss is evaluated once."""
-        return len(self.moves) + 1
+        """Points of the path, at each of which the loss is evaluated once."""
+        return len(self.perturbations) + 1
 
     @cached_property
     def plan(self) -> FoldPlan:
@@ -185,15 +185,15 @@ class Recipe:
     @cached_property
     def second_order(self) -> bool:
         """Whether the loss is differentiated twice."""
-        return len(self.moves) < len(self.walk)
+        return len(self.perturbations) < len(self.path)
 
     def is_product(self, vector: int) -> bool:
         """Return whether the vector is a Hessian-vector product, and not a gradient."""
-        return vector > 0 and isinstance(self.walk[vector - 1], HessianProduct)
+        return vector > 0 and isinstance(self.path[vector - 1], HessianProduct)
 
     def has_product(self, vector: int) -> bool:
         """Return whether a Hessian-vector product is made of this gradient."""
-        return vector < len(self.walk) and isinstance(self.walk[vector], HessianProduct)
+        return vector < len(self.path) and isinstance(self.path[vector], HessianProduct)
 
     def pass_of(self, vector: int) -> int:
         """The pass that a vector comes from.
@@ -206,7 +206,7 @@ class Recipe:
     @cached_property
     def passes_before(self) -> tuple[int, ...]:
         """For each vector, the pass that it comes from."""
-        moved = (isinstance(step, Move) for step in self.walk)
+        moved = (isinstance(step, Perturbation) for step in self.path)
         return tuple(accumulate(moved, initial=0))
 
     def coefficients(self, hyper: Hyperparameters) -> tuple[list[float], list[float], float]:
@@ -237,7 +237,7 @@ class Recipe:
             raise TypeError(f"{self.name}: {name} must be a number{hint}, got {value!r} ({type(value).__name__})")
         if not _is_finite(value):
             raise ValueError(f"{self.name}: {name} must be finite, got {value!r}")
-        radii = {move.radius for move in self.moves} | {self.adaptive}
+        radii = {move.radius for move in self.perturbations} | {self.adaptive}
         if name in radii and value < 0:
             raise ValueError(f"{self.name}: {name} must not be negative, got {value!r}")
 
@@ -270,22 +270,22 @@ def _weight_of_flatness(hyper: Hyperparameters) -> float:
     return float(hyper["alpha"]) * float(hyper["rho"])
 
 
-_SAM_WALK = (Move(along=0, radius="rho"),)
+_SAM_PATH = (Perturbation(along=0, radius="rho"),)
 
 
-def _gam_walk(rho: str, rho_prime: str) -> tuple[Move, ...]:
+def _gam_path(rho: str, rho_prime: str) -> tuple[Perturbation, ...]:
     """θ; θ + ρ' ĝ0; θ2 = θ + ρ ĥ0 with h0 = g1 − g0; θ2 + ρ' ĝ2."""
-    return (Move(0, rho_prime), Move(1, rho, minus=0, from_start=True), Move(2, rho_prime))
+    return (Perturbation(0, rho_prime), Perturbation(1, rho, minus=0, from_start=True), Perturbation(2, rho_prime))
 
 
-BASE = Recipe(name="Base", citation="the base optimizer alone, one pass", defaults={}, walk=(), u=(1.0,))
+BASE = Recipe(name="Base", citation="the base optimizer alone, one pass", defaults={}, path=(), u=(1.0,))
 
 
 SAM = Recipe(
     name="SAM",
     citation="Foret, Kleiner, Mobahi, Neyshabur, Sharpness-Aware Minimization, ICLR 2021, arXiv 2010.01412",
     defaults={"rho": 0.05},
-    walk=_SAM_WALK,
+    path=_SAM_PATH,
     u=(None, 1.0),
 )
 
@@ -293,7 +293,7 @@ ASAM = Recipe(
     name="ASAM",
     citation="Kwon, Kim, Park, Choi, ASAM: Adaptive Sharpness-Aware Minimization, ICML 2021, arXiv 2102.11600",
     defaults={"rho": 0.5, "eta": 0.0},
-    walk=_SAM_WALK,
+    path=_SAM_PATH,
     u=(None, 1.0),
     adaptive="eta",
 )
@@ -302,7 +302,7 @@ GSAM = Recipe(
     name="GSAM",
     citation="Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, ICLR 2022, arXiv 2203.08065",
     defaults={"rho": 0.04, "alpha": 0.4},
-    walk=_SAM_WALK,
+    path=_SAM_PATH,
     u=(None, 1.0),
     m=(1.0, None),
     gamma="alpha",
@@ -313,7 +313,7 @@ GRADIENT_NORM_PENALTY = Recipe(
     citation="Zhao, Zhang, Hu, Penalizing Gradient Norm for Efficiently Improving Generalization, ICML 2022, "
     "arXiv 2202.03599",
     defaults={"rho": 0.05, "alpha": 0.8},
-    walk=_SAM_WALK,
+    path=_SAM_PATH,
     u=(Share("alpha", 1), Share("alpha", 0)),
 )
 
@@ -322,7 +322,7 @@ GAM = Recipe(
     citation="Zhang, Xu, Yu, Zou, Cui, Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves "
     "Generalization, CVPR 2023, arXiv 2303.03108, Algorithm 2",
     defaults={"rho": 0.2, "rho_prime": 0.02, "alpha": 0.6, "beta": 0.5, "gamma": 0.03},
-    walk=_gam_walk("rho", "rho_prime"),
+    path=_gam_path("rho", "rho_prime"),
     difference="rho_prime",
     u=(None, Share("alpha", 0), None, Share("alpha", 1)),
     m=(Share("beta", 0), None, Share("beta", 1), None),
@@ -333,7 +333,7 @@ CFLAT = Recipe(
     name="CFlat",
     citation="Bian et al., Make Continual Learning Stronger via C-Flat, NeurIPS 2024, arXiv 2404.00986",
     defaults={"rho": 0.2, "lam": 0.2},
-    walk=_gam_walk("rho", "rho"),
+    path=_gam_path("rho", "rho"),
     u=(None, 1.0, _minus_lam, Value("lam")),
 )
 
@@ -342,7 +342,7 @@ FAD = Recipe(
     citation="Zhang, Xu, Yu, Zou, Cui, Flatness-Aware Minimization for Domain Generalization, ICCV 2023, "
     "arXiv 2307.11108",
     defaults={"rho": 0.05, "rho_prime": 0.05, "alpha": 0.5, "lam": 0.5},
-    walk=_gam_walk("rho", "rho_prime"),
+    path=_gam_path("rho", "rho_prime"),
     difference="rho_prime",
     u=(_one_minus_product, _product, _minus_rest_product, _rest_product),
 )
@@ -351,7 +351,7 @@ EXACT_GAM = Recipe(
     name="ExactGAM",
     citation=GAM.citation.replace("Algorithm 2", "Algorithm 1"),
     defaults={"rho": 0.2, "alpha": 0.1},
-    walk=(HessianProduct(), Move(1, "rho", from_start=True), HessianProduct()),
+    path=(HessianProduct(), Perturbation(1, "rho", from_start=True), HessianProduct()),
     u=(1.0, None, None, _weight_of_flatness),
 )
 """The vectors are g0, f = H g0/‖g0‖, the gradient at θ + ρ f/‖f‖, and its product."""
@@ -360,7 +360,12 @@ EXACT_GAM_WITH_SAM = Recipe(
     name="ExactGAM",
     citation=f"{EXACT_GAM.citation}; with the gradient of SAM: {SAM.citation}",
     defaults={"rho": 0.2, "alpha": 0.1, "sam_rho": 0.05},
-    walk=(HessianProduct(), Move(0, "sam_rho", from_start=True), Move(1, "rho", from_start=True), HessianProduct()),
+    path=(
+        HessianProduct(),
+        Perturbation(0, "sam_rho", from_start=True),
+        Perturbation(1, "rho", from_start=True),
+        HessianProduct(),
+    ),
     u=(None, None, 1.0, None, _weight_of_flatness),
 )
 """As :data:`EXACT_GAM`, with the gradient of SAM in place of g0."""
@@ -384,7 +389,7 @@ FoldPlan: TypeAlias = "tuple[tuple[Fold | None, tuple[int, ...]], ...]"
 
 
 def fold_plan(recipe: Recipe) -> FoldPlan:
-    """Return the fold after each step of the walk, if there is one, and the vectors that stay live.
+    """Return the fold after each step of the path, if there is one, and the vectors that stay live.
 
     A vector that no later move goes along is folded into the first live one that belongs to the same combination
     (u or m), so that never more than two gradients besides the newest are live: with the backup of θ the three
@@ -402,19 +407,19 @@ def fold_plan(recipe: Recipe) -> FoldPlan:
         for i in range(recipe.vectors)
     }
     live: list[int] = []
-    for i, step in enumerate(recipe.walk):
+    for i, step in enumerate(recipe.path):
         live.append(i)
-        moves = [move for move in recipe.walk[i + 1 :] if isinstance(move, Move)]
-        later = {k for move in moves for k in (move.along, move.minus)}
+        perturbations = [move for move in recipe.path[i + 1 :] if isinstance(move, Perturbation)]
+        later = {k for move in perturbations for k in (move.along, move.minus)}
         live = [k for k in live if parts[k] or k in later]
         folds = []
-        for part in ("u", "m") if isinstance(step, Move) else ():  # a fold is carried out with a move
+        for part in ("u", "m") if isinstance(step, Perturbation) else ():  # a fold is carried out with a move
             same = [k for k in live if k not in later and parts[k] == part]
             folds += [Fold(same[0], k, part) for k in same[1:]]
             live = [k for k in live if k not in same[1:]]
         if len(live) > 2:
             raise ValueError(
-                f"recipe {recipe.name}: vectors {live} are live after step {i} of the walk; at most two can be kept"
+                f"recipe {recipe.name}: vectors {live} are live after step {i} of the path; at most two can be kept"
             )
         if len(folds) > 1:
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import CyclicLR
 
-from .optimizer import FlatOptimizer
+from .optimizer import SharpnessAwareOptimizer
 
 
 class RadiusSchedule:
@@ -32,8 +32,8 @@ class RadiusSchedule:
         ValueError: its recipe has no such hyper-parameter, or it is not a number (an automatic radius, a pair).
     """
 
-    def __init__(self, optimizer: FlatOptimizer, name: str = "rho") -> None:
-        if not isinstance(optimizer, FlatOptimizer):
+    def __init__(self, optimizer: SharpnessAwareOptimizer, name: str = "rho") -> None:
+        if not isinstance(optimizer, SharpnessAwareOptimizer):
             raise TypeError(f"optimizer must be one of gam_fast, got {type(optimizer).__name__}")
         self.optimizer = optimizer
         self.name = name
@@ -122,7 +122,13 @@ class LinearRadius(RadiusSchedule):
     """
 
     def __init__(
-        self, optimizer: FlatOptimizer, name: str = "rho", *, total_steps: int, end: float, start: float | None = None
+        self,
+        optimizer: SharpnessAwareOptimizer,
+        name: str = "rho",
+        *,
+        total_steps: int,
+        end: float,
+        start: float | None = None,
     ) -> None:
         self.total_steps = self._positive_steps(total_steps)
         self.end = self._checked("end", end)
@@ -145,7 +151,9 @@ class CosineRadius(RadiusSchedule):
     [0.15...]
     """
 
-    def __init__(self, optimizer: FlatOptimizer, name: str = "rho", *, total_steps: int, end: float = 0.0) -> None:
+    def __init__(
+        self, optimizer: SharpnessAwareOptimizer, name: str = "rho", *, total_steps: int, end: float = 0.0
+    ) -> None:
         self.total_steps = self._positive_steps(total_steps)
         self.end = self._checked("end", end)
         super().__init__(optimizer, name)
@@ -178,7 +186,7 @@ class ProportionalRadius(RadiusSchedule):
     """
 
     def __init__(
-        self, optimizer: FlatOptimizer, name: str = "rho", *, min_value: float = 0.0, min_lr: float = 0.0
+        self, optimizer: SharpnessAwareOptimizer, name: str = "rho", *, min_value: float = 0.0, min_lr: float = 0.0
     ) -> None:
         self.min_value = self._checked("min_value", min_value)
         self.min_lr = self._checked("min_lr", min_lr)
@@ -215,7 +223,7 @@ class ProportionalRadius(RadiusSchedule):
         return max(0.0, self.min_value + (initial - self.min_value) * part)
 
 
-def _example() -> FlatOptimizer:
+def _example() -> SharpnessAwareOptimizer:
     """A GAM optimizer with ρ = 0.2, for the examples above."""
     import torch
 

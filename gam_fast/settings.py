@@ -16,7 +16,7 @@ from .rng import ReplayRNG
 
 @dataclass(slots=True)  # not frozen, which would cost microseconds in every step
 class Settings:
-    """What the engine asks of every walk."""
+    """The options of an optimizer that a step goes by."""
 
     recipe: Recipe
     model: nn.Module | None = None
@@ -29,11 +29,11 @@ class Settings:
     sync: str = "global"
     ascent_share: float = 1.0
     goes_on: Callable[[float], bool] | None = None
-    """Whether ‖g0‖² is such that the walk goes on; ``None`` where that is not asked."""
+    """Whether ‖g0‖² is such that the step goes on to other points; ``None`` where that is not asked."""
     others: Sequence[Tensor] = ()
     """Parameters of ``model`` that belong to another optimizer."""
     measure_change: bool = False
-    """Whether :attr:`Walk.relative_change` is wanted."""
+    """Whether :attr:`Step.relative_change` is wanted."""
 
     def check_capture(self, devices: Iterable[torch.device]) -> None:
         """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""

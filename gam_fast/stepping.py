@@ -1,6 +1,6 @@
 """One step, driven by a loop over its passes or by a closure.
 
-The transient part of a step is in :mod:`gam_fast.walk`; what lasts is in :mod:`gam_fast.optimizer`.
+The transient part of a step is in :mod:`gam_fast.step`; what lasts is in :mod:`gam_fast.optimizer`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import radius
-from .active import STEPS, Agenda
+from .active import STEPS, StepSchedule
 from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend
 from .buffers import ForwardState
@@ -24,15 +24,15 @@ from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
 from .others import CLOSED, Surroundings
 from .ownership import version
-from .participants import Participants
-from .passes import Drive, Passes
+from .parameters import StepParameters
+from .passes import PassDriver, Passes
 from .reach import message_of_forgotten
 from .recipes import BASE, Recipe
 from .settings import Settings
 from .sharded import local
+from .step import Step
 from .turn import Loss, Turn, TurnClosure, evaluation, frames_of_libraries
 from .updates import Directions, apply, only_makes_state
-from .walk import Walk
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class Progress:
     """What moves in every step; one object, so that wrappers with a copy of the optimizer's attributes see it move."""
 
     skipped_steps: int = 0
-    walk: Walk | None = None
+    step: Step | None = None
     stepped: bool = False
     """Whether there was a step before, and it came to an end."""
     loop_took_step: bool = False
@@ -59,7 +59,7 @@ class Progress:
     """What the step under way has to put into the groups once it is taken."""
     coefficients: Coefficients | None = None
     """Those of the step before, which are mostly those of the next."""
-    participants: Participants | None = None
+    participants: StepParameters | None = None
     difference: radius.Difference | None = None
     """The automatic radius of the step under way."""
     calls: Calls = field(default_factory=Calls)
@@ -68,7 +68,7 @@ class Progress:
 
 
 class Stepper(Hooked):
-    """The steps of :class:`gam_fast.optimizer.FlatOptimizer`, which has what lasts between them."""
+    """The steps of :class:`gam_fast.optimizer.SharpnessAwareOptimizer`, which has what lasts between them."""
 
     recipe: ClassVar[Recipe] = BASE
     _step_supports_amp_scaling: ClassVar[bool] = True  # asked for by GradScaler.step
@@ -78,7 +78,7 @@ class Stepper(Hooked):
     _options: dict[str, Any]
     _model: nn.Module | None
     _progress: Progress
-    _agenda: Agenda
+    _schedule: StepSchedule
     _surroundings: Surroundings
 
     def _select(self, device: torch.device) -> Backend:
@@ -95,12 +95,12 @@ class Stepper(Hooked):
     @property
     def turn(self) -> Turn | None:
         """The pass that is under way, for code that is called in it, such as a closure; ``None`` between steps."""
-        return None if self._walk is None else self._walk.current
+        return None if self._current is None else self._current.current
 
     @property
-    def _walk(self) -> Walk | None:
-        walk = self._progress.walk  # which a Ctrl-C at an unlucky moment may leave behind
-        return walk if walk is not None and walk.under_way else None
+    def _current(self) -> Step | None:
+        step = self._progress.step  # which a Ctrl-C at an unlucky moment may leave behind
+        return step if step is not None and step.under_way else None
 
     def passes(self, scaler: Any = None) -> Passes:
         """The passes of one step: run forward and backward once in the body for each.
@@ -129,7 +129,7 @@ class Stepper(Hooked):
             UserWarning: somebody called backward() since the last step; those gradients are not used.
         """
         self._refuse_nesting("passes()")
-        return Passes(Drive(self, None if scaler is None else self._loss_scale(scaler)))
+        return Passes(PassDriver(self, None if scaler is None else self._loss_scale(scaler)))
 
     @overload
     def step(self, closure: None = None, *, scaler: Any = None) -> None: ...
@@ -167,9 +167,9 @@ class Stepper(Hooked):
         """
         try:
             given = GivenScale.handed_to(self)
-            walk = self._walk
-            if walk is not None and walk.by_loop and (walk.complete or (walk.in_last_pass and closure is None)):
-                return self._end(walk, closure, given, scaler)
+            step = self._current
+            if step is not None and step.by_loop and (step.complete or (step.in_last_pass and closure is None)):
+                return self._end(step, closure, given, scaler)
             self._refuse_nesting("step()")
             scale = None if scaler is None else self._loss_scale(scaler)
             if closure is None:
@@ -186,7 +186,7 @@ class Stepper(Hooked):
             raise
         # from here on nothing was handed over: that was refused
         first = None
-        passes = Drive(self, scale, by_loop=False)
+        passes = PassDriver(self, scale, by_loop=False)
         try:
             while (turn := passes.next_pass()) is not None:
                 with torch.enable_grad():
@@ -220,19 +220,19 @@ class Stepper(Hooked):
             RuntimeError: outside a step.
             ValueError: there is none.
         """
-        if self._walk is None:
+        if self._current is None:
             raise RuntimeError(
                 "micro_batches() outside a step: iterate over it in the body of `for turn in optimizer.passes():`, or "
                 "in the closure"
             )
-        return self._walk.micro_batches(batches)
+        return self._current.micro_batches(batches)
 
     def _update(self, directions: Directions) -> None:
         """End a step: call the hooks before it, and update the parameters."""
         progress = self._progress
-        passes = progress.walk.recipe.passes if progress.walk is not None else self.recipe.passes
+        passes = progress.step.recipe.passes if progress.step is not None else self.recipe.passes
         since, progress.unscaled_since = progress.unscaled_since, None
-        if since is not None and (progress.walk is None or progress.walk.watch.scale is None):
+        if since is not None and (progress.step is None or progress.step.watch.scale is None):
             check_not_forgotten(since, self, passes)
         call = progress.calls.current or ((self,), {})
         before = partial(call_before, self, call) if any_before(self) else None
@@ -244,23 +244,23 @@ class Stepper(Hooked):
         scale = LossScale(scaler, self)
         return scale if scale.enabled else None
 
-    def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Walk:
+    def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Step:
         """Begin a step of several passes; nothing is done to the parameters yet."""
         self._refuse_nesting("passes()")
         since = self._progress.unscaled_since
         if since is not None and scale is None:  # the step before was undone, perhaps because of an overflow
             check_not_forgotten(since, self, self.recipe.passes)
         self._progress.unscaled_since = now()
-        walk = self._open(scale, by_loop=by_loop)
+        step = self._open(scale, by_loop=by_loop)
         GivenScale.drop(self)  # of a call that came to nothing
         try:
             self._warn_of_unused_gradients()
         except BaseException as error:
-            self._leave(walk, error)
+            self._leave(step, error)
             raise
-        return walk
+        return step
 
-    def _open(self, scale: LossScale | GivenScale | None, *, by_loop: bool = False) -> Walk:
+    def _open(self, scale: LossScale | GivenScale | None, *, by_loop: bool = False) -> Step:
         self._check_can_step()
         progress = self._progress
         owed, progress.owed = progress.owed, None
@@ -269,12 +269,12 @@ class Stepper(Hooked):
         missed, progress.error = progress.error, None
         if missed is not None:
             raise missed
-        groups, agenda = self.base.param_groups, self._agenda
-        whole = agenda.is_always or not groups
+        groups, schedule = self.base.param_groups, self._schedule
+        whole = schedule.is_always or not groups
         if not whole:
-            if not agenda.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
+            if not schedule.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
                 self._complete_groups()
-            whole = agenda.wants(int(groups[0][STEPS]))
+            whole = schedule.wants(int(groups[0][STEPS]))
         hyper = [
             {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()} if whole else {}
             for group in groups
@@ -296,21 +296,21 @@ class Stepper(Hooked):
         if participants is not None:
             participants = participants.again(groups, self._select, recipe.name, keep_parts=keep)
         if participants is None:
-            participants = Participants(groups, self._select, recipe.name, keep_parts=keep)
+            participants = StepParameters(groups, self._select, recipe.name, keep_parts=keep)
         progress.participants = participants
         settings = Settings(
             recipe,
             self._model,
             forward_state=self._progress.forward_state,
-            goes_on=None if agenda.trigger is None else self._goes_on,
+            goes_on=None if schedule.trigger is None else self._goes_on,
             others=around.others,
             measure_change=difference is not None,
             **self._options,
         )
-        walk = progress.walk = Walk(settings, groups, coefficients, participants, scale, by_loop=by_loop)
-        return walk
+        step = progress.step = Step(settings, groups, coefficients, participants, scale, by_loop=by_loop)
+        return step
 
-    def _end(self, walk: Walk, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any = None) -> Any:
+    def _end(self, step: Step, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any = None) -> Any:
         """Update by a loop, all passes of which are made or in the last of which it is.
 
         A wrapper that steps with a closure of its own, such as Lightning's, has it called.
@@ -320,18 +320,18 @@ class Stepper(Hooked):
             if scaler is not None:
                 raise RuntimeError("step(scaler=) in the last pass of a loop: the loop is passes(scaler=scaler)")
             if given is not None:
-                walk.unscale_by(given)
-            if not walk.complete:
-                walk.advance()
-                walk.complete = True
+                step.unscale_by(given)
+            if not step.complete:
+                step.advance()
+                step.complete = True
             elif closure is not None:
                 result = closure()
-            walk.finish(self._update)
+            step.finish(self._update)
         except BaseException as error:
-            if not self._leave(walk, error):
+            if not self._leave(step, error):
                 raise
         else:
-            self._leave(walk, None)
+            self._leave(step, None)
         return result
 
     def _step_without_closure(self, scale: LossScale | GivenScale | None) -> None:
@@ -356,42 +356,42 @@ class Stepper(Hooked):
                 f"step() of {type(self).__name__} behind a loop over passes(), which has taken this step already: "
                 "leave step() out (or call it in the last pass)"
             )
-        walk = self._open(scale)
+        step = self._open(scale)
         try:
-            walk.advance()
-            walk.finish(self._update)
+            step.advance()
+            step.finish(self._update)
         except BaseException as error:
-            if not self._leave(walk, error):
+            if not self._leave(step, error):
                 raise
         else:
-            self._leave(walk, None)
+            self._leave(step, None)
 
-    def _leave(self, walk: Walk, error: BaseException | None) -> bool:
+    def _leave(self, step: Step, error: BaseException | None) -> bool:
         """End a step, or undo it because of ``error``. Return True if the error asks to skip the step."""
         progress = self._progress
-        first = progress.walk is walk  # the end of a loop is within the step that it calls
+        first = progress.step is step  # the end of a loop is within the step that it calls
         try:
             if isinstance(error, SkipStep) and first:
                 progress.skipped_steps += 1
                 self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
-            is_skipped = walk.leave(error)
+            is_skipped = step.leave(error)
         finally:
             if first:
-                if walk.finished:
-                    self._count(walk)
-                progress.walk = None
-                progress.owed = walk.owed
+                if step.finished:
+                    self._count(step)
+                progress.step = None
+                progress.owed = step.owed
                 left = self._first_gradient()
                 if left is not None:
                     left._gam_fast_left = version(left), CLOSED.steps  # type: ignore[attr-defined]
                 progress.stepped = True
-                progress.loop_took_step = walk.by_loop and walk.finished
-        if first and walk.finished:
-            if walk.portion.share < 1.0:
-                self._warn_of_unused_share(walk)
-            if walk.state.forgotten:
-                self._warn_of_forgotten_model(walk)
-            if walk.rates_moved:
+                progress.loop_took_step = step.by_loop and step.finished
+        if first and step.finished:
+            if step.portion.share < 1.0:
+                self._warn_of_unused_share(step)
+            if step.state.forgotten:
+                self._warn_of_forgotten_model(step)
+            if step.rates_moved:
                 warnings.warn(
                     f"a learning rate was changed between the passes of a step of {type(self).__name__}: a body runs "
                     "once a pass. scheduler.step(), and whatever else happens once a step, belongs behind the loop "
@@ -412,34 +412,34 @@ class Stepper(Hooked):
 
     def _goes_on(self, square: float) -> bool:
         """Return whether a step takes the whole recipe, its first gradient being so large."""
-        found, self._progress.seen = self._agenda.look(square, self.param_groups[0])
+        found, self._progress.seen = self._schedule.look(square, self.param_groups[0])
         return found
 
-    def _count(self, walk: Walk) -> None:
+    def _count(self, step: Step) -> None:
         """A step was taken."""
         seen, difference = self._progress.seen, self._progress.difference
-        if difference is not None and walk.relative_change is not None:
-            seen.update(difference.after(walk.relative_change))
+        if difference is not None and step.relative_change is not None:
+            seen.update(difference.after(step.relative_change))
         for group in self.base.param_groups:
             if STEPS in group:
                 group[STEPS] += 1
             group.update(seen)
 
-    def _warn_of_unused_share(self, walk: Walk) -> None:
+    def _warn_of_unused_share(self, step: Step) -> None:
         """Once, where a step of several passes has asked for less than the batch and got the whole of it."""
-        if walk.recipe.passes == 1 or walk.portion.asked or self._progress.warned_of_share:
+        if step.recipe.passes == 1 or step.portion.asked or self._progress.warned_of_share:
             return
         self._progress.warned_of_share = True
         warnings.warn(
-            f"ascent_share={walk.portion.share} of this {type(self).__name__} had no effect: nobody asked which rows a "
+            f"ascent_share={step.portion.share} of this {type(self).__name__} had no effect: nobody asked which rows a "
             "pass is to see. In the loop over passes(), take xb, yb = turn.rows(x, y); a closure gets the turn as its "
             "argument if that is called turn (or asks optimizer.turn)",
             stacklevel=frames_of_libraries(),
         )
 
-    def _warn_of_forgotten_model(self, walk: Walk) -> None:
+    def _warn_of_forgotten_model(self, step: Step) -> None:
         """Once, where buffers of a module that has our parameters have moved, and perhaps did so in every pass."""
-        forgotten, walk.state.forgotten = walk.state.forgotten, []
+        forgotten, step.state.forgotten = step.state.forgotten, []
         warnings.warn(message_of_forgotten(type(self).__name__, forgotten), stacklevel=frames_of_libraries())
 
     def _first_gradient(self) -> Tensor | None:
@@ -485,7 +485,7 @@ class Stepper(Hooked):
         """For a method that cannot work in every process."""
 
     def _refuse_nesting(self, what: str) -> None:
-        if self._progress.walk is not None and self._walk is not None:
+        if self._progress.step is not None and self._current is not None:
             raise RuntimeError(
                 f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
                 "end, or close() the iterator to undo the step"

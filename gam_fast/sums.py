@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import scalars
 from .backends.base import Direction, PerGroup, Products, Scalar, TensorList
-from .participants import Participants, Shard
-from .recipes import Move
+from .parameters import ParameterBlock, StepParameters
+from .recipes import Perturbation
 from .sharded import add_up_over_processes
 
 
@@ -17,59 +17,59 @@ class Sums:
     """Norms and inner products over all parameters that take part, whatever they are spread over.
 
     Args:
-        shards: those parameters.
+        blocks: those parameters.
         groups: how many parameter groups there are.
 
     Attributes:
         on_host: whether a sum is a plain number, because reading it waits for nothing.
     """
 
-    def __init__(self, shards: Participants, groups: int) -> None:
-        self.on_host = shards.on_host
-        self._shards = shards
+    def __init__(self, blocks: StepParameters, groups: int) -> None:
+        self.on_host = blocks.on_host
+        self._blocks = blocks
         self._groups = groups
 
     def square_norm(self, vector: int) -> Scalar:
         """‖g‖² of a vector that is held."""
-        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._shards.all])
+        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._blocks.all])
 
-    def square_length(self, move: Move, eta: list[float] | None) -> Scalar:
+    def square_length(self, move: Perturbation, eta: list[float] | None) -> Scalar:
         """The square of the norm that a move is divided by."""
         minus = move.minus
-        s = self._shards.only
-        if s is not None and self.on_host and not self._shards.sharded:
+        s = self._blocks.only
+        if s is not None and self.on_host and not self._blocks.sharded:
             return float(
                 s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
             )
         return self._add_up(
             [
                 s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-                for s in self._shards.all
+                for s in self._blocks.all
             ]
         )
 
     def inner_products(
         self,
-        terms: Sequence[tuple[Shard, list[TensorList]]],
+        terms: Sequence[tuple[ParameterBlock, list[TensorList]]],
         u: Sequence[PerGroup],
         m: Sequence[PerGroup] | None = None,
     ) -> Products:
-        """The products of combinations of each shard's terms: the coefficients ``u`` and ``m`` by term and group."""
+        """The products of combinations of each block's terms: the coefficients ``u`` and ``m`` by term and group."""
         tables: list[Tensor] = []
-        for shard, own in terms:
+        for block, own in terms:
             of_m = None if m is None else Direction(own, m)
-            tables.append(shard.backend.inner_products(shard.leaves, Direction(own, u), of_m, self._groups))
-        if len(tables) == 1 and self.on_host and not self._shards.sharded:
+            tables.append(block.backend.inner_products(block.leaves, Direction(own, u), of_m, self._groups))
+        if len(tables) == 1 and self.on_host and not self._blocks.sharded:
             found: Products = tables[0].tolist()
             return found
         return scalars.inner_products(self._over_processes(tables), self.on_host)
 
     def _add_up(self, squares: list[Tensor]) -> Scalar:
-        if len(squares) == 1 and self.on_host and not self._shards.sharded:
+        if len(squares) == 1 and self.on_host and not self._blocks.sharded:
             return float(squares[0])
         return scalars.square_norm(self._over_processes(squares), self.on_host)
 
     def _over_processes(self, sums: list[Tensor]) -> list[Tensor]:
-        if not self._shards.sharded:
+        if not self._blocks.sharded:
             return sums
-        return add_up_over_processes(sums, [shard.layout for shard in self._shards.all])
+        return add_up_over_processes(sums, [block.layout for block in self._blocks.all])

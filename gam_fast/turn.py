@@ -111,7 +111,7 @@ def _part(n: int, share: float) -> int:
 
 
 class Turn:
-    """One pass of a step, as :meth:`FlatOptimizer.passes` yields it.
+    """One pass of a step, as :meth:`SharpnessAwareOptimizer.passes` yields it.
 
     Attributes:
         index: 0 for the pass at θ, then 1, 2, ….
@@ -172,8 +172,8 @@ class Turn:
         Raises:
             ValueError: tensors of different lengths, a list that is not one entry a row, a list of examples.
             TypeError: nothing that has rows, or what cannot be cut, such as a sparse tensor.
-            RuntimeError: the step iterates over :meth:`FlatOptimizer.micro_batches`, which are cut already; the batch
-                is what the pass before kept of it.
+            RuntimeError: the step iterates over :meth:`SharpnessAwareOptimizer.micro_batches`, which are cut already;
+                the batch is what the pass before kept of it.
 
         >>> import torch
         >>> Turn(0, 2, share=0.25).rows(torch.arange(8), {"weight": torch.ones(8, 3)})

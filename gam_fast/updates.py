@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .backends.base import Backend, Direction, Leaves, TensorList
+from .backends.base import Backend, Block, Direction, TensorList
 from .backends.eager import EagerBackend
 from .chain import Chain, members
 from .hooks import step_of_base
 from .ownership import as_like, lies_as
-from .participants import Shard, materialise
+from .parameters import ParameterBlock, materialise
 from .sharded import local, local_gradient, spread
 
-Directions: TypeAlias = "list[tuple[Shard, Direction]]"
-"""The direction of each shard."""
+Directions: TypeAlias = "list[tuple[ParameterBlock, Direction]]"
+"""The direction of each block."""
 
 Group: TypeAlias = "dict[str, Any]"
 Numbers: TypeAlias = "tuple[float, ...]"
@@ -203,11 +203,11 @@ def apply(
     grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
     done = False
     try:
-        for shard, direction in directions:
-            made = materialise(shard, direction)
+        for block, direction in directions:
+            made = materialise(block, direction)
             if copy and made is direction.terms[-1]:  # perhaps the gradients themselves
                 made = [x.clone(memory_format=torch.preserve_format) for x in made]
-            for param, grad in zip(shard.owners, made, strict=True):
+            for param, grad in zip(block.owners, made, strict=True):
                 param.grad = spread(grad, param)
         with torch.enable_grad():
             before()
@@ -229,32 +229,32 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
     """The directions that hooks have left in ``param.grad``; ``None`` where they gave one to another parameter too."""
     found: Directions = []
     count = 0
-    for shard, direction in directions:
-        chosen = [i for i, param in enumerate(shard.owners) if param.grad is not None]
+    for block, direction in directions:
+        chosen = [i for i, param in enumerate(block.owners) if param.grad is not None]
         if not chosen:
             continue
         count += len(chosen)
-        part = _part(shard, chosen)
+        part = _part(block, chosen)
         part.leaves.backup, part.leaves.saved = [], False  # θ is there, perhaps changed by a hook
         term = [
             as_like(local_gradient(p), x, part.leaves.vectors)
             for p, x in zip(part.owners, part.leaves.params, strict=True)
         ]
         ones = [[1.0] * len(direction.p[0])]
-        found.append((part, Direction([shard.backend.bookkeeping.hold(term)], ones)))
+        found.append((part, Direction([block.backend.bookkeeping.hold(term)], ones)))
     dense = all(param.grad is None or param.grad.layout is torch.strided for param, _ in grads)
     return found if dense and count == sum(param.grad is not None for param, _ in grads) else None
 
 
-def _part(shard: Shard, chosen: Sequence[int]) -> Shard:
-    """Some leaves of a shard as one of their own."""
-    leaves, hold = shard.leaves, shard.backend.bookkeeping.hold
+def _part(block: ParameterBlock, chosen: Sequence[int]) -> ParameterBlock:
+    """Some leaves of a block as one of their own."""
+    leaves, hold = block.leaves, block.backend.bookkeeping.hold
     params, backup = list(leaves.params), list(leaves.backup)
     group = [leaves.group[i] for i in chosen]
-    part = Leaves(hold([params[i] for i in chosen]), group, saved=leaves.saved, vectors=leaves.vectors)
+    part = Block(hold([params[i] for i in chosen]), group, saved=leaves.saved, vectors=leaves.vectors)
     if leaves.saved:
         part.backup = hold([backup[i] for i in chosen])
-    return Shard(shard.backend, part, [shard.owners[i] for i in chosen], shard.layout)
+    return ParameterBlock(block.backend, part, [block.owners[i] for i in chosen], block.layout)
 
 
 def _step(base: Optimizer, directions: Directions) -> None:
@@ -266,14 +266,14 @@ def _step(base: Optimizer, directions: Directions) -> None:
     for member in base.members:
         groups = range(first, first + len(member.param_groups))
         parts: Directions = []
-        for shard, direction in directions:
-            chosen = [i for i, group in enumerate(shard.leaves.group) if group in groups]
+        for block, direction in directions:
+            chosen = [i for i, group in enumerate(block.leaves.group) if group in groups]
             if not chosen:
                 continue
             terms = [list(term) for term in direction.terms]
-            hold = shard.backend.bookkeeping.hold
+            hold = block.backend.bookkeeping.hold
             picked = replace(direction, terms=[hold([term[i] for i in chosen]) for term in terms])
-            parts.append((_part(shard, chosen), picked))
+            parts.append((_part(block, chosen), picked))
         _step_member(member, parts, first)
         first = groups.stop
 
@@ -283,8 +283,8 @@ def _step_member(base: Optimizer, directions: Directions, first_group: int = 0) 
     if row is None:
         _step_by_torch(base, directions)
         return
-    for shard, direction in directions:
-        fused_step(base, row, shard, direction, first_group)
+    for block, direction in directions:
+        fused_step(base, row, block, direction, first_group)
     if row.advance is not None:
         row.advance(base)
     base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
@@ -293,8 +293,8 @@ def _step_member(base: Optimizer, directions: Directions, first_group: int = 0) 
 def _step_by_torch(base: Optimizer, directions: Directions) -> None:
     grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
     try:
-        for shard, direction in directions:
-            for param, grad in zip(shard.owners, materialise(shard, direction), strict=True):
+        for block, direction in directions:
+            for param, grad in zip(block.owners, materialise(block, direction), strict=True):
                 param.grad = spread(grad, param)
         with torch.enable_grad():
             step_of_base(base)
@@ -338,13 +338,13 @@ def _states(base: Optimizer, owners: TensorList) -> Sequence[dict[str, Any]]:
     return [found.get(param, {}) for param in owners]
 
 
-def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_group: int = 0) -> None:
+def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction, first_group: int = 0) -> None:
     """Restore θ, and take one step of ``base`` along ``d``.
 
     Raises:
         RuntimeError: while a CUDA graph is captured, which would repeat the bias correction of one step.
     """
-    leaves, owners = shard.leaves, shard.owners
+    leaves, owners = block.leaves, block.owners
     count = len(owners)
     if row.counts and leaves.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -383,7 +383,7 @@ def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_gr
     # one read for all counters: they are 0-dim tensors, by torch's layout of the state
     options, option = row.options(groups, leaves.group, new, (torch.stack(steps) + 1.0).tolist() if steps else [])
     numbers = [row.numbers(base, group) for group in groups]
-    backend, leaves, d, lists = _fitting(shard, d, lists, made, row.state)
+    backend, leaves, d, lists = _fitting(block, d, lists, made, row.state)
     backend.update(leaves, d, row.formula, lists, numbers, options, option)
     for i, state in made.items():
         base.state[owners[i]].update(state)
@@ -392,24 +392,28 @@ def fused_step(base: Optimizer, row: Fused, shard: Shard, d: Direction, first_gr
 
 
 def _fitting(
-    shard: Shard, d: Direction, lists: list[list[Any]], made: dict[int, dict[str, Tensor]], names: Sequence[str]
-) -> tuple[Backend, Leaves, Direction, list[list[Any]]]:
+    block: ParameterBlock,
+    d: Direction,
+    lists: list[list[Any]],
+    made: dict[int, dict[str, Tensor]],
+    names: Sequence[str],
+) -> tuple[Backend, Block, Direction, list[list[Any]]]:
     """State as the backend takes it: in the parameters' order in memory, or by plain torch where its dtype differs.
 
     It is neither where a model was converted after its optimizer had stepped, or a state loaded from before that.
     """
-    leaves, takes_state = shard.leaves, shard.backend.takes_state
-    if shard.layout is not None:
+    leaves, takes_state = block.leaves, block.backend.takes_state
+    if block.layout is not None:
         lists = [[None if value is None else local(value) for value in values] for values in lists]
     if takes_state(leaves, lists):
-        return shard.backend, leaves, d, lists
-    if shard.layout is None:
+        return block.backend, leaves, d, lists
+    if block.layout is None:
         for name, values in zip(names, lists, strict=True):
             for i, (value, param) in enumerate(zip(values, leaves.params, strict=True)):
                 if value is not None and value.dtype is param.dtype and not lies_as(value, param):
                     values[i] = torch.empty_like(param).copy_(value)
                     made.setdefault(i, {})[name] = values[i]
         if takes_state(leaves, lists):
-            return shard.backend, leaves, d, lists
-    plain = Leaves(list(leaves.params), leaves.group, list(leaves.backup), leaves.saved)
+            return block.backend, leaves, d, lists
+    plain = Block(list(leaves.params), leaves.group, list(leaves.backup), leaves.saved)
     return EagerBackend(), plain, replace(d, terms=[list(term) for term in d.terms]), lists

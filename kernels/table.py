@@ -8,7 +8,7 @@ they must know of the lists lies in tensors of int64 in the memory of the device
 - ``table``: a row a leaf, of ``HEADER`` words and one address a list (0 where the leaf has none in it).
 
 The words of a row are the number of its group, its place among the options of an update, and whether it is packed.
-Leaves whose arrays are all aligned to 16 bytes are *packed*: their whole blocks are read and written without masks, 16
+Block whose arrays are all aligned to 16 bytes are *packed*: their whole blocks are read and written without masks, 16
 bytes at once; what is left of them, and all of the others, under a mask. Which elements are added up together does not
 depend on that.
 

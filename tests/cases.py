@@ -184,7 +184,7 @@ def closure_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 class Method:
     """A class of gam_fast, its plain reference, and values for its hyper-parameters."""
 
-    optimizer: type[gam_fast.FlatOptimizer]
+    optimizer: type[gam_fast.SharpnessAwareOptimizer]
     reference: Callable[..., list[Tensor]]
     hyper: dict[str, Any] = field(default_factory=dict)
 

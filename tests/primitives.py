@@ -72,7 +72,7 @@ def run_all(backend, dtype, shapes=((70_001,), (33,), (), (0,), (5, 7)), device=
     found = {}
 
     def leaves(saved=True):
-        return base.Leaves(make(1), group, make(2), saved)
+        return base.Block(make(1), group, make(2), saved)
 
     d = base.Direction(
         [make(3), make(4), make(5)],

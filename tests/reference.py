@@ -96,7 +96,7 @@ def gradient_norm_penalty(gradient: Gradient, theta: Vector, *, rho, alpha) -> V
 
 
 def four_gradients(gradient: Gradient, theta: Vector, rho, rho_prime) -> tuple[Vector, Vector, Vector, Vector]:
-    """The walk of GAM, which C-Flat and FAD share."""
+    """The path of GAM, which C-Flat and FAD share."""
     g0 = gradient(theta)
     g1 = gradient(climb(theta, g0, rho_prime))
     h0 = combine((1.0, g1), (-1.0, g0))

@@ -460,7 +460,7 @@ def test_a_state_that_makes_no_sense_is_refused(key, value):
 def test_a_pickle_from_before_there_was_a_share():
     _, optimizer, _ = build("sam")
     state = optimizer.__getstate__()
-    del state["_agenda"]
+    del state["_schedule"]
     state["_options"] = {key: value for key, value in state["_options"].items() if key != "ascent_share"}
     old = object.__new__(gam_fast.SAM)
     old.__setstate__(state)

@@ -28,16 +28,16 @@ LAYERS = [
     {"backends.scalars", "_C"},
     {"backends.eager", "backends.tables"},
     {"backends.launches"},
-    {"backends.trial"},
+    {"backends.probe"},
     {"backends.native", "backends.triton"},
     {"backends"},
     {"rng", "buffers", "hvp", "amp", "distributed", "hooks", "chain"},
     {"scalars", "turn", "sharded", "coefficients", "settings"},
     {"finite", "others"},
-    {"participants"},
+    {"parameters"},
     {"updates", "second_order", "sums"},
     {"local_step"},
-    {"walk"},
+    {"step"},
     {"passes"},
     {"stepping"},
     {"bases"},
@@ -113,9 +113,9 @@ def test_no_host_synchronisation_in_a_backend():
     for path in (PACKAGE / "backends").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\.item\(\)|\.tolist\(\)|\bfloat\(|\bbool\(|\.cpu\(\)", text), path
-        # a list copied to the device waits for it too; the trial of a device, and what is there already, do not count
+        # a list copied to the device waits for it too; the probe of a device, and what is there already, do not count
         copied = re.findall(r"torch\.tensor\([^\n]*device=(?!\"cpu\")", text)
-        assert not copied or path.name == "trial.py", path
+        assert not copied or path.name == "probe.py", path
 
 
 def test_the_core_works_without_the_gil_on_plain_memory_only():

@@ -32,7 +32,7 @@ def tensors(dtype, seed):
 def leaves(dtype, saved=False):
     params = tensors(dtype, 1)
     backup = tensors(dtype, 2) if saved else [torch.empty_like(p) for p in params]
-    return base.Leaves(params, list(GROUPS), backup, saved)
+    return base.Block(params, list(GROUPS), backup, saved)
 
 
 def double(values):
@@ -115,13 +115,13 @@ def test_square_norm_of_a_large_fp32_tensor_is_accurate(layout):
         values = values.contiguous(memory_format=torch.channels_last)
     if layout == "transposed":
         values = values.view(2048, 1024).T
-    target = base.Leaves([torch.empty_like(values)], [0])
+    target = base.Block([torch.empty_like(values)], [0])
     actual = eager.EagerBackend().square_norm(target, [values])
     torch.testing.assert_close(actual, values.double().square().sum(), rtol=2e-6, atol=0.0)
 
 
 def test_square_norm_of_fp16_does_not_overflow(backend):
-    target = base.Leaves([torch.full((70_000,), 200.0, dtype=torch.float16)], [0])
+    target = base.Block([torch.full((70_000,), 200.0, dtype=torch.float16)], [0])
     assert float(backend.square_norm(target, target.params)) == pytest.approx(70_000 * 200.0**2, rel=1e-6)
 
 
@@ -314,7 +314,7 @@ def test_the_backend_does_nothing_on_an_unsaved_restore(backend):
 
 
 def test_chunks_cover_every_element_once_and_keep_to_their_size():
-    target = base.Leaves([torch.zeros(3, 1 << 20), torch.zeros(()), torch.zeros(5, 0), torch.zeros(9, 7)], [0, 0, 1, 1])
+    target = base.Block([torch.zeros(3, 1 << 20), torch.zeros(()), torch.zeros(5, 0), torch.zeros(9, 7)], [0, 0, 1, 1])
     found = eager.chunks(target)
     for chunk in found:
         assert chunk.numel <= eager.CPU_CHUNK
@@ -329,7 +329,7 @@ def test_chunks_cover_every_element_once_and_keep_to_their_size():
 
 
 def test_an_empty_model_has_norm_zero(backend):
-    target = base.Leaves([torch.zeros(0)], [0])
+    target = base.Block([torch.zeros(0)], [0])
     assert float(backend.square_norm(target, [torch.zeros(0)])) == 0.0
 
 

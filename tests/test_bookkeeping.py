@@ -186,7 +186,7 @@ def test_what_is_unusual_is_left_as_it_was(books, what, keep):
     else:
         UNUSUAL[what](params)
     addresses = [None if p.grad is None or p.grad.is_sparse else p.grad.data_ptr() for p in params]
-    assert books.take_usual_gradients(held, versions, flags, keep) is None
+    assert books.take_all_gradients(held, versions, flags, keep) is None
     assert [None if p.grad is None or p.grad.is_sparse else p.grad.data_ptr() for p in params] == addresses
 
 
@@ -196,7 +196,7 @@ def test_what_is_usual_is_taken_in_one_go(books, keep):
     params = parameters()
     held = books.hold(params)
     addresses = [param.grad.data_ptr() for param in params]
-    taken = books.take_usual_gradients(held, books.versions(held), bytearray(4), keep)
+    taken = books.take_all_gradients(held, books.versions(held), bytearray(4), keep)
     assert [x.data_ptr() for x in taken] == addresses
     assert all((param.grad is None) == keep for param in params)
 

@@ -104,7 +104,7 @@ def test_variants_of_a_move_have_the_bits_of_the_cpu_core(place, dtype, differen
     results = []
     for where, backend in ((Place("cpu"), cpu_core()), (place, place.backend())):
         made = [where.tensors(dtype, seed, ((1030,), (33,), (), (0,), (5, 7), (3,))) for seed in range(6)]
-        leaves = base.Leaves(made[0], [0, 1] * 3, made[1], not start.startswith("unsaved"))
+        leaves = base.Block(made[0], [0, 1] * 3, made[1], not start.startswith("unsaved"))
         fold = base.FoldInto(made[4], made[5], [0.5, 1.5], [-0.25, 0.1]) if folds else None
         minus = made[3] if difference else None
         backend.perturb(leaves, made[2], minus, [0.1, -0.2], 2.0, from_start=start.endswith("θ"), eta=eta, fold=fold)
@@ -118,7 +118,7 @@ def test_lengths_around_packs_blocks_and_chunks(place, count):
     """Each element once, none beside it."""
     values = torch.arange(1, count + 1, dtype=torch.float32, device=place.device)
     room = torch.full((count + 8,), 7.0, device=place.device)
-    target = base.Leaves([room[4 : 4 + count]], [0], [torch.empty_like(values)])
+    target = base.Block([room[4 : 4 + count]], [0], [torch.empty_like(values)])
     target.params[0].copy_(values)
     backend = place.backend()
     assert float(backend.square_norm(target, target.params)) == pytest.approx(
@@ -150,7 +150,7 @@ def test_alignment_and_layout_change_no_bit(place, dtype, layout):
         made = [place.tensors(dtype, seed, (shape,))[0] for seed in range(6)]
         params, backup, a, b, into, momentum = ([lay_out(t, i) if arrange else t] for i, t in enumerate(made))
         backend = place.backend()
-        leaves = base.Leaves(params, [0], backup, True)
+        leaves = base.Block(params, [0], backup, True)
         norm = backend.square_norm(leaves, a, b, [0.1])
         u = base.Direction([a, into], [[0.5], [1.0]])
         products = backend.inner_products(leaves, u, base.Direction(u.terms, [[1.0], [0.0]]), 1)
@@ -174,7 +174,7 @@ def test_numbers_of_many_groups(place, count):
     results = []
     for where, backend in ((Place("cpu"), cpu_core()), (place, place.backend())):
         made = [where.tensors(torch.float32, seed, ((5,),) * count) for seed in range(6)]
-        leaves = base.Leaves(made[0], list(range(count)), made[1], True)
+        leaves = base.Block(made[0], list(range(count)), made[1], True)
         u = base.Direction([made[2], made[3]], [[0.1 * g for g in range(count)], [1.0] * count])
         products = backend.inner_products(leaves, u, base.Direction(u.terms, [[1.0] * count, [-0.5] * count]), count)
         norm = backend.square_norm(leaves, made[2], None, [0.01 * g for g in range(count)])
@@ -200,7 +200,7 @@ def test_numbers_of_many_groups(place, count):
 def test_sums_of_millions_are_as_exact_as_they_say(place):
     """The bound of sums.cuh, at a size where fp32 sums of whole tensors are off by far more."""
     values = torch.rand(3_000_000, device=place.device) + 0.5
-    target = base.Leaves([values], [0])
+    target = base.Block([values], [0])
     total = place.backend().square_norm(target, [values])
     exact = values.double().square().sum()
     assert abs(float(total / exact) - 1.0) < 9 * 2.0**-24
@@ -263,7 +263,7 @@ def test_a_step_is_as_many_launches_as_its_table_says(core, monkeypatch, method_
 def test_a_thousand_tensors_are_one_launch_and_one_upload(core):
     backend = emulated.backend()
     made = [tensors(torch.float32, seed, ((64,),) * 1000) for seed in range(5)]
-    leaves = base.Leaves(made[0], [0] * 1000, made[1], False)
+    leaves = base.Block(made[0], [0] * 1000, made[1], False)
     d = base.Direction([made[2], made[3]], [[0.5], [0.5]])
     group = SGDGroup(0.1, 0.9, 0.0, 0.0, False, False)
 
@@ -284,7 +284,7 @@ def test_a_thousand_tensors_are_one_launch_and_one_upload(core):
 def test_tables_follow_addresses_numbers_and_streams(core):
     backend = emulated.backend()
     params, a = [torch.randn(100)], [torch.randn(100)]
-    leaves = base.Leaves(params, [0], [torch.empty(100)])
+    leaves = base.Block(params, [0], [torch.empty(100)])
 
     def uploads(gradient, radius=0.1):
         before = core.uploads()
@@ -312,7 +312,7 @@ def test_a_captured_step_has_tables_of_its_own(core):
     """A graph repeats its copies from memory that is kept; nothing of the cache may be in it, or from it."""
     backend = emulated.backend()
     made = [tensors(torch.float32, seed, SHAPES[:5]) for seed in range(4)]
-    leaves = base.Leaves(made[0], [0] * 5, made[1])
+    leaves = base.Block(made[0], [0] * 5, made[1])
 
     def uploads():
         before = core.uploads()
@@ -338,7 +338,7 @@ def test_parameters_that_take_part_by_turns_keep_their_tables(core):
         chosen = [0, 1] if step % 2 else [2, 3]
         params, backup, a = ([values[i] for i in chosen] for values in made)
         before = core.uploads()
-        backend.perturb(base.Leaves(params, [0, 0], backup), a, None, [0.1], 4.0, from_start=False)
+        backend.perturb(base.Block(params, [0, 0], backup), a, None, [0.1], 4.0, from_start=False)
         counts.append(core.uploads() - before)
     assert counts == [2, 2, 0, 0, 0, 0, 0, 0]
 
@@ -348,7 +348,7 @@ def test_numbers_of_many_groups_are_copied_only_when_they_change(core, base_name
     backend = emulated.backend()
     count = 20
     made = [tensors(torch.float32, seed, ((5,),) * count) for seed in range(5)]
-    leaves, d = base.Leaves(made[0], list(range(count)), made[1], True), base.Direction([made[2]], [[1.0] * count])
+    leaves, d = base.Block(made[0], list(range(count)), made[1], True), base.Direction([made[2]], [[1.0] * count])
 
     def step():
         before = core.uploads()
@@ -371,7 +371,7 @@ def test_products_may_have_rows_of_groups_on_other_devices(core):
         products = [[6.0, 5.0, 7.0], [4.0, 2.0, 3.0], [1.0, 0.5, 2.0]]
         terms = [made[2], made[3]]
         d = base.Direction(terms, [[0.5] * 3, [0.25] * 3], [[0.1] * 3] * 2, products, [0.1, 0.4, 0.2], 0.9)
-        leaves = base.Leaves(made[0], [0], made[1], True)
+        leaves = base.Block(made[0], [0], made[1], True)
         backend.direction(leaves, d, made[2])
         results.append((made[2], leaves.params))
         assert float(backend.inner_products(leaves, base.Direction(terms, d.p), None, 3)[1:].abs().sum()) == 0.0
@@ -395,7 +395,7 @@ def test_the_allocator_hears_of_gradients_and_backup(core, monkeypatch):
 
 def test_what_is_no_sum_is_refused(core):
     backend = emulated.backend()
-    leaves = base.Leaves([torch.randn(3)], [0], [torch.randn(3)], True)
+    leaves = base.Block([torch.randn(3)], [0], [torch.randn(3)], True)
     plan, values = backend._plan_for(leaves), [torch.randn(3)]
     double = torch.float64
     for square in (

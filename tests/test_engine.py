@@ -289,16 +289,16 @@ def test_no_buffer_is_in_the_state_dict_or_left_after_a_step():
     assert {key for entry in optimizer.state_dict()["state"].values() for key in entry} == {"momentum_buffer"}
 
     alive = []
-    original = gam_fast.walk.Walk.finish
+    original = gam_fast.step.Step.finish
 
     def spying(self, update):
-        for shard in self.shards.all:
+        for shard in self.blocks.all:
             alive.extend(weakref.ref(t) for t in shard.leaves.backup)
             alive.extend(weakref.ref(t) for k, ts in shard.grads.items() if k != 3 for t in ts)
         return original(self, update)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gam_fast.walk.Walk, "finish", spying)
+        patch.setattr(gam_fast.step.Step, "finish", spying)
         optimizer.step(closure_of(model, *batches[1]))
     gc.collect()
     count = len(list(model.parameters()))
@@ -597,7 +597,7 @@ def test_arguments_are_checked():
 
 def test_rows_of_a_table_that_contradict_themselves_are_refused():
     recipe = gam_fast.recipes.Recipe
-    move = gam_fast.recipes.Move
+    move = gam_fast.recipes.Perturbation
     with pytest.raises(ValueError, match="goes along a gradient that is not taken yet"):
         recipe("X", "", {"rho": 0.1}, (move(1, "rho"),), (None, 1.0))
     with pytest.raises(ValueError, match="u needs 2 coefficients, the last not None"):
@@ -626,8 +626,10 @@ def test_a_pickled_recipe_is_its_table_and_nothing_that_follows_from_it(name):
 def test_a_published_method_is_one_table_and_a_subclass():
     """Look-ahead SAM with a mean of both gradients, made up."""
 
-    class Mean(gam_fast.FlatOptimizer):
-        recipe = gam_fast.recipes.Recipe("Mean", "", {"rho": 0.1}, (gam_fast.recipes.Move(0, "rho"),), (0.5, 0.5))
+    class Mean(gam_fast.SharpnessAwareOptimizer):
+        recipe = gam_fast.recipes.Recipe(
+            "Mean", "", {"rho": 0.1}, (gam_fast.recipes.Perturbation(0, "rho"),), (0.5, 0.5)
+        )
 
     weight, closure = parabola()
     optimizer = Mean([weight], torch.optim.SGD, lr=0.1, rho=5.0)

@@ -441,16 +441,16 @@ def test_buffers_die_with_the_step():
     weight, loss = quartic([1.0, -1.25, 0.5])
     optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01, sam_rho=0.1)
     alive = []
-    original = gam_fast.walk.Walk.finish
+    original = gam_fast.step.Step.finish
 
     def spying(self, update):
-        for shard in self.shards.all:
+        for shard in self.blocks.all:
             alive.extend(weakref.ref(t) for t in shard.leaves.backup)
             alive.extend(weakref.ref(t) for tensors in shard.grads.values() for t in tensors)
         return original(self, update)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gam_fast.walk.Walk, "finish", spying)
+        patch.setattr(gam_fast.step.Step, "finish", spying)
         optimizer.step(loss)
     gc.collect()
     assert len(alive) == 3  # θ, SAM's gradient and the product

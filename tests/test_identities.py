@@ -51,7 +51,7 @@ def test_fad_with_alpha_one_is_the_penalty():
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].passes > 1])
 def test_with_all_radii_zero_every_method_is_the_base(name):
     method = METHODS[name]
-    radii = {move.radius: 0.0 for move in method.optimizer.recipe.walk}
+    radii = {move.radius: 0.0 for move in method.optimizer.recipe.path}
     # h₋ and h₊ are then multiples of g, so the orthogonal part is 0 up to rounding; the release's pair does not
     # sum to 1, but only in h₋, whose part along h₊ is taken out.
     result = run(method.optimizer, **{**method.hyper, **radii})
@@ -64,7 +64,7 @@ def test_as_the_radii_shrink_every_method_approaches_the_base_at_first_order(nam
     base = run(gam_fast.Base, steps=1)
     errors = []
     for factor in (1e-3, 1e-4):
-        radii = {move.radius: factor * method.hyper[move.radius] for move in method.optimizer.recipe.walk}
+        radii = {move.radius: factor * method.hyper[move.radius] for move in method.optimizer.recipe.path}
         errors.append(float((run(method.optimizer, steps=1, **{**method.hyper, **radii}) - base).norm()))
     assert errors[1] < 1e-4
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)

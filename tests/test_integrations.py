@@ -25,7 +25,7 @@ def test_a_missing_package_is_named_with_how_to_install_it(name):
 
 
 def test_names_are_listed_and_others_are_not_there():
-    assert dir(integrations) == ["FlatCallback", "FlatTrainer", "register_timm"]
+    assert dir(integrations) == ["SharpnessAwareCallback", "SharpnessAwareTrainer", "register_timm"]
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         integrations.Trainer  # noqa: B018
 

@@ -89,7 +89,7 @@ def test_where_arrays_lie_changes_no_bit_not_even_of_a_sum(dtype):
     for put in (list, shifted):
         a, b, params, buffers = (put(tensors(dtype, seed, shapes)) for seed in (1, 2, 3, 4))
         backend = triton.TritonBackend()
-        leaves = base.Leaves(params, group, backend.allocate(params))
+        leaves = base.Block(params, group, backend.allocate(params))
         square = backend.square_norm(leaves, a, b)
         backend.perturb(leaves, a, b, [0.3], square, from_start=False)
         moved = [p.clone() for p in params]
@@ -109,7 +109,7 @@ def test_dense_arrays_are_walked_in_the_order_of_memory():
     ]
     grads = [torch.randn_like(p) for p in params]
     expected = [p - 0.5 * g for p, g in zip(params, grads, strict=True)]
-    leaves = base.Leaves(params, [0, 0], [torch.empty_like(p) for p in params])
+    leaves = base.Block(params, [0, 0], [torch.empty_like(p) for p in params])
     triton.TritonBackend().perturb(leaves, grads, None, [-0.5], 1.0, from_start=False)
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p, e)
@@ -117,7 +117,7 @@ def test_dense_arrays_are_walked_in_the_order_of_memory():
 
 def test_state_of_another_dtype_or_order_is_not_taken():
     params, backend = tensors(torch.float32, 1, [(9, 3), (1, 5)]), triton.TritonBackend()
-    leaves = base.Leaves(params, [0, 0])
+    leaves = base.Block(params, [0, 0])
     good = [torch.zeros(9, 3), torch.zeros(5, 1).T]
     assert backend.takes_state(leaves, [good, [None, None]])
     for wrong in (good[0].double(), torch.zeros(3, 9).T):
@@ -135,7 +135,7 @@ def test_state_that_a_leaf_does_not_have_is_zero(launches):
         values = [p.clone() for p in params]
         buffers = tensors(torch.float32, 3, shapes)
         buffers[0] = None if absent is None else torch.zeros(1500)
-        leaves = base.Leaves(values, [0, 1, 1])
+        leaves = base.Block(values, [0, 1, 1])
         rows = [SGDGroup(0.1, 0.0, 0.0, 0.01, False, False), SGDGroup(0.1, 0.9, 0.2, 0.0, True, False)]
         sgd(triton.TritonBackend(), leaves, base.Direction([grads], [[1.0, 1.0]]), buffers, [True, False, False], rows)
         found.append([*values, *buffers[1:]])
@@ -157,7 +157,7 @@ def test_what_a_group_does_not_use_is_not_read():
     expected = [2.0 * terms[0][0] - terms[1][0], 3.0 * terms[2][1], torch.zeros(1500)]
     backend = triton.TritonBackend()
     params = tensors(torch.float32, 4, shapes)
-    leaves = base.Leaves(params, [0, 1, 2], [q.clone() for q in params], True)
+    leaves = base.Block(params, [0, 1, 2], [q.clone() for q in params], True)
     products = backend.inner_products(leaves, d, None, 5)
     torch.testing.assert_close(
         products[:, 0],
@@ -181,7 +181,7 @@ def test_forty_groups_some_of_them_without_leaves():
     params = tensors(torch.float64, 3, shapes)
     found = []
     for backend in (triton.TritonBackend(), eager.EagerBackend()):
-        leaves = base.Leaves(params, groups, [p.clone() for p in params], True)
+        leaves = base.Block(params, groups, [p.clone() for p in params], True)
         u = base.Direction(terms, c)
         products = backend.inner_products(leaves, u, base.Direction(terms, m), 40)
         q = [[g * x for g, x in zip(gamma, row, strict=True)] for row in c]
@@ -204,9 +204,9 @@ def test_numbers_that_are_not_finite_go_their_way():
         params, moved, buffer, m, v, top = (values.clone() for _ in range(6))
         d = base.Direction([[grads]], [[1.0]])
         rows = [SGDGroup(0.1, 0.9, 0.0, 0.0, True, False)]
-        sgd(of_sgd, base.Leaves([params], [0], [values.clone()], True), d, [buffer], [False], rows)
+        sgd(of_sgd, base.Block([params], [0], [values.clone()], True), d, [buffer], [False], rows)
         rows = [AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.0, False, True, False)]
-        adam(of_adam, base.Leaves([moved], [0], [values.clone()], True), d, [m], [v.abs_()], [top.abs_()], [3.0], rows)
+        adam(of_adam, base.Block([moved], [0], [values.clone()], True), d, [m], [v.abs_()], [top.abs_()], [3.0], rows)
         found.append([params, buffer, moved, m, v, top])
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-45, equal_nan=True)
@@ -214,7 +214,7 @@ def test_numbers_that_are_not_finite_go_their_way():
 
 def test_a_norm_of_millions_is_within_its_bound():
     values = torch.rand(1_000_003, generator=torch.Generator().manual_seed(1)) + 0.1
-    leaves = base.Leaves([values], [0])
+    leaves = base.Block([values], [0])
     exact = values.double().square().sum()
     assert abs(triton.TritonBackend().square_norm(leaves, [values]) - exact) <= 9 * 2**-24 * exact
 
@@ -227,7 +227,7 @@ def test_a_thousand_tensors_take_one_launch_a_primitive(launches):
     shapes = [(int(n),) for n in torch.randint(0, 12, (1000,), generator=generator)]
     params, grads = tensors(torch.float32, 1, shapes), tensors(torch.float32, 2, shapes)
     expected = [p - 0.1 * g for p, g in zip(params, grads, strict=True)]
-    leaves = base.Leaves(params, [i % 2 for i in range(1000)], [p.clone() for p in params], True)
+    leaves = base.Block(params, [i % 2 for i in range(1000)], [p.clone() for p in params], True)
     backend = triton.TritonBackend()
     norm = backend.square_norm(leaves, grads)
     torch.testing.assert_close(norm, torch.cat(grads).double().square().sum(), rtol=1e-6, atol=0.0)
@@ -256,7 +256,7 @@ def test_a_step_is_as_many_launches_as_that_of_the_compiled_core(method_name, bu
 def test_what_is_written_is_known_to_autograd():
     params, grads = tensors(torch.float32, 1), tensors(torch.float32, 2)
     backend = triton.TritonBackend()
-    leaves = base.Leaves(params, [0] * len(params), backend.allocate(params))
+    leaves = base.Block(params, [0] * len(params), backend.allocate(params))
     versions = [p._version for p in params]
     backend.perturb(leaves, grads, None, [0.1], 1.0, from_start=False)
     backend.restore(leaves)
@@ -273,7 +273,7 @@ def test_an_interrupt_around_the_first_move_is_undone(monkeypatch, after):
     params, grads = tensors(torch.float32, 1), tensors(torch.float32, 2)
     before = [p.clone() for p in params]
     backend = triton.TritonBackend()
-    leaves = base.Leaves(params, [0] * len(params), [torch.full_like(p, float("nan")) for p in params])
+    leaves = base.Block(params, [0] * len(params), [torch.full_like(p, float("nan")) for p in params])
     start = started.start
 
     def interrupted(*arguments, **constants):
@@ -298,7 +298,7 @@ def test_the_way_back_starts_no_kernel(launches):
     params, grads = tensors(torch.float32, 1), tensors(torch.float32, 2)
     before = [p.clone() for p in params]
     backend = triton.TritonBackend()
-    leaves = base.Leaves(params, [0] * len(params), backend.allocate(params))
+    leaves = base.Block(params, [0] * len(params), backend.allocate(params))
     backend.perturb(leaves, grads, None, [0.1], 1.0, from_start=False)
     launches.clear()
     backend.restore(leaves)
@@ -311,7 +311,7 @@ def test_the_way_back_starts_no_kernel(launches):
 
 
 def primitives_of(backend, params, grads, **options):
-    leaves = base.Leaves(params, [0] * len(params), [p.clone() for p in params], True)
+    leaves = base.Block(params, [0] * len(params), [p.clone() for p in params], True)
     backend.perturb(leaves, grads, None, [0.1], 1.0, from_start=True, **options)
 
 
@@ -358,7 +358,7 @@ def test_a_lazy_view_at_a_known_address_is_refused():
 
 def test_numbers_for_too_few_groups_or_leaves_are_refused(launches):
     params, grads = tensors(torch.float32, 1, [(5,), (5,)]), tensors(torch.float32, 2, [(5,), (5,)])
-    leaves = base.Leaves(params, [0, 1], [p.clone() for p in params], True)
+    leaves = base.Block(params, [0, 1], [p.clone() for p in params], True)
     backend = triton.TritonBackend()
     d = base.Direction([grads], [[1.0, 1.0]])
     row = SGDGroup(0.1, 0.9, 0.0, 0.0, False, False)
@@ -385,13 +385,13 @@ def test_numbers_for_too_few_groups_or_leaves_are_refused(launches):
     with pytest.raises(ValueError, match="p and q must have 2 numbers, one a parameter group, for each of 1 terms"):
         backend.direction(leaves, base.Direction([grads], [[1.0]]), [p.clone() for p in params])
     with pytest.raises(ValueError, match="group must be indices of parameter groups, got -1"):
-        backend.square_norm(base.Leaves(params, [0, -1]), grads)
+        backend.square_norm(base.Block(params, [0, -1]), grads)
     assert launches == []
 
 
 def test_bad_directions_are_refused():
     params, grads = tensors(torch.float32, 1), tensors(torch.float32, 2)
-    leaves = base.Leaves(params, [0] * len(params), params)
+    leaves = base.Block(params, [0] * len(params), params)
     backend = triton.TritonBackend()
     with pytest.raises(ValueError, match="terms must be 1 to 3 lists of tensors, got 4"):
         backend.direction(leaves, base.Direction([grads] * 4, [[1.0]] * 4), params)

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import gam_fast
-from gam_fast.integrations import FlatCallback
+from gam_fast.integrations import SharpnessAwareCallback
 
 # said by Lightning about loaders without workers and short epochs, and raised inside it
 pytestmark = [
@@ -93,7 +93,7 @@ def trainer_of(epochs=2, callbacks=(), **options):
 
 
 def fit(module, callbacks=None, loader=None, ckpt_path=None, **options):
-    trainer = trainer_of(callbacks=[FlatCallback()] if callbacks is None else callbacks, **options)
+    trainer = trainer_of(callbacks=[SharpnessAwareCallback()] if callbacks is None else callbacks, **options)
     torch.manual_seed(9)
     trainer.fit(module, loader or DataLoader(data(), 12), ckpt_path=ckpt_path)
     return trainer
@@ -168,7 +168,7 @@ def test_a_checkpoint_resumes_with_the_same_bits(automatic, tmp_path):
     for module in (straight, resumed):
         module.net[2].p = 0.0  # Lightning does not keep the random state
     keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1)
-    fit(straight, callbacks=[FlatCallback(), keep])
+    fit(straight, callbacks=[SharpnessAwareCallback(), keep])
     (path,) = tmp_path.glob("epoch=0*.ckpt")
     saved = torch.load(path, weights_only=True)
     assert "momentum_buffer" in saved["optimizer_states"][0]["state"][0]
@@ -210,7 +210,7 @@ def test_the_callback_refuses_what_would_go_wrong_in_silence(options, message):
 def test_the_callback_finds_accumulation_that_begins_later():
     module = Module()
     with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=2"):
-        fit(module, callbacks=[FlatCallback(), GradientAccumulationScheduler({1: 2})])
+        fit(module, callbacks=[SharpnessAwareCallback(), GradientAccumulationScheduler({1: 2})])
     assert len(module.losses) == 4
 
 
@@ -240,7 +240,7 @@ def _installed(monkeypatch):
 def test_lightning_adds_the_callback_by_itself():
     module = Module()
     trainer = fit(module, callbacks=[], epochs=1)
-    assert sum(isinstance(callback, FlatCallback) for callback in trainer.callbacks) == 1
+    assert sum(isinstance(callback, SharpnessAwareCallback) for callback in trainer.callbacks) == 1
     assert module.models[0] is module
     assert int(module.net[1].num_batches_tracked) == 4
     with pytest.raises(MisconfigurationException, match="clips the gradient of each pass"):
@@ -277,7 +277,7 @@ class Logging(Module):
 
     def configure_optimizers(self):
         optimizer = self.make(self.parameters())
-        if isinstance(optimizer, gam_fast.FlatOptimizer):
+        if isinstance(optimizer, gam_fast.SharpnessAwareOptimizer):
             optimizer.model = self
         return optimizer
 
@@ -398,7 +398,7 @@ def two_processes(rank, world, automatic, sync):
         accelerator="cpu",
         devices=world,
         strategy="ddp",
-        callbacks=[FlatCallback()],
+        callbacks=[SharpnessAwareCallback()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -206,7 +206,7 @@ def test_a_closure_that_needs_something_else_is_refused_before_the_step(name):
 
 
 def methods():
-    return [getattr(gam_fast, name) for name in gam_fast.recipes.RECIPES] + [gam_fast.FlatOptimizer]
+    return [getattr(gam_fast, name) for name in gam_fast.recipes.RECIPES] + [gam_fast.SharpnessAwareOptimizer]
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: method.__name__)
@@ -222,7 +222,7 @@ def test_help_explains_every_option(method):
 def test_options_have_one_text_and_one_type_each():
     import inspect
 
-    taken = inspect.signature(gam_fast.FlatOptimizer.__init__).parameters.values()
+    taken = inspect.signature(gam_fast.SharpnessAwareOptimizer.__init__).parameters.values()
     taken = {p.name: p.annotation for p in taken if p.kind is p.KEYWORD_ONLY}
     typed = {key: value for key, value in options.Options.__annotations__.items() if key in taken}
     assert set(taken) == set(options.names()) == set(typed)

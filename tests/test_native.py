@@ -146,7 +146,7 @@ def test_conversions_are_those_of_torch(dtype, each_instruction_set):
         _C.use_instruction_set(name)
         backend = backends.select("native", CPU)
         out = [torch.empty_like(values)]
-        target = base.Leaves([values.clone()], [0])
+        target = base.Block([values.clone()], [0])
         backend.direction(target, base.Direction([[values]], [[1.0]]), out)
         assert same_bits(out, [values]), name
         # v · (1 + 2^-k) lands between neighbours
@@ -183,7 +183,7 @@ def test_the_plan_is_kept_between_steps_and_made_anew_for_other_shapes():
     backend = backends.select("native", CPU)
     plans = []
     for shape in ((3, 5), (3, 5), (5, 3)):
-        leaves = base.Leaves([torch.randn(shape)], [0])
+        leaves = base.Block([torch.randn(shape)], [0])
         backend.square_norm(leaves, leaves.params)
         backend.square_norm(leaves, leaves.params)
         plans.append(leaves.prepared)
@@ -215,7 +215,7 @@ def test_any_dense_layout_gives_the_values_of_a_contiguous_one(dtype, layout):
         made = [tensors(dtype, seed, (shape,))[0] for seed in range(6)]
         params, backup, a, b, into, momentum = ([lay_out(t, i) if arrange else t] for i, t in enumerate(made))
         backend = backends.select("native", CPU)
-        leaves = base.Leaves(params, [0], backup, True)
+        leaves = base.Block(params, [0], backup, True)
         norm = backend.square_norm(leaves, a, b)
         fold = base.FoldInto(into, b, [0.5], [2.0])
         backend.perturb(leaves, a, b, [0.1], 0.5, from_start=True, fold=fold)
@@ -247,7 +247,7 @@ def arguments(**changes):
 
 def call_perturb(made):
     plan = _C.Plan(arguments()["params"], made["group"])
-    leaves = base.Leaves(made["params"], made["group"], made["backup"], True)
+    leaves = base.Block(made["params"], made["group"], made["backup"], True)
     assert plan.fits(leaves.params, leaves.group)
     _C.perturb(
         plan,
@@ -381,7 +381,7 @@ def test_good_input_passes():
 def test_other_arguments_are_checked_too():
     good = arguments()
     plan = _C.Plan(good["params"], good["group"])
-    leaves = base.Leaves(good["params"], good["group"], good["backup"], True)
+    leaves = base.Block(good["params"], good["group"], good["backup"], True)
     terms, factors = [good["a"]], [[1.0, 1.0]]
     d = base.Direction(terms, factors)
     rows = [(0.1, 0.9, 0.0, 0.0, 0.0, 0.0)] * 2
@@ -429,7 +429,7 @@ def test_other_arguments_are_checked_too():
         (lambda: _C.inner_products(plan, terms, factors, [[1.0]], 2), ValueError, "m must have one entry"),
         (lambda: _C.inner_products(plan, terms, factors, None, 1), ValueError, "groups must be 2 to 1048576, got 1"),
         (lambda: _C.inner_products(plan, terms, factors, None, 2**62), ValueError, "groups must be 2 to 1048576"),
-        (lambda: _C.square_norm(plan, None, good["a"], None, None), TypeError, "leaves must be Leaves"),
+        (lambda: _C.square_norm(plan, None, good["a"], None, None), TypeError, "leaves must be Block"),
         (lambda: _C.direction(plan, leaves, None, state), TypeError, "d must be a Direction"),
         (
             lambda: _C.direction(plan, leaves, base.Direction(terms, factors, limit=1.0), state),
@@ -492,7 +492,7 @@ def test_empty_like_keeps_layouts():
 def test_autograd_hears_of_what_was_written():
     weight = torch.ones(3, requires_grad=True)
     kept = (weight * weight).sum()  # saves the weight
-    leaves = base.Leaves([weight], [0], [torch.empty(3)])
+    leaves = base.Block([weight], [0], [torch.empty(3)])
     with torch.no_grad():
         backends.select("native", CPU).perturb(leaves, [torch.ones(3)], None, [1.0], 1.0, from_start=False)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -583,7 +583,7 @@ def test_memory_of_the_last_gradient_becomes_the_backup():
             if turn.index == 0:
                 addresses.append(weight.grad.data_ptr())
             else:
-                addresses.append(optimizer._walk.shards.only.leaves.backup[0].data_ptr())
+                addresses.append(optimizer._current.blocks.only.leaves.backup[0].data_ptr())
         addresses.append(weight.grad.data_ptr())
     assert addresses[4] == addresses[2]
     # a gradient that somebody else holds is left alone
@@ -604,8 +604,8 @@ def test_memory_with_owners_elsewhere_is_not_taken(source):
     for turn in optimizer.passes():
         weight.grad = torch.from_numpy(array) if source == "numpy" else torch.full((40_000,), 3.0).share_memory_()
         if turn.index == 1:
-            assert optimizer._walk.shards.only.leaves.backup[0].data_ptr() != held
-            assert optimizer._walk.shards.only.grads[0][0].data_ptr() != array.ctypes.data
+            assert optimizer._current.blocks.only.leaves.backup[0].data_ptr() != held
+            assert optimizer._current.blocks.only.grads[0][0].data_ptr() != array.ctypes.data
     assert (array == 3.0).all()
 
 
@@ -644,7 +644,7 @@ def test_a_loop_left_early_does_not_touch_the_mode_of_gradients():
 
 def test_other_threads_run_meanwhile():
     """The GIL is free: a thread counts while the core works, though Python itself never switches."""
-    leaves = base.Leaves([torch.randn(30_000_000)], [0])
+    leaves = base.Block([torch.randn(30_000_000)], [0])
     plan = _C.Plan(leaves.params, leaves.group)
     counter = [0]
     running = threading.Event()

@@ -125,7 +125,7 @@ def test_a_missing_gradient_counts_as_zero_and_one_missing_throughout_is_skipped
     st.integers(1, 500),
 )
 def test_chunks_partition_any_shapes_under_any_limit(sizes, limit):
-    target = base.Leaves([torch.zeros(size) for size in sizes], [i % 2 for i in range(len(sizes))])
+    target = base.Block([torch.zeros(size) for size in sizes], [i % 2 for i in range(len(sizes))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "CPU_CHUNK", limit)
         found = eager.chunks(target)

@@ -66,8 +66,10 @@ def test_one_line_serves_every_name():
             model = net()
             optimizer = create_optimizer_v2(model, name, lr=0.1, **({"model": model} if hand_over else {}))
             inner = getattr(optimizer, "_base_optimizer", optimizer)  # of Lookahead
-            assert isinstance(inner, gam_fast.FlatOptimizer) == name.endswith(("basesgd", "samadamw", "gamsgd"))
-            if isinstance(inner, gam_fast.FlatOptimizer):
+            assert isinstance(inner, gam_fast.SharpnessAwareOptimizer) == name.endswith(
+                ("basesgd", "samadamw", "gamsgd")
+            )
+            if isinstance(inner, gam_fast.SharpnessAwareOptimizer):
                 assert inner.model is model
     wrapped = nn.DataParallel(net())
     assert create_optimizer_v2(wrapped.module, "gamsgd", lr=0.1, model=wrapped).model is wrapped

@@ -1,4 +1,4 @@
-"""Transformers, the real package: what its Trainer does with FlatTrainer's steps is what a plain loop does."""
+"""Transformers, the real package: what its Trainer does with our steps is what a plain loop does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import gam_fast
-from gam_fast.integrations import FlatTrainer
+from gam_fast.integrations import SharpnessAwareTrainer
 
 GAM = {"base_optimizer": torch.optim.AdamW, "lr": 3e-3, "rho": 0.1, "rho_prime": 0.05}
 
@@ -43,7 +43,7 @@ def rows(n=24):
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-class Recorder(FlatTrainer):
+class Recorder(SharpnessAwareTrainer):
     """Notes the micro-batches of each step and the losses that the Trainer is told."""
 
     def __init__(self, *args, **kwargs):
@@ -140,7 +140,7 @@ def test_a_checkpoint_resumes_with_the_same_bits(accumulate, tmp_path):
 
 def test_another_optimizer_is_trained_as_by_the_trainer(tmp_path):
     found = []
-    for kind in (FlatTrainer, Trainer):
+    for kind in (SharpnessAwareTrainer, Trainer):
         trainer = trainer_of(tmp_path, kind=kind, optimizer=(torch.optim.AdamW, {"lr": 1e-3}))
         trainer.train()
         found.append(trainer)
@@ -268,7 +268,7 @@ def test_a_smaller_batch_after_an_error_starts_from_the_weights_before(tmp_path,
 
     def begin(*arguments):
         states.append([p.detach().clone() for p in trainer.model.parameters()])
-        return FlatTrainer._begin(trainer, *arguments)
+        return SharpnessAwareTrainer._begin(trainer, *arguments)
 
     monkeypatch.setattr(trainer, "_begin", begin)
     with pytest.raises(gam_fast.NonFiniteGradientError):  # the second attempt spoils the loss of pass 2

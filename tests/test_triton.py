@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="needs Triton 3.6 or newer")
 
 from gam_fast import backends
-from gam_fast.backends import base, launches, tables, trial, triton
+from gam_fast.backends import base, launches, probe, tables, triton
 
 CUDA = torch.device("cuda", 0)
 
@@ -118,8 +118,8 @@ def test_a_gpu_where_no_kernel_can_be_run_is_refused(monkeypatch):
         tried.append(device)
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
-    monkeypatch.setattr(trial, "_reasons", {})
-    monkeypatch.setattr(trial, "_adds_up", fail)
+    monkeypatch.setattr(probe, "_reasons", {})
+    monkeypatch.setattr(probe, "_adds_up", fail)
     for _ in range(2):
         assert triton.TritonBackend.refusal(CUDA) == (
             "Triton does not work there: RuntimeError: Failed to find C compiler."
@@ -136,8 +136,8 @@ def test_a_gpu_that_is_full_for_the_moment_is_tried_again(monkeypatch):
             raise result
         return result
 
-    monkeypatch.setattr(trial, "_reasons", {})
-    monkeypatch.setattr(trial, "_adds_up", adds_up)
+    monkeypatch.setattr(probe, "_reasons", {})
+    monkeypatch.setattr(probe, "_adds_up", adds_up)
     assert triton.TritonBackend.refusal(CUDA) == "Triton could not be tried: full"
     assert triton.TritonBackend.refusal(CUDA) is None
 
@@ -166,7 +166,7 @@ def device(monkeypatch):
 
 def made(sizes=((9_000,), (4, 5)), groups=(0, 1)):
     params = [torch.zeros(size) for size in sizes]
-    table = tables.Tables(base.Leaves(params, list(groups)))
+    table = tables.Tables(base.Block(params, list(groups)))
     return table, params
 
 
@@ -260,7 +260,7 @@ def test_a_change_of_strides_at_the_same_address_is_seen():
     turned = square.as_strided((4, 5), (1, 4))
     with pytest.raises(ValueError, match=r"a\[0\] must have the strides of its parameter, \(5, 1\), got \(1, 4\)"):
         table.prepare([tables.Argument("params", params), tables.Argument("a", [turned])])
-    assert not table.fits(base.Leaves([turned], [0]))
+    assert not table.fits(base.Block([turned], [0]))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_change_of_strides_at_the_same_address_is_seen():
 )
 def test_dense_tensors_of_any_order_are_taken(build):
     params, like = build(), build()
-    table = tables.Tables(base.Leaves([params], [0]))
+    table = tables.Tables(base.Block([params], [0]))
     strides = [99 if n == 1 else step for n, step in zip(like.size(), like.stride(), strict=True)]
     table.prepare([tables.Argument("params", [params]), tables.Argument("a", [like.as_strided(like.size(), strides)])])
 
@@ -283,12 +283,12 @@ def test_dense_tensors_of_any_order_are_taken(build):
 @pytest.mark.parametrize("build", [lambda: torch.zeros(4, 10)[:, ::2], lambda: torch.zeros(1).expand(3)])
 def test_parameters_with_gaps_or_overlaps_are_refused(build):
     with pytest.raises(ValueError, match=r"params\[1\] must be dense in memory"):
-        tables.Tables(base.Leaves([torch.zeros(3), build()], [0, 0]))
+        tables.Tables(base.Block([torch.zeros(3), build()], [0, 0]))
 
 
 def test_parameters_of_several_dtypes_are_refused():
     with pytest.raises(TypeError, match="parameters must be of one dtype, got torch.float32, torch.float64"):
-        tables.Tables(base.Leaves([torch.zeros(3), torch.zeros(3).double()], [0, 0]))
+        tables.Tables(base.Block([torch.zeros(3), torch.zeros(3).double()], [0, 0]))
 
 
 def test_memory_that_was_taken_away_is_refused():

@@ -14,8 +14,8 @@ from pytorch_optimizer import Lion
 from torch import nn
 
 import gam_fast
-from gam_fast.backends.base import Leaves
-from gam_fast.participants import Shard
+from gam_fast.backends.base import Block
+from gam_fast.parameters import ParameterBlock
 from gam_fast.settings import Settings
 from gam_fast.updates import fused, fused_step
 
@@ -323,7 +323,7 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     weight = nn.Parameter(torch.ones(2))
     optimizer = gam_fast.GAM([weight], torch.optim.AdamW, on_nonfinite=policy)
     with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
-        fused_step(optimizer.base, fused(optimizer.base), Shard(None, Leaves([OnCuda()], [0])), None)
+        fused_step(optimizer.base, fused(optimizer.base), ParameterBlock(None, Block([OnCuda()], [0])), None)
     cuda = [torch.device("cuda")]
     settings = Settings(gam_fast.GAM.recipe, on_nonfinite=policy)
     settings.check_capture([torch.device("cpu")])

@@ -17,7 +17,7 @@ import torch
 import gam_fast
 
 
-def count(optimizer: gam_fast.FlatOptimizer, warm_up: int = 5) -> Counter[str]:
+def count(optimizer: gam_fast.SharpnessAwareOptimizer, warm_up: int = 5) -> Counter[str]:
     """Return how often each Python function is called in a step, by file and name: in that of several with the least.
 
     (A step looks at the generators of Python and NumPy now and then only.) The body of the loop sets gradients without

@@ -43,8 +43,8 @@ int main() {
   STRUCT(GroupNumbers);
   FIELD(GroupNumbers, many), FIELD(GroupNumbers, few);
   END();
-  STRUCT(Mixture);
-  FIELD(Mixture, terms), FIELD(Mixture, index), FIELD(Mixture, p), FIELD(Mixture, q);
+  STRUCT(GroupTerms);
+  FIELD(GroupTerms, terms), FIELD(GroupTerms, index), FIELD(GroupTerms, p), FIELD(GroupTerms, q);
   END();
   STRUCT(Sums);
   FIELD(Sums, products), FIELD(Sums, rows), FIELD(Sums, project), FIELD(Sums, clip), FIELD(Sums, limit);

@@ -6,7 +6,7 @@
 namespace gam::cuda {
 
 // The terms of a group, with the coefficients of their factors s (p + κ q).
-using Mixture = Combination::Group;
+using GroupTerms = Combination::Group;
 
 // What κ and s follow from.
 struct Sums {
@@ -29,8 +29,8 @@ struct InnerProductsArguments {
   enum List { kTerms, kLists = kTerms + kMaxTerms };
 
   Table table;
-  double* parts;          // kSums numbers a block
-  Numbers<Mixture> u, m;  // the same terms
+  double* parts;             // kSums numbers a block
+  Numbers<GroupTerms> u, m;  // the same terms
 };
 
 struct TotalsArguments {
@@ -66,11 +66,11 @@ struct MaterialiseArguments {
   Table table;
   Sums sums;
   bool restore;
-  Numbers<Mixture> d;
+  Numbers<GroupTerms> d;
 };
 
 struct UpdateGroup {
-  Mixture d;
+  GroupTerms d;
   OfGroup numbers;
 };
 

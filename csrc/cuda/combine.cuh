@@ -9,7 +9,7 @@ namespace gam::cuda {
 
 // Writes the factors of a group's terms. Called by all threads of the block; the first warp works, and what it writes
 // is to be read after a barrier.
-__device__ __forceinline__ void find_factors(const Sums& sums, const Mixture& mixture, double* factor) {
+__device__ __forceinline__ void find_factors(const Sums& sums, const GroupTerms& terms_of_group, double* factor) {
   if (threadIdx.x >= kWarp) return;
   const int lane = static_cast<int>(threadIdx.x);
   double kappa = 0.0, scale = 1.0;
@@ -31,7 +31,8 @@ __device__ __forceinline__ void find_factors(const Sums& sums, const Mixture& mi
       scale = clip_factor(warp_sum(square), sums.limit);
     }
   }
-  if (lane < mixture.terms) factor[lane] = factor_of(mixture.p[lane], mixture.q[lane], kappa, scale);
+  if (lane < terms_of_group.terms)
+    factor[lane] = factor_of(terms_of_group.p[lane], terms_of_group.q[lane], kappa, scale);
 }
 
 template <class O>
@@ -46,11 +47,11 @@ class Combined {
   using O = opmath_t<T>;
 
  public:
-  __device__ __forceinline__ Combined(const Row& row, int first, const Mixture& mixture)
-      : terms_(mixture.terms),
-        x_(row, first + mixture.index[0]),
-        y_(row, first + mixture.index[1]),
-        z_(row, first + mixture.index[2]) {}
+  __device__ __forceinline__ Combined(const Row& row, int first, const GroupTerms& terms_of_group)
+      : terms_(terms_of_group.terms),
+        x_(row, first + terms_of_group.index[0]),
+        y_(row, first + terms_of_group.index[1]),
+        z_(row, first + terms_of_group.index[2]) {}
 
   // Calls use(k, terms...) for the k-th of V elements.
   template <int V, class Use>

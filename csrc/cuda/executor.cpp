@@ -18,8 +18,8 @@ std::vector<double> by_group(PerGroup values, int groups) {
   return values ? std::vector<double>(values, values + groups) : std::vector<double>();
 }
 
-std::vector<Mixture> mixtures(const Combination& d, int groups) {
-  return d.groups ? std::vector<Mixture>(d.groups, d.groups + groups) : std::vector<Mixture>();
+std::vector<GroupTerms> group_terms(const Combination& d, int groups) {
+  return d.groups ? std::vector<GroupTerms>(d.groups, d.groups + groups) : std::vector<GroupTerms>();
 }
 
 std::vector<double> gamma_of(const Combination& d) { return by_group(d.gamma, d.rows); }
@@ -57,14 +57,14 @@ at::Tensor Executor::square_norm(const SquareNorm& arguments) {
 at::Tensor Executor::inner_products(const InnerProducts& arguments, int64_t groups) {
   const Guard guard(device_);
   if (is_empty()) return add_up(nullptr, nullptr, kSums, groups, {groups, kSums});
-  const auto u = mixtures(arguments.u, shapes_->groups()), m = mixtures(arguments.m, shapes_->groups());
+  const auto u = group_terms(arguments.u, shapes_->groups()), m = group_terms(arguments.m, shapes_->groups());
   const List* terms = arguments.u.lists;
   const auto prepared = tables_.prepare({{terms, terms + kMaxTerms}}, {Tables::span(u), Tables::span(m)});
   const c10::DataPtr parts = allocate(tables_.chunks() * static_cast<int64_t>(kSums * sizeof(double)));
   auto* values = static_cast<double*>(parts.get());
-  cuda::inner_products(
-      grid(tables_.chunks()), shapes_->dtype(), !m.empty(),
-      {prepared.table, values, numbers_of(u, prepared.many<Mixture>(0)), numbers_of(m, prepared.many<Mixture>(1))});
+  cuda::inner_products(grid(tables_.chunks()), shapes_->dtype(), !m.empty(),
+                       {prepared.table, values, numbers_of(u, prepared.many<GroupTerms>(0)),
+                        numbers_of(m, prepared.many<GroupTerms>(1))});
   return add_up(values, prepared.starts, kSums, groups, {groups, kSums});
 }
 
@@ -94,14 +94,14 @@ void Executor::copy(const Copy& arguments) {
 void Executor::materialise(const Materialise& arguments) {
   if (is_empty()) return;
   const Guard guard(device_);
-  const auto d = mixtures(arguments.d, shapes_->groups());
+  const auto d = group_terms(arguments.d, shapes_->groups());
   const auto gamma = gamma_of(arguments.d);
   Lists lists{{arguments.out, arguments.restore.from, arguments.restore.to}};
   lists.lists.insert(lists.lists.end(), arguments.d.lists, arguments.d.lists + kMaxTerms);
   const auto prepared = tables_.prepare(lists, {Tables::span(d), Tables::span(gamma)});
   cuda::materialise(grid(tables_.chunks()), shapes_->dtype(),
                     {prepared.table, sums_of(arguments.d, gamma, prepared.many<double>(1)),
-                     arguments.restore.from != nullptr, numbers_of(d, prepared.many<Mixture>(0))});
+                     arguments.restore.from != nullptr, numbers_of(d, prepared.many<GroupTerms>(0))});
 }
 
 void Executor::update(const Update& arguments) {

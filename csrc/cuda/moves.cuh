@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(kBlock) materialise_kernel(GAM_PARAM(Materiali
   using Lists = MaterialiseArguments;
   const Piece piece = arguments.table.pieces[blockIdx.x];
   const Row& row = row_of(arguments.table, piece.leaf);
-  const Mixture& mixture = number(arguments.d, row.group);
+  const GroupTerms& terms_of_group = number(arguments.d, row.group);
   GAM_SHARED(double, factor, kMaxTerms);
-  find_factors(arguments.sums, mixture, factor);
+  find_factors(arguments.sums, terms_of_group, factor);
   __syncthreads();
-  const Combined<T> combined(row, Lists::kTerms, mixture);
+  const Combined<T> combined(row, Lists::kTerms, terms_of_group);
   const Combine<opmath_t<T>> combine = combine_of<opmath_t<T>>(factor);
   const View<T> out(row, Lists::kOut);
   each_pack<kPack<T>>(piece, row.packed, [&](auto pack, int64_t i, int) {

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlock) inner_products_kernel(GAM_PARAM(InnerP
   constexpr int V = kPack<T>;
   const Piece piece = arguments.table.pieces[blockIdx.x];
   const Row& row = row_of(arguments.table, piece.leaf);
-  const Mixture& u = number(arguments.u, row.group);
+  const GroupTerms& u = number(arguments.u, row.group);
   const Combined<T> combined(row, InnerProductsArguments::kTerms, u);
   const Combine<O> of_u = combine_of<O>(u.p);
   const Combine<O> of_m = combine_of<O>(WithM ? number(arguments.m, row.group).p : u.p);

@@ -3,9 +3,9 @@ r"""The primitives a backend implements, and the data they work on.
 Every primitive handles a list of any number of tensors, of all parameter groups of one device, in one call.
 Conventions for all of them:
 
-- Lists of tensors are aligned with :attr:`Leaves.params`: same length, shapes, dtypes and order in memory, same
+- Lists of tensors are aligned with :attr:`Block.params`: same length, shapes, dtypes and order in memory, same
   device. The parameters are of one dtype, without gaps in memory, and none overlaps another. Only ``eager`` takes
-  others, and vectors of another dtype (:attr:`Leaves.vectors`).
+  others, and vectors of another dtype (:attr:`Block.vectors`).
 - Scalars that may differ between parameter groups come as a sequence indexed by group.
 - Tensors are float16, bfloat16, float32 or float64. Arithmetic is done in fp32 (fp64 for float64) and
   rounded once, when a value is stored. Sums are combined in fp64 in a fixed order: a result depends neither on the
@@ -45,7 +45,7 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
 
 
 @dataclass(eq=False)
-class Leaves:
+class Block:
     """The parameters of one device that take part in a step, and their backup.
 
     Attributes:
@@ -150,9 +150,7 @@ class Bookkeeping(Protocol):
         """
         ...
 
-    def take_usual_gradients(
-        self, params: TensorList, versions: Any, flags: bytearray, keep: bool
-    ) -> TensorList | None:
+    def take_all_gradients(self, params: TensorList, versions: Any, flags: bytearray, keep: bool) -> TensorList | None:
         """:meth:`take_gradients` where all is as it mostly is.
 
         That is, no tensor was written to since, all flags are the same, and every parameter has a dense gradient, of no
@@ -195,7 +193,7 @@ class Backend(Protocol):
         ...
 
     def square_norm(
-        self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
+        self, leaves: Block, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
         r""":math:`\sum ‖T (a - b)‖²` over all leaves, 0-dim.
 
@@ -206,7 +204,7 @@ class Backend(Protocol):
 
     def perturb(
         self,
-        leaves: Leaves,
+        leaves: Block,
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
@@ -226,28 +224,28 @@ class Backend(Protocol):
         """
         ...
 
-    def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
+    def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
         r"""A ``(groups, 3)`` tensor of :math:`‖u‖²`, :math:`⟨m,u⟩`, :math:`‖m‖²` by parameter group.
 
         ``u`` and ``m`` share their terms. Without ``m`` the last two columns are 0. Reads 1 N a term.
         """
         ...
 
-    def restore(self, leaves: Leaves) -> None:
+    def restore(self, leaves: Block) -> None:
         """``params ← backup``, bit for bit; nothing when the leaves are not saved. Reads 1 N, writes 1 N."""
         ...
 
-    def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
+    def direction(self, leaves: Block, d: Direction, out: TensorList) -> None:
         """``out ← d`` and restore. ``out`` may be one of the terms. Reads 1 N a term and θ, writes 2 N."""
         ...
 
-    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+    def takes_state(self, leaves: Block, state: Sequence[Sequence[Tensor | None]]) -> bool:
         """Return whether :meth:`update` can work on these tensors."""
         ...
 
     def update(
         self,
-        leaves: Leaves,
+        leaves: Block,
         d: Direction,
         formula: str,
         state: Sequence[Sequence[Tensor | None]],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import ownership
 from . import scalars
-from .base import Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList, accumulate_dtype
+from .base import Block, Bookkeeping, Direction, FoldInto, PerGroup, Scalar, TensorList, accumulate_dtype
 
 CPU_CHUNK = 1 << 20
 """Elements of a chunk on CPU; below this, waking the threads for each operation costs more than a cache saves."""
@@ -73,7 +73,7 @@ class Arena:
 class Chunk:
     """Pieces of leaves of one dtype and one group, and the scratch memory they are worked on in."""
 
-    def __init__(self, pieces: list[Piece], group: int, leaves: Leaves, arena: Arena) -> None:
+    def __init__(self, pieces: list[Piece], group: int, leaves: Block, arena: Arena) -> None:
         self.pieces = pieces
         self.arena = arena
         self.group = group
@@ -141,10 +141,10 @@ def _cuts(size: Sequence[int], dims: Sequence[int], limit: int) -> Iterator[tupl
             yield ((dim, start, min(length, size[dim] - start)), *cuts)
 
 
-def chunks(leaves: Leaves) -> list[Chunk]:
+def chunks(leaves: Block) -> list[Chunk]:
     """All elements of the leaves, as chunks of one dtype and group each, of a common size where tensors allow it.
 
-    >>> leaves = Leaves([torch.zeros(600, 4000), torch.zeros(3)], group=[0, 0])
+    >>> leaves = Block([torch.zeros(600, 4000), torch.zeros(3)], group=[0, 0])
     >>> [chunk.numel for chunk in chunks(leaves)]
     [1048000, 1048000, 304003]
     """
@@ -175,7 +175,7 @@ def chunks(leaves: Leaves) -> list[Chunk]:
     return result
 
 
-def _each(leaves: Leaves) -> Iterator[Chunk]:
+def _each(leaves: Block) -> Iterator[Chunk]:
     """The chunks one after the other, each with the scratch memory of the one before."""
     for chunk in chunks(leaves):
         chunk.arena.reset()
@@ -213,7 +213,7 @@ def _combine(chunk: Chunk, terms: Sequence[TensorList], factors: Factors, own: b
     return out
 
 
-def _multiply_weights(chunk: Chunk, out: TensorList, leaves: Leaves, eta: PerGroup, power: int) -> None:
+def _multiply_weights(chunk: Chunk, out: TensorList, leaves: Block, eta: PerGroup, power: int) -> None:
     """``out ← T^power out`` with T = |θ| + eta."""
     weights = chunk.copy(leaves.backup if leaves.saved else leaves.params)
     torch._foreach_abs_(weights)
@@ -280,7 +280,7 @@ class EagerBackend:
         return [torch.empty_like(tensor) for tensor in like]
 
     def square_norm(
-        self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
+        self, leaves: Block, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
         partial = []
         for chunk in _each(leaves):
@@ -293,7 +293,7 @@ class EagerBackend:
 
     def perturb(
         self,
-        leaves: Leaves,
+        leaves: Block,
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
@@ -323,7 +323,7 @@ class EagerBackend:
                 torch._foreach_add_(into, chunk(fold.other), alpha=fold.l[chunk.group])
                 chunk.close(fold.into, into)
 
-    def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
+    def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
         device = leaves.params[0].device
         dtype = accumulate_dtype(device)
         partial: list[list[list[Tensor]]] = [[[], [], []] for _ in range(groups)]
@@ -341,22 +341,22 @@ class EagerBackend:
         sums = [_sum(column, device) for column in itertools.chain.from_iterable(partial)]
         return torch.stack(sums).view(groups, 3)
 
-    def restore(self, leaves: Leaves) -> None:
+    def restore(self, leaves: Block) -> None:
         if leaves.saved:
             copy_bits(leaves.params, leaves.backup)
 
-    def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
+    def direction(self, leaves: Block, d: Direction, out: TensorList) -> None:
         factors = scalars.factors(d)
         for chunk in _each(leaves):
             torch._foreach_copy_(chunk(out), _combine(chunk, d.terms, factors))
         self.restore(leaves)
 
-    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+    def takes_state(self, leaves: Block, state: Sequence[Sequence[Tensor | None]]) -> bool:
         return True
 
     def update(
         self,
-        leaves: Leaves,
+        leaves: Block,
         d: Direction,
         formula: str,
         state: Sequence[Sequence[Tensor | None]],

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import scalars
-from .base import Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList
+from .base import Block, Bookkeeping, Direction, FoldInto, PerGroup, Scalar, TensorList
 
 INSTALL = "pip install --no-build-isolation . (in a checkout of gam_fast; torch, ninja and a C++17 compiler are needed)"
 
@@ -111,7 +111,7 @@ class NativeBackend:
             return _why_not_on(device) if device.type == "cuda" else None
         return f"the compiled core was built for {' and '.join(_C.device_types())} tensors only"
 
-    def _plan_for(self, leaves: Leaves) -> _C.Plan:
+    def _plan_for(self, leaves: Block) -> _C.Plan:
         """The plan of a step before where one fits; looked at once a step, and when leaves were added.
 
         A few are kept, for models of which now these parameters take part, now those.
@@ -131,13 +131,13 @@ class NativeBackend:
         return self.core.empty_like(like)
 
     def square_norm(
-        self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
+        self, leaves: Block, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
         return self.core.square_norm(leaves.prepared or self._plan_for(leaves), leaves, a, b, eta)
 
     def perturb(
         self,
-        leaves: Leaves,
+        leaves: Block,
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
@@ -152,24 +152,24 @@ class NativeBackend:
             square = scalars.on_device(square, self._device)
         self.core.perturb(plan, leaves, a, b, radius, square, from_start, eta, fold)
 
-    def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
+    def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
         plan = leaves.prepared or self._plan_for(leaves)
         return self.core.inner_products(plan, u.terms, u.p, None if m is None else m.p, groups)
 
-    def restore(self, leaves: Leaves) -> None:
+    def restore(self, leaves: Block) -> None:
         self.core.restore(leaves.prepared or self._plan_for(leaves), leaves)
 
-    def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
+    def direction(self, leaves: Block, d: Direction, out: TensorList) -> None:
         plan = leaves.prepared or self._plan_for(leaves)
         self.core.direction(plan, leaves, d if self._device is None else self._on_device(d), out)
 
-    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+    def takes_state(self, leaves: Block, state: Sequence[Sequence[Tensor | None]]) -> bool:
         plan = leaves.prepared or self._plan_for(leaves)
         return plan.takes_state(state)
 
     def update(
         self,
-        leaves: Leaves,
+        leaves: Block,
         d: Direction,
         formula: str,
         state: Sequence[Sequence[Tensor | None]],

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..kernels import table
 from ..kernels.table import CHUNK, HEADER
 from ..ownership import is_dense
-from .base import Leaves
+from .base import Block
 
 KEPT = 32
 """Tables that are kept. A step has about eight; the memory of gradients may alternate between a few places."""
@@ -74,7 +74,7 @@ class Prepared:
 class Tables:
     """The tables of one set of leaves, which keep their shapes, strides, dtype and groups."""
 
-    def __init__(self, leaves: Leaves) -> None:
+    def __init__(self, leaves: Block) -> None:
         self.device = leaves.params[0].device
         self.group = list(leaves.group)
         if min(self.group) < 0:
@@ -94,14 +94,14 @@ class Tables:
         pieces, starts = self._pieces()
         self.programs = len(pieces) // 3
         self._fixed = torch.tensor([*pieces, *starts, 0, self.programs], dtype=torch.int64, device="cpu")
-        self._rows: Kept[Tensor] = Kept(KEPT)
-        self._copies: dict[int, Kept[Tensor]] = {}  # by stream
+        self._rows: LRUCache[Tensor] = LRUCache(KEPT)
+        self._copies: dict[int, LRUCache[Tensor]] = {}  # by stream
         self._pieces_for_graphs: Tensor | None = None
         self.warp = 32
         if self.device.type == "cuda":
             self.warp = getattr(torch.cuda.get_device_properties(self.device), "warp_size", 32)
 
-    def fits(self, leaves: Leaves) -> bool:
+    def fits(self, leaves: Block) -> bool:
         """Return whether these are leaves of the same shapes, strides, dtype, groups and device."""
         return (
             self.group == leaves.group
@@ -217,7 +217,7 @@ class Tables:
             return [tensor for _, tensor in wanted]
         capturing = torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        kept = self._copies.setdefault(stream, Kept(3 * KEPT))
+        kept = self._copies.setdefault(stream, LRUCache(3 * KEPT))
         # A graph gets copies of its own, but for the pieces, which never change: those of any stream will do.
         before = [self._pieces_for_graphs] if capturing else [kept.find(key) for key, _ in wanted]
         before += [None] * (len(wanted) - len(before))
@@ -252,7 +252,7 @@ class Key:
 _PIECES = Key(("pieces",))
 
 
-class Kept(Generic[Value]):
+class LRUCache(Generic[Value]):
     """At most so many values, of which the one used longest ago makes room."""
 
     def __init__(self, most: int) -> None:

@@ -27,11 +27,11 @@ from .. import ownership
 from ..kernels.table import FORMULAS, PERTURB, SUMS
 from ..ownership import lies_as
 from . import scalars
-from .base import Bookkeeping, Direction, FoldInto, Leaves, PerGroup, Scalar, TensorList
+from .base import Block, Bookkeeping, Direction, FoldInto, PerGroup, Scalar, TensorList
 from .eager import copy_bits
 from .launches import after, guard, is_capturing, launch, launch_totals
+from .probe import interprets, kernels, why_unusable
 from .tables import Argument, Prepared, Tables
-from .trial import interprets, kernels, why_unusable
 
 if util.find_spec("triton") is None:
     raise ImportError("Triton is not installed: pip install triton on Linux, or a build of torch for CUDA or ROCm")
@@ -109,7 +109,7 @@ class TritonBackend:
             return f"the Triton kernels run on tensors of NVIDIA and AMD GPUs{also}"
         return None if is_capturing(device) else why_unusable(device)  # a capture forbids to try
 
-    def _tables_for(self, leaves: Leaves) -> Tables:
+    def _tables_for(self, leaves: Block) -> Tables:
         """Return the tables of a step before where they fit. Look once a step, and when leaves were added."""
         if leaves.prepared is not None:
             tables: Tables = leaves.prepared
@@ -123,7 +123,7 @@ class TritonBackend:
         return [torch.empty_like(tensor) for tensor in like]
 
     def square_norm(
-        self, leaves: Leaves, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
+        self, leaves: Block, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
         theta = None if eta is None else _theta(leaves)
         with guard(leaves.params[0].device):
@@ -134,7 +134,7 @@ class TritonBackend:
             constants = {"DIFFERENCE": b is not None, "WEIGHTED": eta is not None}
             return _add_up(kernels().sums.square_norm, prepared, prepared.whole, 1, 1, constants).view(())
 
-    def inner_products(self, leaves: Leaves, u: Direction, m: Direction | None, groups: int) -> Tensor:
+    def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             if groups < tables.groups:
@@ -150,7 +150,7 @@ class TritonBackend:
 
     def perturb(
         self,
-        leaves: Leaves,
+        leaves: Block,
         a: TensorList,
         b: TensorList | None,
         radius: PerGroup,
@@ -210,7 +210,7 @@ class TritonBackend:
             self._mark = torch.empty(1, dtype=torch.int64, device=device)
         return self._mark
 
-    def restore(self, leaves: Leaves) -> None:
+    def restore(self, leaves: Block) -> None:
         """Done by torch, in one call that nothing interrupts, compiles or needs memory: it is the way back."""
         ticket = leaves.ticket
         if not leaves.saved and ticket is not None and not is_capturing(leaves.params[0].device):
@@ -220,7 +220,7 @@ class TritonBackend:
             copy_bits(leaves.params, leaves.backup)
             after([], leaves.backup)
 
-    def direction(self, leaves: Leaves, d: Direction, out: TensorList) -> None:
+    def direction(self, leaves: Block, d: Direction, out: TensorList) -> None:
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
             terms = terms_of(d, tables.groups)
@@ -234,7 +234,7 @@ class TritonBackend:
             self._launch_along(kernels().moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
             after(lists, leaves.backup if leaves.saved else None, *terms.lists)
 
-    def takes_state(self, leaves: Leaves, state: Sequence[Sequence[Tensor | None]]) -> bool:
+    def takes_state(self, leaves: Block, state: Sequence[Sequence[Tensor | None]]) -> bool:
         return all(
             value is None or (value.dtype is param.dtype and lies_as(value, param))
             for values in state
@@ -243,7 +243,7 @@ class TritonBackend:
 
     def update(
         self,
-        leaves: Leaves,
+        leaves: Block,
         d: Direction,
         formula: str,
         state: Sequence[Sequence[Tensor | None]],
@@ -329,7 +329,7 @@ def _check_rows(name: str, rows: Sequence[Sequence[object]], count: int) -> None
         raise ValueError(f"{name} must have {count} entries a row, got {[*map(len, rows)]}")
 
 
-def _theta(leaves: Leaves) -> TensorList:
+def _theta(leaves: Block) -> TensorList:
     return leaves.backup if leaves.saved else leaves.params
 
 

@@ -1,6 +1,7 @@
 """What joins the optimizers to frameworks that own the training loop.
 
-``FlatTrainer`` (Hugging Face Transformers), ``FlatCallback`` (Lightning) and ``register_timm`` (timm). The package of a
+``SharpnessAwareTrainer`` (Hugging Face Transformers), ``SharpnessAwareCallback`` (Lightning) and ``register_timm``
+(timm). The package of a
 framework is imported when its name is first asked for here, and by nothing else in gam_fast.
 """
 
@@ -10,18 +11,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .lightning import FlatCallback as FlatCallback
+    from .lightning import SharpnessAwareCallback as SharpnessAwareCallback
     from .timm import register_timm as register_timm
-    from .transformers import FlatTrainer as FlatTrainer
+    from .transformers import SharpnessAwareTrainer as SharpnessAwareTrainer
 
 _PARTS = {
-    "FlatCallback": ("lightning", "lightning"),
-    "FlatTrainer": ("transformers", "transformers accelerate"),
+    "SharpnessAwareCallback": ("lightning", "lightning"),
+    "SharpnessAwareTrainer": ("transformers", "transformers accelerate"),
     "register_timm": ("timm", "timm"),
 }
 """The module of each name, and what has to be installed for it."""
 
-__all__ = ["FlatCallback", "FlatTrainer", "register_timm"]
+__all__ = ["SharpnessAwareCallback", "SharpnessAwareTrainer", "register_timm"]
 
 
 def __getattr__(name: str) -> Any:

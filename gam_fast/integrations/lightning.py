@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..optimizer import FlatOptimizer
+from ..optimizer import SharpnessAwareOptimizer
 
 try:
     from lightning.pytorch import LightningModule, Trainer
@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
         raise error from None
 
 
-class FlatCallback(Callback):
+class SharpnessAwareCallback(Callback):
     """Prepare a ``Trainer`` whose module is optimized by gam_fast.
 
     Lightning adds it by itself where gam_fast is installed (an entry point, ``lightning.pytorch.callbacks_factory``),
@@ -42,8 +42,9 @@ class FlatCallback(Callback):
         TypeError: DeepSpeed or FSDP1 as strategy; use ``ModelParallelStrategy`` (FSDP2) or ``ddp``.
 
     >>> import lightning.pytorch as pl
-    >>> from gam_fast.integrations import FlatCallback
-    >>> trainer = pl.Trainer(callbacks=[FlatCallback()], accelerator="cpu", logger=False, enable_checkpointing=False)
+    >>> from gam_fast.integrations import SharpnessAwareCallback
+    >>> callback = SharpnessAwareCallback()
+    >>> trainer = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,16 +84,16 @@ class FlatCallback(Callback):
 
 def external_callbacks() -> list[Callback]:
     """For the entry point ``lightning.pytorch.callbacks_factory``."""
-    return [FlatCallback()] if _is_lightning else []
+    return [SharpnessAwareCallback()] if _is_lightning else []
 
 
 def external_callbacks_of_older_name() -> list[Callback]:
-    """For the entry point ``pytorch_lightning.callbacks_factory``; a process has :class:`FlatCallback` for one name."""
-    return [] if _is_lightning else [FlatCallback()]
+    """For the entry point ``pytorch_lightning.callbacks_factory``; a process has the callback for one name."""
+    return [] if _is_lightning else [SharpnessAwareCallback()]
 
 
 _is_lightning = Callback.__module__.startswith("lightning.")
 
 
-def _flat(trainer: Any) -> list[FlatOptimizer]:
-    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, FlatOptimizer)]
+def _flat(trainer: Any) -> list[SharpnessAwareOptimizer]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SharpnessAwareOptimizer)]

@@ -11,7 +11,7 @@ from timm.optim._optim_factory import default_registry
 from torch import nn
 
 from .. import methods
-from ..optimizer import FlatOptimizer
+from ..optimizer import SharpnessAwareOptimizer
 
 _METHODS: list[Any] = [
     kind for kind in vars(methods).values() if isinstance(kind, type) and kind.__module__ == methods.__name__
@@ -85,8 +85,8 @@ def _with_model(create: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make(
-    method: Callable[..., FlatOptimizer], base: str, defaults: dict[str, Any], params: Any, **arguments: Any
-) -> FlatOptimizer:
+    method: Callable[..., SharpnessAwareOptimizer], base: str, defaults: dict[str, Any], params: Any, **arguments: Any
+) -> SharpnessAwareOptimizer:
     # timm's defaults go to the base, which may have a hyper-parameter of the same name as the method
     return method(params, partial(get_optimizer_class(base, bind_defaults=False), **defaults), **arguments)
 

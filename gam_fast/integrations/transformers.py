@@ -9,11 +9,12 @@ import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..optimizer import FlatOptimizer
+from ..optimizer import SharpnessAwareOptimizer
 
 if not hasattr(Trainer, "_clip_grad_norm"):
     raise ImportError(
-        f"FlatTrainer needs transformers 5.3 or newer, and {transformers.__version__} is installed: pip install -U "
+        "SharpnessAwareTrainer needs transformers 5.3 or newer, and "
+        f"{transformers.__version__} is installed: pip install -U "
         "transformers"
     )
 
@@ -21,7 +22,7 @@ if not hasattr(Trainer, "_clip_grad_norm"):
 class _Step:
     """A step that is under way: its passes, and the micro-batches so far."""
 
-    def __init__(self, optimizer: FlatOptimizer, scaler: Any) -> None:
+    def __init__(self, optimizer: SharpnessAwareOptimizer, scaler: Any) -> None:
         self.optimizer = optimizer
         self.skipped_before = optimizer.skipped_steps
         self.micro_batches: list[dict[str, Any]] = []
@@ -51,7 +52,7 @@ class _Step:
 class _Ended(TrainerCallback):
     """Told by the Trainer that it has called ``optimizer.step()``."""
 
-    def __init__(self, trainer: FlatTrainer) -> None:
+    def __init__(self, trainer: SharpnessAwareTrainer) -> None:
         self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,7 +60,7 @@ class _Ended(TrainerCallback):
         self.trainer._end_step()
 
 
-class FlatTrainer(Trainer):
+class SharpnessAwareTrainer(Trainer):
     """:class:`transformers.Trainer` for the optimizers of gam_fast; with any other optimizer it is the Trainer itself.
 
     Give it the optimizer as the Trainer's ``optimizers=(optimizer, None)``, or as
@@ -83,14 +84,14 @@ class FlatTrainer(Trainer):
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
     >>> import tempfile, torch, gam_fast
-    >>> from gam_fast.integrations import FlatTrainer
+    >>> from gam_fast.integrations import SharpnessAwareTrainer
     >>> small = GPT2Config(
     ...     n_layer=1, n_head=2, n_embd=8, vocab_size=7, n_positions=5, bos_token_id=None, eos_token_id=None
     ... )
     >>> model = GPT2LMHeadModel(small)
     >>> tokens = torch.randint(7, (16, 5))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     trainer = FlatTrainer(
+    ...     trainer = SharpnessAwareTrainer(
     ...         model,
     ...         TrainingArguments(folder, max_steps=2, disable_tqdm=True, report_to=[], use_cpu=True),
     ...         train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
@@ -108,10 +109,10 @@ class FlatTrainer(Trainer):
         self.add_callback(_Ended(self))
 
     @property
-    def flat_optimizer(self) -> FlatOptimizer | None:
+    def flat_optimizer(self) -> SharpnessAwareOptimizer | None:
         """The optimizer of gam_fast, out of the wrapper of Accelerate; ``None`` if it is another."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, FlatOptimizer) else None
+        return optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """:meth:`transformers.Trainer.train`; a step that is under way when it ends is undone."""
@@ -149,7 +150,7 @@ class FlatTrainer(Trainer):
             self._leave()
             raise
 
-    def _begin(self, optimizer: FlatOptimizer, model: nn.Module) -> _Step:
+    def _begin(self, optimizer: SharpnessAwareOptimizer, model: nn.Module) -> _Step:
         self._check(optimizer)
         if optimizer.model is not model:
             optimizer.model = model
@@ -159,7 +160,7 @@ class FlatTrainer(Trainer):
             optimizer.train()
         return _Step(optimizer, self.accelerator.scaler)
 
-    def _check(self, optimizer: FlatOptimizer) -> None:
+    def _check(self, optimizer: SharpnessAwareOptimizer) -> None:
         if optimizer.recipe.second_order:
             raise TypeError(
                 f"the Trainer calls backward() in each pass, and {optimizer.recipe.name} differentiates the loss by "

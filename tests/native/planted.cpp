@@ -16,7 +16,7 @@ namespace {
 using namespace gam;
 using namespace gam::cuda;
 
-// Leaves of one list, cut into chunks, and their table.
+// Block of one list, cut into chunks, and their table.
 struct Model {
   explicit Model(const std::vector<int64_t>& sizes, int lists) : lists(lists), sizes(sizes) {
     for (size_t i = 0; i < sizes.size(); ++i) {

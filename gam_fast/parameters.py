@@ -13,27 +13,27 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import ownership, scalars
-from .backends.base import Backend, Bookkeeping, Direction, Leaves, TensorList, Versions
+from .backends.base import Backend, Block, Bookkeeping, Direction, TensorList, Versions
 from .backends.eager import EagerBackend
 from .ownership import Kind, as_like, kind_of, wider_dtype
 from .sharded import Layout, any_sharded, layout_of, local, local_gradient, spread, take_local
 
 Select: TypeAlias = "Callable[[torch.device], Backend]"
 
-ShardKey: TypeAlias = "tuple[Kind, Layout | None, torch.dtype | None]"
+BlockKey: TypeAlias = "tuple[Kind, Layout | None, torch.dtype | None]"
 """Kind and layout of the leaves, and the dtype of their vectors where it is another."""
 
 _PARAMS_OF = operator.itemgetter("params")
 
 RECYCLE_BYTES = 1 << 16
-"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Walk.begin`)."""
+"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Step.begin`)."""
 
 NEVER = 1 << 62
 """More bytes than any gradient has."""
 
 
 @dataclass(eq=False)
-class Shard:
+class ParameterBlock:
     """The leaves of one device, dtype, layout over processes and dtype of vectors, and the gradients held, by vector.
 
     Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``.
@@ -47,13 +47,13 @@ class Shard:
     """
 
     backend: Backend
-    leaves: Leaves = field(default_factory=Leaves)
+    leaves: Block = field(default_factory=Block)
     owners: TensorList = field(default_factory=list)
     layout: Layout | None = None
     grads: dict[int, TensorList] = field(default_factory=dict)
 
 
-class Participants:
+class StepParameters:
     """All parameters of a step, and those of them that had a gradient so far.
 
     Args:
@@ -82,12 +82,12 @@ class Participants:
         self.sharded = any_sharded(self.params)
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
-        self._shards: dict[ShardKey, Shard] = {}
-        self._whole: Shard | None = None  # of all parameters, if the step before had it
-        self.all: list[Shard] = []
-        """The shards."""
-        self.only: Shard | None = None
-        """The shard, where there is one."""
+        self._blocks: dict[BlockKey, ParameterBlock] = {}
+        self._whole: ParameterBlock | None = None  # of all parameters, if the step before had it
+        self.all: list[ParameterBlock] = []
+        """The blocks."""
+        self.only: ParameterBlock | None = None
+        """The block, where there is one."""
         self._spare: dict[Tensor, Tensor] = {}
         self._books: Bookkeeping = ownership
         if self.params and not self.sharded:
@@ -117,7 +117,7 @@ class Participants:
 
     def again(
         self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool
-    ) -> Participants | None:
+    ) -> StepParameters | None:
         """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
         lists = list(map(_PARAMS_OF, groups))
         same_count = self._counts == list(map(len, lists))
@@ -145,7 +145,7 @@ class Participants:
             recycle: whether large ones on a CPU are kept to become the backup.
             each: whether parameters may move that are not: what is found changed is then no end of the search.
         """
-        recycle = recycle and not self._shards and not self.sharded
+        recycle = recycle and not self._blocks and not self.sharded
         least, clear = RECYCLE_BYTES if recycle else NEVER, self._books.clear_gradients
         for i, grad in clear(self._all, least, self._keep_parts):
             self._spare[self.params[i]] = grad
@@ -184,26 +184,26 @@ class Participants:
             "step. (A parameter without a gradient may be moved.)"
         )
 
-    def take_usual(self, index: int, *, keep: bool) -> bool:
+    def take_all(self, index: int, *, keep: bool) -> bool:
         """Fast path of :meth:`take_in`. Return False if it does not apply."""
         if self._versions is None or not self._is_usual:
             return False
-        shard = self.only
-        if shard is None and self._shards:
+        block = self.only
+        if block is None and self._blocks:
             return False
-        if shard is not None and shard.leaves.params is not self._all:
+        if block is not None and block.leaves.params is not self._all:
             return False
-        taken = self._books.take_usual_gradients(self._all, self._versions, self.flags, keep)
+        taken = self._books.take_all_gradients(self._all, self._versions, self.flags, keep)
         if taken is None:
             return False
-        if shard is None and self._whole is not None:
-            shard = self.only = self._shards[self._kinds[0], None, None] = self._whole
+        if block is None and self._whole is not None:
+            block = self.only = self._blocks[self._kinds[0], None, None] = self._whole
             self.flags[:] = b"\1" * len(self.flags)
-            self.all.append(shard)
-        elif shard is None:
+            self.all.append(block)
+        elif block is None:
             self.activate(range(len(self.params)), usual=True)
-            (shard,) = self.all
-        shard.grads[index] = taken
+            (block,) = self.all
+        block.grads[index] = taken
         return True
 
     def take_in(self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False) -> None:
@@ -220,33 +220,33 @@ class Participants:
         if not may_write:
             self._check_versions(where)
         self._look_closely(where, mend)
-        for shard in self.all:
-            shard.grads[index] = self._take(shard, keep)
+        for block in self.all:
+            block.grads[index] = self._take(block, keep)
 
     def _look_closely(self, where: str, mend: str | None) -> None:
         """Raise the other errors of :meth:`take_in`, and let those that have their first gradient take part."""
-        newcomers, any_gradient, sparse = self._books.survey_gradients(self._all, self.flags)
+        unflagged, any_gradient, sparse = self._books.survey_gradients(self._all, self.flags)
         if sparse >= 0:
             grad = self.params[sparse].grad
             raise TypeError(
                 f"{self.name(sparse)} has a gradient of layout {None if grad is None else grad.layout}; {self._recipe} "
                 "needs dense gradients: construct the module with sparse=False"
             )
-        if newcomers:
-            self.activate(newcomers)
+        if unflagged:
+            self.activate(unflagged)
         if not any_gradient and mend is not None:
             raise RuntimeError(f"{where} ended without a gradient for any parameter: {mend}")
 
-    def _take(self, shard: Shard, keep: bool) -> TensorList:
-        """The gradients of a shard, to be read until the next pass, or to be kept."""
-        if shard.leaves.vectors is not None:
-            return ownership.take_gradients(shard.owners, keep, shard.leaves.vectors)
+    def _take(self, block: ParameterBlock, keep: bool) -> TensorList:
+        """The gradients of a block, to be read until the next pass, or to be kept."""
+        if block.leaves.vectors is not None:
+            return ownership.take_gradients(block.owners, keep, block.leaves.vectors)
         if not self.sharded:
-            return shard.backend.bookkeeping.take_gradients(shard.leaves.params, keep)
+            return block.backend.bookkeeping.take_gradients(block.leaves.params, keep)
         read = take_local if keep else local_gradient
         return [
             torch.zeros_like(part) if param.grad is None else as_like(read(param), part)
-            for param, part in zip(shard.owners, shard.leaves.params, strict=True)
+            for param, part in zip(block.owners, block.leaves.params, strict=True)
         ]
 
     def activate(self, positions: Sequence[int], *, usual: bool = False) -> None:
@@ -254,7 +254,7 @@ class Participants:
 
         ``usual``: they are of one kind and not sharded, and no gradient has more bits than its parameter.
         """
-        places: dict[ShardKey, list[int]] = {}
+        places: dict[BlockKey, list[int]] = {}
         if usual or self._all_usual(positions):
             places[self._kinds[0], None, None] = list(positions)
         else:
@@ -263,17 +263,17 @@ class Participants:
                 key = kind_of(local(param)), layout_of(param), None if self.sharded else wider_dtype(param)
                 places.setdefault(key, []).append(i)
         for key, chosen in places.items():
-            shard = self._shards.get(key)
-            if shard is None:
+            block = self._blocks.get(key)
+            if block is None:
                 held = self.all[0].grads if self.all else {}
                 (device, _, is_dense), layout, wider = key
                 assert self._select is not None
                 backend = self._select(device) if wider is None and is_dense else EagerBackend()
-                shard = Shard(backend, Leaves(vectors=wider), layout=layout, grads={k: [] for k in held})
-                self._shards[key] = shard
-                self.all.append(shard)
-                self.only = shard if len(self.all) == 1 else None
-            self._add(shard, chosen)
+                block = ParameterBlock(backend, Block(vectors=wider), layout=layout, grads={k: [] for k in held})
+                self._blocks[key] = block
+                self.all.append(block)
+                self.only = block if len(self.all) == 1 else None
+            self._add(block, chosen)
 
     def _all_usual(self, positions: Sequence[int]) -> bool:
         if not self._is_usual:
@@ -284,65 +284,65 @@ class Participants:
                 return False
         return True
 
-    def _add(self, shard: Shard, positions: Sequence[int]) -> None:
+    def _add(self, block: ParameterBlock, positions: Sequence[int]) -> None:
         """A signal may come between any two of these assignments; restore() believes the last of them."""
         owners = [self.params[i] for i in positions]
         parts = [local(param) for param in owners] if self.sharded else owners
-        hold, leaves = shard.backend.bookkeeping.hold, shard.leaves
+        hold, leaves = block.backend.bookkeeping.hold, block.leaves
         leaves.prepared = None
         if leaves.saved:
             copies = [part.clone(memory_format=torch.preserve_format) for part in parts]
             leaves.backup = hold([*leaves.backup, *copies])
-        for index, grads in shard.grads.items():
-            shard.grads[index] = hold([*grads, *(torch.zeros_like(part, dtype=leaves.vectors) for part in parts)])
+        for index, grads in block.grads.items():
+            block.grads[index] = hold([*grads, *(torch.zeros_like(part, dtype=leaves.vectors) for part in parts)])
         leaves.group.extend([self._group[i] for i in positions])
-        shard.owners.extend(owners)
-        is_all = len(positions) == len(self.params) and not self.sharded and shard.backend.bookkeeping is self._books
+        block.owners.extend(owners)
+        is_all = len(positions) == len(self.params) and not self.sharded and block.backend.bookkeeping is self._books
         leaves.params = self._all if is_all else hold([*leaves.params, *parts])
         for i in positions:
             self.flags[i] = 1
 
-    def allocate_backup(self, shard: Shard) -> TensorList:
-        """Memory for θ of a shard."""
+    def allocate_backup(self, block: ParameterBlock) -> TensorList:
+        """Memory for θ of a block."""
         if not self._spare:
-            return shard.backend.allocate(shard.leaves.params)
-        pairs = list(zip(shard.owners, shard.leaves.params, strict=True))
-        fresh = iter(shard.backend.allocate([part for owner, part in pairs if owner not in self._spare]))
+            return block.backend.allocate(block.leaves.params)
+        pairs = list(zip(block.owners, block.leaves.params, strict=True))
+        fresh = iter(block.backend.allocate([part for owner, part in pairs if owner not in self._spare]))
         backup = [self._spare.pop(owner) if owner in self._spare else next(fresh) for owner, _ in pairs]
-        return shard.backend.bookkeeping.hold(backup)
+        return block.backend.bookkeeping.hold(backup)
 
     def drop(self, index: int) -> None:
         """Vector ``index`` is not needed any more."""
-        for shard in self.all:
-            del shard.grads[index]
+        for block in self.all:
+            del block.grads[index]
         self.clear_gradients()
 
     def give_back(self, index: int) -> None:
         """Vector ``index`` is the gradient that the parameters have after all."""
-        for shard in self.all:
-            for owner, grad in zip(shard.owners, shard.grads[index], strict=True):
+        for block in self.all:
+            for owner, grad in zip(block.owners, block.grads[index], strict=True):
                 if owner.grad is None:  # one that is there is part of a buffer, with the same numbers
                     owner.grad = spread(grad, owner)
 
     def restore(self) -> None:
         """Put θ back, bit for bit."""
-        for shard in self.all:
-            leaves = shard.leaves
+        for block in self.all:
+            leaves = block.leaves
             count = len(leaves.params)
             if len(leaves.backup) > count:  # of an interrupted activate(), as the rest of the two lists
                 leaves.backup = list(leaves.backup)[:count]
-            del leaves.group[count:], shard.owners[count:]
-            shard.backend.restore(leaves)
+            del leaves.group[count:], block.owners[count:]
+            block.backend.restore(leaves)
 
     def release(self, *, undone: bool) -> None:
         """Let go of all that is held."""
-        shard, self.only, self._whole = self.only, None, None
-        if shard is not None and shard.leaves.params is self._all and not undone:
-            self._whole = shard
-            shard.grads.clear()
-            leaves = shard.leaves
+        block, self.only, self._whole = self.only, None, None
+        if block is not None and block.leaves.params is self._all and not undone:
+            self._whole = block
+            block.grads.clear()
+            leaves = block.leaves
             leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
-        self._shards.clear()
+        self._blocks.clear()
         self.all.clear()
         self._spare.clear()
         self._books.let_go(self._all)
@@ -376,7 +376,7 @@ def clear_weight_caches() -> None:
 
 
 @torch.no_grad()
-def materialise(shard: Shard, direction: Direction) -> TensorList:
+def materialise(block: ParameterBlock, direction: Direction) -> TensorList:
     """The direction as tensors, and θ restored; in the storage of a gradient the engine holds, if it holds one."""
     last = direction.terms[-1]
     plain = (
@@ -386,11 +386,11 @@ def materialise(shard: Shard, direction: Direction) -> TensorList:
         and all(p == 1.0 for p in direction.p[0])
     )
     if plain:
-        shard.backend.restore(shard.leaves)
+        block.backend.restore(block.leaves)
         return last
-    leaves = shard.leaves
+    leaves = block.leaves
     out = direction.terms[0]
     if len(direction.terms) == 1:
         out = [torch.empty_like(part, dtype=leaves.vectors) for part in leaves.params]
-    shard.backend.direction(shard.leaves, direction, out)
+    block.backend.direction(block.leaves, direction, out)
     return out

@@ -28,8 +28,8 @@ from .finite import FiniteWatch, SkipStep
 from .local_step import agree, averaged, mean_of_all
 from .others import OtherGradients
 from .ownership import has_gradient
-from .participants import Participants, Shard, clear_weight_caches
-from .recipes import Move
+from .parameters import ParameterBlock, StepParameters, clear_weight_caches
+from .recipes import Perturbation
 from .rng import ReplayRNG
 from .settings import Settings
 from .sums import Sums
@@ -37,10 +37,10 @@ from .turn import Portion, Turn, some
 
 _RATE_OF = operator.methodcaller("get", "lr")
 
-Finish: TypeAlias = Callable[["list[tuple[Shard, Direction]]"], None]
+Finish: TypeAlias = Callable[["list[tuple[ParameterBlock, Direction]]"], None]
 
 
-class Walk:
+class Step:
     """The state of one step.
 
     Args:
@@ -57,7 +57,7 @@ class Walk:
         settings: Settings,
         groups: Sequence[dict[str, Any]],
         coefficients: Coefficients,
-        participants: Participants,
+        participants: StepParameters,
         scale: LossScale | GivenScale | None = None,
         *,
         by_loop: bool = False,
@@ -68,8 +68,8 @@ class Walk:
         self.plan = recipe.plan
         self.coefficients = coefficients
         self.portion = Portion(settings.ascent_share)
-        self.shards = participants
-        self.params = self.shards.params
+        self.blocks = participants
+        self.params = self.blocks.params
         self.by_loop = by_loop
         self.complete = False
         self.finished = False
@@ -80,11 +80,11 @@ class Walk:
         self._newest = -1  # the index of the vector made last
         self.at_end = False
         """Whether the last pass was made."""
-        self._sums = Sums(self.shards, len(groups))
+        self._sums = Sums(self.blocks, len(groups))
         self._device = self.params[0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():
-            if self.shards.sharded:
+            if self.blocks.sharded:
                 raise TypeError(
                     "sync='local' with sharded parameters: no process has a gradient of its own for all of them; use "
                     "sync='global'"
@@ -112,7 +112,7 @@ class Walk:
         self._rng: ReplayRNG | None = None
         self.state = settings.forward_state or ForwardState()
         if settings.model is not None:
-            self.shards.named = settings.model.named_parameters()
+            self.blocks.named = settings.model.named_parameters()
         self._rates: list[Any] | None = None  # after the first of several passes
         self._others = OtherGradients(settings.others, self.params)
 
@@ -142,7 +142,7 @@ class Walk:
                 clear_weight_caches()
                 self._losses.clear()
                 self._micro_batches = None
-                self.shards.release(undone=undo is not None)
+                self.blocks.release(undone=undo is not None)
                 if self._on_exit is not None:
                     self._on_exit.close()
                 if undo is not None:
@@ -163,7 +163,7 @@ class Walk:
     @torch.no_grad()
     def restore(self) -> None:
         """Put θ back, bit for bit."""
-        self.shards.restore()
+        self.blocks.restore()
 
     @property
     def under_way(self) -> bool:
@@ -173,7 +173,7 @@ class Walk:
     @property
     def perturbed(self) -> bool:
         """Whether a pass is under way whose weights are not those of the model."""
-        return self.under_way and not self.complete and any(shard.leaves.saved for shard in self.shards.all)
+        return self.under_way and not self.complete and any(block.leaves.saved for block in self.blocks.all)
 
     @property
     def in_last_pass(self) -> bool:
@@ -196,15 +196,15 @@ class Walk:
         peak of a step does not grow.
         """
         if not self._begun:
-            several, capturing = self.recipe.passes > 1, not self.shards.on_host and is_capturing(self.shards.devices)
+            several, capturing = self.recipe.passes > 1, not self.blocks.on_host and is_capturing(self.blocks.devices)
             if capturing:
-                self.settings.check_capture(self.shards.devices)
+                self.settings.check_capture(self.blocks.devices)
             self._begun = True
             if self.settings.replay_rng is not None:
                 self._rng = self.settings.replay_rng
-                self._rng.start(self.shards.devices, several=several, capturing=capturing)
+                self._rng.start(self.blocks.devices, several=several, capturing=capturing)
             if self.settings.freeze_running_statistics:
-                given = self.settings.model, self.params, self.shards.flags, self.settings.moving_buffers
+                given = self.settings.model, self.params, self.blocks.flags, self.settings.moving_buffers
                 gradient = not self.recipe.second_order
                 self.state.enter(*given, several=several, by_gradient=gradient, capturing=capturing)
             if self._local is not None:
@@ -212,20 +212,20 @@ class Walk:
                 self._local.begin()
                 self.state.start_anew()  # from those of rank 0
         clear_weight_caches()
-        shards, state, portion = self.shards, self.state, self.portion
+        blocks, state, portion = self.blocks, self.state, self.portion
         # whether passes see parts of the batch, as known by now: the last is then the one that counts
         is_cut = portion.share < 1.0 and portion.asked
         if self._rng is not None:
             self._rng.begin(keep_last=is_cut)
-        if shards.moved:
-            state.add(shards.moved)
+        if blocks.moved:
+            state.add(blocks.moved)
         if state.active:
             state.begin(keep_last=is_cut)
         if self._others.params or index == 0:
             self._others.begin(keep_last=is_cut)
         if portion.asked:
             portion.begin()
-        shards.begin_pass(recycle=self.recipe.passes > 1, each=state.active and state.moves_parameters)
+        blocks.begin_pass(recycle=self.recipe.passes > 1, each=state.active and state.moves_parameters)
         left = self.recipe.passes - self.recipe.passes_before[self._newest + 1]
         self.current = Turn(index, index + left, 1.0 if left == 1 else portion.share, self.backward, portion)
         return self.current
@@ -256,7 +256,7 @@ class Walk:
         self.watch.use(scale)
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """See :meth:`gam_fast.optimizer.FlatOptimizer.micro_batches`."""
+        """See :meth:`gam_fast.optimizer.SharpnessAwareOptimizer.micro_batches`."""
         if self._micro_batches is None:
             if self.recipe.passes == 1:  # no other pass will ask for them
                 return self._until_end(self.portion.stream(batches))
@@ -291,7 +291,7 @@ class Walk:
             scaled.backward()
 
     def advance(self) -> None:
-        """After a pass: take its gradient in, and go to the next point of the walk, if there is one.
+        """After a pass: take its gradient in, and go to the next point of the path, if there is one.
 
         Raises:
             RuntimeError: no parameter has a gradient, a parameter was written to during the pass, or, for a recipe of
@@ -305,11 +305,11 @@ class Walk:
         try:
             index, recipe = self._newest + 1, self.recipe
             if index == 0 and self.state.active and (written := self.state.look()) and recipe.passes > 1:
-                self.shards.refuse_write(written[0], f"pass 0 of {recipe.name}")
+                self.blocks.refuse_write(written[0], f"pass 0 of {recipe.name}")
             if self.watch.scale is not None:
                 self.watch.scale.check_pass(f"pass {recipe.pass_of(index)} of {recipe.name}")
             graph = self._differentiate(index) if recipe.second_order else []
-            if not self.shards.take_usual(index, keep=recipe.keeps[index]):
+            if not self.blocks.take_all(index, keep=recipe.keeps[index]):
                 self._take_in(index)
             self._newest, self.at_end = index, index == recipe.vectors - 1
             if self.portion.weight != 1.0:
@@ -324,14 +324,14 @@ class Walk:
             if not self.at_end:
                 if self._rates is None:
                     self._rates = list(map(_RATE_OF, self.groups))
-                self._move()
+                self._perturb()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
     def _differentiate(self, index: int) -> list[Tensor | None]:
         """Give the parameters their gradients of a loss; return those to be differentiated again."""
         losses, self._losses = self._losses, []
-        graph = second_order.differentiate(self.recipe, self.shards, losses, index)
+        graph = second_order.differentiate(self.recipe, self.blocks, losses, index)
         return graph if self.recipe.has_product(index) else []
 
     def _weigh(self, index: int, weight: float, *, of_product: bool) -> None:
@@ -340,14 +340,14 @@ class Walk:
             self.coefficients.weigh(index + 1, weight)
 
     def _goes_on(self) -> bool:
-        """Ask whether the gradient at θ is such that the walk is taken; waits for an accelerator."""
+        """Ask whether the gradient at θ is such that the path is taken; waits for an accelerator."""
         assert self.settings.goes_on is not None
         self._first_square = self._sums.square_norm(0)
         square = float(self._first_square) * self.portion.weight**2
         if self.watch.scale is not None:
             square *= float(self.watch.scale.inverse(self._device)) ** 2
         if self._local is not None:
-            square = mean_of_all(self._local, self.shards, square, self.recipe.name)
+            square = mean_of_all(self._local, self.blocks, square, self.recipe.name)
         else:
             square = mean_over_processes(square, self.settings.model, self._device)
         return self.settings.goes_on(square)
@@ -359,18 +359,18 @@ class Walk:
         self.coefficients = Coefficients(self.recipe, self.groups, [{} for _ in self.groups])
         self.at_end = True
         if self.portion.share < 1.0 and self.portion.asked:
-            self.shards.drop(0)
+            self.blocks.drop(0)
             self._newest = -1
             self.at_end = False
         else:
-            self.shards.give_back(0)
+            self.blocks.give_back(0)
 
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
         """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector."""
         total = self._sums.square_norm(index)
         self.watch.check(total, {index}, last=False)
-        second_order.multiply(self.shards, index, graph, total, keep=index in self.plan[index][1])
-        if not self.shards.take_usual(index + 1, keep=self.recipe.keeps[index + 1]):
+        second_order.multiply(self.blocks, index, graph, total, keep=index in self.plan[index][1])
+        if not self.blocks.take_all(index + 1, keep=self.recipe.keeps[index + 1]):
             self._take_in(index + 1)
         self._newest, self.at_end = index + 1, index + 1 == self.recipe.vectors - 1
 
@@ -384,15 +384,15 @@ class Walk:
         elif self.recipe.passes == 1 and self._local is None:
             mend = None  # as torch's optimizers do nothing then
         keep, where = self.recipe.keeps[index], f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
-        self.shards.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
+        self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
 
-    def _move(self) -> None:
-        """From the pass just made to the next point of the walk, and fold what is no longer needed."""
+    def _perturb(self) -> None:
+        """From the pass just made to the next point of the path, and fold what is no longer needed."""
         index = self._newest
         if index < 0:  # stay at θ
             return
-        move = self.recipe.walk[index]
-        assert isinstance(move, Move)
+        move = self.recipe.path[index]
+        assert isinstance(move, Perturbation)
         fold, live = self.plan[index]
         eta, minus = self.coefficients.eta, move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
@@ -400,32 +400,32 @@ class Walk:
         self.watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
         radius = self.coefficients.radius[index]
-        for shard in self.shards.all:
-            if not shard.leaves.saved:
-                shard.leaves.backup = self.shards.allocate_backup(shard)
+        for block in self.blocks.all:
+            if not block.leaves.saved:
+                block.leaves.backup = self.blocks.allocate_backup(block)
             into = None
             if fold is not None:
                 part = self.coefficients.u if fold.part == "u" else self.coefficients.m
-                into = FoldInto(shard.grads[fold.into], shard.grads[fold.other], part[fold.into], part[fold.other])
+                into = FoldInto(block.grads[fold.into], block.grads[fold.other], part[fold.into], part[fold.other])
             # to ask a tensor for its device takes a microsecond
-            square = total if self._sums.on_host else scalars.on(total, shard.leaves.params[0].device)
-            shard.backend.perturb(
-                shard.leaves,
-                shard.grads[move.along],
-                None if minus is None else shard.grads[minus],
+            square = total if self._sums.on_host else scalars.on(total, block.leaves.params[0].device)
+            block.backend.perturb(
+                block.leaves,
+                block.grads[move.along],
+                None if minus is None else block.grads[minus],
                 radius,
                 square,
                 from_start=move.from_start,
                 eta=eta,
                 fold=into,
             )
-            for k in set(shard.grads) - set(live):
-                del shard.grads[k]
+            for k in set(block.grads) - set(live):
+                del block.grads[k]
         if fold is not None:
             self.coefficients.folded(fold)
 
     def finish(self, update: Finish) -> None:
-        """After the last pass: the direction of every shard, to ``update``, which restores θ and takes the step."""
+        """After the last pass: the direction of every block, to ``update``, which restores θ and takes the step."""
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
@@ -441,7 +441,7 @@ class Walk:
             self._unscale(gradients, self.watch.scale)
         u, m, p, q = self.coefficients.final(gradients)
         gammas, limit = self.coefficients.gamma, self.settings.clip_grad_norm
-        terms = [(shard, list(map(shard.grads.__getitem__, gradients))) for shard in self.shards.all]
+        terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
         products: Products | None = None
         if terms and (q is not None or limit is not None or self.watch.looks):
             products = self._sums.inner_products(terms, u, m)
@@ -449,17 +449,17 @@ class Walk:
         if self._local is not None:
             if self.settings.measure_change:
                 self._measure_change()
-            self.relative_change = agree(self._local, self.shards, self.watch, self.recipe.name, self.relative_change)
+            self.relative_change = agree(self._local, self.blocks, self.watch, self.recipe.name, self.relative_change)
             limit = None  # what is clipped is the mean
         directions = []
-        for shard, own in terms:
+        for block, own in terms:
             seen = products
             if isinstance(products, Tensor):
-                seen = scalars.products_on(products, shard.leaves.params[0].device)
-            directions.append((shard, Direction(own, p, q, seen, gammas, limit)))
+                seen = scalars.products_on(products, block.leaves.params[0].device)
+            directions.append((block, Direction(own, p, q, seen, gammas, limit)))
         if self._local is not None:
             ceiling = self.settings.clip_grad_norm
-            directions = averaged(self._local, self.shards, self._sums, directions, gammas, ceiling)
+            directions = averaged(self._local, self.blocks, self._sums, directions, gammas, ceiling)
         if self.state.active:
             self.state.settle()
         update(directions)
@@ -471,7 +471,7 @@ class Walk:
         if self.watch.scale is not None:
             self.watch.scale.report(True, self._device)
         if self.recipe.second_order:  # what is there is no gradient of the loss
-            self.shards.clear_gradients()
+            self.blocks.clear_gradients()
 
     def _have_rates_moved(self) -> bool:
         """Return whether somebody has changed a learning rate since the first pass."""
@@ -489,7 +489,7 @@ class Walk:
 
     def _unscale(self, gradients: Sequence[int], scale: LossScale | GivenScale) -> None:
         """Take the loss scaling out of what the direction is combined from."""
-        for shard in self.shards.all:
-            inverse = scale.inverse(shard.leaves.params[0].device)
+        for block in self.blocks.all:
+            inverse = scale.inverse(block.leaves.params[0].device)
             for k in gradients:
-                torch._foreach_mul_(list(shard.grads[k]), inverse)
+                torch._foreach_mul_(list(block.grads[k]), inverse)
