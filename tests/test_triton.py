@@ -291,6 +291,13 @@ def test_parameters_of_several_dtypes_are_refused():
         tables.Tables(base.Block([torch.zeros(3), torch.zeros(3).double()], [0, 0]))
 
 
+def test_parameters_that_overlap_are_refused():
+    memory = torch.zeros(12)
+    params = [memory[4:], memory[:0], memory[:5]]
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[2\] must not overlap in memory"):
+        tables.Tables(base.Block(params, [0, 0, 0])).prepare([tables.Argument("params", params, written=True)])
+
+
 def test_memory_that_was_taken_away_is_refused():
     table, _ = made(((8,),), (0,))
     values = torch.zeros(8)

@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import torch
@@ -150,7 +151,8 @@ class Tables:
         Raises:
             RuntimeError: a tensor requires grad and would be written.
             TypeError: a tensor has another dtype than its parameter, or is sparse or a subclass without memory.
-            ValueError: it has another shape, order in memory or device, or its storage is too small.
+            ValueError: it has another shape, order in memory or device, its storage is too small, or it overlaps
+                another of its list and would be written.
         """
         lists = [self._present(argument) for argument in arguments]
         try:
@@ -210,6 +212,8 @@ class Tables:
                     raise ValueError(f"{name} must have the strides of its parameter, {strides}, got {tensor.stride()}")
                 if argument.written and tensor.requires_grad and torch.is_grad_enabled():
                     raise RuntimeError(f"{name} requires grad and would be written: call under torch.no_grad()")
+            if argument.written:
+                _check_apart(argument.name, tensors)
 
     def _on_device(self, wanted: Sequence[tuple[Key, Tensor]]) -> list[Tensor]:
         """Return copies on the current stream's device: those of before, and the others, made by one transfer."""
@@ -231,6 +235,17 @@ class Tables:
             for (key, _), tensor in zip(wanted, found, strict=True):
                 kept.keep(key, tensor)
         return found
+
+
+def _check_apart(name: str, tensors: Sequence[Tensor]) -> None:
+    """Check that no two tensors of a list overlap, as all are worked on at once."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i) for i, t in enumerate(tensors))
+    for (_, end, i), (begin, _, j) in pairwise(span for span in spans if span[0] < span[1]):
+        if begin < end:
+            raise ValueError(
+                f"{name}[{min(i, j)}] and {name}[{max(i, j)}] must not overlap in memory: give one of them memory of "
+                "its own with clone()"
+            )
 
 
 class Key:
