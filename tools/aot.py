@@ -164,8 +164,8 @@ def _hip(compiled: Any) -> Compiled:
         return int(found[1])
 
     loads, stores = (len(re.findall(rf"\b(?:global|buffer)_{a}_dwordx4", text)) for a in ("load", "store"))
-    spilled = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return Compiled(number("vgpr_count"), number("private_segment_fixed_size") + spilled, loads, stores)
+    local = number("private_segment_fixed_size") + number("vgpr_spill_count")  # scalars spill to lanes of a vector
+    return Compiled(number("vgpr_count"), local, loads, stores)
 
 
 def vectors(variant: Variant, dtype: str, shape: Shape) -> tuple[int, int]:
