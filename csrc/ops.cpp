@@ -133,6 +133,7 @@ class Terms {
 
   // What a device finds out by itself, from the same formulas.
   void find_factors(const Direction& d) {
+    if (d.products) refuse_type("products must be numbers on the CPU, got a tensor");
     check_rows(d, d.rows.size());
     double uu = 0.0, um = 0.0, square = 0.0;
     for (const Numbers& row : d.rows) {

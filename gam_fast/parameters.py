@@ -82,13 +82,7 @@ class StepParameters:
         self.sharded = any_sharded(self.params)
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
-        self._blocks: dict[BlockKey, ParameterBlock] = {}
         self._whole: ParameterBlock | None = None  # of all parameters, if the step before had it
-        self.all: list[ParameterBlock] = []
-        """The blocks."""
-        self.only: ParameterBlock | None = None
-        """The block, where there is one."""
-        self._spare: dict[Tensor, Tensor] = {}
         self._books: Bookkeeping = ownership
         if self.params and not self.sharded:
             self._books = select(self.params[0].device).bookkeeping
@@ -102,6 +96,13 @@ class StepParameters:
         self._start(groups, select, recipe, keep_parts)
 
     def _start(self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, keep_parts: bool) -> None:
+        # all is made anew, as a Ctrl-C may have come in the middle of release()
+        self._blocks: dict[BlockKey, ParameterBlock] = {}
+        self.all: list[ParameterBlock] = []
+        """The blocks."""
+        self.only: ParameterBlock | None = None
+        """The block, where there is one."""
+        self._spare: dict[Tensor, Tensor] = {}
         self.groups = groups
         self._select: Select | None = select  # during the step: it has a hold on the optimizer
         self._recipe = recipe
@@ -337,17 +338,17 @@ class StepParameters:
     def release(self, *, undone: bool) -> None:
         """Let go of all that is held."""
         block, self.only, self._whole = self.only, None, None
-        if block is not None and block.leaves.params is self._all and not undone:
-            self._whole = block
-            block.grads.clear()
-            leaves = block.leaves
-            leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
         self._blocks.clear()
         self.all.clear()
         self._spare.clear()
         self._books.let_go(self._all)
         self._select, self.named = None, ()
         self._parts = []
+        if block is not None and block.leaves.params is self._all and not undone:
+            block.grads.clear()
+            leaves = block.leaves
+            leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
+            self._whole = block
 
     def name(self, position: int) -> str:
         """Return the name of a parameter for messages."""
