@@ -35,7 +35,11 @@ EMULATED = ["emulated"] if CAN_EMULATE else []
 OTHERS = BACKENDS if INTERPRETED else [*BACKENDS[:-1], *EMULATED]
 """Those that the engine is tested on by the short table of test_every_backend.py."""
 
+SANITIZED = bool(os.environ.get("GAM_FAST_SANITIZED"))
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+if SANITIZED:  # one of those that the loops see as they are stored, and the one that they do not
+    DTYPES = [torch.float32, torch.float16]
 
 
 def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -760,7 +760,7 @@ def test_it_works_beside_and_inside_the_workers_of_a_data_loader():
     assert in_a_fresh_process(program).strip() == "same"
 
 
-def test_no_memory_is_lost_over_ten_thousand_steps():
+def test_no_memory_is_lost_over_thousands_of_steps():
     program = """
     import gc, resource, torch, gam_fast
 
@@ -782,13 +782,13 @@ def test_no_memory_is_lost_over_ten_thousand_steps():
     grown = []
     for _ in range(3):
         before = resident()
-        for _ in range(4_000):
+        for _ in range(1_500):
             optimizer.step(closure)
         grown.append(resident() - before)
     print(min(grown))
     """
     # What grows once, the allocator's own memory, is no loss: in one of three spells there is none. 65 bytes a step.
-    assert int(in_a_fresh_process(program)) < 2**18
+    assert int(in_a_fresh_process(program)) < 65 * 1_500
 
 
 def test_a_step_takes_three_buffers_at_most_and_keeps_none():
