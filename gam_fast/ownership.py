@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 References: TypeAlias = "tuple[int, int, int, int, bool]"
 Kind: TypeAlias = "tuple[torch.device, torch.dtype, bool]"
@@ -183,7 +184,7 @@ def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 def kind_of(tensor: Tensor) -> Kind:
     """Return the device and dtype, and whether it is dense in memory."""
-    return tensor.device, tensor.dtype, is_dense(tensor.shape, tensor.stride())
+    return tensor.device, tensor.dtype, is_lazy(tensor) or is_dense(tensor.shape, tensor.stride())
 
 
 def wider_dtype(param: Tensor) -> torch.dtype | None:

@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 import torch
-from cases import METHODS, closure_of, loss_of, make
+from cases import BACKENDS, METHODS, closure_of, loss_of, make
 from torch import nn
 
 import gam_fast
@@ -264,6 +264,53 @@ def test_loading_what_does_not_fit_changes_nothing():
         optimizer.load_state_dict({"state": {}, "param_groups": good["param_groups"] * 2})
     assert optimizer.param_groups[0]["rho"] == 0.3
     assert "momentum_buffer" in optimizer.state[weight]
+
+
+def of_any_kind():
+    """Parameters of three dtypes, of three orders in memory, and one with gaps."""
+    generator = torch.Generator().manual_seed(5)
+    wide = torch.randn(6, 8, generator=generator)
+    image = torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last)
+    values = [torch.randn(4, 5, generator=generator).T, image, torch.randn(7, generator=generator).double()]
+    params = [nn.Parameter(value) for value in (*values, torch.randn(9, generator=generator).bfloat16())]
+    params.append(nn.Parameter(torch.empty(0)))
+    params[-1].data = wide[:, ::2]
+    return params, wide
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_parameters_of_any_dtype_and_order_in_memory_share_one_step(base):
+    found = []
+    for backend in BACKENDS:
+        params, wide = of_any_kind()
+        beside = wide[:, 1::2].clone()
+        optimizer = gam_fast.GAM(params, base, lr=0.01, backend=backend)
+        for _ in range(3):
+            for _ in optimizer.passes():
+                sum((param.double() ** 3).sum() for param in params).backward()
+        assert torch.equal(wide[:, 1::2], beside)
+        found.append([param.detach().double() for param in params])
+    for values in found[1:]:
+        torch.testing.assert_close(values, found[0], rtol=0.0, atol=2.0**-8)
+        torch.testing.assert_close(values[:3], found[0][:3], rtol=1e-5, atol=1e-6)
+
+
+def test_state_of_another_order_in_memory_is_brought_to_that_of_its_parameter():
+    """As a state is that was saved before the model became channels-last."""
+    params, _ = of_any_kind()
+    image = params[1]
+    optimizer = gam_fast.GAM([image], torch.optim.AdamW, lr=0.01)
+    twin = copy.deepcopy(optimizer)
+    other = twin.param_groups[0]["params"][0]
+    for each, param in ((optimizer, image), (twin, other)):
+        each.step(lambda param=param: (param**3).sum().backward())
+    state = optimizer.state[image]
+    state["exp_avg"] = state["exp_avg"].contiguous()
+    for each, param in ((optimizer, image), (twin, other)):
+        each.step(lambda param=param: (param**3).sum().backward())
+    assert torch.equal(image, other)
+    assert state["exp_avg"].stride() == image.stride() or "native" not in BACKENDS
+    assert torch.equal(state["exp_avg"], twin.state[other]["exp_avg"])
 
 
 def test_an_optimizer_goes_with_the_last_reference_to_it():

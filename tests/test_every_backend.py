@@ -76,6 +76,7 @@ TABLE = {
     ],
     test_leaving.test_an_exception_handler_sees_the_parameters_as_they_were: [("gam", 2, KeyboardInterrupt)],
     test_engine.test_late_and_vanishing_gradients_count_as_zero: [()],
+    test_forward_writes.test_lazy_modules: [("gam",), ("base",)],
     test_engine.test_parameters_on_two_devices_share_one_norm: [("gam", False), ("gam", True)],
     test_engine.test_copies_go_on_alike: [("gam", "deepcopy"), ("sam", "pickle")],
     test_engine.test_a_model_may_be_converted_after_a_step: [()],
