@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from . import scalars
+from . import sums
 from .amp import GivenScale, LossScale
 from .backends.base import Products, Scalar
 from .recipes import Recipe
@@ -61,7 +61,7 @@ class FiniteWatch:
             return
         if self._on_host and not self._at_end:
             # a number needs no generators, which take a microsecond
-            finite = math.isfinite(total) if isinstance(total, float) else scalars.is_finite((total,))
+            finite = math.isfinite(total) if isinstance(total, float) else sums.is_finite((total,))
             if self._totals:  # what a scaler has handed over
                 finite = finite and self.is_finite()
         else:
@@ -77,7 +77,7 @@ class FiniteWatch:
 
     def is_finite(self) -> bool:
         """Return whether all sums that were noted and not looked at are finite; waits for an accelerator."""
-        return not self.looks or scalars.is_finite(self._totals)
+        return not self.looks or sums.is_finite(self._totals)
 
     def refuse(self, where: str) -> NoReturn:
         """Leave the step, because of a gradient of ``where``.

@@ -10,7 +10,6 @@ from .backends.base import Direction, TensorList
 from .distributed import Agreement, LocalSync
 from .finite import FiniteWatch, listed
 from .parameters import ParameterBlock, StepParameters, materialise
-from .sums import Sums
 
 
 def agree(
@@ -60,7 +59,6 @@ def _check_all_there(found: Agreement, recipe: str) -> None:
 def averaged(
     local: LocalSync,
     blocks: StepParameters,
-    sums: Sums,
     directions: Sequence[tuple[ParameterBlock, Direction]],
     gamma: list[float],
     limit: float | None,
@@ -70,7 +68,7 @@ def averaged(
     made = [(block, _own(block, materialise(block, direction))) for block, direction in directions]
     of = {param: x for block, xs in made for param, x in zip(block.owners, xs, strict=True)}
     local.average([of[param] for param in blocks.params if param in of])
-    products = None if limit is None else sums.inner_products([(block, [xs]) for block, xs in made], ones)
+    products = None if limit is None else blocks.inner_products([(block, [xs]) for block, xs in made], ones)
     return [(block, Direction([xs], ones, None, products, gamma, limit)) for block, xs in made]
 
 

@@ -12,11 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import ownership, scalars
-from .backends.base import Backend, Block, Bookkeeping, Direction, TensorList, Versions
+from . import ownership, sums
+from .backends.base import (
+    Backend,
+    Block,
+    Bookkeeping,
+    Direction,
+    PerGroup,
+    Products,
+    Scalar,
+    TensorList,
+    Versions,
+)
 from .backends.eager import EagerBackend
 from .ownership import Kind, as_like, kind_of, wider_dtype
-from .sharded import Layout, any_sharded, layout_of, local, local_gradient, spread, take_local
+from .recipes import Perturbation
+from .sharded import Layout, add_up_over_processes, any_sharded, layout_of, local, local_gradient, spread, take_local
 
 Select: TypeAlias = "Callable[[torch.device], Backend]"
 
@@ -90,7 +101,7 @@ class StepParameters:
         self._kinds = self._books.kinds(self._all)
         self._is_usual = not self.sharded and len(self._kinds) == 1 and self._kinds[0][2]
         self.devices = list(dict.fromkeys(device for device, _, _ in self._kinds))
-        self.on_host = all(map(scalars.reads_are_free, self.devices))
+        self.on_host = all(map(sums.reads_are_free, self.devices))
         if len(self.devices) > 1:  # perhaps of several backends
             self._books, self._all = ownership, self.params
         self._start(groups, select, recipe, keep_parts)
@@ -302,6 +313,51 @@ class StepParameters:
         leaves.params = self._all if is_all else hold([*leaves.params, *parts])
         for i in positions:
             self.flags[i] = 1
+
+    def square_norm(self, vector: int) -> Scalar:
+        """‖g‖² of a vector that is held."""
+        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self.all])
+
+    def square_length(self, move: Perturbation, eta: list[float] | None) -> Scalar:
+        """The square of the norm that a move is divided by."""
+        minus = move.minus
+        s = self.only
+        if s is not None and self.on_host and not self.sharded:
+            return float(
+                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
+            )
+        return self._add_up(
+            [
+                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
+                for s in self.all
+            ]
+        )
+
+    def inner_products(
+        self,
+        terms: Sequence[tuple[ParameterBlock, list[TensorList]]],
+        u: Sequence[PerGroup],
+        m: Sequence[PerGroup] | None = None,
+    ) -> Products:
+        """The products of combinations of each block's terms: the coefficients ``u`` and ``m`` by term and group."""
+        tables: list[Tensor] = []
+        for block, own in terms:
+            of_m = None if m is None else Direction(own, m)
+            tables.append(block.backend.inner_products(block.leaves, Direction(own, u), of_m, len(self.groups)))
+        if len(tables) == 1 and self.on_host and not self.sharded:
+            found: Products = tables[0].tolist()
+            return found
+        return sums.inner_products(self._over_processes(tables), self.on_host)
+
+    def _add_up(self, squares: list[Tensor]) -> Scalar:
+        if len(squares) == 1 and self.on_host and not self.sharded:
+            return float(squares[0])
+        return sums.square_norm(self._over_processes(squares), self.on_host)
+
+    def _over_processes(self, found: list[Tensor]) -> list[Tensor]:
+        if not self.sharded:
+            return found
+        return add_up_over_processes(found, [block.layout for block in self.all])
 
     def allocate_backup(self, block: ParameterBlock) -> TensorList:
         """Memory for θ of a block."""

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import hvp, scalars, second_order
+from . import hvp, sums
 from .amp import GivenScale, LossScale
 from .backends.base import Direction, FoldInto, Products, Scalar
 from .buffers import ForwardState
@@ -32,7 +32,6 @@ from .parameters import ParameterBlock, StepParameters, clear_weight_caches
 from .recipes import Perturbation
 from .rng import ReplayRNG
 from .settings import Settings
-from .sums import Sums
 from .turn import Portion, Turn, some
 
 _RATE_OF = operator.methodcaller("get", "lr")
@@ -80,7 +79,6 @@ class Step:
         self._newest = -1  # the index of the vector made last
         self.at_end = False
         """Whether the last pass was made."""
-        self._sums = Sums(self.blocks, len(groups))
         self._device = self.params[0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():
@@ -91,7 +89,7 @@ class Step:
                 )
             self._local = LocalSync(settings.model, self._device)
         self.watch = FiniteWatch(
-            recipe, settings.on_nonfinite, self._device, on_host=self._sums.on_host, at_end=self._local is not None
+            recipe, settings.on_nonfinite, self._device, on_host=self.blocks.on_host, at_end=self._local is not None
         )
         if scale is not None:
             self.watch.use(scale)
@@ -331,7 +329,7 @@ class Step:
     def _differentiate(self, index: int) -> list[Tensor | None]:
         """Give the parameters their gradients of a loss; return those to be differentiated again."""
         losses, self._losses = self._losses, []
-        graph = second_order.differentiate(self.recipe, self.blocks, losses, index)
+        graph = hvp.differentiate(self.recipe, self.blocks, losses, index)
         return graph if self.recipe.has_product(index) else []
 
     def _weigh(self, index: int, weight: float, *, of_product: bool) -> None:
@@ -342,7 +340,7 @@ class Step:
     def _goes_on(self) -> bool:
         """Ask whether the gradient at θ is such that the path is taken; waits for an accelerator."""
         assert self.settings.goes_on is not None
-        self._first_square = self._sums.square_norm(0)
+        self._first_square = self.blocks.square_norm(0)
         square = float(self._first_square) * self.portion.weight**2
         if self.watch.scale is not None:
             square *= float(self.watch.scale.inverse(self._device)) ** 2
@@ -367,9 +365,9 @@ class Step:
 
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
         """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector."""
-        total = self._sums.square_norm(index)
+        total = self.blocks.square_norm(index)
         self.watch.check(total, {index}, last=False)
-        second_order.multiply(self.blocks, index, graph, total, keep=index in self.plan[index][1])
+        hvp.multiply(self.blocks, index, graph, total, keep=index in self.plan[index][1])
         if not self.blocks.take_all(index + 1, keep=self.recipe.keeps[index + 1]):
             self._take_in(index + 1)
         self._newest, self.at_end = index + 1, index + 1 == self.recipe.vectors - 1
@@ -396,7 +394,7 @@ class Step:
         fold, live = self.plan[index]
         eta, minus = self.coefficients.eta, move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
-        total = self._sums.square_length(move, eta) if known is None else known
+        total = self.blocks.square_length(move, eta) if known is None else known
         self.watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
         radius = self.coefficients.radius[index]
@@ -408,7 +406,7 @@ class Step:
                 part = self.coefficients.u if fold.part == "u" else self.coefficients.m
                 into = FoldInto(block.grads[fold.into], block.grads[fold.other], part[fold.into], part[fold.other])
             # to ask a tensor for its device takes a microsecond
-            square = total if self._sums.on_host else scalars.on(total, block.leaves.params[0].device)
+            square = total if self.blocks.on_host else sums.on(total, block.leaves.params[0].device)
             block.backend.perturb(
                 block.leaves,
                 block.grads[move.along],
@@ -444,7 +442,7 @@ class Step:
         terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
         products: Products | None = None
         if terms and (q is not None or limit is not None or self.watch.looks):
-            products = self._sums.inner_products(terms, u, m)
+            products = self.blocks.inner_products(terms, u, m)
             self.watch.check(products, set(gradients), last=True)
         if self._local is not None:
             if self.settings.measure_change:
@@ -455,11 +453,11 @@ class Step:
         for block, own in terms:
             seen = products
             if isinstance(products, Tensor):
-                seen = scalars.products_on(products, block.leaves.params[0].device)
+                seen = sums.products_on(products, block.leaves.params[0].device)
             directions.append((block, Direction(own, p, q, seen, gammas, limit)))
         if self._local is not None:
             ceiling = self.settings.clip_grad_norm
-            directions = averaged(self._local, self.blocks, self._sums, directions, gammas, ceiling)
+            directions = averaged(self._local, self.blocks, directions, gammas, ceiling)
         if self.state.active:
             self.state.settle()
         update(directions)

@@ -1,75 +1,69 @@
-"""The sums of a step: over the leaves of a device by its backend, over devices, and over processes."""
+"""The sums of a step over the devices that the parameters are on, and the one look at whether they are finite."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import chain
 
+import torch
 from torch import Tensor
 
-from . import scalars
-from .backends.base import Direction, PerGroup, Products, Scalar, TensorList
-from .parameters import ParameterBlock, StepParameters
-from .recipes import Perturbation
-from .sharded import add_up_over_processes
+from .backends.base import Products, Scalar, accumulate_dtype
 
 
-class Sums:
-    """Norms and inner products over all parameters that take part, whatever they are spread over.
+def add_up(values: Sequence[Tensor]) -> Tensor:
+    """Sum over devices, on the first of them, in their order."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device, accumulate_dtype(total.device))
+    return total
 
-    Args:
-        blocks: those parameters.
-        groups: how many parameter groups there are.
 
-    Attributes:
-        on_host: whether a sum is a plain number, because reading it waits for nothing.
+def square_norm(values: Sequence[Tensor], on_host: bool) -> Scalar:
+    """The sum of 0-dim tensors, one a device; a plain number when all parameters are on a CPU.
+
+    >>> import torch
+    >>> square_norm([torch.tensor(9.0), torch.tensor(16.0)], on_host=True)
+    25.0
     """
+    total = add_up(values)
+    return float(total) if on_host else total
 
-    def __init__(self, blocks: StepParameters, groups: int) -> None:
-        self.on_host = blocks.on_host
-        self._blocks = blocks
-        self._groups = groups
 
-    def square_norm(self, vector: int) -> Scalar:
-        """‖g‖² of a vector that is held."""
-        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self._blocks.all])
+def inner_products(values: Sequence[Tensor], on_host: bool) -> Products:
+    """The sum of tables of products, one a device; plain numbers when all parameters are on a CPU."""
+    total = add_up(values)
+    return total.tolist() if on_host else total
 
-    def square_length(self, move: Perturbation, eta: list[float] | None) -> Scalar:
-        """The square of the norm that a move is divided by."""
-        minus = move.minus
-        s = self._blocks.only
-        if s is not None and self.on_host and not self._blocks.sharded:
-            return float(
-                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-            )
-        return self._add_up(
-            [
-                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-                for s in self._blocks.all
-            ]
-        )
 
-    def inner_products(
-        self,
-        terms: Sequence[tuple[ParameterBlock, list[TensorList]]],
-        u: Sequence[PerGroup],
-        m: Sequence[PerGroup] | None = None,
-    ) -> Products:
-        """The products of combinations of each block's terms: the coefficients ``u`` and ``m`` by term and group."""
-        tables: list[Tensor] = []
-        for block, own in terms:
-            of_m = None if m is None else Direction(own, m)
-            tables.append(block.backend.inner_products(block.leaves, Direction(own, u), of_m, self._groups))
-        if len(tables) == 1 and self.on_host and not self._blocks.sharded:
-            found: Products = tables[0].tolist()
-            return found
-        return scalars.inner_products(self._over_processes(tables), self.on_host)
+def is_finite(values: Sequence[Scalar | Products]) -> bool:
+    """Return whether all are finite; waits for an accelerator, by a copy of each and no kernel.
 
-    def _add_up(self, squares: list[Tensor]) -> Scalar:
-        if len(squares) == 1 and self.on_host and not self._blocks.sharded:
-            return float(squares[0])
-        return scalars.square_norm(self._over_processes(squares), self.on_host)
+    >>> is_finite([1.0, [[2.0, 3.0, 4.0]]]), is_finite([float("inf")])
+    (True, False)
+    """
+    for value in values:
+        found = value.tolist() if isinstance(value, Tensor) else value
+        if not (all(map(math.isfinite, chain(*found))) if isinstance(found, list) else math.isfinite(found)):
+            return False
+    return True
 
-    def _over_processes(self, sums: list[Tensor]) -> list[Tensor]:
-        if not self._blocks.sharded:
-            return sums
-        return add_up_over_processes(sums, [block.layout for block in self._blocks.all])
+
+def reads_are_free(device: torch.device) -> bool:
+    """Return whether a tensor there can be read without waiting: norms and products then become numbers."""
+    return device.type == "cpu"
+
+
+def on(value: Scalar, device: torch.device) -> Scalar:
+    """The scalar for a backend on ``device``: a number on a CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device)
+    return float(value) if reads_are_free(device) else value
+
+
+def products_on(products: Tensor, device: torch.device) -> Products:
+    """The products for a backend on ``device``: numbers on a CPU."""
+    products = products.to(device)
+    return products.tolist() if reads_are_free(device) else products

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from gam_fast import backends, scalars
+from gam_fast import backends, sums
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -67,5 +67,5 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets every optimizer work on emulated CUDA, and treat the CPU as a device that it must not wait for."""
     classes = {**backends._classes(), "native": backend_class()}
     monkeypatch.setattr(backends, "_classes", lambda: classes)
-    monkeypatch.setattr(scalars, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(sums, "reads_are_free", lambda device: False)
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "native")

@@ -15,7 +15,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from gam_fast import scalars
+from gam_fast import sums
 
 _convert_float = interpreter._convert_float
 _patch_lang_tensor = interpreter._patch_lang_tensor
@@ -95,4 +95,4 @@ np.seterr(all="ignore")
 
 def use(monkeypatch):
     """Treats the CPU as a device that must not be waited for, as the kernels' own is."""
-    monkeypatch.setattr(scalars, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(sums, "reads_are_free", lambda device: False)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gam_fast
-from gam_fast import scalars
+from gam_fast import sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
@@ -254,7 +254,7 @@ def test_whatever_ends_a_step_early_undoes_it(kind, how):
             error = {"raise": ValueError, "interrupt": KeyboardInterrupt, "nan": gam_fast.NonFiniteGradientError}[how]
             with pytest.raises(error) as caught:
                 interrupted()
-            if how == "nan" and scalars.reads_are_free(torch.device("cpu")):
+            if how == "nan" and sums.reads_are_free(torch.device("cpu")):
                 # of SAM's gradient no norm is needed before the end
                 where = "pass 1 or 2" if kind == "exact_sam" and at == 1 else f"pass {at}"
                 assert str(caught.value).startswith(f"{where} of ExactGAM gave a gradient that is not finite")

@@ -10,7 +10,7 @@ from cases import DTYPES, METHODS, closure_of, loss_of, make, pairwise
 from snapshots import assert_same, everything
 
 import gam_fast
-from gam_fast import scalars
+from gam_fast import sums
 
 PASSES = [(name, k) for name, method in METHODS.items() for k in range(method.passes)]
 
@@ -49,7 +49,7 @@ def test_two_hundred_steps_with_lr_zero_change_no_bit(method_name, dtype):
     start = [p.detach().clone() for p in params]
     optimizer = method.optimizer(params, torch.optim.SGD, lr=0.0, momentum=0.9, weight_decay=1e-2, **method.hyper)
     moved = False
-    for _ in range(200 if scalars.reads_are_free(torch.device("cpu")) else 12):
+    for _ in range(200 if sums.reads_are_free(torch.device("cpu")) else 12):
         for turn in optimizer.passes():
             if turn.index:
                 moved = moved or any(not torch.equal(p, s) for p, s in zip(params, start, strict=True))
@@ -204,7 +204,7 @@ def test_an_error_in_a_post_hook_keeps_the_finished_step():
 )
 def test_results_do_not_depend_on_the_number_of_threads(method_name, dtype, threads):
     method = METHODS[method_name]
-    shapes = [(701, 523), (90_001,)] if scalars.reads_are_free(torch.device("cpu")) else [(71, 53), (9_001,)]
+    shapes = [(701, 523), (90_001,)] if sums.reads_are_free(torch.device("cpu")) else [(71, 53), (9_001,)]
 
     def run(n):
         torch.set_num_threads(n)

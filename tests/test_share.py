@@ -20,7 +20,7 @@ from test_exact import Functional
 from torch import Tensor, nn
 
 import gam_fast
-from gam_fast import scalars
+from gam_fast import sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
@@ -75,7 +75,7 @@ def test_a_step_is_that_of_a_plain_loop_over_the_same_rows(model_name, method_na
     theirs = copy.deepcopy(ours)
     optimizer = method.optimizer(ours.parameters(), build, model=ours, ascent_share=share, **method.hyper)
     plain = build([p for p in theirs.parameters() if p.requires_grad])
-    for k, (x, y) in enumerate(batches if scalars.reads_are_free(torch.device("cpu")) else batches[:2]):
+    for k, (x, y) in enumerate(batches if sums.reads_are_free(torch.device("cpu")) else batches[:2]):
         if k % 2:
 
             def closure(turn, x=x, y=y):

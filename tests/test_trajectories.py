@@ -9,14 +9,14 @@ import reference
 import torch
 from cases import BASES, DTYPES, METHODS, MODELS, closure_of, loss_of, make, pairwise
 
-from gam_fast import scalars
+from gam_fast import sums
 
 STEPS = 20
 
 
 def few_where_slow(steps):
     """The emulator starts hundreds of threads for each of the small tensors, Triton's interpreter is slower still."""
-    return steps if scalars.reads_are_free(torch.device("cpu")) else min(steps, 3)
+    return steps if sums.reads_are_free(torch.device("cpu")) else min(steps, 3)
 
 
 def reference_step(model, optimizer, method, hyper, x, y):
