@@ -97,7 +97,7 @@ def cxx_flags() -> tuple[list[str], list[str]]:
         return ["/O2", "/openmp", "/fp:precise"], []
     if os.environ.get("GAM_FAST_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-        sanitize += ["-O1", "-g", "-fno-omit-frame-pointer", "-fopenmp"]
+        sanitize += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fopenmp"]
         return [*sanitize, "-ffp-contract=off"], sanitize
     compile_args = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]

@@ -448,6 +448,8 @@ class Step:
             if self.settings.measure_change:
                 self._measure_change()
             self.relative_change = agree(self._local, self.blocks, self.watch, self.recipe.name, self.relative_change)
+            # where another process has a gradient that this one lacks, there are zeros now
+            terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
             limit = None  # what is clipped is the mean
         directions = []
         for block, own in terms:

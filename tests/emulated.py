@@ -29,7 +29,7 @@ def core() -> ModuleType:
     flags = ["-mfma", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-DGAM_CUDA", "-DGAM_EMULATED", f"-I{EMULATOR}"]
     flags += (
-        ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         if sanitize
         else ["-O2"]
     )
