@@ -90,9 +90,6 @@ class Primitives:
 
         self.params, self.backup, self.g0, self.g1, self.g2, self.momentum = (tensors() for _ in range(6))
         self.square = [t.abs() for t in tensors()]
-        n = len(shapes)
-        self.saved = base.Block(self.params, [0] * n, self.backup, True)
-        self.unsaved = base.Block(self.params, [0] * n, self.backup, False)
         self.u = base.Direction([self.g0, self.g1, self.g2], [[-0.03], [0.6], [0.4]])
         self.m = base.Direction(self.u.terms, [[1.0], [0.0], [0.0]])
         self.last = base.Direction([self.g2], [[1.0]])
@@ -111,38 +108,39 @@ class Primitives:
         backend: Any = Compiled() if name == "compile" else backends.select(name, self.device)
         n = len(self.params)
         option = [0] * n
+        saved, unsaved = (base.Block(self.params, [0] * n, self.backup, state) for state in (True, False))
 
         def first() -> None:
-            self.unsaved.saved = False
-            backend.perturb(self.unsaved, self.g0, None, [1e-9], self.one, from_start=False)
+            unsaved.saved = False
+            backend.perturb(unsaved, self.g0, None, [1e-9], self.one, from_start=False)
 
         def fold() -> None:
             into = base.FoldInto(self.g0, self.g2, [1.0], [1e-9])
-            backend.perturb(self.saved, self.g2, None, [1e-9], self.one, from_start=False, fold=into)
+            backend.perturb(saved, self.g2, None, [1e-9], self.one, from_start=False, fold=into)
 
         def update(d: base.Direction) -> Callable[[], None]:
             row = (1e-9, 0.9, 0.0, 5e-4, 0.0, 0.0)
-            return lambda: backend.update(self.saved, d, "sgd", [self.momentum], [row], [(0.0,)], option)
+            return lambda: backend.update(saved, d, "sgd", [self.momentum], [row], [(0.0,)], option)
 
         def adamw() -> None:
             state = [self.momentum, self.square, [None] * n]
             row = (0.9, 0.999, 1e-8, 0.0, 1.0 - 1e-11, 0.0)
-            backend.update(self.saved, self.u, "adam", state, [row], [(1e-9, 1.0)], option)
+            backend.update(saved, self.u, "adam", state, [row], [(1e-9, 1.0)], option)
 
         far: Callable[[], None] = lambda: backend.perturb(  # noqa: E731
-            self.saved, self.g1, self.g0, [1e-9], self.one, from_start=True
+            saved, self.g1, self.g0, [1e-9], self.one, from_start=True
         )
         return [
-            Row("norm g0", name, 1, lambda: backend.square_norm(self.saved, self.g0)),
+            Row("norm g0", name, 1, lambda: backend.square_norm(saved, self.g0)),
             Row("back up, move", name, 4, first),
-            Row("norm g1 − g0", name, 2, lambda: backend.square_norm(self.saved, self.g1, self.g0)),
+            Row("norm g1 − g0", name, 2, lambda: backend.square_norm(saved, self.g1, self.g0)),
             Row("move from start", name, 4, far),
             Row("move, fold", name, 5, fold),
-            Row("inner products", name, 3, lambda: backend.inner_products(self.saved, self.u, self.m, 1)),
+            Row("inner products", name, 3, lambda: backend.inner_products(saved, self.u, self.m, 1)),
             Row("restore, SGD of 3", name, 7, update(self.u)),
             Row("restore, SGD of 1", name, 5, update(self.last)),
             Row("restore, AdamW of 3", name, 9, adamw),
-            Row("restore", name, 2, lambda: backend.restore(self.saved)),
+            Row("restore", name, 2, lambda: backend.restore(saved)),
         ]
 
 
