@@ -27,7 +27,7 @@ class Tensors(list[Tensor]):
     """
 
     owned: bool
-    """Whether nobody but the engine can get at their memory."""
+    """True if nobody but the engine can get at their memory."""
 
 class Versions:
     def first_changed(self, tensors: TensorList) -> int: ...
@@ -63,7 +63,7 @@ class Plan:
     def fits(self, params: TensorList, group: Sequence[int]) -> bool: ...
     @property
     def takes_sums(self) -> bool:
-        """Whether norms and products are read where the parameters are; otherwise they are numbers."""
+        """True if norms and products are read where the parameters are; otherwise they are numbers."""
     def takes_state(self, state: Sequence[Sequence[Tensor | None]]) -> bool:
         """Return whether lists of such tensors can be the state of a base optimizer."""
 

@@ -79,7 +79,7 @@ class ForwardState:
         self._buffers = 0
         self._entered = self._learning = self._learnt_several = False
         self.active = False
-        """Whether a step is under way that has something to look after."""
+        """True while a step is under way that has something to look after."""
         self.forgotten: list[str] = []
         """Modules with moving buffers that the calling code can name, where no model was given."""
 

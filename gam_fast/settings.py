@@ -29,11 +29,11 @@ class Settings:
     sync: str = "global"
     ascent_share: float = 1.0
     goes_on: Callable[[float], bool] | None = None
-    """Whether ‖g0‖² is such that the step goes on to other points; ``None`` where that is not asked."""
+    """Tell by ‖g0‖² if the step goes on to other points; ``None`` where that is not asked."""
     others: Sequence[Tensor] = ()
     """Parameters of ``model`` that belong to another optimizer."""
     measure_change: bool = False
-    """Whether :attr:`Step.relative_change` is wanted."""
+    """True if :attr:`Step.relative_change` is wanted."""
 
     def check_capture(self, devices: Iterable[torch.device]) -> None:
         """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""

@@ -75,10 +75,10 @@ class Step:
         self.rates_moved = False
         self._losses: list[Tensor] = []
         self.over = False
-        """Whether the step was taken or undone."""
+        """True once the step was taken or undone."""
         self._newest = -1  # the index of the vector made last
         self.at_end = False
-        """Whether the last pass was made."""
+        """True once the last pass was made."""
         self._device = self.params[0].device if self.params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():

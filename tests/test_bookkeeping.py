@@ -37,7 +37,7 @@ def core():
 
 
 ORDERS = [((0, 1, 2), (0, 1, 2)), ((2, 0, 1), (1, 2, 0)), ((1, 0, 2), (1, 0, 2))]
-"""Of dimensions: there and back."""
+"""Permutations of dimensions: there and back."""
 
 
 def parameters(count=4, size=8):

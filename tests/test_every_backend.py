@@ -119,7 +119,7 @@ AROUND = {
         EACH, itertools.cycle(["passes", "closure"]), itertools.cycle([test_weight_caches.Squared])
     ),
 }
-"""What surrounds a step, for every method, on eager, whose lists are plain lists of tensors; kernels do not matter."""
+"""The surroundings of a step, for every method, on eager, whose lists are plain ones; kernels do not matter."""
 
 
 def name_of(value):
