@@ -54,6 +54,8 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: str) -> None:
             function, arguments, port, seconds = pipe.recv()
         except EOFError:
             return
+        if distributed.is_initialized():  # not sooner: a group that one rank leaves ends what another still connects
+            distributed.destroy_process_group()
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank)
         )
@@ -61,7 +63,6 @@ def _serve(rank: int, world: int, pipe: Connection, stacks: str) -> None:
             distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
             torch.manual_seed(0)
             answer = (True, function(rank, world, *arguments))
-            distributed.destroy_process_group()
         except BaseException:
             pipe.send((False, traceback.format_exc()))
             os._exit(1)  # what others wait for will never come, and the group could not be left in order
