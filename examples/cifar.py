@@ -1,0 +1,339 @@
+"""Train a network of the GAM paper on CIFAR-10 or CIFAR-100 by SGD, SAM, GAM or another method of the family.
+
+python examples/cifar.py --data ~/data --preset cifar10-resnet18 --method GAM --late 0.3
+torchrun --nproc-per-node 4 examples/cifar.py --data ~/data --preset cifar100-wrn28_10
+
+The presets are the settings of the paper: 200 epochs of SGD, a cosine schedule, label smoothing. ``cpu`` is for a
+laptop. The images stay on the device, where they are augmented. With ``--checkpoint``, a run that was stopped goes on
+after its last whole epoch when it is started again, and ends with the figures of one that never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import gam_fast
+
+try:
+    import cifar_images
+    from cifar_networks import NETWORKS
+    from rich.progress import track
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"{error}\nthis example needs more packages: pip install pillow rich")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on, beside its data."""
+
+    dataset: str = "cifar10"
+    network: str = "resnet18"
+    method: str = "GAM"
+    hyper: Mapping[str, float] = field(default_factory=dict)
+    epochs: int = 200
+    batch: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    smoothing: float = 0.1
+    interval: int = 1
+    ascent_share: float = 1.0
+    late: float = 1.0
+    wrong_labels: float = 0.0
+    train_images: int = 0
+    validation: int = 0
+    ema: float = 0.0
+    bf16: bool = False
+    compile: bool = False
+    backend: str = "auto"
+    seed: int = 0
+
+    @property
+    def classes(self) -> int:
+        return 100 if self.dataset == "cifar100" else 10
+
+
+# radii and coefficients of GAM, by data and network
+RESNET10 = {"rho": 0.2, "rho_prime": 0.03, "alpha": 0.1, "beta": 0.1, "gamma": 0.05}
+RESNET100 = {"rho": 0.2, "rho_prime": 0.02, "alpha": 0.6, "beta": 0.5, "gamma": 0.03}
+PYRAMID10 = {"rho": 0.2, "rho_prime": 0.03, "alpha": 0.1, "beta": 0.1, "gamma": 0.03}
+PYRAMID100 = {"rho": 0.2, "rho_prime": 0.04, "alpha": 0.5, "beta": 0.3, "gamma": 0.05}
+
+PRESETS: Mapping[str, Settings] = {
+    "cpu": Settings(network="small", hyper=RESNET10, epochs=30, train_images=10_000),
+    "cifar10-resnet18": Settings(hyper=RESNET10),
+    "cifar10-wrn28_10": Settings(network="wrn28_10", hyper=RESNET10),
+    "cifar10-pyramidnet110": Settings(network="pyramidnet110", hyper=PYRAMID10),
+    "cifar100-resnet18": Settings("cifar100", hyper=RESNET100),
+    "cifar100-wrn28_10": Settings("cifar100", "wrn28_10", hyper=RESNET100),
+    "cifar100-pyramidnet110": Settings("cifar100", "pyramidnet110", hyper=PYRAMID100),
+}
+"""The settings of the GAM paper (arXiv 2303.03108, supplement); it gives none for WideResNets, which have ResNet's."""
+
+
+@dataclass
+class Curve:
+    """The figures of a run, an entry for each epoch.
+
+    ``train_loss`` is the mean over the batches, each before any perturbation. ``seconds`` are of training alone.
+    """
+
+    train_loss: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+class Run:
+    """A network in training, on one process of ``world``."""
+
+    def __init__(self, settings: Settings, data: Path, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        if settings.batch % world:
+            raise SystemExit(f"--batch {settings.batch} must be a multiple of the {world} processes")
+        self.settings, self.device, self.rank, self.world = settings, device, rank, world
+        self.train_set, self.test_set = (part.to(device) for part in split(settings, data))
+        torch.manual_seed(settings.seed)
+        model = NETWORKS[settings.network](settings.classes)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has it, its types do not
+        model.to(device)
+        self.plain = self.tested = self.model = model
+        if settings.ema:
+            self.tested = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        if settings.compile:
+            self.model.compile()
+        if world > 1:
+            self.model = DistributedDataParallel(self.model)
+        self.steps = len(self.train_set) // settings.batch
+        self.optimizer = optimizer(settings, self.model, self.steps)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.epochs)
+        self.curve = Curve()
+        self.epoch = 0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+    def train(self) -> float:
+        """Train for one epoch, and return the mean loss."""
+        settings, losses = self.settings, []
+        self.model.train()
+        seed = settings.seed * 10_000 + self.epoch
+        batches = cifar_images.batches(self.train_set, settings.batch, seed, self.rank, self.world)
+        quiet = self.rank > 0 or not sys.stderr.isatty()
+        for x, y in track(batches, f"epoch {self.epoch + 1}", self.steps, transient=True, disable=quiet):
+            for turn in self.optimizer.passes():
+                some_x, some_y = turn.rows(x, y)
+                with self.autocast():
+                    loss = F.cross_entropy(self.model(some_x), some_y, label_smoothing=settings.smoothing)
+                turn.backward(loss)
+                if turn.index == 0:  # later passes are at perturbed weights
+                    losses.append(loss.detach())
+            if isinstance(self.tested, AveragedModel):
+                self.tested.update_parameters(self.plain)
+        self.schedule.step()
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def test(self) -> tuple[float, float]:
+        """Return the loss and the accuracy (in percent) on the images that are not trained on."""
+        self.tested.eval()
+        loss = correct = torch.zeros((), device=self.device)
+        for start in range(0, len(self.test_set), 500):
+            part = self.test_set[slice(start, start + 500)]
+            with self.autocast():
+                scores = self.tested(cifar_images.normalised(part.pixels)).float()
+            loss = loss + F.cross_entropy(scores, part.labels, reduction="sum")
+            correct = correct + (scores.argmax(1) == part.labels).sum()
+        return float(loss) / len(self.test_set), 100.0 * float(correct) / len(self.test_set)
+
+    def go_on(self, checkpoint: Path | None = None) -> Curve:
+        """Train all epochs that are left; write a checkpoint after each."""
+        while self.epoch < self.settings.epochs:
+            start = time.perf_counter()
+            loss = self.train()  # a number, for which the device has done all of the epoch
+            seconds = time.perf_counter() - start
+            test_loss, accuracy = self.test()
+            self.epoch += 1
+            curve = self.curve
+            for column, value in zip(fields(curve), (loss, test_loss, accuracy, seconds), strict=True):
+                getattr(curve, column.name).append(value)
+            if self.rank == 0:
+                print(f"epoch {self.epoch:3d}  loss {loss:.4f}  test accuracy {accuracy:.2f} %  {seconds:.1f} s")
+                if checkpoint is not None:
+                    self.save(checkpoint)
+        return self.curve
+
+    def save(self, path: Path) -> None:
+        """Write all that the next epoch depends on; a run that is killed meanwhile leaves the file before it whole."""
+        state = {
+            "settings": asdict(self.settings),
+            "epoch": self.epoch,
+            "model": self.plain.state_dict(),
+            "tested": self.tested.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "curve": asdict(self.curve),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on where :meth:`save` left off.
+
+        Raises:
+            SystemExit: the file is of a run with other settings.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        mine = asdict(self.settings)
+        if others := [name for name, value in state["settings"].items() if value != mine[name]]:
+            raise SystemExit(f"{path} is of a run with other settings: {', '.join(others)}. Name another file")
+        self.epoch = state["epoch"]
+        self.plain.load_state_dict(state["model"])
+        self.tested.load_state_dict(state["tested"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.curve = Curve(**state["curve"])
+
+
+def split(settings: Settings, data: Path) -> tuple[cifar_images.Images, cifar_images.Images]:
+    """Return the images to train on, and those to test on: of the training set, where ``validation`` are set apart."""
+    train = cifar_images.load(data, settings.dataset, "train")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(2303))
+    if settings.validation:
+        test = train[order[-settings.validation :]]
+        order = order[: -settings.validation]
+    else:
+        test = cifar_images.load(data, settings.dataset, "test")
+    train = train[order[: settings.train_images or len(order)]]
+    if len(train) < settings.batch:
+        raise SystemExit(f"{len(train)} images to train on are fewer than a batch of {settings.batch}")
+    return cifar_images.with_wrong_labels(train, settings.wrong_labels, settings.classes), test
+
+
+def optimizer(settings: Settings, model: nn.Module, steps: int) -> gam_fast.SharpnessAwareOptimizer:
+    """Return the method around SGD, for a run of so many steps an epoch."""
+    name = "Base" if settings.method == "SGD" else settings.method
+    method: type[gam_fast.SharpnessAwareOptimizer] = getattr(gam_fast, name)
+    own: dict[str, Any] = dict(settings.hyper)
+    if method.recipe.passes > 1:
+        own["interval"] = settings.interval
+        if settings.ascent_share < 1.0:
+            own["ascent_share"] = settings.ascent_share
+        if settings.late < 1.0:
+            own["active"] = gam_fast.active.Between(1.0 - settings.late, total_steps=steps * settings.epochs)
+    return method(
+        model.parameters(),
+        torch.optim.SGD,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        model=model,
+        backend=settings.backend,
+        **own,
+    )
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
+    """Return the arguments, and the settings: those of the preset, with what the command line says otherwise."""
+    parser = argparse.ArgumentParser(description="Train on CIFAR by a method of the sharpness-aware family.")
+    parser.add_argument("--data", type=Path, required=True, help="torchvision's folder, one of image files, or an .npz")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters: rho=0.1 gamma=0.05"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="written after every epoch, and gone on from")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="settings and figures, at the end")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="accuracy against epochs and time, at the end")
+    methods = ["SGD", *(name for name in gam_fast.recipes.RECIPES if name != "Base")]
+    choices = {"network": list(NETWORKS), "method": methods, "dataset": list(cifar_images.FOLDERS)}
+    helps = {
+        "late": "share of the run, at its end, in which the method works; SGD before",
+        "ascent_share": "share of the batch that the ascent passes see",
+        "interval": "the method in every so manyth step, SGD in the others",
+        "wrong_labels": "share of the training labels that are drawn anew",
+        "train_images": "train on so many of the training images",
+        "validation": "test on so many of the training images, which are not trained on",
+        "ema": "decay of the average of weights that is tested; 0 for none",
+    }
+    for column in fields(Settings):
+        name = "--" + column.name.replace("_", "-")
+        if column.type == "bool":
+            parser.add_argument(name, action=argparse.BooleanOptionalAction)
+        elif column.name != "hyper":
+            kind = {"int": int, "float": float, "str": str}[str(column.type)]
+            parser.add_argument(name, type=kind, choices=choices.get(column.name), help=helps.get(column.name))
+    arguments = parser.parse_args(argv)
+    settings = PRESETS[arguments.preset]
+    given = {column.name: getattr(arguments, column.name, None) for column in fields(Settings)}
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    hyper = dict(settings.hyper) if settings.method == "GAM" else {}
+    for entry in arguments.set:
+        name, _, value = entry.partition("=")
+        try:
+            hyper[name] = float(value)
+        except ValueError:
+            parser.error(f"--set takes NAME=VALUE with a number, got {entry!r}")
+    return arguments, replace(settings, hyper=hyper)
+
+
+def picture(path: Path, settings: Settings, curve: Curve) -> None:
+    """Draw the accuracy by epochs and by seconds of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    seconds = [sum(curve.seconds[: i + 1]) for i in range(len(curve.seconds))]
+    for axes, (x, label) in zip(
+        figure.subplots(1, 2, sharey=True), ((range(1, len(seconds) + 1), "epochs"), (seconds, "seconds")), strict=True
+    ):
+        axes.plot(x, curve.test_accuracy)
+        axes.set(xlabel=label, ylabel="test accuracy in %")
+    figure.suptitle(f"{settings.method}, {settings.network}, {settings.dataset}")
+    figure.savefig(path)
+
+
+def main(argv: Sequence[str] | None = None) -> Curve:
+    arguments, settings = parse(argv)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        run = Run(settings, arguments.data, device, rank, world)
+    except cifar_images.DataError as error:
+        raise SystemExit(str(error)) from None
+    if arguments.checkpoint is not None and arguments.checkpoint.exists():
+        run.load(arguments.checkpoint)
+    curve = run.go_on(arguments.checkpoint)
+    if rank == 0 and arguments.json is not None:
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        about = {"device": card, "torch": torch.__version__, "gam_fast": gam_fast.__version__}
+        arguments.json.write_text(json.dumps({**about, "settings": asdict(settings), **asdict(curve)}, indent=1))
+    if rank == 0 and arguments.picture is not None:
+        picture(arguments.picture, settings, curve)
+    if world > 1:
+        distributed.destroy_process_group()
+    return curve
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""``examples/cifar.py`` on images that are generated here: what it reads, how it augments, and that a run can go on."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+
+import cifar
+import cifar_images
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import same_on_all_ranks
+
+TINY = ["--network", "small", "--epochs", "2", "--batch", "16", "--train-images", "0", "--device", "cpu"]
+
+
+def generated(n):
+    """So many images, and their classes."""
+    random = np.random.default_rng(0)
+    labels = np.arange(n) % 10
+    noise = random.integers(0, 60, (n, 32, 32, 3))
+    return (noise + 19 * labels[:, None, None, None]).astype(np.uint8), labels
+
+
+def encoded(image, kind):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """A file of packed images: 48 to train on, 20 to test on."""
+    arrays = {}
+    for split, n in (("train", 48), ("test", 20)):
+        images, labels = generated(n)
+        files = [encoded(image, "JPEG") for image in images]
+        arrays[f"{split}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
+        arrays[f"{split}_ends"] = np.cumsum([len(file) for file in files])
+        arrays[f"{split}_labels"] = labels
+    path = tmp_path / "images.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_folders_of_torchvision_are_read(tmp_path):
+    images, labels = generated(20)
+    data = images.transpose(0, 3, 1, 2).reshape(20, -1)
+    for name, key in (("cifar-10-batches-py/data_batch_", "labels"), ("cifar-100-python/train", "fine_labels")):
+        parts = 5 if key == "labels" else 1
+        for i in range(parts):
+            path = tmp_path / (f"{name}{i + 1}" if parts > 1 else name)
+            path.parent.mkdir(exist_ok=True)
+            rows = slice(20 * i // parts, 20 * (i + 1) // parts)
+            path.write_bytes(pickle.dumps({"data": data[rows], key: labels[rows].tolist()}))
+    for dataset in ("cifar10", "cifar100"):
+        found = cifar_images.load(tmp_path, dataset, "train")
+        assert torch.equal(found.pixels.permute(0, 2, 3, 1), torch.from_numpy(images))
+        assert found.labels.tolist() == labels.tolist()
+
+
+def test_folders_of_image_files_and_packed_ones_are_read(tmp_path, packed):
+    images, labels = generated(20)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "test" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.png").write_bytes(encoded(image, "PNG"))
+    found = cifar_images.load(tmp_path, "cifar10", "test")
+    order = sorted(range(20), key=lambda i: (labels[i], str(i)))
+    assert torch.equal(found.pixels.permute(0, 2, 3, 1), torch.from_numpy(images[order]))
+    assert found.labels.tolist() == labels[order].tolist()
+    lossy = cifar_images.load(packed, "cifar10", "test")
+    assert (lossy.pixels.permute(0, 2, 3, 1).float() - torch.from_numpy(images).float()).abs().mean() < 20
+    assert lossy.labels.tolist() == labels.tolist()
+    with pytest.raises(SystemExit, match="no images at"):
+        cifar.main(["--data", str(tmp_path / "nothing"), *TINY])
+
+
+def test_an_image_is_shifted_or_mirrored_and_nothing_else():
+    x = torch.rand(40, 3, 32, 32)
+    padded = torch.nn.functional.pad(x, (4,) * 4)
+    found = cifar_images.augmented(x, torch.Generator().manual_seed(0))
+    mirrored = 0
+    for image, source in zip(found, padded, strict=True):
+        shifts = [(source[:, i : i + 32, j : j + 32], i, j) for i in range(9) for j in range(9)]
+        plain = any(torch.equal(image, part) for part, _, _ in shifts)
+        flipped = any(torch.equal(image, part.flip(2)) for part, _, _ in shifts)
+        assert plain != flipped
+        mirrored += flipped
+    assert 10 < mirrored < 30
+
+
+def test_wrong_labels_are_the_same_whatever_the_run():
+    images = cifar_images.Images(torch.zeros(1000, 3, 1, 1), torch.zeros(1000, dtype=torch.int64))
+    wrong = cifar_images.with_wrong_labels(images, 0.2, 10).labels
+    assert torch.equal(wrong, cifar_images.with_wrong_labels(images, 0.2, 10).labels)
+    assert 160 < int((wrong != 0).sum()) < 200  # a tenth of those drawn anew stays right
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("small", 0.15), ("resnet18", 11.17), ("wrn28_2", 1.47), ("wrn28_10", 36.48), ("pyramidnet110", 28.49)],
+)
+def test_networks_have_the_size_of_the_papers(name, millions):
+    with torch.device("meta"):
+        network = cifar.NETWORKS[name](10)
+        assert network(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "SGD"],
+        ["--method", "GAM", "--late", "0.5", "--ascent-share", "0.5", "--ema", "0.9"],
+        ["--method", "SAM", "--set", "rho=0.1", "--interval", "2", "--bf16", "--wrong-labels", "0.2"],
+    ],
+    ids=["SGD", "GAM late", "SAM"],
+)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, packed, options):
+    arguments = ["--data", str(packed), *TINY, *options]
+    whole = cifar.main([*arguments, "--json", str(tmp_path / "run.json"), "--picture", str(tmp_path / "run.png")])
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored["test_accuracy"] == whole.test_accuracy
+    assert stored["settings"]["method"] == options[1]
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+    checkpoint = tmp_path / "run.pt"
+    parsed, settings = cifar.parse(arguments)
+    first = cifar.Run(settings, parsed.data, torch.device("cpu"))
+    loss = first.train()
+    test_loss, accuracy = first.test()
+    first.epoch = 1
+    first.curve = cifar.Curve([loss], [test_loss], [accuracy], [1.0])
+    first.save(checkpoint)
+    resumed = cifar.main([*arguments, "--checkpoint", str(checkpoint)])
+    assert resumed.train_loss == whole.train_loss
+    assert resumed.test_loss == whole.test_loss
+    with pytest.raises(SystemExit, match="other settings: lr"):
+        cifar.main([*arguments, "--lr", "0.3", "--checkpoint", str(checkpoint)])
+
+
+def test_a_late_phase_is_plain_before(packed):
+    arguments = ["--data", str(packed), *TINY]
+    passes = []
+    for late in ("0", "1"):
+        _, settings = cifar.parse([*arguments, "--method", "GAM", "--late", late])
+        run = cifar.Run(settings, packed, torch.device("cpu"))
+        passes.append(run.train())
+    _, plain = cifar.parse([*arguments, "--method", "SGD"])
+    assert passes[0] == cifar.Run(plain, packed, torch.device("cpu")).train()
+    assert passes[0] != passes[1]
+
+
+def test_test_images_are_left_alone_where_some_are_set_apart(packed):
+    _, settings = cifar.parse(["--data", str(packed), *TINY, "--validation", "16"])
+    train, held = cifar.split(settings, packed)
+    assert (len(train), len(held)) == (32, 16)
+    every = torch.cat([train.pixels, held.pixels]).flatten(1).double().sum(1).sort().values
+    assert torch.equal(every, cifar_images.load(packed, "cifar10", "train").pixels.flatten(1).double().sum(1).sort()[0])
+
+
+def on_two(rank, world, path):
+    _, settings = cifar.parse(["--data", path, *TINY, "--method", "GAM"])
+    run = cifar.Run(settings, cifar.Path(path), torch.device("cpu"), rank, world)
+    run.go_on()
+    return same_on_all_ranks(run.plain.parameters()), run.curve.test_accuracy
+
+
+def test_two_processes_train_one_network(two, packed):
+    (same, first), (_, second) = two.run(on_two, str(packed))
+    assert same
+    assert len(first) == 2
+    assert first[-1] > 0
+    assert len(second) == 2
