@@ -16,20 +16,19 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import gam_fast
-
 try:
     import cifar_images
+    import training_runs
     from cifar_networks import NETWORKS
     from rich.progress import track
 except ImportError as error:
@@ -38,31 +37,22 @@ except ImportError as error:
     sys.exit(f"{error}\nthis example needs more packages: pip install pillow rich")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run depends on, beside its data."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(training_runs.Settings):
+    """What a run depends on, beside its images."""
 
     dataset: str = "cifar10"
     network: str = "resnet18"
-    method: str = "GAM"
-    hyper: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 200
     batch: int = 128
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     smoothing: float = 0.1
-    interval: int = 1
-    ascent_share: float = 1.0
-    late: float = 1.0
     wrong_labels: float = 0.0
     train_images: int = 0
     validation: int = 0
     ema: float = 0.0
-    bf16: bool = False
-    compile: bool = False
-    backend: str = "auto"
-    seed: int = 0
 
     @property
     def classes(self) -> int:
@@ -80,9 +70,9 @@ PRESETS: Mapping[str, Settings] = {
     "cifar10-resnet18": Settings(hyper=RESNET10),
     "cifar10-wrn28_10": Settings(network="wrn28_10", hyper=RESNET10),
     "cifar10-pyramidnet110": Settings(network="pyramidnet110", hyper=PYRAMID10),
-    "cifar100-resnet18": Settings("cifar100", hyper=RESNET100),
-    "cifar100-wrn28_10": Settings("cifar100", "wrn28_10", hyper=RESNET100),
-    "cifar100-pyramidnet110": Settings("cifar100", "pyramidnet110", hyper=PYRAMID100),
+    "cifar100-resnet18": Settings(dataset="cifar100", hyper=RESNET100),
+    "cifar100-wrn28_10": Settings(dataset="cifar100", network="wrn28_10", hyper=RESNET100),
+    "cifar100-pyramidnet110": Settings(dataset="cifar100", network="pyramidnet110", hyper=PYRAMID100),
 }
 """The settings of the GAM paper (arXiv 2303.03108, supplement); it gives none for WideResNets, which have ResNet's."""
 
@@ -120,7 +110,16 @@ class Run:
         if world > 1:
             self.model = DistributedDataParallel(self.model)
         self.steps = len(self.train_set) // settings.batch
-        self.optimizer = optimizer(settings, self.model, self.steps)
+        self.optimizer = training_runs.wrap(
+            settings,
+            self.model,
+            self.model.parameters(),
+            torch.optim.SGD,
+            total_steps=self.steps * settings.epochs,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.epochs)
         self.curve = Curve()
         self.epoch = 0
@@ -179,36 +178,16 @@ class Run:
         return self.curve
 
     def save(self, path: Path) -> None:
-        """Write all that the next epoch depends on; a run that is killed meanwhile leaves the file before it whole."""
-        state = {
-            "settings": asdict(self.settings),
-            "epoch": self.epoch,
-            "model": self.plain.state_dict(),
-            "tested": self.tested.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "curve": asdict(self.curve),
-        }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        """Write all that the next epoch depends on."""
+        state = {name: getattr(self, name).state_dict() for name in ("plain", "tested", "optimizer", "schedule")}
+        training_runs.save(path, self.settings, {"epoch": self.epoch, "curve": asdict(self.curve), **state})
 
     def load(self, path: Path) -> None:
-        """Go on where :meth:`save` left off.
-
-        Raises:
-            SystemExit: the file is of a run with other settings.
-        """
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        mine = asdict(self.settings)
-        if others := [name for name, value in state["settings"].items() if value != mine[name]]:
-            raise SystemExit(f"{path} is of a run with other settings: {', '.join(others)}. Name another file")
-        self.epoch = state["epoch"]
-        self.plain.load_state_dict(state["model"])
-        self.tested.load_state_dict(state["tested"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.curve = Curve(**state["curve"])
+        """Go on where :meth:`save` left off."""
+        state = training_runs.load(path, self.settings, self.device)
+        for name in ("plain", "tested", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        self.epoch, self.curve = state["epoch"], Curve(**state["curve"])
 
 
 def split(settings: Settings, data: Path) -> tuple[cifar_images.Images, cifar_images.Images]:
@@ -226,71 +205,20 @@ def split(settings: Settings, data: Path) -> tuple[cifar_images.Images, cifar_im
     return cifar_images.with_wrong_labels(train, settings.wrong_labels, settings.classes), test
 
 
-def optimizer(settings: Settings, model: nn.Module, steps: int) -> gam_fast.SharpnessAwareOptimizer:
-    """Return the method around SGD, for a run of so many steps an epoch."""
-    name = "Base" if settings.method == "SGD" else settings.method
-    method: type[gam_fast.SharpnessAwareOptimizer] = getattr(gam_fast, name)
-    own: dict[str, Any] = dict(settings.hyper)
-    if method.recipe.passes > 1:
-        own["interval"] = settings.interval
-        if settings.ascent_share < 1.0:
-            own["ascent_share"] = settings.ascent_share
-        if settings.late < 1.0:
-            own["active"] = gam_fast.active.Between(1.0 - settings.late, total_steps=steps * settings.epochs)
-    return method(
-        model.parameters(),
-        torch.optim.SGD,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        model=model,
-        backend=settings.backend,
-        **own,
-    )
-
-
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    """Return the arguments, and the settings: those of the preset, with what the command line says otherwise."""
-    parser = argparse.ArgumentParser(description="Train on CIFAR by a method of the sharpness-aware family.")
-    parser.add_argument("--data", type=Path, required=True, help="torchvision's folder, one of image files, or an .npz")
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="(default: %(default)s)")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters: rho=0.1 gamma=0.05"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="written after every epoch, and gone on from")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="settings and figures, at the end")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="accuracy against epochs and time, at the end")
-    methods = ["SGD", *(name for name in gam_fast.recipes.RECIPES if name != "Base")]
-    choices = {"network": list(NETWORKS), "method": methods, "dataset": list(cifar_images.FOLDERS)}
+    """Return the arguments, and the settings of the preset with what the command line says otherwise."""
+    more: dict[str, dict[str, Any]] = {
+        "--data": {"type": Path, "required": True, "help": "torchvision's folder, one of image files, or an .npz"},
+        "--picture": {"type": Path, "metavar": "FILE", "help": "accuracy against epochs and time, at the end"},
+    }
     helps = {
-        "late": "share of the run, at its end, in which the method works; SGD before",
-        "ascent_share": "share of the batch that the ascent passes see",
-        "interval": "the method in every so manyth step, SGD in the others",
         "wrong_labels": "share of the training labels that are drawn anew",
-        "train_images": "train on so many of the training images",
+        "train_images": "train on so many of the training images; 0 for all",
         "validation": "test on so many of the training images, which are not trained on",
         "ema": "decay of the average of weights that is tested; 0 for none",
     }
-    for column in fields(Settings):
-        name = "--" + column.name.replace("_", "-")
-        if column.type == "bool":
-            parser.add_argument(name, action=argparse.BooleanOptionalAction)
-        elif column.name != "hyper":
-            kind = {"int": int, "float": float, "str": str}[str(column.type)]
-            parser.add_argument(name, type=kind, choices=choices.get(column.name), help=helps.get(column.name))
-    arguments = parser.parse_args(argv)
-    settings = PRESETS[arguments.preset]
-    given = {column.name: getattr(arguments, column.name, None) for column in fields(Settings)}
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-    hyper = dict(settings.hyper) if settings.method == "GAM" else {}
-    for entry in arguments.set:
-        name, _, value = entry.partition("=")
-        try:
-            hyper[name] = float(value)
-        except ValueError:
-            parser.error(f"--set takes NAME=VALUE with a number, got {entry!r}")
-    return arguments, replace(settings, hyper=hyper)
+    choices = {"network": NETWORKS, "dataset": cifar_images.FOLDERS}
+    return training_runs.parse(argv, PRESETS, "SGD", more, choices, helps)
 
 
 def picture(path: Path, settings: Settings, curve: Curve) -> None:
@@ -325,8 +253,7 @@ def main(argv: Sequence[str] | None = None) -> Curve:
         run.load(arguments.checkpoint)
     curve = run.go_on(arguments.checkpoint)
     if rank == 0 and arguments.json is not None:
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        about = {"device": card, "torch": torch.__version__, "gam_fast": gam_fast.__version__}
+        about = training_runs.machine(device)
         arguments.json.write_text(json.dumps({**about, "settings": asdict(settings), **asdict(curve)}, indent=1))
     if rank == 0 and arguments.picture is not None:
         picture(arguments.picture, settings, curve)

@@ -1,0 +1,88 @@
+"""``examples/charlm.py`` on a text that repeats itself: it learns, and a run that was stopped can go on."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import charlm
+import pytest
+import torch
+
+TINY = [
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--width",
+    "16",
+    "--context",
+    "8",
+    "--batch",
+    "8",
+    "--steps",
+    "40",
+    "--test-every",
+    "20",
+    "--warm-up",
+    "4",
+    "--lr",
+    "0.01",
+]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("to be or not to be, " * 60, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "AdamW"],
+        ["--method", "GAM", "--late", "0.5", "--set", "rho=0.05"],
+        ["--method", "SAM", "--ascent-share", "0.5", "--interval", "2", "--bf16"],
+    ],
+    ids=["AdamW", "GAM late", "SAM"],
+)
+def test_it_learns_and_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, text, options, capsys):
+    arguments = ["--data", str(text), "--device", "cpu", *TINY, *options]
+    whole = charlm.main([*arguments, "--json", str(tmp_path / "run.json"), "--sample", "5"])
+    assert whole.test_loss[-1] < 0.7 * math.log(len(set(text.read_text())))  # that of one who knows nothing
+    assert json.loads((tmp_path / "run.json").read_text())["train_loss"] == whole.train_loss
+    assert len(capsys.readouterr().out.splitlines()[-1]) == 6  # the letter it began with, and five
+
+    parsed, settings = charlm.parse(arguments)
+    first = charlm.Run(settings, charlm.Text(parsed.data, torch.device("cpu")), torch.device("cpu"))
+    loss = first.train(20)
+    first.curve = charlm.Curve([20], [loss], [first.test()], [1.0])
+    first.save(tmp_path / "run.pt")
+    resumed = charlm.main([*arguments, "--checkpoint", str(tmp_path / "run.pt")])
+    assert resumed.train_loss == whole.train_loss
+    assert resumed.test_loss == whole.test_loss
+
+
+def test_matrices_decay_and_nothing_else(text):
+    _, settings = charlm.parse(["--data", str(text), *TINY])
+    groups = charlm.optimizer(settings, charlm.GPT(settings, 12)).param_groups
+    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.1, {2}), (0.0, {1})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--set", "rho"], "NAME=VALUE"), (["--method", "Nothing"], "invalid choice")],
+    ids=["no value", "no method"],
+)
+def test_what_cannot_be_is_said(text, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        charlm.main(["--data", str(text), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_is_said(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("to be " * 10, encoding="utf-8")
+    with pytest.raises(SystemExit, match="too short"):
+        charlm.main(["--data", str(path), "--device", "cpu", *TINY])
