@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test interpret lint bench figures pareto sanitize sass ptx aot gpu setup-demo setup-test setup-lint clean
+.PHONY: help demo test interpret lint docs bench figures pareto sanitize sass ptx aot gpu setup-demo setup-test setup-lint setup-docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -67,6 +67,9 @@ setup-lint: $(ENVIRONMENT)
 	$(call install,demo)
 	$(call install,lint)
 
+setup-docs: $(ENVIRONMENT)
+	$(call install,docs)
+
 demo: setup-demo  ## train on handwritten digits by SGD, SAM and GAM, and write a report (5 minutes)
 	$(PY) examples/digits.py $(ARGS)
 
@@ -91,6 +94,9 @@ lint: setup-lint  ## ruff, mypy, clang-format
 	@files="$$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')"; \
 	  if [ -n "$$files" ]; then $(PY) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror $$files; fi
 
+docs: setup-docs  ## the pages as a site, in build/site
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/site $(ARGS)
+
 # Peaks of memory, and how much of it is there, are read from Linux's /proc.
 LINUX = $(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")'
 bench: setup-test  ## time of steps and primitives, whole training steps, growth, memory (10 minutes at most; ARGS=--quick: one)
@@ -99,7 +105,7 @@ bench: setup-test  ## time of steps and primitives, whole training steps, growth
 	$(PY) -m bench.throughput --model mlp,resnet18 --batch 16 --repeats 7 $$($(LINUX) && echo --memory mlp) $(ARGS)
 	@! $(LINUX) || { $(PY) -m bench.growth $(ARGS) && $(PY) -m bench.memory $(ARGS); }
 
-figures: setup-test  ## the README's figures of speed, measured anew on this machine (12 minutes)
+figures: setup-test  ## the figures of docs/performance.md, measured anew on this machine (12 minutes)
 	$(PY) -m bench.overhead --json bench/results/overhead_cpu.json
 	$(PY) -m bench.overhead --base AdamW --json bench/results/overhead_cpu_adamw.json
 	$(PY) -m bench.throughput --json bench/results/throughput_cpu.json --png docs/throughput.png

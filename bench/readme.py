@@ -1,4 +1,4 @@
-"""The README's figures of speed, made of the files in ``bench/results``.
+"""The figures of speed in ``docs/performance.md``, made of the files in ``bench/results``.
 
 What stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the table of that name.
 """
@@ -106,7 +106,7 @@ def growth(results: Results) -> str:
 
 
 TABLES: Mapping[str, Callable[[Results], str]] = {f.__name__: f for f in (overhead, throughput, growth)}
-"""By the names of their places in the README."""
+"""By the names of their places in the page."""
 
 
 def render(text: str, results: Results) -> str:
@@ -128,21 +128,21 @@ def render(text: str, results: Results) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if figures differ")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="default: that of the repository")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md", help="default: %(default)s")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
     given = parser.parse_args(argv)
     try:
-        text = given.readme.read_text(encoding="utf-8")
+        text = given.page.read_text(encoding="utf-8")
         rendered = render(text, Results(given.results))
     except OSError as error:
-        parser.error(f"--readme: {error}")
+        parser.error(f"--page: {error}")
     except ResultError as error:
         parser.error(str(error))
     if given.check:
         if rendered != text:
-            print(f"{given.readme}: tables are not those of {given.results}: run python -m bench.readme")
+            print(f"{given.page}: tables are not those of {given.results}: run python -m bench.readme")
         return int(rendered != text)
-    given.readme.write_text(rendered, encoding="utf-8")
+    given.page.write_text(rendered, encoding="utf-8")
     return 0
 
 

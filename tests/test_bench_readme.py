@@ -1,4 +1,4 @@
-"""The README's figures of speed are those of bench/results."""
+"""The figures of docs/performance.md are those of bench/results."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import pytest
 from bench import readme
 
 
-def test_the_readme_has_the_figures_of_the_results():
+def test_the_page_has_the_figures_of_the_results():
     assert readme.main(["--check"]) == 0
 
 
-def test_every_table_has_its_place_in_the_readme():
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_table_has_its_place_in_the_page():
+    text = (readme.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert [place["name"] for place in readme.MARKED.finditer(text)] == list(readme.TABLES)
 
 
 @pytest.fixture
 def copies(tmp_path):
-    """The README and its results, to be changed."""
+    """The page and its results, to be changed."""
     results = shutil.copytree(readme.ROOT / "bench" / "results", tmp_path / "results")
-    path = shutil.copy(readme.ROOT / "README.md", tmp_path / "README.md")
-    return path, results, ["--readme", str(path), "--results", str(results)]
+    path = shutil.copy(readme.ROOT / "docs" / "performance.md", tmp_path / "performance.md")
+    return path, results, ["--page", str(path), "--results", str(results)]
 
 
 def test_a_changed_result_is_found_and_written(copies, capsys):
@@ -69,4 +69,4 @@ def test_errors_name_the_place_and_the_file(copies, capsys):
     path.unlink()
     with pytest.raises(SystemExit, match="2"):
         readme.main(options)
-    assert "--readme: " in capsys.readouterr().err
+    assert "--page: " in capsys.readouterr().err

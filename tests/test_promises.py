@@ -17,7 +17,8 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def said() -> str:
-    texts = [ROOT / "README.md", *sorted((ROOT / "gam_fast").rglob("*.py"))]
+    pages = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "promises.md"]
+    texts = [ROOT / "README.md", *pages, *sorted((ROOT / "gam_fast").rglob("*.py"))]
     return " ".join(" ".join(path.read_text().split()) for path in texts)
 
 
