@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
+@lru_cache(maxsize=2)  # an experiment has many runs on the same images
 def load(path: Path, dataset: str, split: str) -> Images:
     """Read the images of ``split``, ``"train"`` or ``"test"``.
 

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from ranks import same_on_all_ranks
 
-TINY = ["--network", "small", "--epochs", "2", "--batch", "16", "--train-images", "0", "--device", "cpu"]
+from experiments import evidence
+
+TINY = ["--network", "small", "--epochs", "2", "--batch", "16", "--train-images", "48", "--device", "cpu"]
 
 
 def generated(n):
@@ -33,9 +35,9 @@ def encoded(image, kind):
 
 @pytest.fixture
 def packed(tmp_path):
-    """A file of packed images: 48 to train on, 20 to test on."""
+    """A file of packed images: 128 to train on, 20 to test on."""
     arrays = {}
-    for split, n in (("train", 48), ("test", 20)):
+    for split, n in (("train", 128), ("test", 20)):
         images, labels = generated(n)
         files = [encoded(image, "JPEG") for image in images]
         arrays[f"{split}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
@@ -156,11 +158,34 @@ def test_a_late_phase_is_plain_before(packed):
 
 
 def test_test_images_are_left_alone_where_some_are_set_apart(packed):
-    _, settings = cifar.parse(["--data", str(packed), *TINY, "--validation", "16"])
+    _, settings = cifar.parse(["--data", str(packed), *TINY, "--train-images", "0", "--validation", "16"])
     train, held = cifar.split(settings, packed)
-    assert (len(train), len(held)) == (32, 16)
+    assert (len(train), len(held)) == (112, 16)
     every = torch.cat([train.pixels, held.pixels]).flatten(1).double().sum(1).sort().values
     assert torch.equal(every, cifar_images.load(packed, "cifar10", "train").pixels.flatten(1).double().sum(1).sort()[0])
+
+
+def test_an_experiment_runs_what_it_has_not_run_yet(packed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "ARMS", [evidence.ARMS[0], evidence.ARMS[7]])
+    monkeypatch.setattr(evidence, "TUNED", evidence.TUNED[:1])
+    results = tmp_path / "results.json"
+    command = ["--data", str(packed), "--task", "quick", "--device", "cpu", "--results", str(results)]
+    assert evidence.main([*command, "--seconds", "0"]) == 0
+    assert not results.exists()
+    assert evidence.main([*command, "--tune"]) == 0
+    first = json.loads(results.read_text())
+    assert evidence.main(command) == 0
+    runs = json.loads(results.read_text())
+    assert {key: runs[key] for key in first} == first
+    assert {(found["arm"], found["wrong_labels"], found["tune"]) for found in runs.values()} == {
+        ("SGD", 0.0, True),
+        ("SAM, rho 0.02", 0.0, True),
+        *((arm, wrong, False) for arm in ("SGD", "GAM, last .3") for wrong in (0.0, 0.2)),
+    }
+    assert all(found["lambda_max"] > 0 and found["r1"] > 0 for found in runs.values() if not found["tune"])
+    out = capsys.readouterr().out
+    assert "### 1 epochs, right labels" in out
+    assert "| GAM, last .3 | 1 |" in out
 
 
 def on_two(rank, world, path):

@@ -1,0 +1,281 @@
+"""What a sharpness-aware method buys at the size of a real task, at equal epochs and at equal time.
+
+python -m experiments.evidence --data cifar10.npz --results bench/results/evidence_cpu.json
+
+Each run is an arm (a method with its settings), a length of training, a share of wrong labels and a seed. Finished runs
+are in the file of results and are not run again, so that a run that was stopped goes on, and another machine may add
+seeds. ``--seconds`` ends with the last run that fits. ``--tune`` runs the settings that arms were chosen from, on seeds
+and images of their own: part of the training set, never a test image.
+
+The networks and the training are those of ``examples/cifar.py``. The plain base optimizer also runs for twice and four
+times as long, which is what SAM and GAM cost: equal time is one row against another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import options
+from bench.report import Table, write_json
+from gam_fast import flatness
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT / "examples") not in sys.path:
+    sys.path.append(str(ROOT / "examples"))
+
+import cifar  # noqa: E402
+import cifar_images  # noqa: E402
+import training_runs  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with its settings.
+
+    Attributes:
+        times: how many times as long it trains as the others.
+    """
+
+    name: str
+    method: str
+    hyper: Mapping[str, float] = field(default_factory=dict)
+    late: float = 1.0
+    share: float = 1.0
+    interval: int = 1
+    times: int = 1
+
+
+GAM = {"rho": 0.1, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}
+SAM = {"rho": 0.05}
+
+ARMS = (
+    Arm("SGD", "SGD"),
+    Arm("SGD, twice as long", "SGD", times=2),
+    Arm("SGD, 4 times as long", "SGD", times=4),
+    Arm("SAM", "SAM", SAM),
+    Arm("SAM, last .3", "SAM", SAM, late=0.3),
+    Arm("SAM, last .5", "SAM", SAM, late=0.5),
+    Arm("GAM", "GAM", GAM),
+    Arm("GAM, last .3", "GAM", GAM, late=0.3),
+    Arm("GAM, last .5", "GAM", GAM, late=0.5),
+    Arm("GAM, share .25", "GAM", GAM, share=0.25),
+    Arm("GAM, share .5, every 2nd step", "GAM", GAM | {"rho": 0.15, "alpha": 0.15}, share=0.5, interval=2),
+)
+
+TUNED = (
+    *(Arm(f"SAM, rho {rho}", "SAM", {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
+    *(Arm(f"SAM, rho {rho}, last .3", "SAM", {"rho": rho}, late=0.3) for rho in (0.05, 0.1, 0.2)),
+    *(Arm(f"GAM, rho {rho}", "GAM", GAM | {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
+    *(Arm(f"GAM, rho {rho}, last .3", "GAM", GAM | {"rho": rho}, late=0.3) for rho in (0.05, 0.1, 0.2)),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all arms share.
+
+    Attributes:
+        settings: of :mod:`cifar`, without those of an arm.
+        lengths: epochs of training.
+        held: images of the training set that the settings are tested on, when they are chosen.
+        measured: images that flatness is measured on.
+    """
+
+    settings: cifar.Settings
+    lengths: tuple[int, ...]
+    wrong_labels: tuple[float, ...] = (0.0, 0.2)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuned_on: tuple[int, ...] = (100, 101)
+    held: int = 5000
+    measured: int = 2000
+
+
+SMALL = cifar.Settings(network="small", train_images=10_000, lr=0.05, smoothing=0.0)
+
+TASKS: Mapping[str, Task] = {
+    "cpu": Task(SMALL, (10, 30)),
+    "gpu": Task(cifar.Settings(network="resnet18", smoothing=0.0, bf16=True), (10, 30, 100)),
+    "quick": Task(replace(SMALL, train_images=64, batch=32), (1,), seeds=(0,), tuned_on=(100,), held=64, measured=32),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run, of which one with the same key is not run again."""
+
+    arm: Arm
+    epochs: int
+    wrong_labels: float
+    seed: int
+    tune: bool = False
+
+    @property
+    def key(self) -> str:
+        kind = "tune" if self.tune else "test"
+        return f"{kind}, {self.arm.name}, {self.epochs} epochs, wrong {self.wrong_labels}, seed {self.seed}"
+
+
+def plan(task: Task, *, tune: bool = False) -> Iterator[Planned]:
+    """Yield the runs: all arms of a seed before the next seed, short ones before long ones."""
+    if tune:
+        for seed in task.tuned_on:
+            for epochs in task.lengths:
+                for arm in (ARMS[0], *TUNED):
+                    yield Planned(arm, epochs, task.wrong_labels[0], seed, tune=True)
+        return
+    for seed in task.seeds:
+        for epochs in task.lengths:
+            for wrong in task.wrong_labels:
+                for arm in ARMS:
+                    yield Planned(arm, epochs, wrong, seed)
+
+
+def settings_of(task: Task, planned: Planned) -> cifar.Settings:
+    """Return what examples/cifar.py is to run."""
+    arm = planned.arm
+    return replace(
+        task.settings,
+        method=arm.method,
+        hyper=dict(arm.hyper),
+        late=arm.late,
+        ascent_share=arm.share,
+        interval=arm.interval,
+        epochs=planned.epochs * arm.times,
+        wrong_labels=planned.wrong_labels,
+        validation=task.held if planned.tune else 0,
+        seed=planned.seed,
+    )
+
+
+def run(task: Task, planned: Planned, data: Path, device: torch.device) -> dict[str, Any]:
+    """Train, and measure what was found."""
+    training = cifar.Run(settings_of(task, planned), data, device)
+    curve = training.go_on()
+    found = {
+        "arm": planned.arm.name,
+        "epochs": planned.epochs,
+        "wrong_labels": planned.wrong_labels,
+        "seed": planned.seed,
+        "tune": planned.tune,
+        "test_accuracy": curve.test_accuracy[-1],
+        "test_loss": curve.test_loss[-1],
+        "train_loss": curve.train_loss[-1],
+        "seconds": sum(curve.seconds),
+        "settings": asdict(training.settings),
+        **training_runs.machine(device),
+        "commit": commit(),
+    }
+    if not planned.tune:
+        images = training.train_set[slice(0, task.measured)]
+        pixels = cifar_images.normalised(images.pixels)
+        batches = list(zip(pixels.split(500), images.labels.split(500), strict=True))
+        loss = flatness.Loss(training.plain, nn.CrossEntropyLoss(), batches)
+        flat = flatness.measure(loss, 0.05, restarts=1, max_iterations=10, trace_samples=10)
+        assert flat.eigenvalues is not None
+        assert flat.trace is not None
+        found |= {
+            "lambda_max": flat.eigenvalues.values[0],
+            "trace": flat.trace.value,
+            "r1": flat.first_order[0].value,
+        }
+    return found
+
+
+def commit() -> str:
+    """Return the commit of this checkout, or nothing where there is none."""
+    asked = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return asked.stdout.strip()
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return mean ± standard deviation, of one value the value alone."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Return a table for each length and share of wrong labels."""
+    columns = {
+        "arm": "",
+        "seeds": "seeds",
+        "accuracy": "test accuracy, %",
+        "loss": "test loss",
+        "lambda_max": "λmax",
+        "trace": "trace",
+        "r1": "R1",
+        "time": "time ÷ SGD",
+    }
+    tested = [found for found in runs.values() if not found["tune"]]
+    result = []
+    for epochs, wrong in sorted({(found["epochs"], found["wrong_labels"]) for found in tested}):
+        mine = [found for found in tested if (found["epochs"], found["wrong_labels"]) == (epochs, wrong)]
+        base = [found["seconds"] for found in mine if found["arm"] == ARMS[0].name]
+        rows = []
+        for arm in ARMS:
+            of_arm = [found for found in mine if found["arm"] == arm.name]
+            if not of_arm:
+                continue
+            seconds = statistics.median(found["seconds"] for found in of_arm)
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "seeds": len(of_arm),
+                    "accuracy": spread([found["test_accuracy"] for found in of_arm]),
+                    "loss": spread([found["test_loss"] for found in of_arm], 3),
+                    "lambda_max": spread([found["lambda_max"] for found in of_arm], 1),
+                    "trace": spread([found["trace"] for found in of_arm], 0),
+                    "r1": spread([found["r1"] for found in of_arm], 3),
+                    "time": f"{seconds / statistics.median(base):.2f}" if base else "",
+                }
+            )
+        labels = f"{wrong:.0%} wrong labels" if wrong else "right labels"
+        result.append(Table(f"{epochs} epochs, {labels}", columns, rows))
+    return result
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--data", type=Path, required=True, help="as for examples/cifar.py")
+    found.add_argument("--task", choices=TASKS, default="cpu", help="(default: %(default)s)")
+    found.add_argument("--results", type=options.output, required=True, metavar="PATH", help="read, and added to")
+    found.add_argument("--tune", action="store_true", help="the runs that settings are chosen by")
+    found.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--threads", type=options.positive, help="CPU threads of torch")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parser().parse_args(argv)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    task, start = TASKS[given.task], time.monotonic()
+    runs: dict[str, Any] = json.loads(given.results.read_text(encoding="utf-8")) if given.results.exists() else {}
+    for planned in plan(task, tune=given.tune):
+        if planned.key in runs:
+            continue
+        if time.monotonic() - start > given.seconds:
+            break
+        print(planned.key, file=sys.stderr)
+        runs[planned.key] = run(task, planned, given.data, torch.device(given.device))
+        write_json(given.results, runs)
+    for table in tables(runs):
+        print(f"### {table.title}\n\n{table.markdown()}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
