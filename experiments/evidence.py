@@ -107,7 +107,15 @@ SMALL = cifar.Settings(network="small", train_images=10_000, lr=0.05, smoothing=
 TASKS: Mapping[str, Task] = {
     "cpu": Task(SMALL, (10, 30)),
     "gpu": Task(cifar.Settings(network="resnet18", smoothing=0.0, bf16=True), (10, 30, 100)),
-    "quick": Task(replace(SMALL, train_images=64, batch=32), (1,), seeds=(0,), tuned_on=(100,), held=64, measured=32),
+    "quick": Task(
+        replace(SMALL, train_images=64, batch=32),
+        (1,),
+        wrong_labels=(0.2,),
+        seeds=(0,),
+        tuned_on=(100,),
+        held=64,
+        measured=8,
+    ),
 }
 
 

@@ -178,13 +178,14 @@ def test_an_experiment_runs_what_it_has_not_run_yet(packed, tmp_path, capsys, mo
     runs = json.loads(results.read_text())
     assert {key: runs[key] for key in first} == first
     assert {(found["arm"], found["wrong_labels"], found["tune"]) for found in runs.values()} == {
-        ("SGD", 0.0, True),
-        ("SAM, rho 0.02", 0.0, True),
-        *((arm, wrong, False) for arm in ("SGD", "GAM, last .3") for wrong in (0.0, 0.2)),
+        ("SGD", 0.2, True),
+        ("SAM, rho 0.02", 0.2, True),
+        ("SGD", 0.2, False),
+        ("GAM, last .3", 0.2, False),
     }
     assert all(found["lambda_max"] > 0 and found["r1"] > 0 for found in runs.values() if not found["tune"])
     out = capsys.readouterr().out
-    assert "### 1 epochs, right labels" in out
+    assert "### 1 epochs, 20% wrong labels" in out
     assert "| GAM, last .3 | 1 |" in out
 
 
