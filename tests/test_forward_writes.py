@@ -207,7 +207,7 @@ def leave_in_each_pass(model, optimizer):
 
 
 def check_that_all_move_once(method_name, kind, **options):
-    """Against a twin that makes one plain forward a step, at the weights of its start: in place, or by another tensor."""
+    """Against a twin that makes one plain forward a step, at the same weights; also, which tensors are exchanged."""
     model, twin = build(kind), build(kind)
     optimizer = optimizer_of(method_name, model, **options)
     for _ in range(3):
