@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +30,14 @@ def assert_same(before, after):
             assert torch.equal(value, new[key]), key
     assert before[2:5] == after[2:5]
     assert torch.equal(before[5], after[5])
+
+
+@contextmanager
+def unchanged(model, optimizer):
+    """The block leaves no trace."""
+    before = everything(model, optimizer)
+    yield
+    assert_same(before, everything(model, optimizer))
 
 
 def assert_close(ours, theirs, rtol=0.0, atol=0.0):

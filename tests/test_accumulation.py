@@ -108,24 +108,6 @@ def test_outside_a_step_micro_batches_say_where_they_belong():
         optimizer.micro_batches([1])
 
 
-@pytest.mark.parametrize(("method_name", "base"), in_turn(METHODS, [torch.optim.SGD, torch.optim.RMSprop]))
-def test_step_in_the_last_pass_takes_the_step_at_once(method_name, base):
-    """What a framework does that calls step() itself."""
-    (one, first, batches), (two, second, _) = setting(method_name, base, lr=0.01), setting(method_name, base, lr=0.01)
-    hooks = []
-    second.register_step_post_hook(lambda *_: hooks.append(None))
-    for x, y in batches:
-        first.step(closure_of(one, x, y))
-        for turn in second.passes():
-            loss_of(two, x, y).backward()
-            if turn.last:
-                second.step()
-                assert second.turn is None
-                assert_close(one, two)
-        assert_close(one, two)
-    assert len(hooks) == len(batches)
-
-
 def empty(model, optimizer, batch):
     for x in optimizer.micro_batches(iter(())):
         model(x).sum().backward()

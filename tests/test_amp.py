@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from cases import METHODS, closure_of, in_turn, loss_of, make, pairwise, setting
-from snapshots import assert_close, assert_same, everything
+from snapshots import assert_close, assert_same, everything, unchanged
 from torch import nn
 
 import gam_fast
@@ -80,21 +80,6 @@ def test_the_trajectory_is_that_without_a_scaler(method_name, base, form):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-9)  # unscaled
     assert scaler.get_scale() == 2048.0  # grown after three steps, whatever the number of passes
     assert optimizer.skipped_steps == 0
-
-
-def test_a_scale_that_is_too_large_finds_its_way_down():
-    model, optimizer, batches = setting("gam", dtype=torch.float32)
-    scaler = scaler_of(init_scale=2.0**30, growth_interval=1000)
-    losses = []
-    for _ in range(30):
-        for turn in optimizer.passes(scaler=scaler):
-            with torch.autocast("cpu", torch.float16):
-                loss = loss_of(model, *batches[0])
-            turn.backward(loss)
-        losses.append(loss.item())
-    assert 5 < optimizer.skipped_steps < 25
-    assert scaler.get_scale() == 2.0 ** (30 - optimizer.skipped_steps)
-    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(
@@ -235,23 +220,6 @@ def test_the_scalers_own_step_skips_an_overflow(method_name, base, policy, known
     assert not any(torch.equal(before[0][name], p) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize(("by_loop", "unscale"), pairwise([False, True], [False, True]))
-def test_the_scalers_own_step_serves_a_method_of_one_pass(unscale, by_loop):
-    model, optimizer, batches = setting("base")
-    plain, plain_optimizer, _ = setting("base")
-    scaler = scaler_of()
-    for x, y in batches:
-        optimizer.zero_grad()
-        for _ in optimizer.passes() if by_loop else [None]:
-            scaler.scale(loss_of(model, x, y)).backward()
-            if unscale:
-                scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-        plain_optimizer.step(closure_of(plain, x, y))
-    assert_close(model, plain, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(("scale", "fused", "policy"), pairwise([None, 8.0], [False, True], ["raise", "ignore"]))
 def test_base_keeps_to_torchs_protocol_of_scalers(scale, fused, policy):
     """Torch's fused Adam is what it says: a scale is taken out, an overflow means no step."""
@@ -344,10 +312,8 @@ def test_misuse_is_refused_and_forgotten(misuse):
     (model, optimizer, batches), (twin, other, _) = setting("gam"), setting("gam")
     if misuse is step_of_the_exact_form:
         optimizer, other = (gam_fast.ExactGAM(m.parameters(), lr=0.1, model=m) for m in (model, twin))
-    before = everything(model, optimizer)
-    with pytest.raises(RuntimeError, match=MISUSES[misuse]):
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match=MISUSES[misuse]):
         misuse(lambda: loss_of(model, *batches[0]), optimizer, scaler_of())
-    assert_same(before, everything(model, optimizer))
     assert not {"grad_scale", "found_inf"} & set(vars(optimizer)) or misuse is with_a_hook_that_raises
     by_turn(model, optimizer, None, *batches[1])
     by_turn(twin, other, None, *batches[1])
@@ -427,15 +393,13 @@ def test_a_loss_that_is_not_scaled_is_an_error_in_any_pass_of_any_step(method_na
     model, optimizer, batches = setting(method_name)
     scaler = scaler_of()
     by_scale(model, optimizer, scaler, *batches[0])
-    before = everything(model, optimizer)
 
     def closure(turn):
         loss = loss_of(model, *batches[0])
         (loss if turn.index == at else scaler.scale(loss)).backward()
 
-    with pytest.raises(RuntimeError, match=f"no loss was scaled in pass {at} of"):
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match=f"no loss was scaled in pass {at} of"):
         optimizer.step(closure, scaler=scaler)
-    assert_same(before, everything(model, optimizer))
     by_scale(model, optimizer, scaler, *batches[0])
 
 

@@ -51,6 +51,10 @@ CALLS = {
     "limit or not": (lambda: gam_fast.GAM(P, clip_grad_norm=True), "clip_grad_norm must be a number or None, got True"),
     "closure of passes": (lambda: gam_fast.GAM(P).passes(lambda: 0), r"got .*a closure is for step\(closure\)"),
     "class of scalers": (lambda: gam_fast.GAM(P).passes(torch.amp.GradScaler), "scaler must be a .*got <class"),
+    "number as scaler": (
+        lambda: gam_fast.GAM(P).step(lambda: None, scaler=3),
+        "scaler must be a .*GradScaler or None, got 3",
+    ),
     "loss": (lambda: gam_fast.GAM(P).step(torch.ones(())), r"takes a closure, not the loss: def closure\(\)"),
     "number as closure": (lambda: gam_fast.GAM(P).step(3), "takes a closure; got int"),
 }

@@ -352,21 +352,6 @@ def test_a_rate_that_is_a_tensor_is_a_rate(name):
         assert torch.is_tensor(optimizer.state_dict()["param_groups"][0]["lr"])
 
 
-@over_bases
-def test_a_step_without_any_gradient_does_nothing(name):
-    for given, backend in inputs(name, BACKENDS):
-        params, theirs = parameters(name), parameters(name)
-        optimizer = ours("base", name, params, given.kwargs, backend=backend)
-        expected = plain(name, theirs, given.kwargs)
-        before = copy.deepcopy(optimizer.state_dict())
-        optimizer.step()
-        optimizer.step(lambda: None)
-        expected.step()
-        assert_same(params, parameters(name), given.desc)
-        assert_same_state(optimizer.state_dict(), before, given.desc)
-        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc)
-
-
 DIVIDES_BY_ELEMENTS = {"Adafactor"}
 """Those whose own step fails for a parameter without elements: Adafactor divides by their number."""
 
@@ -407,7 +392,7 @@ def test_base_refuses_what_torch_refuses(name):
 
 @over_bases
 def test_a_scaler_steps_and_skips_as_with_the_plain_optimizer(name):
-    for given, backend in inputs(name, BACKENDS, flags=True):
+    for given, backend, unscales in inputs(name, BACKENDS, [False, True], flags=True):
         params, theirs = parameters(name), parameters(name)
         optimizer = ours("base", name, params, given.kwargs, backend=backend)
         expected = plain(name, theirs, given.kwargs)
@@ -416,6 +401,8 @@ def test_a_scaler_steps_and_skips_as_with_the_plain_optimizer(name):
             for factor in (1.0, float("inf"), 1.0):
                 one.zero_grad()
                 (scaler.scale(loss_of(some)) * factor).backward()
+                if unscales:
+                    scaler.unscale_(one)
                 scaler.step(one)
                 scaler.update()
             assert scaler.get_scale() == 32.0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import METHODS, MOMENTUM, closure_of, in_turn, make, pairwise
 from schedule_free import Lookahead, ScheduleFree
-from snapshots import assert_close, assert_same, everything, through_a_file
+from snapshots import assert_close, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
 import gam_fast
@@ -159,10 +159,8 @@ def test_a_nested_state_out_of_range_changes_nothing():
     train(model, optimizer, batches, [0])
     state = optimizer.state_dict()
     state["wrapped"]["inner"]["param_groups"][0]["rho"] = -1.0
-    before = everything(model, optimizer)
-    with pytest.raises(ValueError, match="rho must not be negative, got -1.0"):
+    with unchanged(model, optimizer), pytest.raises(ValueError, match="rho must not be negative, got -1.0"):
         optimizer.load_state_dict(state)
-    assert_same(before, everything(model, optimizer))
 
 
 def test_a_state_without_any_groups_is_for_the_base_to_read():
