@@ -438,24 +438,6 @@ def test_a_head_that_is_replaced_or_added_is_found():
             torch.testing.assert_close(p.grad, grad)
 
 
-@pytest.mark.parametrize("both", [True, False], ids=["model= to both", "model= to one"])
-def test_two_optimizers_in_step_over_one_model(both):
-    """Each clears its own gradients, and leaves alone those of the other that is under way."""
-    found = []
-    for given in (True, both), (False, False):
-        model, batches = make("mlp")
-        parts = [list(model.net[:3].parameters()), list(model.net[3:].parameters())]
-        first, second = (
-            gam_fast.GAM(part, SGD, model=model if known else None, **METHODS["gam"].hyper)
-            for part, known in zip(parts, given, strict=True)
-        )
-        for x, y in batches[:2]:
-            for _ in zip(first.passes(), second.passes(), strict=True):
-                loss_of(model, x, y).backward()
-        found.append(model)
-    assert_close(*found)
-
-
 def test_frozen_parameters_of_the_model_are_left_alone():
     model, [(x, y), *_], optimizer, head = with_head("gam")
     for p in head:

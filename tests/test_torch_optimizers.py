@@ -352,6 +352,21 @@ def test_a_rate_that_is_a_tensor_is_a_rate(name):
         assert torch.is_tensor(optimizer.state_dict()["param_groups"][0]["lr"])
 
 
+@over_bases
+def test_a_step_without_any_gradient_does_nothing(name):
+    for given, backend in inputs(name, BACKENDS):
+        params, theirs = parameters(name), parameters(name)
+        optimizer = ours("base", name, params, given.kwargs, backend=backend)
+        expected = plain(name, theirs, given.kwargs)
+        before = copy.deepcopy(optimizer.state_dict())
+        optimizer.step()
+        optimizer.step(lambda: None)
+        expected.step()
+        assert_same(params, parameters(name), given.desc)
+        assert_same_state(optimizer.state_dict(), before, given.desc)
+        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc)
+
+
 DIVIDES_BY_ELEMENTS = {"Adafactor"}
 """Those whose own step fails for a parameter without elements: Adafactor divides by their number."""
 
