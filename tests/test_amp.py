@@ -245,76 +245,52 @@ def test_base_keeps_to_torchs_protocol_of_scalers(scale, fused, policy):
 # Misuse
 
 
-def unscaled_in_a_pass(loss, optimizer, scaler):
-    for turn in optimizer.passes(scaler=scaler):
-        turn.backward(loss())
-        if turn.index == 1:
-            scaler.unscale_(optimizer)
-
-
-def unscaled_before_its_step(loss, optimizer, scaler):
-    for turn in optimizer.passes():
-        scaler.scale(loss()).backward()
-        if turn.last:
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-
-
-def step_with_a_closure(loss, optimizer, scaler):
-    scaler.scale(loss()).backward()
-    scaler.step(optimizer, lambda: scaler.scale(loss()).backward())
-
-
-def given_in_the_last_pass(loss, optimizer, scaler):
-    for turn in optimizer.passes():
-        scaler.scale(loss()).backward()
-        if turn.last:
-            optimizer.step(scaler=scaler)
-
-
-def without_passes(loss, optimizer, scaler):
-    scaler.scale(loss()).backward()
+def unscale_and_step(scaler, optimizer):
+    scaler.unscale_(optimizer)
     scaler.step(optimizer)
 
 
-def step_of_the_exact_form(loss, optimizer, scaler):
-    for turn in optimizer.passes():
-        turn.backward(scaler.scale(loss()))
-        if turn.last:
-            scaler.step(optimizer)
-
-
-def with_a_hook_that_raises(loss, optimizer, scaler):
+def step_with_a_failing_hook(scaler, optimizer):
     def hook(*_):
         handle.remove()
         raise RuntimeError("of the hook")
 
     handle = optimizer.register_step_pre_hook(hook)
-    for turn in optimizer.passes():
-        scaler.scale(loss()).backward()
-        if turn.last:
-            scaler.step(optimizer)
+    scaler.step(optimizer)
 
 
+SCALER = torch.amp.GradScaler
 MISUSES = {
-    unscaled_in_a_pass: r"scaler.unscale_ was called in pass 1 of GAM.*clip_grad_norm=",
-    unscaled_before_its_step: "scaler.unscale_ was called for one pass of GAM.*clip_grad_norm=",
-    step_with_a_closure: r"takes no closure.*step\(closure, scaler=scaler\)",
-    given_in_the_last_pass: r"the loop is passes\(scaler=scaler\)",
-    without_passes: r"GAM takes 4 passes.*GradScaler.*passes\(scaler=scaler\)",
-    step_of_the_exact_form: r"step of ExactGAM.*passes\(scaler=scaler\)",
-    with_a_hook_that_raises: "of the hook",
+    "unscaled in pass 1": (True, SCALER.unscale_, r"scaler.unscale_ was called in pass 1 of GAM.*clip_grad_norm="),
+    "unscaled": (False, unscale_and_step, "scaler.unscale_ was called for one pass of GAM.*clip_grad_norm="),
+    "a closure": (None, lambda s, o: s.step(o, lambda: None), r"takes no closure.*step\(closure, scaler=scaler\)"),
+    "given late": (False, lambda s, o: o.step(scaler=s), r"the loop is passes\(scaler=scaler\)"),
+    "no loop": (None, SCALER.step, r"GAM takes 4 passes.*GradScaler.*passes\(scaler=scaler\)"),
+    "exact": (False, SCALER.step, r"step of ExactGAM.*passes\(scaler=scaler\)"),
+    "a hook": (False, step_with_a_failing_hook, "of the hook"),
 }
+"""Whether the loop is given the scaler, and is not, or there is none; what is done in its pass 1, or its last."""
 
 
-@pytest.mark.parametrize("misuse", MISUSES, ids=lambda misuse: misuse.__name__)
-def test_misuse_is_refused_and_forgotten(misuse):
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_is_refused_and_forgotten(name):
+    known, misuse, message = MISUSES[name]
     (model, optimizer, batches), (twin, other, _) = setting("gam"), setting("gam")
-    if misuse is step_of_the_exact_form:
+    if name == "exact":
         optimizer, other = (gam_fast.ExactGAM(m.parameters(), lr=0.1, model=m) for m in (model, twin))
-    with unchanged(model, optimizer), pytest.raises(RuntimeError, match=MISUSES[misuse]):
-        misuse(lambda: loss_of(model, *batches[0]), optimizer, scaler_of())
-    assert not {"grad_scale", "found_inf"} & set(vars(optimizer)) or misuse is with_a_hook_that_raises
+    scaler = scaler_of()
+
+    def step():
+        for turn in [None] if known is None else optimizer.passes(scaler if known else None):
+            loss = scaler.scale(loss_of(model, *batches[0]))
+            loss.backward() if turn is None else turn.backward(loss)
+            if turn is None or (turn.index == 1 if known else turn.last):
+                misuse(scaler, optimizer)
+
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match=message):
+        step()
+    assert not {"grad_scale", "found_inf"} & set(vars(optimizer)) or name == "a hook"
+    scaler = None  # a step without it may follow only where it is not in use any more
     by_turn(model, optimizer, None, *batches[1])
     by_turn(twin, other, None, *batches[1])
     assert_close(model, twin)
