@@ -67,6 +67,12 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def in_turn(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """As few rows of one value a factor as it takes for each value to come once."""
+    values = [list(factor) for factor in factors]
+    return [tuple(each[i % len(each)] for each in values) for i in range(max(map(len, values)))]
+
+
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -225,3 +231,18 @@ BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw_maximize": partial(torch.optim.AdamW, lr=2e-3, eps=1e-4, maximize=True),
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-3, alpha=0.9, eps=1e-4, momentum=0.5),
 }
+MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def setting(
+    method_name: str,
+    base: Callable[..., torch.optim.Optimizer] = MOMENTUM,
+    model_name: str = "mlp",
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[nn.Module, gam_fast.SharpnessAwareOptimizer, list[tuple[Tensor, Tensor]]]:
+    """The model, an optimizer of the method over it, and batches."""
+    method = METHODS[method_name]
+    model, batches = make(model_name, dtype)
+    options = {"model": model, **method.hyper, **options}
+    return model, method.optimizer(model.parameters(), base, **options), batches

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+from contextlib import contextmanager
 
 import torch
 
@@ -19,6 +21,26 @@ def everything(model, optimizer):
     momenta = [m.momentum for m in model.modules() if hasattr(m, "momentum")]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     return tensors, state, flags, momenta, groups, torch.get_rng_state()
+
+
+@contextmanager
+def unchanged(model, optimizer):
+    """The block leaves no trace."""
+    before = everything(model, optimizer)
+    yield
+    assert_same(before, everything(model, optimizer))
+
+
+def assert_close(ours, theirs, rtol=0.0, atol=0.0):
+    """The parameters of two modules; bit for bit where no tolerance is given."""
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=rtol, atol=atol)
+
+
+def through_a_file(value, weights_only=True):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def assert_same(before, after):

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import METHODS
+from cases import METHODS, in_turn
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +16,27 @@ import gam_fast
 from gam_fast import buffers, places
 
 MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
+
+
+def register(norm, value):
+    if hasattr(norm, "late"):
+        norm.late.copy_(value)
+    else:
+        norm.register_buffer("late", value)
+
+
+HOWS = {
+    "in_place": lambda norm, value: norm.centre.copy_(value),
+    "assigned": lambda norm, value: setattr(norm, "centre", value),
+    "first_none": lambda norm, value: setattr(norm, "centre", value),
+    "expanded": lambda norm, value: setattr(norm, "centre", value.mean().expand(4)),  # nobody can write to it in place
+    "by_data": lambda norm, value: norm.centre.data.copy_(value),
+    "data_by_another": lambda norm, value: setattr(norm.centre, "data", value),
+    "set": lambda norm, value: norm.centre.set_(value),
+    "registered": register,
+    "renormalised": lambda norm, value: norm.centre.copy_(value),
+    "functional": None,
+}
 
 
 class Norm(nn.Module):
@@ -32,54 +53,15 @@ class Norm(nn.Module):
     def forward(self, x):
         if self.how == "functional":  # which no version tells
             return F.batch_norm(x, self.centre, self.spread, self.weight, None, self.training)
-        rows = x[::2] if self.how == "masked" else x
-        mean, var = rows.mean(0), rows.var(0)
-        out = self.weight * (x - mean) / (var + 1e-5).sqrt()
+        mean = x.mean(0)
+        out = self.weight * (x - mean)
         if self.how == "renormalised":  # whose output reads what it moves
-            out = out * (var.detach() / self.spread).clamp(0.3, 3.0) + (mean.detach() - self.centre).clamp(-1.0, 1.0)
+            out = out + (mean.detach() - self.centre).clamp(-1.0, 1.0)
         with torch.no_grad():
-            if not self.training:
-                pass
-            elif self.how in ("assigned", "masked"):
-                self.centre = 0.9 * self.centre + 0.1 * mean
-                self.spread = 0.9 * self.spread + 0.1 * var
-            elif self.how == "first_none":
-                self.centre = mean.clone() if self.centre is None else 0.9 * self.centre + 0.1 * mean
-            elif self.how == "expanded":  # which nobody can write to in place
-                self.centre = (0.9 * self.centre + 0.1 * mean.mean()).mean().expand(4)
-                self.spread += 1
-            elif self.how == "data":
-                self.centre.data.lerp_(mean, 0.1)
-            elif self.how == "data_replaced":
-                self.centre.data = 0.9 * self.centre.data + 0.1 * mean
-            elif self.how == "set":
-                self.centre.set_((0.9 * self.centre + 0.1 * mean).detach())
-            elif self.how == "registered":
-                if not hasattr(self, "late"):
-                    self.register_buffer("late", torch.zeros(4))
-                self.late.lerp_(mean, 0.1)
-            else:
-                self.centre.lerp_(mean, 0.1)
-                self.spread.lerp_(var, 0.1)
+            if self.training:
+                HOWS[self.how](self, mean.clone() if self.centre is None else 0.9 * self.centre + 0.1 * mean)
         self.steps += 1
         return out
-
-
-class Codebook(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("embed", torch.randn(6, 4))
-        self.register_buffer("cluster_size", torch.ones(6))
-        self.register_buffer("embed_sum", self.embed.clone())
-
-    def forward(self, z):
-        index = torch.cdist(z.detach(), self.embed).argmin(1)
-        q = self.embed[index]
-        one = F.one_hot(index, 6).to(z)
-        self.cluster_size.lerp_(one.sum(0), 0.1)
-        self.embed_sum.lerp_(one.T @ z.detach(), 0.1)
-        self.embed.copy_(self.embed_sum / self.cluster_size.clamp(min=1e-3)[:, None])
-        return z + (q - z).detach() + 0.1 * (z - q)
 
 
 class Queue(nn.Module):
@@ -94,24 +76,6 @@ class Queue(nn.Module):
         self.queue[at : at + len(z)] = z.detach()
         self.queue_ptr[0] = (at + len(z)) % len(self.queue)
         return out
-
-
-class Observations(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("var", torch.ones(4))
-        self.register_buffer("count", torch.tensor(1e-4))
-
-    def forward(self, z):
-        with torch.no_grad():
-            n, m, v = len(z), z.mean(0), z.var(0)
-            total = self.count + n
-            delta = m - self.mean
-            self.var.copy_((self.var * self.count + v * n + delta**2 * self.count * n / total) / total)
-            self.mean.add_(delta * n / total)
-            self.count.copy_(total)
-        return (z - self.mean) / (self.var + 1e-8).sqrt()
 
 
 class Momentum(nn.Module):
@@ -143,12 +107,6 @@ def move(how, key, query):
             k.data = k.data * 0.9 + q.data * 0.1
 
 
-def fake_quantize():
-    from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
-
-    return FakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255, averaging_constant=0.1)
-
-
 def fused_fake_quantize():
     """Its buffers take their shape in the first forward; what it writes later changes no version."""
     from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
@@ -156,41 +114,30 @@ def fused_fake_quantize():
     return FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
 
 
-HOWS = (
-    *("in_place", "assigned", "masked", "first_none", "renormalised", "functional", "data", "data_replaced", "set"),
-    *("registered", "expanded"),
-)
 KINDS = {
     **{how: lambda how=how: Norm(how) for how in HOWS},
     "batchnorm": lambda: nn.BatchNorm1d(4),
     "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
     "parametrized_spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
-    "fake_quantize": fake_quantize,
     "fused_fake_quantize": fused_fake_quantize,
-    "codebook": Codebook,
     "queue": Queue,
-    "observations": Observations,
 }
 ENCODERS = {
     f"{how}{', requires_grad' if requires_grad else ''}": (how, requires_grad)
     for how in ("no_grad", "lerp", "data", "data_replaced")
     for requires_grad in (False, True)
 }
+ALL = (*KINDS, *ENCODERS)
 
 
-def build(kind):
+def build(kind, *, apart=False):
+    """With ``apart``, a layer and its average are not equal at the start: some moves leave equal ones as they are."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 4), KINDS[kind](), nn.Tanh(), nn.Linear(4, 3))
-
-
-def build_encoder(name, *, apart=False):
-    """With ``apart``, the two are not equal at the start: some moves leave equal ones as they are."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 4), Momentum(*ENCODERS[name]), nn.Tanh(), nn.Linear(4, 3))
+    middle = KINDS[kind]() if kind in KINDS else Momentum(*ENCODERS[kind])
     if apart:
-        nn.init.ones_(model[1].key.weight)
-        nn.init.ones_(model[1].key.bias)
-    return model
+        for p in middle.key.parameters():
+            nn.init.ones_(p)
+    return nn.Sequential(nn.Linear(5, 4), middle, nn.Tanh(), nn.Linear(4, 3))
 
 
 def batch():
@@ -228,139 +175,121 @@ def assert_same(found, right):
         assert torch.equal(values, right[name][0]), name
 
 
-def check_that_all_move_once(method_name, make, **options):
-    """Against a twin that makes one plain forward a step, at the weights of its start."""
-    model, twin = make(), make()
+def step(model, optimizer, x=None, y=None):
+    x, y = batch() if x is None else (x, y)
+    optimizer.step(lambda: loss_of(model, x, y).backward())
+
+
+def leave(model, optimizer, at):
+    def closure(turn):
+        loss_of(model, *batch()).backward()
+        if turn.index == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+
+
+def leave_in_each_pass(model, optimizer):
+    for at in range(optimizer.recipe.passes):
+        before = state_of(model)
+        leave(model, optimizer, at)
+        after = state_of(model)
+        assert_same(after, before)
+        assert all(tensor is before[name][1] for name, (_, tensor) in after.items())
+
+
+def check_that_all_move_once(method_name, kind, **options):
+    """Against a twin that makes one plain forward a step, at the same weights; also, which tensors are exchanged."""
+    model, twin = build(kind), build(kind)
     optimizer = optimizer_of(method_name, model, **options)
     for _ in range(3):
         x, y = batch()
         take_trained(twin, model)
+        before, twins = state_of(model), state_of(twin)
         loss_of(twin, x, y)
-        before = state_of(model)
         for _ in optimizer.passes():
             assert_same(state_of(model), before)
             loss_of(model, x, y).backward()
-        assert_same(state_of(model), state_of(twin))
+        after, right = state_of(model), state_of(twin)
+        assert_same(after, right)
+        for name, (_, tensor) in before.items():
+            assert (after[name][1] is tensor) == (right[name][1] is twins[name][1]), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method_name", METHODS)
+def rows(kinds):
+    """All kinds under GAM, and each under another method."""
+    return [*(("gam", kind) for kind in kinds), *in_turn([name for name in METHODS if name != "gam"], kinds)]
+
+
+@pytest.mark.parametrize(("method_name", "kind"), rows(KINDS))
 def test_buffers_move_once_a_step_and_all_passes_see_the_same(method_name, kind):
-    check_that_all_move_once(method_name, lambda: build(kind))
+    check_that_all_move_once(method_name, kind)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "encoder"), rows(ENCODERS))
 def test_parameters_that_are_not_trained_move_once_a_step(method_name, encoder):
-    check_that_all_move_once(method_name, lambda: build_encoder(encoder))
+    check_that_all_move_once(method_name, encoder)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_so_do_those_of_the_optimizer_without_a_model(method_name, encoder):
-    check_that_all_move_once(method_name, lambda: build_encoder(encoder), model=None)
+    check_that_all_move_once(method_name, encoder, model=None)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_so_do_those_that_are_in_no_optimizer(method_name, encoder):
-    model = build_encoder(encoder, apart=True)
+    model = build(encoder, apart=True)
     optimizer = optimizer_of(method_name, model, params=[p for n, p in model.named_parameters() if ".key." not in n])
     for _ in range(3):
         right = copy.deepcopy(model)
+        leave_in_each_pass(model, optimizer)
         x, y = batch()
-        for at in range(METHODS[method_name].passes):
-            with pytest.raises(KeyboardInterrupt):
-                leave(optimizer, model, at)
-            assert_same(state_of(model), state_of(right))
         loss_of(right, x, y)
-        for _ in optimizer.passes():
-            loss_of(model, x, y).backward()
+        step(model, optimizer, x, y)
         assert_same(state_of(model), state_of(right))
 
 
-@pytest.mark.parametrize("how", ["no_grad", "lerp", "data_replaced"])
+@pytest.mark.parametrize("how", ["no_grad", "lerp", "data_replaced", "no gradient any more"])
 @pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_a_teacher_that_is_frozen_and_moved_in_mid_training(method_name, how):
-    model = build_encoder("no_grad, requires_grad", apart=True)
+    model = build("no_grad, requires_grad", apart=True)
     average = model[1]
     average.forward = lambda x: average.query(x) + average.key(x)
     optimizer = optimizer_of(method_name, model)
-    for step in range(4):
-        if step == 2:
-            average.key.requires_grad_(False)
-            average.how = how
-            del average.forward
+    for _ in range(2):
+        step(model, optimizer)
+    del average.forward
+    if how != "no gradient any more":
+        average.key.requires_grad_(False)
+        average.how = how
+    for _ in range(2):
         right = copy.deepcopy(model)
-        if step >= 2:
-            for at in range(METHODS[method_name].passes):
-                with pytest.raises(KeyboardInterrupt):
-                    leave(optimizer, model, at)
-                assert_same(state_of(model), state_of(right))
-            loss_of(right, *batch())
-        optimizer.step(lambda: loss_of(model, *batch()).backward())
-        if step >= 2:
-            assert_same(state_of(model), state_of(right))
-
-
-@pytest.mark.parametrize("method_name", ["sam", "gam"])
-def test_a_teacher_that_gets_no_gradient_any_more_moves_once(method_name):
-    model = build_encoder("no_grad, requires_grad", apart=True)
-    average = model[1]
-    average.forward = lambda x: average.query(x) + average.key(x)
-    optimizer = optimizer_of(method_name, model)
-    for step in range(3):
-        if step == 1:
-            del average.forward
-        right = copy.deepcopy(model)
+        if how != "no gradient any more":
+            leave_in_each_pass(model, optimizer)
         loss_of(right, *batch())
-        optimizer.step(lambda: loss_of(model, *batch()).backward())
-        if step >= 1:
-            assert_same(state_of(model), state_of(right))
+        step(model, optimizer)
+        assert_same(state_of(model), state_of(right))
 
 
-def leave(optimizer, model, at):
-    for turn in optimizer.passes():
-        loss_of(model, *batch()).backward()
-        if turn.index == at:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("method_name", "kind"),
-    [
-        *((name, kind) for name in ("base", "sam", "gam") for kind in (*KINDS, *ENCODERS)),
-    ],
-)
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_an_undone_step_leaves_no_trace(method_name, kind):
     # (the only pass of the first step has to show what moves)
-    model = build(kind) if kind in KINDS else build_encoder(kind, apart=method_name == "base")
+    model = build(kind, apart=method_name == "base" and kind in ENCODERS)
     optimizer = optimizer_of(method_name, model)
-    for steps_before in (0, 2):
-        for _ in range(steps_before):
-            optimizer.step(lambda: loss_of(model, *batch()).backward())
-        for at in range(METHODS[method_name].passes):
-            before = state_of(model)
-            with pytest.raises(KeyboardInterrupt):
-                leave(optimizer, model, at)
-            after = state_of(model)
-            assert_same(after, before)
-            assert all(tensor is before[name][1] for name, (_, tensor) in after.items())
-
-
-def test_what_is_written_in_place_stays_where_it_is():
-    model = build("in_place")
-    optimizer = optimizer_of("gam", model)
-    places_before = [(id(buffer), buffer.data_ptr()) for buffer in model.buffers()]
-    for _ in range(3):
-        optimizer.step(lambda: loss_of(model, *batch()).backward())
-    assert [(id(buffer), buffer.data_ptr()) for buffer in model.buffers()] == places_before
+    leave_in_each_pass(model, optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+    leave_in_each_pass(model, optimizer)
 
 
 @pytest.mark.parametrize("how", ["no_grad", "lerp", "data", "data_replaced"])
-@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
+@pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_a_teacher_that_the_body_of_the_loop_moves(method_name, how):
-    model = build_encoder("no_grad")
+    model = build("no_grad")
     model[1].forward = model[1].query.forward
     twin = copy.deepcopy(model)
     optimizer = optimizer_of(method_name, model)
@@ -397,8 +326,8 @@ def test_a_buffer_that_begins_to_move_later(kind, training):
     for net in (model, twin):
         net[1].eval() if training == "mode" else setattr(net[1], "training", False)
     optimizer = optimizer_of("gam", model)
-    for step in range(4):
-        if step == 2:
+    for number in range(4):
+        if number == 2:
             for net in (model, twin):
                 net[1].training = True
         x, y = batch()
@@ -423,24 +352,26 @@ class Gated(nn.Module):
         return x
 
 
-def test_a_large_buffer_that_begins_to_move_later_moves_once_too():
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_large_buffer_that_begins_to_move_later_moves_once_too(start, monkeypatch):
+    if start == 0:  # the copies of the first step have a limit
+        monkeypatch.setattr(buffers, "LEAST_BYTES", 0)
     model = nn.Sequential(nn.Linear(5, 3), Gated())
     optimizer = optimizer_of("gam", model)
-    for step in range(4):
-        model[1].flag = step > 1
-        x, y = batch()
-        optimizer.step(lambda x=x, y=y: loss_of(model, x, y).backward())
-        assert model[1].bank.unique().tolist() == [max(0, step - 1)]
+    for number in range(4):
+        model[1].flag = number >= start
+        step(model, optimizer)
+        assert model[1].bank.unique().tolist() == [max(0, number + 1 - start)]
 
 
 def test_only_what_moves_or_is_small_is_copied_after_the_first_step():
     model = nn.Sequential(nn.Linear(5, 4), Gated(), Queue(), nn.Linear(4, 3))
     state = buffers.ForwardState()
-    for step in range(3):
+    for number in range(3):
         state.enter(model, list(model.parameters()))
         copied = {place.name for place in state._places if place.start is not None}
         assert copied >= {"queue", "queue_ptr"}
-        assert ("bank" in copied) == (step == 0)
+        assert ("bank" in copied) == (number == 0)
         for _ in range(2):
             state.begin()
             loss_of(model, *batch()).backward()
@@ -448,21 +379,11 @@ def test_only_what_moves_or_is_small_is_copied_after_the_first_step():
     assert int(model[2].queue_ptr) == 36
 
 
-def test_the_copies_of_the_first_step_have_a_limit(monkeypatch):
-    monkeypatch.setattr(buffers, "LEAST_BYTES", 0)
-    model = nn.Sequential(nn.Linear(5, 3), Gated())
-    optimizer = optimizer_of("gam", model)
-    model[1].flag = True
-    for step in range(2):
-        optimizer.step(lambda: loss_of(model, *batch()).backward())
-        assert model[1].bank.unique().tolist() == [step + 1]
-
-
 def test_named_buffers_may_move_in_every_pass():
     model = build("in_place")
     optimizer = optimizer_of("gam", model, moving_buffers=["*.steps"])
     for _ in range(2):
-        optimizer.step(lambda: loss_of(model, *batch()).backward())
+        step(model, optimizer)
     assert int(model[1].steps) == 8
     with pytest.raises(ValueError, match=r"'\*.stepss' fits no buffer of the model; it has 1.centre, 1.spread"):
         optimizer_of("gam", model, moving_buffers=["*.stepss"]).step(lambda: None)
@@ -471,9 +392,9 @@ def test_named_buffers_may_move_in_every_pass():
 
 
 def test_a_parameter_that_begins_to_be_trained_is_trained():
-    model = build_encoder("no_grad, requires_grad", apart=True)
+    model = build("no_grad, requires_grad", apart=True)
     optimizer = optimizer_of("gam", model)
-    optimizer.step(lambda: loss_of(model, *batch()).backward())
+    step(model, optimizer)
     model[1].forward = lambda x: model[1].query(x) - model[1].key(x)
     twin = copy.deepcopy(model)
     twin[1].forward = lambda x: twin[1].query(x) - twin[1].key(x)
@@ -481,8 +402,8 @@ def test_a_parameter_that_begins_to_be_trained_is_trained():
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for _ in range(2):
         x, y = batch()
-        optimizer.step(lambda x=x, y=y: loss_of(model, x, y).backward())
-        other.step(lambda x=x, y=y: loss_of(twin, x, y).backward())
+        step(model, optimizer, x, y)
+        step(twin, other, x, y)
         assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
@@ -521,8 +442,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "writer"), [*in_turn(["base"], WRITERS), *in_turn(MULTIPASS, WRITERS)])
 def test_a_forward_that_writes_to_trained_parameters(method_name, writer):
     make, name = WRITERS[writer]
     model = nn.Sequential(make(), nn.Linear(4, 3))
@@ -535,19 +455,18 @@ def test_a_forward_that_writes_to_trained_parameters(method_name, writer):
             plain.zero_grad()
             loss_of(twin, x, y).backward()
             plain.step()
-            optimizer.step(lambda: loss_of(model, x, y).backward())
+            step(model, optimizer, x, y)
             torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
     else:
         optimizer = optimizer_of(method_name, model)
         with pytest.raises(
             RuntimeError, match=rf"\({name}\), of shape .* was modified during pass 0 .*max_norm=.*once"
         ):
-            optimizer.step(lambda: loss_of(model, x, y).backward())
-        inactive = optimizer_of(method_name, model, active=lambda step: False)
-        inactive.step(lambda: loss_of(model, x, y).backward())
+            step(model, optimizer, x, y)
+        step(model, optimizer_of(method_name, model, active=lambda step: False), x, y)
 
 
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_lazy_modules(method_name):
     torch.manual_seed(2)
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 3))
@@ -555,12 +474,12 @@ def test_lazy_modules(method_name):
     optimizer = optimizer_of(method_name, model)
     if METHODS[method_name].passes > 1:
         with pytest.raises(RuntimeError, match="0.weight is not initialized: .*run the model once"):
-            optimizer.step(lambda: loss_of(model, x, y).backward())
+            step(model, optimizer, x, y)
         with torch.no_grad():
             model.eval()(x)
         model.train()
     for _ in range(2):
-        optimizer.step(lambda: loss_of(model, x, y).backward())
+        step(model, optimizer, x, y)
     assert int(model[1].num_batches_tracked) == 2
 
 
@@ -572,31 +491,23 @@ def forgotten(how):
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=how != "plain"), nn.Linear(4, 3))
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1)
     x, y = batch()
-    if how == "attribute":
-        trainer = types.SimpleNamespace(model=model, optimizer=optimizer)
+    if how in ("attribute", "list"):
+        held = types.SimpleNamespace(model=model) if how == "attribute" else [model]
         del model
-        return lambda: trainer.optimizer.step(lambda: loss_of(trainer.model, x, y).backward())
-    if how == "list":
-        models = [model]
-        del model
-        return lambda: optimizer.step(lambda: loss_of(models[0], x, y).backward())
-
-    def step():
-        if how == "loop":
-            for _ in optimizer.passes():
-                loss_of(model, x, y).backward()
-        else:
-            optimizer.step(lambda: loss_of(model, x, y).backward())
-
-    return step
+        if how == "attribute":
+            return lambda: optimizer.step(lambda: loss_of(held.model, x, y).backward())
+        return lambda: optimizer.step(lambda: loss_of(held[0], x, y).backward())
+    if how == "loop":
+        return lambda: [loss_of(model, x, y).backward() for _ in optimizer.passes()]
+    return lambda: optimizer.step(lambda: loss_of(model, x, y).backward())
 
 
 @pytest.mark.parametrize("how", ["loop", "closure", "plain", "attribute", "list"])
 def test_a_forgotten_model_is_warned_of_once(how):
-    step = forgotten(how)
+    take = forgotten(how)
     with pytest.warns(UserWarning, match=r"buffers of the module that this GAM trains \(1.running_mean, .*model=model"):
-        step()
-    step()  # warnings are errors here
+        take()
+    take()  # warnings are errors here
 
 
 def test_where_nothing_moves_in_every_pass_nobody_is_warned():

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import METHODS, closure_of, loss_of, make
-from snapshots import assert_same, everything
+from cases import METHODS, closure_of, in_turn, loss_of, setting
+from snapshots import assert_close, assert_same, everything
 from test_trajectories import reference_step
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gam_fast
 
@@ -19,6 +19,7 @@ BASES = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2),
     "rmsprop": partial(torch.optim.RMSprop, lr=1e-3, alpha=0.9, eps=1e-4),
 }
+FORMS = ["loop", "closure", "step in the last pass"]
 
 
 def parameters_of(optimizer):
@@ -40,21 +41,11 @@ def leave_out(optimizer, args, kwargs):
         p.grad = None
 
 
-def add(optimizer, args, kwargs):
-    """A gradient for those without one, too."""
-    for i, p in enumerate(parameters_of(optimizer)):
-        if p.requires_grad:
-            p.grad = torch.full_like(p, 0.1 * i) if p.grad is None else p.grad + 0.1 * i
-
-
 def shrink(optimizer, args, kwargs):
     """The weights themselves."""
     with torch.no_grad():
         for p in parameters_of(optimizer):
             p.mul_(0.9)
-
-
-HOOKS = {hook.__name__: hook for hook in (clip, replace, leave_out, shrink)}
 
 
 def take_step(form, model, optimizer, x, y):
@@ -67,26 +58,21 @@ def take_step(form, model, optimizer, x, y):
             optimizer.step()
 
 
-FORMS = ["loop", "closure", "step in the last pass"]
-
-
-@pytest.mark.parametrize("base_name", BASES)
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "base_name"), in_turn(METHODS, BASES))
 def test_a_pre_hook_works_on_the_final_direction(method_name, base_name):
     """Torch's own optimizer with the same hook, and the direction by the book as its gradient, is the oracle."""
-    method, build = METHODS[method_name], BASES[base_name]
-    for hook in HOOKS.values():
-        ours, batches = make("mlp")
+    method = METHODS[method_name]
+    for hook in (clip, replace, leave_out, shrink):
+        ours, optimizer, batches = setting(method_name, BASES[base_name])
         theirs = copy.deepcopy(ours)
-        optimizer = method.optimizer(ours.parameters(), build, model=ours, **method.hyper)
-        plain = build(theirs.parameters())
+        plain = BASES[base_name](theirs.parameters())
         for each in (optimizer, plain):
             each.register_step_pre_hook(hook)
         for form, (x, y) in zip(FORMS, batches, strict=False):
             take_step(form, ours, optimizer, x, y)
             reference_step(theirs, plain, method, method.hyper, x, y)
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
             assert optimizer.state[p].keys() == plain.state[q].keys()
 
 
@@ -94,50 +80,46 @@ def test_a_pre_hook_works_on_the_final_direction(method_name, base_name):
 @pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_a_hook_may_give_a_gradient_to_a_parameter_without_one(method_name, where):
     method = METHODS[method_name]
-    ours, batches = make("partly_used")
+    ours, optimizer, batches = setting(method_name, torch.optim.SGD, "partly_used", lr=0.1)
     theirs = copy.deepcopy(ours)
-    optimizer = method.optimizer(ours.parameters(), torch.optim.SGD, lr=0.1, **method.hyper)
-    plain = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
-    trained = [p for p in ours.parameters() if p.requires_grad]
+    trained, its = ([p for p in model.parameters() if p.requires_grad] for model in (ours, theirs))
+    plain = torch.optim.SGD(its, lr=0.1)
+
+    def adding(params):
+        def add(*_):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, 0.1 * i) if p.grad is None else p.grad + 0.1 * i
+
+        return add
+
     of = {"optimizer": optimizer, "base": optimizer.base}
-    ours_add = lambda *_: add(torch.optim.SGD(trained), (), {})  # noqa: E731 - those that are trained have other numbers
     register = of[where].register_step_pre_hook if where in of else register_optimizer_step_pre_hook
-    plain.register_step_pre_hook(add)
+    plain.register_step_pre_hook(adding(its))
     for x, y in batches[:2]:
-        handle = register(ours_add)
+        handle = register(adding(trained))
         take_step("loop", ours, optimizer, x, y)
         handle.remove()
         reference_step(theirs, plain, method, method.hyper, x, y)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "dtype"), in_turn(METHODS, [torch.float32, torch.bfloat16]), ids=str)
 def test_a_hook_that_only_looks_changes_nothing(method_name, dtype):
-    method = METHODS[method_name]
-    one, batches = make("mlp", dtype)
-    two = copy.deepcopy(one)
-    plain, watched = (
-        method.optimizer(model.parameters(), torch.optim.AdamW, clip_grad_norm=0.1, **method.hyper)
-        for model in (one, two)
+    (one, plain, batches), (two, watched, _) = (
+        setting(method_name, torch.optim.AdamW, dtype=dtype, clip_grad_norm=0.1) for _ in range(2)
     )
     dtypes = set()
     watched.register_step_pre_hook(lambda *_: dtypes.update(p.grad.dtype for p in two.parameters()))
     for x, y in batches:
         take_step("loop", one, plain, x, y)
         take_step("closure", two, watched, x, y)
-        for p, q in zip(one.parameters(), two.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0.02 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+        assert_close(one, two, rtol=0.02 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
     assert dtypes == {dtype}
 
 
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
 def test_the_gradient_of_the_last_pass_is_back_afterwards(method_name):
-    method = METHODS[method_name]
-    model, batches = make("mlp")
-    optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, **method.hyper)
-    optimizer.register_step_pre_hook(clip)
+    model, optimizer, batches = setting(method_name)
     for hook in (clip, replace, leave_out):
         handle = optimizer.register_step_pre_hook(hook)
         for _ in optimizer.passes():
@@ -146,42 +128,12 @@ def test_the_gradient_of_the_last_pass_is_back_afterwards(method_name):
         handle.remove()
         same = [p.grad is not None and torch.equal(p.grad, g) for p, g in zip(model.parameters(), last, strict=True)]
         # with one pass there is one gradient, which a hook has changed: as with any torch optimizer
-        assert all(same) if method.passes > 1 else not any(same)
+        assert all(same) if method_name != "base" else not all(same)
 
 
-@pytest.mark.parametrize("form", ["loop", "closure"])
-@pytest.mark.parametrize(
-    "base", [torch.optim.SGD, torch.optim.RMSprop, getattr(torch.optim, "Muon", torch.optim.Adamax)]
-)
-def test_hooks_of_all_optimizers_run_once_a_step_around_every_base(base, form):
-    weight = nn.Parameter(torch.ones(2, 2))
-    optimizer = gam_fast.SAM([weight], base, lr=0.01)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer.base, 1)  # wraps the step of the base
-    calls = []
-    optimizer.base.register_step_pre_hook(lambda *_: calls.append("base"))
-    optimizer.base.register_step_post_hook(lambda *_: calls.append("base after"))
-    handles = [
-        register_optimizer_step_pre_hook(lambda opt, *_: calls.append(type(opt).__name__)),
-        register_optimizer_step_post_hook(lambda opt, *_: calls.append(type(opt).__name__)),
-    ]
-    for _ in range(2):
-        if form == "closure":
-            optimizer.step(lambda: weight.square().sum().backward())
-        else:
-            for _ in optimizer.passes():
-                weight.square().sum().backward()
-        scheduler.step()
-    for handle in handles:
-        handle.remove()
-    assert calls == ["SAM", "base", "base after", "SAM"] * 2
-
-
-@pytest.mark.parametrize("form", ["loop", "closure"])
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "form"), in_turn(METHODS, ["loop", "closure"]))
 def test_a_pre_hook_that_raises_undoes_the_step(method_name, form):
-    method = METHODS[method_name]
-    model, batches = make("batchnorm_cnn")
-    optimizer = method.optimizer(model.parameters(), torch.optim.AdamW, model=model, **method.hyper)
+    model, optimizer, batches = setting(method_name, torch.optim.AdamW, "batchnorm_cnn")
     take_step(form, model, optimizer, *batches[0])
     before = everything(model, optimizer)
     after = []
@@ -193,7 +145,7 @@ def test_a_pre_hook_that_raises_undoes_the_step(method_name, form):
 
     optimizer.register_step_post_hook(lambda *_: after.append(None))
     handle = optimizer.register_step_pre_hook(fail)
-    if method.passes > 1:  # of one pass there is no backup: what a hook does to the weights is done, as in torch
+    if method_name != "base":  # of one pass there is no backup: what a hook does to the weights is done, as in torch
         with pytest.raises(KeyError, match="hook"):
             take_step(form, model, optimizer, *batches[1])
         assert_same(before, everything(model, optimizer))
@@ -204,8 +156,7 @@ def test_a_pre_hook_that_raises_undoes_the_step(method_name, form):
 
 
 def test_no_hook_runs_for_a_step_that_is_not_taken():
-    model, batches = make("mlp")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, on_nonfinite="skip")
+    model, optimizer, batches = setting("gam", on_nonfinite="skip")
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
@@ -216,9 +167,18 @@ def test_no_hook_runs_for_a_step_that_is_not_taken():
     assert optimizer.skipped_steps == 1
 
 
-def test_a_hook_gets_the_arguments_of_step_and_may_not_change_them():
+class Mine(gam_fast.SAM):
+    """With a step of its own, which torch wraps once more."""
+
+    def step(self, closure=None, **options):
+        return super().step(closure, **options)
+
+
+@pytest.mark.parametrize("method", [gam_fast.SAM, Mine])
+def test_a_hook_gets_the_arguments_of_step_and_may_not_change_them(method):
+    gam_fast.SAM([nn.Parameter(torch.ones(2))], lr=0.1)  # the step of the class is wrapped already
     weight = nn.Parameter(torch.ones(2))
-    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    optimizer = method([weight], lr=0.1)
     seen = []
 
     def closure():
@@ -227,42 +187,15 @@ def test_a_hook_gets_the_arguments_of_step_and_may_not_change_them():
     handle = optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append((opt, args, kwargs)))
     optimizer.step(closure)
     assert seen == [(optimizer, (optimizer, closure), {})]
+    for _ in optimizer.passes():
+        closure()
+    assert len(seen) == 2
     handle.remove()
     handle = optimizer.register_step_pre_hook(lambda opt, args, kwargs: (args, kwargs))
     optimizer.step(closure)
     handle.remove()
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, None), kwargs))
     before = weight.detach().clone()
-    with pytest.raises(RuntimeError, match="pre-hook of SAM returned.*must return None"):
+    with pytest.raises(RuntimeError, match=f"pre-hook of {method.__name__} returned.*must return None"):
         optimizer.step(closure)
     assert torch.equal(weight, before)
-
-
-def test_a_subclass_with_a_step_of_its_own_has_its_hooks_once():
-    class Mine(gam_fast.SAM):
-        def step(self, closure=None, **options):
-            return super().step(closure, **options)
-
-    weight = nn.Parameter(torch.ones(2))
-    calls = []
-    for cls in (gam_fast.SAM, Mine):
-        optimizer = cls([weight], torch.optim.SGD, lr=0.1)
-        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    optimizer.step(lambda: weight.square().sum().backward())
-    for _ in optimizer.passes():
-        weight.square().sum().backward()
-    assert calls == ["pre", "post"] * 2
-
-
-def test_a_hook_sees_the_unscaled_clipped_direction():
-    model, batches = make("mlp")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, clip_grad_norm=0.05)
-    norms = []
-    optimizer.register_step_pre_hook(
-        lambda *_: norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])))
-    )
-    scaler = torch.amp.GradScaler("cpu")
-    for turn in optimizer.passes(scaler=scaler):
-        turn.backward(loss_of(model, *batches[0]))
-    assert norms == [pytest.approx(0.05, rel=1e-4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import sys
@@ -9,24 +10,23 @@ import threading
 
 import pytest
 import torch
-from cases import METHODS, closure_of, loss_of, make
-from snapshots import assert_same, everything
+from cases import METHODS, closure_of, in_turn, loss_of, make, setting
+from snapshots import assert_close, assert_same, everything, unchanged
 
 import gam_fast
 
-PASSES = [(name, k) for name, method in METHODS.items() for k in range(method.passes)]
+SOME = ["base", "sam", "gam"]
+PASSES = [(name, k) for name in SOME for k in range(METHODS[name].passes)]
+WRITE_WITH = r"write `with optimizer.passes\(\) as turns:`"
 
 
 class Interruption(Exception):
     pass
 
 
-def setting(method_name, **options):
-    method = METHODS[method_name]
-    model, batches = make("batchnorm_cnn")
-    optimizer = method.optimizer(
-        model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=model, **method.hyper, **options
-    )
+def started(method_name):
+    """After a step."""
+    model, optimizer, batches = setting(method_name, model_name="batchnorm_cnn")
     optimizer.step(closure_of(model, *batches[0]))
     return model, optimizer, batches[1]
 
@@ -65,22 +65,6 @@ def zipped(turns, body):
         body(turn)
 
 
-def comprehension(turns, body):
-    return [body(turn) for turn in turns]
-
-
-def enumerated_comprehension(turns, body):
-    return [body(turn) for _, turn in enumerate(turns)]
-
-
-def generator_expression(turns, body):
-    return list(body(turn) for turn in turns)  # noqa: C400 - a generator expression is what is tested
-
-
-def inner_comprehension(turns, body):
-    return {n: body(turn) for n in range(1) for turn in turns}
-
-
 def generator(turns, body):
     def parts():
         for turn in turns:
@@ -96,16 +80,25 @@ def by_context(turns, body):
             body(turn)
 
 
-LOOPS = [
-    plain, named, named_iterator, enumerated, zipped, comprehension, enumerated_comprehension, generator_expression,
-    inner_comprehension, generator, by_context,
-]  # fmt: skip
+LOOPS = {
+    "plain": plain,
+    "named": named,
+    "named iterator": named_iterator,
+    "enumerated": enumerated,
+    "zipped": zipped,
+    "comprehension": lambda turns, body: [body(turn) for turn in turns],
+    "enumerated comprehension": lambda turns, body: [body(turn) for _, turn in enumerate(turns)],
+    "generator expression": lambda turns, body: list(body(turn) for turn in turns),  # noqa: C400
+    "inner comprehension": lambda turns, body: {n: body(turn) for n in range(1) for turn in turns},
+    "generator": generator,
+    "context": by_context,
+}
 
 
 @pytest.mark.parametrize("error", [Interruption, KeyboardInterrupt])
-@pytest.mark.parametrize(("method_name", "at"), [p for p in PASSES if p[0] in ("base", "sam", "gam")])
+@pytest.mark.parametrize(("method_name", "at"), PASSES)
 def test_an_exception_handler_sees_the_parameters_as_they_were(method_name, at, error):
-    model, optimizer, (x, y) = setting(method_name)
+    model, optimizer, (x, y) = started(method_name)
     before = everything(model, optimizer)
 
     def body(turn):
@@ -113,7 +106,7 @@ def test_an_exception_handler_sees_the_parameters_as_they_were(method_name, at, 
         if turn.index == at:
             raise error
 
-    for loop in LOOPS:
+    for name, loop in LOOPS.items():
         turns = optimizer.passes()  # a name that holds it
         try:
             loop(turns, body)
@@ -121,27 +114,27 @@ def test_an_exception_handler_sees_the_parameters_as_they_were(method_name, at, 
             after = everything(model, optimizer)
             assert sys.exc_info()[2] is not None  # which holds the frames
         else:
-            pytest.fail(f"{loop.__name__} has not raised")
+            pytest.fail(f"{name} has not raised")
         assert_same(before, after)
         assert optimizer.turn is None
         assert list(turns) == []
     optimizer.step(closure_of(model, x, y))
 
 
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("method_name", SOME)
 def test_every_kind_of_loop_takes_the_same_step(method_name):
     def train(loop):
-        model, optimizer, (x, y) = setting(method_name)
+        model, optimizer, (x, y) = started(method_name)
         loop(optimizer.passes(), lambda turn: loss_of(model, x, y).backward())
         return tensors(model, optimizer)
 
     expected = train(plain)
-    for loop in LOOPS:
-        assert all(map(torch.equal, expected, train(loop))), loop.__name__
+    for name, loop in LOOPS.items():
+        assert all(map(torch.equal, expected, train(loop))), name
 
 
 def test_a_kept_wrapper_around_the_passes_is_noticed_when_it_goes_and_says_what_to_write():
-    model, optimizer, (x, y) = setting("sam")
+    model, optimizer, (x, y) = started("sam")
     before = everything(model, optimizer)
     held = [enumerate(optimizer.passes())]
 
@@ -153,16 +146,9 @@ def test_a_kept_wrapper_around_the_passes_is_noticed_when_it_goes_and_says_what_
 
     with pytest.raises(Interruption):
         train()
-    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+    with pytest.warns(UserWarning, match=WRITE_WITH):
         held.clear()
     assert_same(before, everything(model, optimizer))
-
-
-def rebound(optimizer, body):
-    pairs = zip(range(4), optimizer.passes(), strict=False)
-    for _ in pairs:
-        body()
-    pairs = None
 
 
 def deleted(optimizer, body):
@@ -179,13 +165,11 @@ def by_next(optimizer, body):
         body()
 
 
-@pytest.mark.parametrize("how", [rebound, deleted, by_next])
+@pytest.mark.parametrize("how", [deleted, by_next])
 def test_a_step_that_goes_with_a_name_is_undone_and_noticed(how):
-    model, optimizer, (x, y) = setting("gam")
-    before = everything(model, optimizer)
-    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+    model, optimizer, (x, y) = started("gam")
+    with unchanged(model, optimizer), pytest.warns(UserWarning, match=WRITE_WITH):
         how(optimizer, lambda: loss_of(model, x, y).backward())
-    assert_same(before, everything(model, optimizer))
 
 
 # Loops whose last body ran, and that do not ask for a pass after it
@@ -227,19 +211,16 @@ def by_step(optimizer, passes, body):
         body(turn)
         if turn.last:
             optimizer.step()
-            break
+            assert optimizer.turn is None
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        by_zip, by_islice, by_held_zip_in_a_context, by_next_in_a_context, by_break_in_a_context, by_step,
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("method_name", METHODS)
+ENDS = [by_zip, by_islice, by_held_zip_in_a_context, by_next_in_a_context, by_break_in_a_context, by_step]
+
+
+@pytest.mark.parametrize(("method_name", "how"), [*in_turn(METHODS, ENDS), *in_turn(["base"], ENDS[1:])])
 def test_a_loop_that_does_not_ask_again_takes_its_step(method_name, how):
     def train(how):
-        model, optimizer, (x, y) = setting(method_name)
+        model, optimizer, (x, y) = started(method_name)
         how(optimizer, METHODS[method_name].passes, lambda turn: loss_of(model, x, y).backward())
         assert optimizer.turn is None
         return tensors(model, optimizer)
@@ -248,63 +229,15 @@ def test_a_loop_that_does_not_ask_again_takes_its_step(method_name, how):
     assert all(map(torch.equal, expected, train(how)))
 
 
-@pytest.mark.parametrize("method_name", METHODS)
-def test_two_optimizers_in_lockstep(method_name):
-    """Each walks by the gradients of its own parameters; both see the other's perturbation."""
-    method = METHODS[method_name]
-
-    def train(together):
-        model, batches = make("mlp")
-        params = list(model.parameters())
-        parts = [params[::2], params[1::2]]
-        optimizers = [method.optimizer(part, torch.optim.SGD, lr=0.1, **method.hyper) for part in parts]
-        for x, y in batches:
-            if together:
-                for _ in zip(*(o.passes() for o in optimizers), strict=False):
-                    loss_of(model, x, y).backward()
-            else:
-                loops = [o.passes() for o in optimizers]
-                for _ in range(method.passes):
-                    for turns in loops:
-                        next(turns)
-                    loss_of(model, x, y).backward()
-                for turns in loops:
-                    assert next(turns, None) is None
-        return params
-
-    for p, q in zip(train(True), train(False), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_an_error_in_one_of_two_undoes_both():
-    model, batches = make("mlp")
-    params = list(model.parameters())
-    first = gam_fast.SAM(params[:2], torch.optim.SGD, lr=0.1)
-    second = gam_fast.SAM(params[2:], torch.optim.SGD, lr=0.1)
-    before = [p.detach().clone() for p in params]
-
-    def train():
-        for turn, _ in zip(first.passes(), second.passes(), strict=False):
-            loss_of(model, *batches[0]).backward()
-            if turn.last:
-                params[0].grad.fill_(float("nan"))
-
-    with pytest.raises(gam_fast.NonFiniteGradientError):
-        train()
-    assert all(map(torch.equal, before, params))
-
-
 def test_an_error_of_a_step_that_nobody_asked_for_is_raised_by_the_next():
-    model, optimizer, (x, y) = setting("sam")
-    before = everything(model, optimizer)
+    model, optimizer, (x, y) = started("sam")
 
     def train():
         for i, _ in zip(range(2), optimizer.passes(), strict=False):
             (loss_of(model, x, y) * (float("nan") if i else 1.0)).backward()
 
-    with pytest.warns(UserWarning, match=r"raised by the next step"):
+    with unchanged(model, optimizer), pytest.warns(UserWarning, match=r"raised by the next step"):
         train()
-    assert_same(before, everything(model, optimizer))
     with pytest.raises(gam_fast.NonFiniteGradientError):
         optimizer.step(closure_of(model, x, y))
     optimizer.step(closure_of(model, x, y))
@@ -332,50 +265,32 @@ def by_return_of_a_constant(optimizer, passes, body):
             return
 
 
-@pytest.mark.parametrize("how", [by_break, by_return, by_return_of_a_constant])
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "how"), in_turn(METHODS, [by_break, by_return, by_return_of_a_constant]))
 def test_a_break_in_the_last_pass_undoes_the_step_and_says_so(method_name, how):
-    model, optimizer, (x, y) = setting(method_name)
-    before = everything(model, optimizer)
-    with pytest.warns(UserWarning, match="left by break or return in its last pass: the step was undone"):
+    model, optimizer, (x, y) = started(method_name)
+    message = "left by break or return in its last pass: the step was undone"
+    with unchanged(model, optimizer), pytest.warns(UserWarning, match=message):
         how(optimizer, METHODS[method_name].passes, lambda turn: loss_of(model, x, y).backward())
-    assert_same(before, everything(model, optimizer))
     optimizer.step(closure_of(model, x, y))
 
 
 @pytest.mark.parametrize(("method_name", "at"), PASSES)
-def test_a_break_before_backward_undoes_the_step(method_name, at):
-    model, optimizer, (x, y) = setting(method_name)
-    before = everything(model, optimizer)
-    for turn in optimizer.passes():
-        if turn.index == at:
-            break
-        loss_of(model, x, y).backward()
-    assert_same(before, everything(model, optimizer))
-
-
-@pytest.mark.parametrize("wrap", [iter, enumerate])
-@pytest.mark.parametrize(("method_name", "at"), PASSES)
-def test_so_does_one_in_a_context(method_name, at, wrap):
-    model, optimizer, (x, y) = setting(method_name)
-    before = everything(model, optimizer)
-    with optimizer.passes() as turns:
-        held = wrap(turns)
-        for i, _ in enumerate(held):
+def test_a_break_before_backward_in_a_context_undoes_the_step(method_name, at):
+    model, optimizer, (x, y) = started(method_name)
+    with unchanged(model, optimizer), optimizer.passes() as turns:
+        held = enumerate(turns)
+        for i, _ in held:
             if i == at:
                 break
             loss_of(model, x, y).backward()
-    assert_same(before, everything(model, optimizer))
 
 
 def test_a_context_left_before_the_last_pass_undoes_the_step():
-    model, optimizer, (x, y) = setting("gam")
-    before = everything(model, optimizer)
-    with optimizer.passes() as turns:
+    model, optimizer, (x, y) = started("gam")
+    with unchanged(model, optimizer), optimizer.passes() as turns:
         next(turns)
         loss_of(model, x, y).backward()
         next(turns)
-    assert_same(before, everything(model, optimizer))
 
     def train():
         with optimizer.passes() as turns:
@@ -383,13 +298,12 @@ def test_a_context_left_before_the_last_pass_undoes_the_step():
                 if i < 3:
                     loss_of(model, x, y).backward()
 
-    with pytest.raises(RuntimeError, match="without a gradient"):
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match="without a gradient"):
         train()
-    assert_same(before, everything(model, optimizer))
 
 
 def test_a_step_left_in_a_cycle_is_undone_by_the_collector_in_any_thread():
-    model, optimizer, (x, y) = setting("sam")
+    model, optimizer, (x, y) = started("sam")
     before = everything(model, optimizer)
     turns = optimizer.passes()
     next(turns)
@@ -404,19 +318,17 @@ def test_a_step_left_in_a_cycle_is_undone_by_the_collector_in_any_thread():
         thread.start()
         thread.join()
 
-    with pytest.warns(UserWarning, match=r"write `with optimizer.passes\(\) as turns:`"):
+    with pytest.warns(UserWarning, match=WRITE_WITH):
         collect()
     assert_same(before, everything(model, optimizer))
 
 
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("method_name", SOME)
 def test_step_behind_the_loop_is_refused(method_name):
-    model, optimizer, (x, y) = setting(method_name)
+    model, optimizer, (x, y) = started(method_name)
     plain(optimizer.passes(), lambda turn: loss_of(model, x, y).backward())
-    before = everything(model, optimizer)
-    with pytest.raises(RuntimeError, match="leave step\\(\\) out|step\\(\\) out"):
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match="leave step\\(\\) out|step\\(\\) out"):
         optimizer.step()
-    assert_same(before, everything(model, optimizer))
     if METHODS[method_name].passes == 1:  # a gradient of the user's own is one for step()
         loss_of(model, x, y).backward()  # onto what the loop has left
         optimizer.step()
@@ -426,15 +338,45 @@ def test_step_behind_the_loop_is_refused(method_name):
         optimizer.step()  # by the same gradient, as torch allows
 
 
-@pytest.mark.parametrize("method_name", METHODS)
-def test_statistics_move_once_when_two_in_lockstep_were_given_the_model(method_name):
+# Two optimizers in lockstep
+
+
+def two(method_name, model_name="mlp", known=(True, True)):
+    """Over parts of a model; ``known``: which of them are given the model."""
     method = METHODS[method_name]
-    model, batches = make("batchnorm_cnn")
-    once, _ = make("batchnorm_cnn")
+    model, batches = make(model_name)
     params = list(model.parameters())
-    options = {"lr": 0.1, "model": model, **method.hyper}
-    first = method.optimizer(params[:2], torch.optim.SGD, **options)
-    second = method.optimizer(params[2:], torch.optim.SGD, **options)
+    first, second = (
+        method.optimizer(part, torch.optim.SGD, lr=0.1, model=model if one else None, **method.hyper)
+        for part, one in zip((params[::2], params[1::2]), known, strict=True)
+    )
+    return model, first, second, batches
+
+
+@pytest.mark.parametrize("method_name", SOME)
+def test_two_optimizers_in_lockstep(method_name):
+    """Each walks by the gradients of its own parameters, and clears those; both see the other's perturbation."""
+
+    def by_hand(first, second):
+        for _ in range(METHODS[method_name].passes):
+            yield next(first), next(second)
+        assert next(first, None) is next(second, None) is None
+
+    found = []
+    for together, *known in ((by_hand, 0, 0), (zip, 0, 0), (zip, 1, 0), (zip, 1, 1)):
+        model, first, second, batches = two(method_name, known=known)
+        for x, y in batches:
+            for _ in together(first.passes(), second.passes()):
+                loss_of(model, x, y).backward()
+        found.append(model)
+    for model in found[1:]:
+        assert_close(model, found[0])
+
+
+@pytest.mark.parametrize("method_name", SOME)
+def test_statistics_move_once_when_two_in_lockstep_were_given_the_model(method_name):
+    model, first, second, batches = two(method_name, "batchnorm_cnn")
+    once, _ = make("batchnorm_cnn")
     for x, y in batches[:3]:
         once.load_state_dict(model.state_dict())
         once(x)
@@ -442,28 +384,34 @@ def test_statistics_move_once_when_two_in_lockstep_were_given_the_model(method_n
             loss_of(model, x, y).backward()
         for buffer, expected in zip(model.buffers(), once.buffers(), strict=True):
             assert torch.equal(buffer, expected)
-    before = [tensor.clone() for tensor in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("how", ["error", "nan"])
+@pytest.mark.parametrize("method_name", SOME)
+def test_an_error_in_one_of_two_undoes_both(method_name, how):
+    model, first, second, [(x, y), *_] = two(method_name, "batchnorm_cnn")
+    before = copy.deepcopy(model.state_dict())
 
     def train():
         for turn, _ in zip(first.passes(), second.passes(), strict=False):
             loss_of(model, x, y).backward()
-            if turn.last:
+            if turn.last and how == "error":
                 raise Interruption
+            if turn.last:
+                next(model.parameters()).grad.fill_(float("nan"))
 
-    with pytest.raises(Interruption):
+    with pytest.raises(Interruption if how == "error" else gam_fast.NonFiniteGradientError):
         train()
-    assert all(map(torch.equal, before, model.state_dict().values()))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize("method_name", SOME)
 def test_masks_of_two_in_lockstep_are_those_of_plain_training(method_name):
-    method = METHODS[method_name]
-    weights = [torch.nn.Parameter(torch.ones(5)) for _ in range(2)]
-    optimizers = [method.optimizer([w], torch.optim.SGD, lr=0.0, **method.hyper) for w in weights]
+    model, first, second, [(x, y), *_] = two(method_name)
     torch.manual_seed(7)
     expected = [float(torch.rand(())) for _ in range(3)]
     torch.manual_seed(7)
     for number in expected:
-        for _ in zip(*(optimizer.passes() for optimizer in optimizers), strict=False):
+        for _ in zip(first.passes(), second.passes(), strict=False):
             assert float(torch.rand(())) == number
-            sum(w.square().sum() for w in weights).backward()
+            loss_of(model, x, y).backward()

@@ -7,9 +7,6 @@ with and without foreach and fused, and the arguments that it refuses. It is pri
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import io
 import pickle
 import re
 import sys
@@ -17,12 +14,11 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, METHODS, in_turn, pairwise
+from snapshots import through_a_file
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-
-import gam_fast
 
 
 def _description():
@@ -40,49 +36,38 @@ def _description():
 
 common_optimizers = _description()
 
-NO_BASE = {
-    "LBFGS": ("evaluates its own closure", {}),
-    "SparseAdam": ("needs sparse gradients", {}),
-}
+NO_BASE = {"LBFGS": "evaluates its own closure", "SparseAdam": "needs sparse gradients"}
 """Those that cannot be a base, and why, which the error says."""
 
 INFOS = {info.optim_cls.__name__: info for info in common_optimizers.optim_db}
 BASES = {name: info for name, info in INFOS.items() if name not in NO_BASE}
 
-METHODS = {
-    "Base": gam_fast.Base,
-    "SAM": partial(gam_fast.SAM, rho=0.05),
-    "GAM": partial(gam_fast.GAM, rho=0.05, rho_prime=0.02),
-}
-SEVERAL = ["SAM", "GAM"]
+SEVERAL = ["sam", "gam"]
+SOME = ["base", *SEVERAL]
 
 ROUNDED = {"SGD", "Adam", "AdamW"}
 """One primitive takes the step of these: within some ulp of torch's own. Of the others torch takes the step."""
 
-
-@pytest.fixture(params=BACKENDS)
-def _backend(_same_start, request, monkeypatch):
-    monkeypatch.setenv("GAM_FAST_BACKEND", request.param)
-
-
-on_each_backend = pytest.mark.usefixtures("_backend")
-"""For the arithmetic; how an optimizer is kept and called is the same with every backend."""
-
-
 over_bases = pytest.mark.parametrize("name", BASES)
+in_turn_by_method = pytest.mark.parametrize(("name", "method"), in_turn(BASES, SOME))
 
 
-def over_methods(test):
-    """For ``method`` each of METHODS, in one test."""
+def inputs(name, *factors, flags=False):
+    """Each input that torch has for an optimizer once, with values of the factors, of which any two meet in time.
 
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        for method in METHODS:
-            test(*args, method=method, **kwargs)
-
-    signature = inspect.signature(test)
-    run.__signature__ = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "method"])
-    return run
+    With ``flags`` each with and without ``foreach`` and ``fused``. Not with ``differentiable``, with which no torch
+    optimizer can step parameters that are leaves.
+    """
+    given = BASES[name].optim_inputs_func(device="cpu")
+    if flags:
+        given = common_optimizers._get_optim_inputs_including_global_cliquey_kwargs(
+            "cpu", torch.float32, BASES[name], skip=("differentiable",)
+        )
+    assert len(given) >= 4
+    rows = pairwise(*factors) if len(factors) > 1 else [(value,) for value in factors[0]]
+    first = list(BASES).index(name)
+    for i, each in enumerate(given):
+        yield (each, *rows[(first + i) % len(rows)])
 
 
 def parameters(name, dtype=torch.float32):
@@ -107,26 +92,21 @@ def closure_of(optimizer, params):
     return closure
 
 
-def arguments(name, flags=False):
-    """All inputs that torch has for an optimizer; with ``flags`` each with and without ``foreach`` and ``fused``.
-
-    Not with ``differentiable``, with which no torch optimizer can step parameters that are leaves.
-    """
-    given = BASES[name].optim_inputs_func(device="cpu")
-    if flags:
-        given = common_optimizers._get_optim_inputs_including_global_cliquey_kwargs(
-            "cpu", torch.float32, BASES[name], skip=("differentiable",)
-        )
-    assert len(given) >= 4
-    return given
-
-
 def plain(name, params, kwargs):
     return BASES[name].optim_cls(params, **copy.deepcopy(kwargs))
 
 
 def ours(method, name, params, kwargs, **own):
-    return METHODS[method](params, partial(BASES[name].optim_cls, **copy.deepcopy(kwargs)), **own)
+    base = partial(BASES[name].optim_cls, **copy.deepcopy(kwargs))
+    return METHODS[method].optimizer(params, base, **{**METHODS[method].hyper, **own})
+
+
+def without_a_radius(method):
+    return {key: 0.0 for key in METHODS[method].hyper if key in ("rho", "rho_prime", "gamma")}
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
 
 
 def take(optimizer, params, steps=2):
@@ -150,94 +130,72 @@ def assert_same_state(found, expected, what, exact=True):
 
 
 @pytest.mark.parametrize("name", NO_BASE)
-@over_methods
-def test_what_cannot_be_a_base_says_why(name, method):
-    why, kwargs = NO_BASE[name]
-    with pytest.raises(TypeError, match=f"{name} cannot be the base optimizer, because it {why}"):
-        METHODS[method](parameters(name), INFOS[name].optim_cls, **kwargs)
+def test_what_cannot_be_a_base_says_why(name):
+    with pytest.raises(TypeError, match=f"{name} cannot be the base optimizer, because it {NO_BASE[name]}"):
+        METHODS["gam"].optimizer(parameters(name), INFOS[name].optim_cls)
 
 
-@on_each_backend
 @over_bases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_base_takes_the_steps_of_the_plain_optimizer(name, dtype):
-    for given in arguments(name, flags=dtype == torch.float32):
-        theirs = parameters(name, dtype)
+def test_base_takes_the_steps_of_the_plain_optimizer(name):
+    dtypes, forms = [torch.float32, torch.float64], ["closure", "loop", "backward first"]
+    for given, dtype, form, backend in inputs(name, dtypes, forms, BACKENDS, flags=True):
+        theirs, params = parameters(name, dtype), parameters(name, dtype)
         expected = plain(name, theirs, given.kwargs)
         losses = take(expected, theirs, 3)
-        for form in ("closure", "loop", "backward first"):
-            params = parameters(name, dtype)
-            optimizer = ours("Base", name, params, given.kwargs)
-            if form == "closure":
-                assert_same(take(optimizer, params, 3), losses, given.desc, name not in ROUNDED)
-            for _ in range(0 if form == "closure" else 3):
-                if form == "loop":
-                    for _ in optimizer.passes():
-                        loss_of(params).backward()
-                else:
-                    closure_of(optimizer, params)()
-                    optimizer.step()
-            assert_same(params, theirs, f"{given.desc}, {form}", name not in ROUNDED)
-            assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc, name not in ROUNDED)
+        optimizer = ours("base", name, params, given.kwargs, backend=backend)
+        if form == "closure":
+            assert_same(take(optimizer, params, 3), losses, given.desc, name not in ROUNDED)
+        for _ in range(0 if form == "closure" else 3):
+            if form == "loop":
+                for _ in optimizer.passes():
+                    loss_of(params).backward()
+            else:
+                closure_of(optimizer, params)()
+                optimizer.step()
+        assert_same(params, theirs, f"{given.desc}, {form}", name not in ROUNDED)
+        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc, name not in ROUNDED)
 
 
-@on_each_backend
 @over_bases
-@pytest.mark.parametrize("method", SEVERAL)
-def test_without_a_radius_they_take_the_steps_of_the_plain_optimizer(name, method):
-    still = {"rho": 0.0, **({"rho_prime": 0.0, "gamma": 0.0} if method == "GAM" else {})}
-    for given in arguments(name):
+def test_without_a_radius_they_take_the_steps_of_the_plain_optimizer(name):
+    for given, method, backend in inputs(name, SEVERAL, BACKENDS):
         theirs, params = parameters(name, torch.float64), parameters(name, torch.float64)
         losses = take(plain(name, theirs, given.kwargs), theirs)
-        optimizer = ours(method, name, params, given.kwargs, **still)
+        optimizer = ours(method, name, params, given.kwargs, backend=backend, **without_a_radius(method))
         assert_same(take(optimizer, params), losses, given.desc, exact=False)
         assert_same(params, theirs, given.desc, exact=False)
 
 
 @over_bases
-@over_methods
-def test_the_loss_goes_down(name, method):
-    for given in arguments(name):
-        params = parameters(name)
-        losses = take(ours(method, name, params, given.kwargs), params, 4)
-        assert (losses[-1] > losses[0]) if given.kwargs.get("maximize") else (losses[-1] < losses[0]), given.desc
-
-
-@over_bases
-@over_methods
-def test_a_state_dict_resumes_with_the_same_bits(name, method):
-    for number, given in enumerate(arguments(name)):
+def test_a_state_dict_resumes_with_the_same_bits(name):
+    """Counters that are numbers are of an old checkpoint; torch's ``__setstate__`` makes tensors of them."""
+    for given, method, how in inputs(name, SOME, ["copied", "from a file", "counters are numbers"]):
         params = parameters(name)
         optimizer = ours(method, name, params, given.kwargs)
         take(optimizer, params)
-        states = [copy.deepcopy(optimizer.state_dict())]
-        if number == 0:
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            file.seek(0)
-            states.append(torch.load(file, weights_only=True))
-        copies = [[nn.Parameter(p.detach().clone()) for p in params] for _ in states]
-        resumed = [ours(method, name, again, {"lr": 0.5}) for again in copies]
-        for one, state in zip(resumed, states, strict=True):
-            one.load_state_dict(state)
-            assert_same_state(one.state_dict(), optimizer.state_dict(), given.desc)
-        losses = take(optimizer, params)
-        for one, again in zip(resumed, copies, strict=True):
-            assert take(one, again) == losses, given.desc
-            assert_same(again, params, given.desc)
-            assert_same_state(one.state_dict(), optimizer.state_dict(), given.desc)
+        state = (through_a_file if how == "from a file" else copy.deepcopy)(optimizer.state_dict())
+        for entry in state["state"].values() if how == "counters are numbers" else ():
+            if torch.is_tensor(entry.get("step")):
+                entry["step"] = entry["step"].item()
+        again = copy.deepcopy(params)
+        resumed = ours(method, name, again, {"lr": 0.5})
+        resumed.load_state_dict(state)
+        assert_same_state(resumed.state_dict(), optimizer.state_dict(), given.desc)
+        assert take(resumed, again) == take(optimizer, params), given.desc
+        assert_same(again, params, given.desc)
+        assert_same_state(resumed.state_dict(), optimizer.state_dict(), given.desc)
 
 
 @over_bases
 def test_checkpoints_go_both_ways_with_the_plain_optimizer(name):
-    for given in arguments(name, flags=True):
+    for given, backend in inputs(name, BACKENDS, flags=True):
         theirs = parameters(name)
         expected = plain(name, theirs, given.kwargs)
         take(expected, theirs)
-        params = [nn.Parameter(p.detach().clone()) for p in theirs]
-        optimizer = ours("Base", name, params, {"lr": 0.5})
+        params = copy.deepcopy(theirs)
+        optimizer = ours("base", name, params, {"lr": 0.5}, backend=backend)
         optimizer.load_state_dict(copy.deepcopy(expected.state_dict()))
-        back = plain(name, [nn.Parameter(p.detach().clone()) for p in theirs], {"lr": 0.5})
+        back = plain(name, copy.deepcopy(theirs), {"lr": 0.5})
         back.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         assert_same_state(back.state_dict(), expected.state_dict(), given.desc)
         take(expected, theirs)
@@ -246,53 +204,12 @@ def test_checkpoints_go_both_ways_with_the_plain_optimizer(name):
 
 
 @over_bases
-@over_methods
-def test_state_whose_counters_are_numbers_is_loaded(name, method):
-    """Of an old checkpoint; torch's ``__setstate__`` makes tensors of them."""
-    for given in arguments(name):
-        params, again = parameters(name), parameters(name)
-        optimizer = ours(method, name, params, given.kwargs)
-        take(optimizer, params, 1)
-        state = copy.deepcopy(optimizer.state_dict())
-        for entry in state["state"].values():
-            if torch.is_tensor(entry.get("step")):
-                entry["step"] = entry["step"].item()
-        resumed = ours(method, name, again, given.kwargs)
-        resumed.load_state_dict(state)
-        assert_same_state(resumed.state_dict(), optimizer.state_dict(), given.desc)
-        take(resumed, again, 1)
-
-
-@over_bases
-@over_methods
-def test_names_of_parameters_are_kept_and_may_be_missing(name, method):
-    params = parameters(name)
-    named = [(f"p{i}", param) for i, param in enumerate(params)]
-    optimizer = ours(method, name, named, {})
-    take(optimizer, params)
-    state = optimizer.state_dict()
-    assert state["param_groups"][0]["param_names"] == [f"p{i}" for i in range(len(params))]
-    other = ours(method, name, parameters(name), {})
-    other.load_state_dict(state)
-    assert_same(dict(other.state_dict()["state"]), dict(state["state"]), "to one without names")
-    unnamed = ours(method, name, parameters(name), {}).state_dict()
-    optimizer.load_state_dict(unnamed)
-    assert optimizer.param_groups[0]["param_names"] == [f"p{i}" for i in range(len(params))]
-
-
-@over_bases
-@over_methods
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_has_all_of_it_and_takes_the_same_steps(name, method, how):
-    for given in arguments(name):
+def test_a_copy_has_all_of_it_and_takes_the_same_steps(name):
+    for given, method, copied in inputs(name, SOME, [copy.deepcopy, pickled]):
         params = parameters(name)
         optimizer = ours(method, name, params, given.kwargs)
         take(optimizer, params)
-        pair = (optimizer, params)
-        if how == "deepcopy":
-            twin, others = copy.deepcopy(pair)
-        else:
-            twin, others = pickle.loads(pickle.dumps(pair))
+        twin, others = copied((optimizer, params))
         public = {key for key in vars(optimizer) if not key.startswith("_")}
         assert public == {key for key in vars(twin) if not key.startswith("_")}
         assert type(twin) is type(optimizer)
@@ -303,49 +220,65 @@ def test_a_copy_has_all_of_it_and_takes_the_same_steps(name, method, how):
         assert_same_state(twin.state_dict(), optimizer.state_dict(), given.desc)
 
 
-@over_bases
-@over_methods
+@in_turn_by_method
+def test_names_of_parameters_are_kept_and_may_be_missing(name, method):
+    params = parameters(name)
+    names = [f"p{i}" for i in range(len(params))]
+    optimizer = ours(method, name, list(zip(names, params, strict=True)), {})
+    take(optimizer, params)
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["param_names"] == names
+    other = ours(method, name, parameters(name), {})
+    unnamed = other.state_dict()
+    other.load_state_dict(state)
+    assert_same(dict(other.state_dict()["state"]), dict(state["state"]), "to one without names")
+    optimizer.load_state_dict(unnamed)
+    assert optimizer.param_groups[0]["param_names"] == names
+
+
+@in_turn_by_method
 def test_step_hooks_run_once_a_step_whatever_its_form(name, method):
+    """Those of all optimizers do not run for the base, whose step a scheduler has wrapped."""
     params = parameters(name)
     optimizer = ours(method, name, params, {})
+    scheduler = lr_scheduler.StepLR(optimizer.base, 1)
     seen = []
 
     def note(what):
-        return lambda instance, args, kwargs: seen.append((what, instance is optimizer))
+        return lambda instance, args, kwargs: seen.append((what, instance))
 
     handles = [
         register_optimizer_step_pre_hook(note("all pre")),
         register_optimizer_step_post_hook(note("all post")),
         optimizer.register_step_pre_hook(note("pre")),
         optimizer.register_step_post_hook(note("post")),
+        optimizer.base.register_step_pre_hook(note("base pre")),
+        optimizer.base.register_step_post_hook(note("base post")),
     ]
-    once = [("all pre", True), ("pre", True), ("post", True), ("all post", True)]
+    order = ["all pre", "pre", "base pre", "base post", "post", "all post"]
+    once = [(what, optimizer.base if "base" in what else optimizer) for what in order]
     try:
-        for _ in range(2):
-            take(optimizer, params, 1)
-            assert sorted(seen) == sorted(once)
+        for form in ("closure", "closure", "loop", *(["backward first"] if method == "base" else [])):
+            if form == "closure":
+                take(optimizer, params, 1)
+            elif form == "loop":
+                for _ in optimizer.passes():
+                    loss_of(params).backward()
+            else:
+                closure_of(optimizer, params)()
+                optimizer.step()
+            scheduler.step()
+            assert seen == once
             seen.clear()
-        for _ in optimizer.passes():
-            loss_of(params).backward()
-        assert sorted(seen) == sorted(once)
-        seen.clear()
-        if method == "Base":
-            closure_of(optimizer, params)()
-            optimizer.step()
-            assert sorted(seen) == sorted(once)
     finally:
         for handle in handles:
             handle.remove()
-    seen.clear()
     take(optimizer, params, 1)
     assert seen == []
 
 
-@over_bases
-@over_methods
-def test_hooks_of_the_state_dict_run_in_their_order_and_may_replace_it(name, method):
-    params = parameters(name)
-    optimizer = ours(method, name, params, {})
+def test_hooks_of_the_state_dict_run_in_their_order_and_may_replace_it():
+    optimizer = ours("gam", "SGD", parameters("SGD"), {})
     seen = []
 
     def replace(what):
@@ -366,8 +299,7 @@ def test_hooks_of_the_state_dict_run_in_their_order_and_may_replace_it(name, met
 
     def other_rate(_, state):
         seen.append("load pre")
-        groups = [{**group, "lr": 0.25} for group in state["param_groups"]]
-        return {**state, "param_groups": groups}
+        return {**state, "param_groups": [{**group, "lr": 0.25} for group in state["param_groups"]]}
 
     optimizer.register_load_state_dict_pre_hook(other_rate)
     optimizer.register_load_state_dict_post_hook(lambda _: seen.append("load post"))
@@ -376,44 +308,31 @@ def test_hooks_of_the_state_dict_run_in_their_order_and_may_replace_it(name, met
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
-@on_each_backend
 @over_bases
-@over_methods
-def test_groups_have_their_own_values(name, method):
+def test_groups_have_their_own_values(name):
     """As two optimizers of one group each, for those that work on each parameter alone; then one group more."""
     rates = ({"lr": 1e-2, "weight_decay": 0.1}, {"lr": 1e-3, "weight_decay": 0.0})
-    for given in arguments(name):
+    for given, method, backend in inputs(name, SOME, BACKENDS):
         kwargs = {key: value for key, value in given.kwargs.items() if key not in ("lr", "weight_decay")}
         params, theirs = parameters(name), parameters(name)
-        still = {} if method == "Base" else {"rho": 0.0}
-        still |= {"rho_prime": 0.0, "gamma": 0.0} if method == "GAM" else {}
-        made = [
-            make(
-                [{"params": [some[0]], **rates[0]}, {"params": some[1:], **rates[1]}],
-            )
-            for some, make in (
-                (theirs, lambda groups, kwargs=kwargs: plain(name, groups, kwargs)),
-                (params, lambda groups, kwargs=kwargs, still=still: ours(method, name, groups, kwargs, **still)),
-            )
-        ]
-        for optimizer, some in zip(made, (theirs, params), strict=True):
-            take(optimizer, some, 2)
-            late = nn.Parameter(torch.ones(2, 2))
-            optimizer.add_param_group({"params": [late], "lr": 0.02})
-            some.append(late)
-            take(optimizer, some, 2)
-        assert len(made[1].param_groups) == 3
-        assert_same(params, theirs, given.desc, method == "Base" and name not in ROUNDED)
-        assert_same_state(
-            made[1].state_dict(), made[0].state_dict(), given.desc, method == "Base" and name not in ROUNDED
-        )
+        mine, its = ([{"params": [some[0]], **rates[0]}, {"params": some[1:], **rates[1]}] for some in (params, theirs))
+        optimizer = ours(method, name, mine, kwargs, backend=backend, **without_a_radius(method))
+        expected = plain(name, its, kwargs)
+        for one, some in ((optimizer, params), (expected, theirs)):
+            take(one, some, 2)
+            some.append(nn.Parameter(torch.ones(2, 2)))
+            one.add_param_group({"params": [some[-1]], "lr": 0.02})
+            take(one, some, 2)
+        assert len(optimizer.param_groups) == 3
+        exact = method == "base" and name not in ROUNDED
+        assert_same(params, theirs, given.desc, exact)
+        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc, exact)
 
 
 @over_bases
-@over_methods
-def test_a_rate_that_is_a_tensor_is_a_rate(name, method):
+def test_a_rate_that_is_a_tensor_is_a_rate(name):
     """It may change in place; a combination that torch refuses is refused."""
-    for given in arguments(name):
+    for given, method in inputs(name, SOME):
         kwargs = {**given.kwargs, "lr": torch.tensor(1e-2)}
         try:
             plain(name, parameters(name), kwargs)
@@ -435,9 +354,10 @@ def test_a_rate_that_is_a_tensor_is_a_rate(name, method):
 
 @over_bases
 def test_a_step_without_any_gradient_does_nothing(name):
-    for given in arguments(name):
+    for given, backend in inputs(name, BACKENDS):
         params, theirs = parameters(name), parameters(name)
-        optimizer, expected = ours("Base", name, params, given.kwargs), plain(name, theirs, given.kwargs)
+        optimizer = ours("base", name, params, given.kwargs, backend=backend)
+        expected = plain(name, theirs, given.kwargs)
         before = copy.deepcopy(optimizer.state_dict())
         optimizer.step()
         optimizer.step(lambda: None)
@@ -452,21 +372,15 @@ DIVIDES_BY_ELEMENTS = {"Adafactor"}
 
 
 @over_bases
-@over_methods
-def test_gradients_of_zero_and_parameters_without_elements(name, method):
-    for given in arguments(name):
-        if torch.is_tensor(given.kwargs.get("lr")):
-            continue
-        params, theirs = (
-            [nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (int(name in DIVIDES_BY_ELEMENTS), 1), (2, 2))]
-            for _ in range(2)
-        )
-        params[2].requires_grad_(False)
-        theirs[2].requires_grad_(False)
+def test_gradients_of_zero_and_parameters_without_elements(name):
+    shapes = ((3, 2), (int(name in DIVIDES_BY_ELEMENTS), 1), (2, 2))
+    for given, method in inputs(name, SOME):
+        params, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
         for optimizer, some in (
             (ours(method, name, params, given.kwargs), params),
             (plain(name, theirs, given.kwargs), theirs),
         ):
+            some[2].requires_grad_(False)
             for _ in range(2):
                 optimizer.step(lambda some=some: ((some[0].sum() + some[1].sum()) * 0.0).backward())
         assert_same(params, theirs, given.desc, exact=False)
@@ -477,7 +391,7 @@ def test_base_refuses_what_torch_refuses(name):
     for given in BASES[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
         wrong = given.optimizer_error_input
         values = parameters(name) if wrong.params is None else wrong.params
-        make = partial(ours, "Base", name, values, wrong.kwargs)
+        make = partial(ours, "base", name, values, wrong.kwargs)
         complex_ones = "complex" in given.error_regex
         if given.error_on != common_optimizers.OptimizerErrorEnum.CONSTRUCTION_ERROR:
             continue
@@ -487,41 +401,23 @@ def test_base_refuses_what_torch_refuses(name):
         else:
             with pytest.raises(TypeError if complex_ones else given.error_type, match="complex|" + given.error_regex):
                 make()
-
-
-@over_bases
-@over_methods
-def test_complex_parameters_are_refused(name, method):
     with pytest.raises((TypeError, ValueError, RuntimeError), match="complex"):
-        ours(method, name, [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], {})
+        ours("gam", name, [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], {})
 
 
-@over_bases
-@over_methods
-def test_the_closure_runs_with_gradients_and_its_loss_is_returned(name, method):
-    params = parameters(name)
-    optimizer = ours(method, name, params, {})
-    with torch.no_grad():
-        loss = optimizer.step(closure_of(optimizer, params))
-    assert_same(loss.detach(), loss_of(parameters(name)).detach(), "the loss at the weights")
-    with torch.no_grad():
-        for _ in optimizer.passes():
-            with torch.enable_grad():
-                loss_of(params).backward()
-        assert not torch.is_grad_enabled()
-
-
-@on_each_backend
 @over_bases
 def test_a_scaler_steps_and_skips_as_with_the_plain_optimizer(name):
-    for given in arguments(name, flags=True):
+    for given, backend, unscales in inputs(name, BACKENDS, [False, True], flags=True):
         params, theirs = parameters(name), parameters(name)
-        optimizer, expected = ours("Base", name, params, given.kwargs), plain(name, theirs, given.kwargs)
+        optimizer = ours("base", name, params, given.kwargs, backend=backend)
+        expected = plain(name, theirs, given.kwargs)
         for some, one in ((params, optimizer), (theirs, expected)):
             scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=100)
             for factor in (1.0, float("inf"), 1.0):
                 one.zero_grad()
                 (scaler.scale(loss_of(some)) * factor).backward()
+                if unscales:
+                    scaler.unscale_(one)
                 scaler.step(one)
                 scaler.update()
             assert scaler.get_scale() == 32.0
@@ -530,44 +426,12 @@ def test_a_scaler_steps_and_skips_as_with_the_plain_optimizer(name):
 
 
 @over_bases
-def test_found_inf_alone_skips_the_step(name):
-    """torch's protocol of fused optimizers, by a scaler that calls the optimizer itself."""
-    for given in arguments(name):
-        params = parameters(name)
-        optimizer = ours("Base", name, params, given.kwargs)
-        before = copy.deepcopy(optimizer.state_dict())
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)
-        optimizer.step()
-        assert_same(params, parameters(name), given.desc)
-        assert_same_state(optimizer.state_dict(), before, given.desc)
-
-
-@over_bases
-@pytest.mark.parametrize("method", SEVERAL)
-def test_an_overflow_under_a_scaler_is_skipped(name, method):
-    for given in arguments(name):
-        params, theirs = parameters(name), parameters(name)
-        optimizer = ours(method, name, params, given.kwargs)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=100)
-        for factor in (1.0, float("inf"), 1.0):
-            for turn in optimizer.passes(scaler=scaler):
-                turn.backward(loss_of(params) * (factor if turn.last else 1.0))
-        take(ours(method, name, theirs, given.kwargs), theirs, 2)
-        assert (scaler.get_scale(), optimizer.skipped_steps) == (32.0, 1)
-        assert_same(params, theirs, given.desc, exact=False)
-
-
-@on_each_backend
-@over_bases
-@over_methods
-def test_parameters_of_two_dtypes(name, method):
-    for given in arguments(name):
+def test_parameters_of_two_dtypes(name):
+    for given, method, backend in inputs(name, SOME, BACKENDS):
         params = [nn.Parameter(torch.ones(3, 2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
-        take(ours(method, name, params, given.kwargs), params, 2)
+        take(ours(method, name, params, given.kwargs, backend=backend), params, 2)
         theirs = [nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in range(2)]
-        take(ours(method, name, theirs, given.kwargs), theirs, 2)
+        take(ours(method, name, theirs, given.kwargs, backend=backend), theirs, 2)
         assert [p.dtype for p in params] == [torch.float32, torch.float64]
         assert_same([p.double() for p in params], [p.double() for p in theirs], given.desc, exact=False)
 
@@ -600,8 +464,7 @@ def test_every_scheduler_of_torch_is_tried():
     assert set(lr_scheduler.__all__) - {"LRScheduler"} <= set(SCHEDULERS)
 
 
-@pytest.mark.parametrize("scheduler_name", SCHEDULERS)
-@over_methods
+@pytest.mark.parametrize(("scheduler_name", "method"), in_turn(SCHEDULERS, SOME))
 def test_a_scheduler_does_what_it_does_to_the_plain_optimizer(scheduler_name, method):
     histories = []
     for by_us in (True, False):
