@@ -28,3 +28,15 @@ def assert_same(before, after):
             assert torch.equal(value, new[key]), key
     assert before[2:5] == after[2:5]
     assert torch.equal(before[5], after[5])
+
+
+def assert_equal(ours, theirs):
+    """Parameters and buffers of two models, bit for bit."""
+    for (name, value), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def assert_near(ours, theirs, tolerance=1e-10):
+    """Parameters of two models, up to rounding."""
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
