@@ -67,6 +67,12 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def in_turn(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """As few rows of one value a factor as it takes for each value to come once."""
+    values = [list(factor) for factor in factors]
+    return [tuple(each[i % len(each)] for each in values) for i in range(max(map(len, values)))]
+
+
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+from contextlib import contextmanager
 
 import torch
 
@@ -30,13 +32,27 @@ def assert_same(before, after):
     assert torch.equal(before[5], after[5])
 
 
+@contextmanager
+def unchanged(model, optimizer):
+    """The block leaves no trace."""
+    before = everything(model, optimizer)
+    yield
+    assert_same(before, everything(model, optimizer))
+
+
+def assert_close(ours, theirs, rtol=0.0, atol=0.0):
+    """The parameters of two modules; bit for bit where no tolerance is given."""
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=rtol, atol=atol)
+
+
+def through_a_file(value, weights_only=True):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
 def assert_equal(ours, theirs):
-    """Parameters and buffers of two models, bit for bit."""
+    """Parameters and buffers of two modules, bit for bit."""
     for (name, value), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
-
-
-def assert_near(ours, theirs, tolerance=1e-10):
-    """Parameters of two models, up to rounding."""
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")

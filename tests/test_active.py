@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -11,8 +10,8 @@ import random
 
 import pytest
 import torch
-from cases import BASES, DTYPES, EXACT, METHODS, loss_of, make
-from snapshots import assert_equal, assert_near, assert_same, everything
+from cases import BASES, DTYPES, EXACT, METHODS, in_turn, loss_of, make
+from snapshots import assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
 import gam_fast
@@ -77,7 +76,7 @@ def test_always_is_the_plain_recipe_bit_for_bit(rule):
 
 @pytest.mark.parametrize(
     ("rule", "base", "dtype"),
-    list(zip(NEVER, itertools.cycle(["sgd_nesterov", "adamw", "rmsprop"]), itertools.cycle(DTYPES))),
+    in_turn(NEVER, ["sgd_nesterov", "adamw", "rmsprop"], DTYPES),
 )
 def test_never_is_the_base_bit_for_bit(rule, base, dtype):
     ours, optimizer, batches = build("gam", "mlp", dtype, base, **NEVER[rule])
@@ -235,7 +234,7 @@ def test_steep_over_micro_batches(share):
     assert len(kinds) == 2
     for key in ("flat_mean", "flat_variance"):
         assert small.param_groups[0][key] == pytest.approx(large.param_groups[0][key], rel=1e-9)
-    assert_near(whole, model)
+    assert_close(whole, model, 1e-10, 1e-10)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
@@ -248,7 +247,7 @@ def test_loss_scaling_changes_no_decision(share):
     counts = train(ours, optimizer, data(batches, 12), scaler)
     assert counts == train(theirs, plain, data(batches, 12))
     assert len(set(counts)) == 2
-    assert_near(ours, theirs, 1e-5)
+    assert_close(ours, theirs, 1e-5, 1e-5)
 
     def step():
         for turn in optimizer.passes():  # without the scaler
@@ -256,10 +255,9 @@ def test_loss_scaling_changes_no_decision(share):
             if turn.last:
                 scaler.step(optimizer)
 
-    before = everything(ours, optimizer)
-    with pytest.raises(RuntimeError, match=r"a rule WhenSteep.*call passes\(scaler=scaler\)"):
+    message = r"a rule WhenSteep.*call passes\(scaler=scaler\)"
+    with unchanged(ours, optimizer), pytest.raises(RuntimeError, match=message):
         step()
-    assert_same(before, everything(ours, optimizer))
 
 
 @pytest.mark.parametrize("policy", ["raise", "skip", "ignore"])
@@ -297,20 +295,17 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("rule", "how"), list(zip(RULES, itertools.cycle(["state_dict", "pickle", "deepcopy"]))))
+@pytest.mark.parametrize(("rule", "how"), in_turn(RULES, ["state_dict", "pickle", "deepcopy"]))
 def test_resuming_within_an_interval_has_the_same_bits(rule, how):
     through, optimizer, batches = build("gam", base="adamw", **RULES[rule])
     counts = train(through, optimizer, data(batches, 10))
     model, first, _ = build("gam", base="adamw", **RULES[rule])
     assert train(model, first, data(batches, 4)) == counts[:4]
     if how == "state_dict":
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
+        saved = through_a_file((model.state_dict(), first.state_dict()))
         model, second, _ = build("gam", base="adamw", **RULES[rule])
-        model.load_state_dict(saved["model"])
-        second.load_state_dict(saved["optimizer"])
+        model.load_state_dict(saved[0])
+        second.load_state_dict(saved[1])
     else:
         first.model = None
         pair = (model, first)
@@ -323,13 +318,12 @@ def test_resuming_within_an_interval_has_the_same_bits(rule, how):
 def test_a_step_left_early_counts_for_nothing(rule, at):
     model, optimizer, batches = build("gam", "batchnorm_cnn", **RULES[rule])
     train(model, optimizer, data(batches, 5))
-    before = everything(model, optimizer)
-    for turn in optimizer.passes():
-        loss = loss_of(model, *turn.rows(*batches[0]))
-        if turn.index == at or turn.last:
-            break
-        turn.backward(loss)
-    assert_same(before, everything(model, optimizer))
+    with unchanged(model, optimizer):
+        for turn in optimizer.passes():
+            loss = loss_of(model, *turn.rows(*batches[0]))
+            if turn.index == at or turn.last:
+                break
+            turn.backward(loss)
 
 
 def test_a_skipped_step_counts_for_nothing():
@@ -394,10 +388,9 @@ def test_a_state_that_makes_no_sense_is_refused(key, value):
     state = optimizer.state_dict()
     assert key in state["param_groups"][0]
     state["param_groups"][0][key] = value
-    before = everything(model, optimizer)
-    with pytest.raises(ValueError, match=f"{key} of a parameter group must be a number.*got {value!r}"):
+    message = f"{key} of a parameter group must be a number.*got {value!r}"
+    with unchanged(model, optimizer), pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
-    assert_same(before, everything(model, optimizer))
 
 
 def test_a_pickle_from_before_there_was_a_share():

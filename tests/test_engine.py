@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import io
-import itertools
 import math
 import pickle
 import weakref
 
 import pytest
 import torch
-from cases import BACKENDS, EXACT, METHODS, closure_of, make
-from snapshots import assert_equal
+from cases import BACKENDS, EXACT, METHODS, closure_of, in_turn, make
+from snapshots import assert_equal, through_a_file
 from test_active import train
 from torch import nn
 
@@ -245,7 +243,7 @@ def test_an_optimizer_goes_with_the_last_reference_to_it():
         gc.enable()
 
 
-@pytest.mark.parametrize(("method_name", "how"), list(zip(METHODS | EXACT, itertools.cycle(["deepcopy", "pickle"]))))
+@pytest.mark.parametrize(("method_name", "how"), in_turn(METHODS | EXACT, ["deepcopy", "pickle"]))
 def test_copies_go_on_alike(method_name, how):
     method = (METHODS | EXACT)[method_name]
     model, batches = make("batchnorm_cnn")
@@ -264,10 +262,7 @@ def test_optimizer_round_trips_through_torch_save():
     weight, closure = parabola()
     optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1, momentum=0.9, beta=(1.0, 0.5))
     optimizer.step(closure)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
+    loaded = through_a_file(optimizer.state_dict())
     assert loaded["state"][0].keys() == {"momentum_buffer"}  # and nothing of ours
     optimizer.load_state_dict(loaded)
     assert optimizer.param_groups[0]["beta"] == (1.0, 0.5)
@@ -410,7 +405,7 @@ class Elsewhere(nn.Parameter):
     device = property(lambda self: torch.device("cpu", 0))
 
 
-@pytest.mark.parametrize(("method_name", "late"), list(zip(METHODS, itertools.cycle([True, False]))))
+@pytest.mark.parametrize(("method_name", "late"), in_turn(METHODS, [True, False]))
 def test_parameters_on_two_devices_share_one_norm(method_name, late):
     """A parameter that says it is on ``cpu:0`` stands for one elsewhere; ``late``: its gradients begin in pass 1."""
     method = METHODS[method_name]

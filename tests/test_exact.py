@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import math
 import weakref
 from functools import partial
@@ -13,7 +12,7 @@ import pytest
 import reference
 import torch
 from cases import BASES, DTYPES, EXACT, MODELS, loss_of, make, pairwise
-from snapshots import assert_near, assert_same, everything
+from snapshots import assert_close, through_a_file, unchanged
 from test_restore import check_the_next_step, setting
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +22,7 @@ import gam_fast
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
 KINDS = {name: method.hyper for name, method in EXACT.items()}
-STEPS = 10
+STEPS = 6
 
 
 def closure_of(model, x, y):
@@ -96,7 +95,7 @@ def test_trajectories_are_those_of_torch_func(model_name, kind, base_name):
             for turn in optimizer.passes():
                 turn.backward(loss_of(ours, x, y))
         reference_step(theirs, plain, KINDS[kind], x, y)
-    assert_near(ours, theirs, 1e-9)
+    assert_close(ours, theirs, 1e-9, 1e-9)
 
 
 def test_groups_may_differ_in_every_hyper_parameter():
@@ -116,7 +115,7 @@ def test_groups_may_differ_in_every_hyper_parameter():
     for x, y in batches:
         optimizer.step(closure_of(ours, x, y))
         reference_step(theirs, plain, each, x, y)
-    assert_near(ours, theirs, 1e-9)
+    assert_close(ours, theirs, 1e-9, 1e-9)
 
 
 def quartic(values, dtype=torch.float64):
@@ -168,7 +167,6 @@ def test_the_gradient_of_the_gradient_norm_is_what_the_step_descends():
 @pytest.mark.parametrize("at", range(3))
 def test_a_loss_that_is_not_finite_undoes_the_step(at):
     model, optimizer, (x, y) = setting("exact_sam")
-    before = everything(model, optimizer)
 
     def step():
         for turn in optimizer.passes():
@@ -176,9 +174,9 @@ def test_a_loss_that_is_not_finite_undoes_the_step(at):
             turn.backward(loss * math.nan if turn.index == at else loss)
 
     where = "pass 1 or 2" if at == 1 else f"pass {at}"  # of SAM's gradient no norm is needed before the end
-    with pytest.raises(gam_fast.NonFiniteGradientError, match=f"^{where} of ExactGAM gave a gradient that is not"):
+    message = f"^{where} of ExactGAM gave a gradient that is not finite"
+    with unchanged(model, optimizer), pytest.raises(gam_fast.NonFiniteGradientError, match=message):
         step()
-    assert_same(before, everything(model, optimizer))
 
 
 def test_the_loss_comes_back_without_its_graph_and_no_gradient_stays():
@@ -197,10 +195,7 @@ def test_a_checkpoint_is_that_of_the_base_optimizer_and_goes_on_alike():
     twin_model = copy.deepcopy(model)
     other = dict.fromkeys(KINDS["exact_sam"], 7.0)
     twin = gam_fast.ExactGAM(twin_model.parameters(), torch.optim.SGD, lr=9.0, model=twin_model, **other)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    twin.load_state_dict(torch.load(file, weights_only=True))
+    twin.load_state_dict(through_a_file(optimizer.state_dict()))
     assert repr(twin) == repr(optimizer)
     torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).load_state_dict(optimizer.state_dict())
     check_the_next_step(model, optimizer, twin_model, twin, x, y)
@@ -277,7 +272,7 @@ def test_no_more_than_three_buffers_are_held():
         return len(sizes)
 
     held = []
-    for _ in range(3):
+    for _ in range(2):
         optimizer.step(lambda: Cubic.apply(weight))
     # of the parameter's size: itself, momentum, backup, SAM's gradient, the unit gradient (v); then the product is made
     assert max(held[2:]) <= 2 + 3
@@ -285,22 +280,6 @@ def test_no_more_than_three_buffers_are_held():
 
 
 # What cannot be done, and what the message says
-
-
-def test_backward_on_the_loss_is_an_error_and_undone():
-    weight, loss = quartic([1.0, -1.25, 0.5])
-    start = weight.detach().clone()
-    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
-
-    def closure():
-        value = loss()
-        value.backward()
-        return value
-
-    for step in (lambda: optimizer.step(closure), lambda: [closure() for _ in optimizer.passes()]):
-        with pytest.raises(RuntimeError, match="pass 0 of ExactGAM: backward.. was called.*without calling backward"):
-            step()
-        assert torch.equal(weight, start)
 
 
 @pytest.mark.parametrize(
@@ -325,13 +304,14 @@ def test_a_loop_that_hands_over_no_loss_is_an_error():
     weight, loss = quartic([1.0, -1.25, 0.5])
     optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
 
-    def forgetful():
+    def loop(body):
         for turn in optimizer.passes():
-            if turn.index == 0:
-                turn.backward(loss())
+            turn.backward(loss()) if turn.index == 0 else body()
 
     with pytest.raises(RuntimeError, match=r"pass 1 of ExactGAM: it ended without a loss.*turn.backward\(loss\)"):
-        forgetful()
+        loop(lambda: None)
+    with pytest.raises(RuntimeError, match="pass 1 of ExactGAM: backward.. was called in it.*without calling"):
+        loop(lambda: loss().backward())
     assert weight.tolist() == [1.0, -1.25, 0.5]
 
 

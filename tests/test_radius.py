@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from cases import BASES, METHODS, loss_of, make, pairwise
-from snapshots import assert_near
+from snapshots import assert_close
 from test_active import data, train
 from torch import nn
 
@@ -102,7 +102,7 @@ def test_steps_are_those_with_the_numbers_it_chooses(method_name, share):
         train(ours, optimizer, [(x, y)])
         assert optimizer.param_groups[0]["flat_length"] == pytest.approx(length, rel=1e-6)
         assert optimizer.param_groups[0]["rho_prime"] == "auto"
-    assert_near(ours, theirs, 1e-6)
+    assert_close(ours, theirs, 1e-6, 1e-6)
 
 
 def test_a_gradient_that_does_not_change():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 import random
 import sys
@@ -12,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cases import METHODS
+from cases import METHODS, in_turn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -77,7 +76,7 @@ def undo(optimizer, weight, draw, last):
 # Generators of the user's own
 
 
-@pytest.mark.parametrize(("method_name", "kind"), list(zip(METHODS, itertools.cycle(OWN))))
+@pytest.mark.parametrize(("method_name", "kind"), in_turn(METHODS, OWN))
 def test_named_generators_draw_the_same_in_each_pass_and_go_on_as_after_one(method_name, kind):
     build, draw = OWN[kind]
     generator, plain = build(), build()
@@ -87,10 +86,15 @@ def test_named_generators_draw_the_same_in_each_pass_and_go_on_as_after_one(meth
         assert passes == [draw(plain)] * METHODS[method_name].passes
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_an_undone_step_has_not_drawn_from_named_generators(kind):
-    build, draw = OWN[kind]
-    generator, plain = build(), build()
+@pytest.fixture(params=OWN)
+def own(request):
+    """Two generators in the same state, and how to draw from one."""
+    build, draw = OWN[request.param]
+    return build(), build(), draw
+
+
+def test_an_undone_step_has_not_drawn_from_named_generators(own):
+    generator, plain, draw = own
     weight = nn.Parameter(torch.ones(3))
     optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, replay_rng=[generator])
     for last in range(2):
@@ -98,39 +102,25 @@ def test_an_undone_step_has_not_drawn_from_named_generators(kind):
     assert draw(generator) == draw(plain)
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_what_a_named_generator_draws_while_micro_batches_are_read_is_drawn_once(kind):
-    build, draw = OWN[kind]
-    generator, plain = build(), build()
+def test_what_a_named_generator_draws_while_micro_batches_are_read_is_drawn_once(own):
+    generator, plain, draw = own
     weight = nn.Parameter(torch.ones(3))
     optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1, replay_rng=[generator])
-
-    def step():
-        read, passes = [], []
-
-        def batches():
-            for _ in range(2):
-                read.append(draw(generator))
-                yield 1.0
-
-        for _ in optimizer.passes():
-            masks = []
-            for _ in optimizer.micro_batches(batches()):
-                masks.append(draw(generator))
-                (weight**2).sum().backward()
-            passes.append(masks)
-        return read, passes
-
     for _ in range(2):
-        read, passes = step()
-        assert read == [draw(plain), draw(plain)]
-        assert passes == [[draw(plain), draw(plain)]] * 4
+        expected = None
+        for _ in optimizer.passes():
+            seen = []
+            for read in optimizer.micro_batches(draw(generator) for _ in range(2)):
+                seen.append((read, draw(generator)))
+                (weight**2).sum().backward()
+            if expected is None:
+                read = [draw(plain), draw(plain)]
+                expected = [(value, draw(plain)) for value in read]
+            assert seen == expected
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_with_a_share_of_the_batch_the_last_pass_is_the_one_that_counts(kind):
-    build, draw = OWN[kind]
-    generator, plain = build(), build()
+def test_with_a_share_of_the_batch_the_last_pass_is_the_one_that_counts(own):
+    generator, plain, draw = own
     weight, x = nn.Parameter(torch.ones(3)), torch.ones(8, 3)
     optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, replay_rng=[generator], ascent_share=0.25)
     for turn in optimizer.passes():
@@ -183,7 +173,7 @@ def test_no_generator_is_refused_with_its_value(given, match):
 
 
 @pytest.mark.usefixtures("_alone_and_not")
-@pytest.mark.parametrize(("method_name", "kind"), list(zip(METHODS, itertools.cycle(GLOBAL))))
+@pytest.mark.parametrize(("method_name", "kind"), in_turn(METHODS, GLOBAL))
 def test_the_body_may_draw_from_global_generators(method_name, kind):
     """Mixup's λ, a batch drawn by its indices. An undone step has not drawn."""
     draw, passes = GLOBAL[kind], METHODS[method_name].passes
@@ -383,20 +373,14 @@ def test_a_thread_that_draws_from_pythons_or_numpys_generator_is_left_alone(kind
 
 @pytest.mark.usefixtures("_alone_and_not")
 def test_two_optimizers_over_one_body_draw_the_same_and_the_stream_goes_on():
-    one, two = nn.Parameter(torch.ones(16)), nn.Parameter(torch.ones(16))
-    first = gam_fast.GAM([one], torch.optim.SGD, lr=0.1)
-    second = gam_fast.GAM([two], torch.optim.SGD, lr=0.1)
+    weights = [nn.Parameter(torch.ones(16)) for _ in range(2)]
+    optimizers = [gam_fast.GAM([weight], torch.optim.SGD, lr=0.1) for weight in weights]
     model = nn.Dropout(0.5)
     for _ in range(2):
         state, masks = torch.get_rng_state(), []
-        iterators = first.passes(), second.passes()
-        for _ in range(4):
-            for turns in iterators:
-                next(turns)
+        for _ in zip(*(optimizer.passes() for optimizer in optimizers), strict=False):
             masks.append(model(torch.ones(16)))
-            (masks[-1] * (one + two)).square().sum().backward()
-        for turns in iterators:
-            assert next(turns, None) is None
+            (masks[-1] * sum(weights)).square().sum().backward()
         after = torch.get_rng_state()
         torch.set_rng_state(state)
         assert torch.equal(masks[0], model(torch.ones(16)))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 
 import pytest
 import torch
-from cases import DTYPES, EXACT, METHODS, WithDropout, closure_of, loss_of, make, pairwise
-from snapshots import assert_equal, assert_same, everything
+from cases import DTYPES, EXACT, METHODS, WithDropout, closure_of, in_turn, loss_of, make, pairwise
+from snapshots import assert_equal, assert_same, everything, unchanged
 from test_active import train
 
 import gam_fast
 from gam_fast import sums
 
-MIXED = dict.fromkeys(
-    [*zip(METHODS, itertools.cycle(DTYPES)), *((name, dtype) for name in ("gam", "exact_sam") for dtype in DTYPES)]
-)
+MIXED = dict.fromkeys([*in_turn(METHODS | EXACT, DTYPES), *(("gam", dtype) for dtype in DTYPES)])
 PASSES = [("gam", at) for at in range(4)]
 LAST = [(name, method.passes - 1) for name, method in METHODS.items() if name != "gam"]
 """How a step is undone is the engine's: in each pass of GAM, and once on the path of every other method."""
@@ -63,7 +60,7 @@ class Interruption(Exception):
     ("method_name", "at", "how"),
     [
         *((*of, how) for of in PASSES for how in HOW),
-        *((*of, how) for of, how in zip(LAST, itertools.cycle(HOW))),
+        *((*of, how) for of, how in in_turn(LAST, HOW)),
         *(("exact_sam", at, how) for at, how in enumerate(["keyboard", "after_backward", "break"])),
     ],
 )
@@ -118,28 +115,26 @@ def check_the_next_step(model, optimizer, twin_model, twin, x, y):
 def test_a_gradient_that_is_not_finite_undoes_the_step(method_name, at, base, value):
     model, optimizer, (x, y) = setting(method_name, base=base)
     twins = copy.deepcopy((model, optimizer))
-    before = everything(model, optimizer)
 
     def spoiled(turn):
         loss_of(model, x, y).backward()
         if turn.index == at:
             next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[3] = value
 
-    with pytest.raises(gam_fast.NonFiniteGradientError, match=f"(pass {at}|a pass) of"):
+    message = f"(pass {at}|a pass) of"
+    with unchanged(model, optimizer), pytest.raises(gam_fast.NonFiniteGradientError, match=message):
         optimizer.step(spoiled)
-    assert_same(before, everything(model, optimizer))
     check_the_next_step(model, optimizer, *twins, x, y)
 
 
 @pytest.mark.parametrize(("method_name", "at"), [*PASSES, ("base", 0)])
 def test_skip_counts_the_step_and_goes_on(method_name, at):
     model, optimizer, (x, y) = setting(method_name, on_nonfinite="skip")
-    before = everything(model, optimizer)
-    for turn in optimizer.passes():
-        loss_of(model, x, y).backward()
-        if turn.index == at:
-            next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
-    assert_same(before, everything(model, optimizer))
+    with unchanged(model, optimizer):
+        for turn in optimizer.passes():
+            loss_of(model, x, y).backward()
+            if turn.index == at:
+                next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
     assert optimizer.skipped_steps == 1
     optimizer.step(closure_of(model, x, y))
     assert optimizer.skipped_steps == 1
@@ -186,7 +181,7 @@ def test_an_error_in_a_post_hook_keeps_the_finished_step():
 
 @pytest.mark.parametrize(
     ("method_name", "dtype", "threads"),
-    list(zip(METHODS, itertools.cycle([torch.float32, torch.bfloat16]), itertools.cycle([2, 2, 7, 7]))),
+    in_turn(METHODS, [torch.float32, torch.bfloat16], [2, 2, 7, 7]),
 )
 def test_results_do_not_depend_on_the_number_of_threads(method_name, dtype, threads):
     method = METHODS[method_name]
