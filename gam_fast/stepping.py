@@ -374,6 +374,7 @@ class Stepper(Hooked):
             if isinstance(error, SkipStep) and first:
                 progress.skipped_steps += 1
                 self._opt_called = True  # for learning-rate schedulers: a skipped step was a call
+                self.base._opt_called = True  # type: ignore[attr-defined]  # and for those constructed on the base
             is_skipped = step.leave(error)
         finally:
             if first:

@@ -130,6 +130,18 @@ class TiedTransformer(nn.Module):
         return self.head(x)[:, -1]
 
 
+class WithDropout(nn.Module):
+    """A model with dropout in front of it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.2)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.dropout(x))
+
+
 class PartlyUsed(nn.Module):
     """A frozen layer, a layer nobody calls, and one that takes part in every other call only."""
 
@@ -221,6 +233,14 @@ METHODS: dict[str, Method] = {
 
 if INTERPRETED:  # which takes a second a step: every kernel, and every way to fold and to project, but not every table
     METHODS = {name: METHODS[name] for name in ("base", "sam", "asam", "gsam", "gam")}
+
+EXACT: dict[str, Method] = {
+    "exact": Method(gam_fast.ExactGAM, reference.exact_gam, {"rho": 0.2, "alpha": 0.4}),
+    "exact_sam": Method(gam_fast.ExactGAM, reference.exact_gam, {"rho": 0.2, "alpha": 0.4, "sam_rho": 0.1}),
+}
+"""Of second order: the engine differentiates the loss that a pass hands over (``turn.backward``)."""
+
+MULTIPASS = [name for name, method in METHODS.items() if method.passes > 1]
 
 BASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.1),

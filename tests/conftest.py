@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -15,6 +16,11 @@ if INTERPRETED:
     import interpreted
 else:
     collect_ignore = ["test_interpreted.py", "interpreted.py"]
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A dtype by its name; pytest's own id for all else."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +73,21 @@ def _on_the_others(_same_start: None, request: pytest.FixtureRequest, monkeypatc
 def _on_each_backend(_same_start: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """For what a primitive decides: the arithmetic of updates, layouts, and the memory that tables are about."""
     use(request.param, monkeypatch)
+
+
+@pytest.fixture
+def _idle() -> Iterator[None]:
+    """Another thread lives, and does nothing: random numbers are replayed for this one alone."""
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+
+
+@pytest.fixture(params=["alone", "idle_thread"])
+def _alone_and_not(request: pytest.FixtureRequest) -> None:
+    """In a process of one thread, and beside one that does not draw."""
+    if request.param == "idle_thread":
+        request.getfixturevalue("_idle")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
-import emulated
 import numpy
 import pytest
 import torch
-from cases import BACKENDS, EMULATED, INTERPRETED
+from cases import BACKENDS, INTERPRETED, in_turn
 from torch import nn
 
 import gam_fast
@@ -19,14 +16,12 @@ if INTERPRETED:
     pytest.skip("bookkeeping is the same for all kernels of Triton", allow_module_level=True)
 
 CPU = torch.device("cpu")
-IMPLEMENTATIONS = ["plain", *(name for name in ("native", *EMULATED) if name in (*BACKENDS, *EMULATED))]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=["plain", *(["native"] if "native" in BACKENDS else [])])
 def books(request) -> base.Bookkeeping:
-    if request.param == "plain":
-        return ownership
-    return emulated.core() if request.param == "emulated" else backends.select("native", CPU).bookkeeping
+    """In Python, and in C++, where it is the same for a CPU and a GPU."""
+    return ownership if request.param == "plain" else backends.select("native", CPU).bookkeeping
 
 
 @pytest.fixture
@@ -144,15 +139,6 @@ def test_a_gradient_that_somebody_holds_is_copied(books, how):
     assert torch.equal(taken[0], torch.full((8,), 2.0))
 
 
-@torch.no_grad()
-def test_a_gradient_that_python_has_seen_and_let_go_is_taken_over(books):
-    params = parameters(2)
-    addresses = [params[0].grad.data_ptr(), params[1].grad.data_ptr()]
-    gc.collect()
-    taken = books.take_gradients(books.hold(params), True)
-    assert [x.data_ptr() for x in taken] == addresses
-
-
 @pytest.mark.parametrize("memory", ["numpy", "shared", "bucket"])
 @torch.no_grad()
 def test_memory_with_other_owners_is_copied(books, memory):
@@ -168,26 +154,23 @@ def test_memory_with_other_owners_is_copied(books, memory):
 
 
 UNUSUAL = {
-    "no gradient": lambda params: setattr(params[2], "grad", None),
-    "written": lambda params: params[2].data.add_(0.0) is None or params[2].detach().add_(0.0),
-    "sparse": lambda params: setattr(params[2], "grad", torch.ones(8).to_sparse()),
+    "no gradient": lambda param, flags: setattr(param, "grad", None),
+    "written": lambda param, flags: param.detach().add_(0.0),
+    "sparse": lambda param, flags: setattr(param, "grad", torch.ones(8).to_sparse()),
+    "flags": lambda param, flags: flags.__setitem__(2, 1),
 }
 
 
-@pytest.mark.parametrize("what", [*UNUSUAL, "flags"])
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("what", "keep"), in_turn(UNUSUAL, [True, False]))
 @torch.no_grad()
 def test_what_is_unusual_is_left_as_it_was(books, what, keep):
     params = parameters()
     held, flags = books.hold(params), bytearray(4)
     versions = books.versions(held)
-    if what == "flags":
-        flags[3] = 1
-    else:
-        UNUSUAL[what](params)
-    addresses = [None if p.grad is None or p.grad.is_sparse else p.grad.data_ptr() for p in params]
+    UNUSUAL[what](params[2], flags)
+    grads = [param.grad for param in params]
     assert books.take_all_gradients(held, versions, flags, keep) is None
-    assert [None if p.grad is None or p.grad.is_sparse else p.grad.data_ptr() for p in params] == addresses
+    assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -248,25 +231,23 @@ def test_small_tensors_are_allocated_together_and_large_ones_alone(core):
     assert made[0] is made[0]
 
 
-@pytest.mark.parametrize("count", [3, 1_500])
-def test_many_small_tensors_step_as_they_do_by_torch(count):
-    """Beside what counts in so large a number, where lists are looked at once and memory is shared."""
+def test_many_small_tensors_step_as_they_do_by_torch():
+    """So many that lists are looked at once and memory is shared."""
     found = {}
     for backend in BACKENDS:
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(count)]
-        source = [torch.randn(5, dtype=torch.float64) for _ in range(count)]
+        params = [nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(1_500)]
+        source = [torch.randn(5, dtype=torch.float64) for _ in params]
         optimizer = gam_fast.GAM(params, torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend)
-        for _ in range(3):
+        for _ in range(2):
             for _ in optimizer.passes():
                 torch.autograd.backward([p * p * p for p in params], source)
         found[backend] = torch.cat([param.detach() for param in params])
-    for backend in BACKENDS:
-        torch.testing.assert_close(found[backend], found["eager"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[BACKENDS[-1]], found["eager"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("_on_each_backend")
-@pytest.mark.parametrize("in_pass", range(4))
+@pytest.mark.parametrize("in_pass", [1, 3])
 def test_parameters_that_come_late_stay_with_their_gradients(in_pass):
     """The last parameter has its first gradient before the others: the order of those that take part is another."""
     weights = [nn.Parameter(torch.full((3,), float(i + 1), dtype=torch.float64)) for i in range(4)]

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
-from cases import BASES, METHODS, loss_of, make
-from snapshots import assert_same, everything
+from cases import BASES, METHODS, loss_of, make, pairwise
+from snapshots import assert_close
+from test_active import data, train
 from torch import nn
 
 import gam_fast
 from gam_fast import radius
 
 SMOOTH = ["mlp", "batchnorm_cnn", "tied_transformer"]
-
-
-def train(model, optimizer, batches, steps):
-    for k in range(steps):
-        for turn in optimizer.passes():
-            turn.backward(loss_of(model, *turn.rows(*batches[k % len(batches)])))
 
 
 def errors_of(model, x, y, radii):
@@ -55,13 +49,13 @@ def errors_of(model, x, y, radii):
     return found
 
 
-@pytest.mark.parametrize("steps", [1, 12])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("model_name", SMOOTH)
+@pytest.mark.parametrize(
+    ("model_name", "dtype", "steps"), pairwise(SMOOTH, [torch.float64, torch.float32, torch.bfloat16], [1, 12])
+)
 def test_it_is_near_the_radius_of_least_error(model_name, dtype, steps):
     model, batches = make(model_name, dtype)
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto", model=model)
-    train(model, optimizer, batches, steps)
+    train(model, optimizer, data(batches, steps))
     group = optimizer.param_groups[0]
     chosen = radius.radius(group["flat_length"], radius.norm_of(list(model.parameters())), torch.finfo(dtype).eps)
     around = [chosen * 10 ** (k / 4) for k in range(-12, 13)]
@@ -86,8 +80,7 @@ def test_its_formula():
         assert radius.next_length(0.0, nothing, 20.0) == 0.0
 
 
-@pytest.mark.parametrize("method_name", ["gam", "fad"])
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize(("method_name", "share"), [("gam", 1.0), ("fad", 0.5)])
 def test_steps_are_those_with_the_numbers_it_chooses(method_name, share):
     method = METHODS[method_name]
     (ours, batches), (theirs, _) = make("mlp"), make("mlp")
@@ -106,11 +99,10 @@ def test_steps_are_those_with_the_numbers_it_chooses(method_name, share):
                 g0.append(nn.utils.parameters_to_vector([p.grad for p in theirs.parameters()]).clone())
         measured = chosen * float(g0[0].norm() / (g0[1] - g0[0]).norm())
         length = length**0.9 * measured**0.1 if length else measured
-        train(ours, optimizer, [(x, y)], 1)
+        train(ours, optimizer, [(x, y)])
         assert optimizer.param_groups[0]["flat_length"] == pytest.approx(length, rel=1e-6)
         assert optimizer.param_groups[0]["rho_prime"] == "auto"
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert_close(ours, theirs, 1e-6, 1e-6)
 
 
 def test_a_gradient_that_does_not_change():
@@ -171,67 +163,16 @@ def test_the_rounding_is_that_of_the_coarsest_parameter_or_of_autocast():
     assert hyper[0]["rho_prime"] == found.radius == pytest.approx(0.125 * 0.2)
 
 
-def test_under_autocast_it_trains():
-    model, batches = make("mlp", torch.float32)
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.3, rho_prime="auto:bfloat16")
-    losses = []
-    for k in range(60):
-        x, y = batches[k % len(batches)]
-        for turn in optimizer.passes():
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_of(model, x, y)
-            turn.backward(loss)
-            if turn.index == 0:
-                losses.append(float(loss.detach()))
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-
-
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
-def test_resuming_has_the_same_bits(how):
-    (through, batches), (model, _) = make("mlp"), make("mlp")
-    options = {"lr": 0.05, "momentum": 0.9, "rho_prime": "auto"}
-    optimizer = gam_fast.GAM(through.parameters(), torch.optim.SGD, **options)
-    train(through, optimizer, batches, 7)
-    first = gam_fast.GAM(model.parameters(), torch.optim.SGD, **options)
-    train(model, first, batches, 3)
-    if how == "deepcopy":
-        model, second = copy.deepcopy((model, first))
-    else:
-        file = io.BytesIO()
-        torch.save(first.state_dict(), file)
-        file.seek(0)
-        model = copy.deepcopy(model)
-        second = gam_fast.GAM(model.parameters(), torch.optim.SGD, **options)
-        second.load_state_dict(torch.load(file, weights_only=True))
-    train(model, second, batches[3:] + batches[:3], 4)
-    assert all(map(torch.equal, through.parameters(), model.parameters()))
-
-
 def test_checkpoints_of_the_base_leave_it_as_it_is():
     model, batches = make("mlp")
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto")
-    train(model, optimizer, batches, 2)
+    train(model, optimizer, data(batches, 2))
     length = optimizer.param_groups[0]["flat_length"]
     base = torch.optim.SGD(model.parameters(), lr=0.05)
     base.load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.01).state_dict())
     assert optimizer.param_groups[0]["flat_length"] == length
     assert optimizer.param_groups[0]["rho_prime"] == "auto"
-
-
-@pytest.mark.parametrize("at", range(4))
-def test_a_step_left_early_leaves_it_as_it_was(at):
-    model, batches = make("batchnorm_cnn")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto", model=model)
-    for steps in (0, 2):
-        train(model, optimizer, batches, steps)
-        before = everything(model, optimizer)
-        for turn in optimizer.passes():
-            loss = loss_of(model, *batches[0])
-            if turn.index == at:
-                break
-            turn.backward(loss)
-        assert_same(before, everything(model, optimizer))
 
 
 def test_what_is_no_radius_is_refused():

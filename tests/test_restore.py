@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from cases import DTYPES, METHODS, closure_of, loss_of, make, pairwise
-from snapshots import assert_same, everything
+from cases import DTYPES, EXACT, METHODS, WithDropout, closure_of, in_turn, loss_of, make, pairwise
+from snapshots import assert_equal, assert_same, everything, unchanged
+from test_active import train
 
 import gam_fast
 from gam_fast import sums
 
-PASSES = [(name, k) for name, method in METHODS.items() for k in range(method.passes)]
+MIXED = dict.fromkeys([*in_turn(METHODS | EXACT, DTYPES), *(("gam", dtype) for dtype in DTYPES)])
+PASSES = [("gam", at) for at in range(4)]
+LAST = [(name, method.passes - 1) for name, method in METHODS.items() if name != "gam"]
+"""How a step is undone is the engine's: in each pass of GAM, and once on the path of every other method."""
 
-
-class StochasticCNN(torch.nn.Module):
-    """The BatchNorm CNN with dropout in front."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.dropout = torch.nn.Dropout(0.2)
-        self.inner = inner
-        self.inner.net[0].weight.requires_grad_(False)
-        self.inner.net[4].eval()
-
-    def forward(self, x):
-        return self.inner(self.dropout(x))
+HOW = ["exception", "keyboard", "after_backward", "break", "close", "closure"]
+BASES = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop]
 
 
 def setting(method_name, dtype=torch.float64, base=torch.optim.SGD, **options):
-    method = METHODS[method_name]
+    method = (METHODS | EXACT)[method_name]
     inner, batches = make("batchnorm_cnn", dtype)
-    model = StochasticCNN(inner)
+    inner.net[0].weight.requires_grad_(False)
+    inner.net[4].eval()
+    model = WithDropout(inner)
     options = {"lr": 0.1, "momentum": 0.9} | options if base is torch.optim.SGD else options
     optimizer = method.optimizer(model.parameters(), base, model=model, **method.hyper, **options)
-    for x, y in batches[:2]:
-        optimizer.step(closure_of(model, x, y))
+    train(model, optimizer, batches[:2])
     return model, optimizer, batches[2]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(("method_name", "dtype"), MIXED)
 def test_two_hundred_steps_with_lr_zero_change_no_bit(method_name, dtype):
-    method = METHODS[method_name]
+    method = (METHODS | EXACT)[method_name]
     generator = torch.Generator().manual_seed(3)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in [(37,), (5, 7), ()]]
     start = [p.detach().clone() for p in params]
@@ -53,108 +47,94 @@ def test_two_hundred_steps_with_lr_zero_change_no_bit(method_name, dtype):
         for turn in optimizer.passes():
             if turn.index:
                 moved = moved or any(not torch.equal(p, s) for p, s in zip(params, start, strict=True))
-            (sum((p * p).sum() for p in params) * torch.rand((), generator=generator).to(dtype)).backward()
+            turn.backward(sum((p * p).sum() for p in params) * torch.rand((), generator=generator).to(dtype))
     assert moved == (method.passes > 1)
-    for p, s in zip(params, start, strict=True):
-        assert torch.equal(p, s)
+    assert all(map(torch.equal, params, start))
 
 
 class Interruption(Exception):
     pass
 
 
-@pytest.mark.parametrize("how", ["exception", "keyboard", "after_backward", "break", "close", "closure"])
-@pytest.mark.parametrize(("method_name", "at"), PASSES)
+@pytest.mark.parametrize(
+    ("method_name", "at", "how"),
+    [
+        *((*of, how) for of in PASSES for how in HOW),
+        *((*of, how) for of, how in in_turn(LAST, HOW)),
+        *(("exact_sam", at, how) for at, how in enumerate(["keyboard", "after_backward", "break"])),
+    ],
+)
 def test_a_step_that_is_left_leaves_no_trace_and_the_next_one_works(method_name, at, how):
     model, optimizer, (x, y) = setting(method_name)
+    twins = copy.deepcopy((model, optimizer))
     before = everything(model, optimizer)
-    if how == "closure":
-        calls = []
+    error = KeyboardInterrupt if how == "keyboard" else Interruption
 
-        def closure():
-            calls.append(1)
-            loss = loss_of(model, x, y)
-            if len(calls) > at:
-                raise Interruption
-            loss.backward()
-            return loss
+    def body(turn):
+        loss = loss_of(model, x, y)
+        if turn.index < at or how in ("after_backward", "close"):
+            turn.backward(loss)
+        if turn.index == at and how != "close":
+            raise error
 
-        with pytest.raises(Interruption):
-            optimizer.step(closure)
+    if how == "close":
+        turns = optimizer.passes()
+        for _ in range(at + 1):
+            body(next(turns))
+        turns.close()
     elif how == "break":
         for turn in optimizer.passes():
             if turn.index == at:
                 break
-            loss_of(model, x, y).backward()
-    elif how == "close":
-        turns = optimizer.passes()
-        for _ in range(at + 1):
-            next(turns)
-            loss_of(model, x, y).backward()
-        turns.close()
+            body(turn)
+    elif how == "closure":
+        with pytest.raises(error):
+            optimizer.step(body)
     else:
-        error = KeyboardInterrupt if how == "keyboard" else Interruption
         with pytest.raises(error):  # noqa: PT012 - the loop is what is left
             for turn in optimizer.passes():
-                loss = loss_of(model, x, y)
-                if how == "after_backward":
-                    loss.backward()
-                if turn.index == at:
-                    raise error
-                if how != "after_backward":
-                    loss.backward()
+                body(turn)
     assert_same(before, everything(model, optimizer))
-    check_the_next_step(model, optimizer, x, y)
+    check_the_next_step(model, optimizer, *twins, x, y)
 
 
-def check_the_next_step(model, optimizer, x, y):
+def check_the_next_step(model, optimizer, twin_model, twin, x, y):
     """It does what it would have done had nothing happened."""
-    twin_model, twin = copy.deepcopy((model, optimizer))
     rng = torch.get_rng_state()
-    optimizer.step(closure_of(model, x, y))
+    train(model, optimizer, [(x, y)])
     torch.set_rng_state(rng)
-    twin.step(closure_of(twin_model, x, y))
-    changed = False
-    for (name, p), q in zip(model.named_parameters(), twin_model.parameters(), strict=True):
-        assert torch.equal(p, q), name
-        changed = changed or p.requires_grad
-    assert changed
+    train(twin_model, twin, [(x, y)])
+    assert_equal(model, twin_model)
 
 
 @pytest.mark.parametrize(
     ("method_name", "at", "base", "value"),
-    [
-        (*of, *others)
-        for of, *others in pairwise(
-            PASSES, [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop], [float("nan"), float("inf")]
-        )
-    ],
+    [(*of, *others) for of, *others in pairwise(PASSES, BASES, [math.nan, math.inf])]
+    + [(*of, torch.optim.SGD, math.nan) for of in LAST],
 )
 def test_a_gradient_that_is_not_finite_undoes_the_step(method_name, at, base, value):
     model, optimizer, (x, y) = setting(method_name, base=base)
-    before = everything(model, optimizer)
+    twins = copy.deepcopy((model, optimizer))
 
-    def spoiled():
+    def spoiled(turn):
+        loss_of(model, x, y).backward()
+        if turn.index == at:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[3] = value
+
+    message = f"(pass {at}|a pass) of"
+    with unchanged(model, optimizer), pytest.raises(gam_fast.NonFiniteGradientError, match=message):
+        optimizer.step(spoiled)
+    check_the_next_step(model, optimizer, *twins, x, y)
+
+
+@pytest.mark.parametrize(("method_name", "at"), [*PASSES, ("base", 0)])
+def test_skip_counts_the_step_and_goes_on(method_name, at):
+    model, optimizer, (x, y) = setting(method_name, on_nonfinite="skip")
+    with unchanged(model, optimizer):
         for turn in optimizer.passes():
             loss_of(model, x, y).backward()
             if turn.index == at:
-                next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[3] = value
-
-    with pytest.raises(gam_fast.NonFiniteGradientError, match=f"(pass {at}|a pass) of"):
-        spoiled()
-    assert_same(before, everything(model, optimizer))
-    check_the_next_step(model, optimizer, x, y)
-
-
-@pytest.mark.parametrize(("method_name", "at"), PASSES)
-def test_skip_counts_the_step_and_goes_on(method_name, at):
-    model, optimizer, (x, y) = setting(method_name, on_nonfinite="skip")
-    before = everything(model, optimizer)
-    for turn in optimizer.passes():
-        loss_of(model, x, y).backward()
-        if turn.index == at:
-            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
-    assert_same(before, everything(model, optimizer))
+                next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
     assert optimizer.skipped_steps == 1
     optimizer.step(closure_of(model, x, y))
     assert optimizer.skipped_steps == 1
@@ -200,7 +180,8 @@ def test_an_error_in_a_post_hook_keeps_the_finished_step():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "method_name", "threads"), pairwise([torch.float32, torch.bfloat16], METHODS, [2, 7]), ids=str
+    ("method_name", "dtype", "threads"),
+    in_turn(METHODS, [torch.float32, torch.bfloat16], [2, 2, 7, 7]),
 )
 def test_results_do_not_depend_on_the_number_of_threads(method_name, dtype, threads):
     method = METHODS[method_name]
@@ -218,6 +199,4 @@ def test_results_do_not_depend_on_the_number_of_threads(method_name, dtype, thre
                     p.grad = (p.detach() * n_).sin_()
         return params
 
-    one, many = run(1), run(threads)
-    for p, q in zip(one, many, strict=True):
-        assert torch.equal(p, q)
+    assert all(map(torch.equal, run(1), run(threads)))
