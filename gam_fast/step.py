@@ -23,9 +23,9 @@ from .backends.base import Direction, FoldInto, Products, Scalar
 from .buffers import ForwardState
 from .capture import is_capturing
 from .coefficients import Coefficients
-from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
+from .distributed import mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
-from .local_step import agree, averaged, mean_of_all
+from .local_step import LocalSync
 from .others import OtherGradients
 from .ownership import has_gradient
 from .parameters import ParameterBlock, StepParameters, clear_weight_caches
@@ -87,7 +87,7 @@ class Step:
                     "sync='local' with sharded parameters: no process has a gradient of its own for all of them; use "
                     "sync='global'"
                 )
-            self._local = LocalSync(settings.model, self._device)
+            self._local = LocalSync(settings.model, self._device, recipe.name)
         self.watch = FiniteWatch(
             recipe, settings.on_nonfinite, self._device, on_host=self.blocks.on_host, at_end=self._local is not None
         )
@@ -345,7 +345,7 @@ class Step:
         if self.watch.scale is not None:
             square *= float(self.watch.scale.inverse(self._device)) ** 2
         if self._local is not None:
-            square = mean_of_all(self._local, self.blocks, square, self.recipe.name)
+            square = self._local.mean(self.blocks, square)
         else:
             square = mean_over_processes(square, self.settings.model, self._device)
         return self.settings.goes_on(square)
@@ -394,7 +394,7 @@ class Step:
         fold, live = self.plan[index]
         eta, minus = self.coefficients.eta, move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
-        total = self.blocks.square_length(move, eta) if known is None else known
+        total = self.blocks.square_norm(move.along, minus, eta) if known is None else known
         self.watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
         radius = self.coefficients.radius[index]
@@ -447,7 +447,7 @@ class Step:
         if self._local is not None:
             if self.settings.measure_change:
                 self._measure_change()
-            self.relative_change = agree(self._local, self.blocks, self.watch, self.recipe.name, self.relative_change)
+            self.relative_change = self._local.agree(self.blocks, self.watch, self.relative_change)
             # where another process has a gradient that this one lacks, there are zeros now
             terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
             limit = None  # what is clipped is the mean
@@ -459,7 +459,7 @@ class Step:
             directions.append((block, Direction(own, p, q, seen, gammas, limit)))
         if self._local is not None:
             ceiling = self.settings.clip_grad_norm
-            directions = averaged(self._local, self.blocks, directions, gammas, ceiling)
+            directions = self._local.averaged(self.blocks, directions, gammas, ceiling)
         if self.state.active:
             self.state.settle()
         update(directions)

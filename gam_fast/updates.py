@@ -19,10 +19,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from .backends.base import Backend, Block, Direction, TensorList
 from .backends.eager import EagerBackend
 from .chain import Chain, members
+from .distributed import local, local_gradient, spread
 from .hooks import step_of_base
 from .ownership import as_like, lies_as
 from .parameters import ParameterBlock, materialise
-from .sharded import local, local_gradient, spread
 
 Directions: TypeAlias = "list[tuple[ParameterBlock, Direction]]"
 """The direction of each block."""

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
     {"capture"},
-    {"_version", "_torch_version", "recipes", "ownership", "rows", "active", "radius", "saved", "reach", "places"},
+    {"_version", "_torch_version", "recipes", "distributed", "rows", "active", "radius", "saved", "reach", "places"},
+    {"ownership"},
     {"kernels.table"},
     {"kernels.elements", "kernels.formulas"},
     {"kernels.combine"},
@@ -31,8 +32,8 @@ LAYERS = [
     {"backends.probe"},
     {"backends.native", "backends.triton"},
     {"backends"},
-    {"rng", "buffers", "amp", "distributed", "hooks", "chain"},
-    {"sums", "turn", "sharded", "coefficients", "settings"},
+    {"rng", "buffers", "amp", "hooks", "chain"},
+    {"sums", "turn", "coefficients", "settings"},
     {"finite", "others"},
     {"parameters"},
     {"updates", "hvp"},
