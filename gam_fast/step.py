@@ -22,14 +22,13 @@ from .amp import GivenScale, LossScale
 from .backends.base import Direction, FoldInto, Products, Scalar
 from .buffers import ForwardState
 from .capture import is_capturing
-from .coefficients import Coefficients
 from .distributed import mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
 from .local_step import LocalSync
-from .others import OtherGradients
+from .models import OtherGradients
 from .ownership import has_gradient
 from .parameters import ParameterBlock, StepParameters, clear_weight_caches
-from .recipes import Perturbation
+from .recipes import Coefficients, Perturbation
 from .rng import ReplayRNG
 from .settings import Settings
 from .turn import Portion, Turn, some
@@ -305,7 +304,7 @@ class Step:
             if index == 0 and self.state.active and (written := self.state.look()) and recipe.passes > 1:
                 self.blocks.refuse_write(written[0], f"pass 0 of {recipe.name}")
             if self.watch.scale is not None:
-                self.watch.scale.check_pass(f"pass {recipe.pass_of(index)} of {recipe.name}")
+                self.watch.scale.check_pass(f"pass {recipe.passes_before[index]} of {recipe.name}")
             graph = self._differentiate(index) if recipe.second_order else []
             if not self.blocks.take_all(index, keep=recipe.keeps[index]):
                 self._take_in(index)
@@ -330,7 +329,7 @@ class Step:
         """Give the parameters their gradients of a loss; return those to be differentiated again."""
         losses, self._losses = self._losses, []
         graph = hvp.differentiate(self.recipe, self.blocks, losses, index)
-        return graph if self.recipe.has_product(index) else []
+        return graph if index + 1 in self.recipe.products else []
 
     def _weigh(self, index: int, weight: float, *, of_product: bool) -> None:
         self.coefficients.weigh(index, weight)
@@ -381,7 +380,7 @@ class Step:
             mend = "the loss does not depend on the parameters of this optimizer"
         elif self.recipe.passes == 1 and self._local is None:
             mend = None  # as torch's optimizers do nothing then
-        keep, where = self.recipe.keeps[index], f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
+        keep, where = self.recipe.keeps[index], f"pass {self.recipe.passes_before[index]} of {self.recipe.name}"
         self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
 
     def _perturb(self) -> None:
