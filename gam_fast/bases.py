@@ -1,33 +1,39 @@
-"""The base optimizer: made from a class with its arguments, or one or several instances that are there."""
+"""The base optimizer: a class with its arguments, an instance, or several as one (Muon for the matrices, AdamW for the
+rest); and the parameter groups in the state dict of any of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import count
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from .chain import Chain, members
-from .stepping import Stepper
+from .hooks import Hooked
 
-Instances: TypeAlias = "torch.optim.Optimizer | list[torch.optim.Optimizer] | tuple[torch.optim.Optimizer, ...]"
-Given: TypeAlias = "Instances | Callable[..., torch.optim.Optimizer]"
+Given: TypeAlias = "Optimizer | list[Optimizer] | tuple[Optimizer, ...] | Callable[..., Optimizer]"
 """A base optimizer as the user gives it."""
+
+METHOD = "flat_method"
+"""The key in the ``param_groups`` of a state dict that names the method it is of."""
 
 _FILLED = "_gam_fast_filled"
 """The attribute of a base optimizer that has for each group the keys which an optimizer around it has put there."""
 
+_LOG = logging.getLogger("gam_fast")
 
-def build_base(
-    params: Iterable[Any] | None,
-    base_optimizer: Given,
-    arguments: dict[str, Any],
-) -> torch.optim.Optimizer:
+
+def build_base(params: Iterable[Any] | None, base_optimizer: Given, arguments: dict[str, Any]) -> Optimizer:
     """The base optimizer of ``params`` (``None`` with an instance); errors: those of the optimizer around it."""
     if isinstance(base_optimizer, list | tuple):
-        base_optimizer = _chained(base_optimizer)
-    if isinstance(base_optimizer, torch.optim.Optimizer):
+        chain = Chain(base_optimizer)
+        base_optimizer = chain if len(chain.members) > 1 else chain.members[0]
+    if isinstance(base_optimizer, Optimizer):
         base = base_optimizer
         if arguments:
             raise TypeError(
@@ -49,16 +55,11 @@ def build_base(
 
 def is_instance(base_optimizer: Given) -> bool:
     """Return whether it is made already, and not a class."""
-    return isinstance(base_optimizer, torch.optim.Optimizer | list | tuple)
+    return isinstance(base_optimizer, Optimizer | list | tuple)
 
 
-def _chained(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    chain = Chain(optimizers)
-    return chain if len(chain.members) > 1 else chain.members[0]
-
-
-def _check(base: torch.optim.Optimizer) -> None:
-    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Stepper):
+def _check(base: Optimizer) -> None:
+    if not isinstance(base, Optimizer) or isinstance(base, Hooked):
         raise TypeError(f"base_optimizer must make a torch optimizer that is not one of gam_fast, got {base!r}")
     if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
         why = "evaluates its own closure" if isinstance(base, torch.optim.LBFGS) else "needs sparse gradients"
@@ -72,7 +73,7 @@ def _check(base: torch.optim.Optimizer) -> None:
         )
 
 
-def filled(base: torch.optim.Optimizer) -> list[set[str]]:
+def filled(base: Optimizer) -> list[set[str]]:
     """For each group, the keys that optimizers around ``base`` have put there; they may be added to.
 
     It is not in the ``state_dict``.
@@ -90,7 +91,7 @@ def filled(base: torch.optim.Optimizer) -> list[set[str]]:
     return found
 
 
-def left_behind(base: torch.optim.Optimizer, explicit: Mapping[str, Any]) -> list[set[str]]:
+def left_behind(base: Optimizer, explicit: Mapping[str, Any]) -> list[set[str]]:
     """For each group, the keys that an optimizer around ``base`` before has left there, which no longer count.
 
     Where that is not known (``base`` was copied or pickled), a value that all groups share counts as such if there is
@@ -100,8 +101,7 @@ def left_behind(base: torch.optim.Optimizer, explicit: Mapping[str, Any]) -> lis
     for key in explicit:
         values = [group.get(key) for group in base.param_groups]
         if values[0] is not None and all(value == values[0] for value in values):
-            for keys in found:
-                keys.add(key)
+            found = [{*keys, key} for keys in found]
     return found
 
 
@@ -112,3 +112,279 @@ def _ids(params: Iterable[Any]) -> set[int]:
         values = [values] if isinstance(values, Tensor) else values
         found |= {id(value[1] if isinstance(value, tuple) else value) for value in values}
     return found
+
+
+class Chain(Optimizer):
+    """Torch optimizers over disjoint parameters, which step one after the other.
+
+    It has no groups and no state of its own: ``param_groups`` are those of its members, in their order, and ``state``
+    is theirs. So schedulers see all groups, and a ``state_dict`` has torch's layout over all of them. One member's own
+    checkpoint is loaded by ``chain.members[i].load_state_dict(...)``.
+
+    Args:
+        members: the optimizers.
+
+    Raises:
+        ValueError: a parameter belongs to two members; there is no member.
+        TypeError: a member is no torch optimizer, or is a chain.
+
+    >>> matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    >>> chain = Chain([torch.optim.SGD([matrix], lr=0.1), torch.optim.AdamW([bias], lr=0.01)])
+    >>> [group["lr"] for group in chain.param_groups]
+    [0.1, 0.01]
+    """
+
+    def __init__(self, members: Sequence[Optimizer]) -> None:
+        for member in members:
+            if not isinstance(member, Optimizer) or isinstance(member, Chain):
+                found = "a chain of them" if isinstance(member, Chain) else f"{member!r:.100}"
+                raise TypeError(
+                    f"a list of base optimizers must hold instances of torch optimizers, got {found}: "
+                    "construct each over its parameters, [Muon(matrices, lr=0.02), AdamW(rest, lr=1e-3)]"
+                )
+        if not members:
+            raise ValueError("a list of base optimizers must hold at least one")
+        self.members = tuple(members)
+        self._checked = -1
+        first, *others = (member.defaults for member in members)
+        shared = {key: value for key, value in first.items() if all(key in defaults for defaults in others)}
+        # Optimizer's constructor would make groups and state of its own
+        super().__setstate__({"defaults": shared})
+        self._check(self.param_groups)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all members."""
+        groups = [group for member in self.members for group in member.param_groups]
+        if len(groups) != self._checked:
+            self._check(groups)
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        for member, part in zip(self.members, self._parts(groups), strict=True):
+            member.param_groups = part
+
+    @property
+    def state(self) -> Any:
+        """The state by parameter, of all members."""
+        return _State(self)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        for member in self.members:
+            own = {param for group in member.param_groups for param in group["params"]}
+            member.state = defaultdict(dict, {key: value for key, value in state.items() if key in own})
+
+    def _check(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Groups may have been added to a member."""
+        counts = Counter(param for group in groups for param in group["params"])
+        for place, group in enumerate(groups):
+            for i, param in enumerate(group["params"]):
+                if counts[param] > 1:
+                    name = f" ({group['param_names'][i]})" if "param_names" in group else ""
+                    owners = [type(m).__name__ for m in self.members for g in m.param_groups if _holds(g, param)]
+                    raise ValueError(
+                        f"parameter {i} of group {place}{name}, of shape {tuple(param.shape)}, belongs to several base "
+                        f"optimizers ({', '.join(owners)}): give each parameter to one of them"
+                    )
+        self._checked = len(groups)
+
+    def _parts(self, groups: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """The groups by member."""
+        counts = [len(member.param_groups) for member in self.members]
+        if len(groups) != sum(counts):
+            raise ValueError(
+                f"{len(groups)} parameter groups for base optimizers that have {' + '.join(map(str, counts))}"
+            )
+        left = iter(groups)
+        return [[next(left) for _ in range(count)] for count in counts]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of each member."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for member in self.members:
+            member.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: only a member can be told.
+
+        Raises:
+            RuntimeError: always.
+        """
+        names = ", ".join(f"{i}: {type(member).__name__}" for i, member in enumerate(self.members))
+        raise RuntimeError(
+            f"add_param_group() does not know which of several base optimizers ({names}) is to have the group: call "
+            "add_param_group() of that one, which shares its groups with this optimizer"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The members' states in one, with parameters numbered through all groups."""
+        out: dict[str, Any] = {"state": {}, "param_groups": []}
+        rests, start = [], 0
+        for member in self.members:
+            found = member.state_dict()
+            groups = groups_in(found)
+            if groups is None or not {"state", "param_groups"} <= found.keys():  # a wrapper, which nests them
+                rests.append({"nested": found})
+                found = {"state": {}, "param_groups": groups or _numbered(member.param_groups)}
+            else:
+                rests.append({})
+            numbers = {n for group in found["param_groups"] for n in group["params"]}
+            out["state"].update({start + n: value for n, value in found["state"].items() if n in numbers})
+            out["param_groups"] += [
+                {**group, "params": [start + n for n in group["params"]]} for group in found["param_groups"]
+            ]
+            rest = {key: value for key, value in found.items() if key not in out}
+            other = {key: value for key, value in found["state"].items() if key not in numbers}
+            rests[-1].update({**rest, **({"state": other} if other else {})})
+            start += sum(len(group["params"]) for group in member.param_groups)
+        return {**out, "members": rests} if any(rests) else out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: the groups do not fit; nothing is then changed.
+        """
+        parts = self._parts(state_dict["param_groups"])
+        for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if len(mine["params"]) != len(saved["params"]):
+                raise ValueError(
+                    f"the state has a parameter group of {len(saved['params'])} parameters where this optimizer has "
+                    f"one of {len(mine['params'])}: a list of base optimizers must have the order it was saved with"
+                )
+        rests = state_dict.get("members", [{}] * len(parts))
+        start = 0
+        for member, groups, rest in zip(self.members, parts, rests, strict=True):
+            numbers = {n for group in groups for n in group["params"]}
+            if "nested" in rest:
+                own = [{**group, "params": [n - start for n in group["params"]]} for group in groups]
+                member.load_state_dict(with_groups(rest["nested"], own))
+            else:
+                state = {n: value for n, value in state_dict["state"].items() if n in numbers}
+                member.load_state_dict({**rest, "state": {**rest.get("state", {}), **state}, "param_groups": groups})
+            start += len(numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "members": self.members, "_checked": self._checked}
+
+
+class _State(MutableMapping[Tensor, Any]):
+    """The state of all members of a chain, as one mapping that they share."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._members = chain.members
+
+    def _of(self, param: Tensor) -> dict[Tensor, Any]:
+        """The state of the member that has the parameter."""
+        for member in self._members:
+            if param in member.state or any(_holds(group, param) for group in member.param_groups):
+                return member.state
+        raise KeyError(param)
+
+    def __getitem__(self, param: Tensor) -> Any:
+        return self._of(param)[param]
+
+    def __setitem__(self, param: Tensor, value: Any) -> None:
+        self._of(param)[param] = value
+
+    def __delitem__(self, param: Tensor) -> None:
+        del self._of(param)[param]
+
+    def __contains__(self, param: object) -> bool:
+        return any(param in member.state for member in self._members)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for member in self._members:
+            yield from member.state
+
+    def __len__(self) -> int:
+        return sum(len(member.state) for member in self._members)
+
+
+def members(base: Optimizer) -> tuple[Optimizer, ...]:
+    """The optimizers that ``base`` consists of: itself, unless it is a chain.
+
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    >>> members(optimizer) == members(Chain([optimizer])) == (optimizer,)
+    True
+    """
+    return base.members if isinstance(base, Chain) else (base,)
+
+
+def _holds(group: dict[str, Any], param: Tensor) -> bool:
+    return any(param is each for each in group["params"])
+
+
+def _numbered(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups as a state dict has them."""
+    numbers = count()
+    return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
+
+
+def groups_in(state_dict: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The parameter groups of a state dict, also of a wrapper that nests the one of its inner optimizer.
+
+    >>> groups_in({"slow": {}, "inner": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}})
+    [{'lr': 0.1, 'params': [0]}]
+    >>> groups_in({"everything": 1}) is None
+    True
+    """
+    found = state_dict.get("param_groups")
+    if isinstance(found, list | tuple) and all(isinstance(group, dict) for group in found):
+        return list(found)
+    inner = (groups_in(value) for value in state_dict.values() if isinstance(value, dict))
+    return next((groups for groups in inner if groups is not None), None)
+
+
+def with_groups(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict with these in place of what :func:`groups_in` finds; what it was given stays as it is.
+
+    >>> with_groups({"inner": {"param_groups": [{"lr": 0.1}]}}, [{"lr": 0.2}])
+    {'inner': {'param_groups': [{'lr': 0.2}]}}
+    """
+    if groups_in({"param_groups": state_dict.get("param_groups")}) is not None:
+        return {**state_dict, "param_groups": list(groups)}
+    for key, value in state_dict.items():
+        if isinstance(value, dict) and groups_in(value) is not None:
+            return {**state_dict, key: with_groups(value, groups)}
+    return state_dict
+
+
+def merged(
+    groups: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]], method: str, hyper: Collection[str]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The groups of a state dict, completed by the values in force, and the name of the method if it is another.
+
+    Args:
+        groups: as they were saved.
+        own: for each group that there is, the values in force that a plain base optimizer does not save.
+        method: the name of the method that loads them.
+        hyper: the keys of its hyper-parameters. They stay as they are where the groups are of another method.
+
+    >>> merged([{"rho": 0.05, "lr": 0.1, "flat_method": "SAM"}], [{"rho": 0.2}], "GAM", ["rho"])
+    ([{'rho': 0.2, 'lr': 0.1}], 'SAM')
+    """
+    names = [group.get(METHOD) for group in groups]
+    other = next((name for name in names if name not in (None, method)), None)
+    if not any(names) and any(0 < len(group.keys() & set(hyper)) < len(hyper) for group in groups):
+        other = "another method"  # of 0.7.0 or another package, which do not name it
+    found = []
+    for i, group in enumerate(groups):
+        kept = own[i] if i < len(own) else {}
+        unwanted = {METHOD, *hyper} if other is not None else {METHOD}
+        found.append({**kept, **{key: value for key, value in group.items() if key not in unwanted}})
+    return found, other
+
+
+def tell_of_another(other: str, method: str, groups: Sequence[dict[str, Any]], hyper: Collection[str]) -> None:
+    """Log that the hyper-parameters of the method were kept when the state of another was loaded."""
+    if hyper and groups:
+        values = ", ".join(f"{key}={groups[0].get(key)!r}" for key in hyper)
+        of_first = " (of the first group)" if len(groups) > 1 else ""
+        _LOG.warning("loaded a state of %s into %s, which keeps its own %s%s", other, method, values, of_first)

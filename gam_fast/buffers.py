@@ -8,9 +8,8 @@ each. A large buffer that begins to move later moves once in that step too, but 
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .models import modules_in_reach
 from .places import ABSENT, STATISTICS, Place, can_be_copied, copied, copy_all, differing, size_of, write
-from .reach import modules_in_reach
 
 _PROCESS = os.getpid()
 
 LEAST_BYTES = 64 << 20
-"""What the copies of the first step may take, where the trained parameters take less."""
-
+"""Bytes that the copies of the first step may take, where the trained parameters take less."""
 
 _under_way: WeakSet[ForwardState] = WeakSet()
 """Those of steps that were begun and not left."""
@@ -74,7 +72,6 @@ class ForwardState:
         self._given = model
         self._layout: Any = None
         self._modules: list[nn.Module] = []
-        self._taken: set[int] = set()
         self._places: list[Place] = []  # first those of buffers, then those of parameters
         self._buffers = 0
         self._entered = self._learning = self._learnt_several = False
@@ -127,6 +124,7 @@ class ForwardState:
         self._capturing = capturing
         self._begun = self._looked = self._returned = self._settled = self._keep_last = False
         self._elsewhere: list[tuple[str, Place]] = []
+        # but for those that a step around this one sees to: two in lockstep over a model
         self._taken = {id(module) for state in _under_way for module in state._modules} if len(_under_way) else set()
         self._modules = self._own_modules() if model is not None else []
         layout = self._at_entry = self._layout_of(self._modules)
@@ -137,7 +135,7 @@ class ForwardState:
             self._layout = None  # until this step has come so far as to know better
             self._learnt_several = several
             # (in a forked process torch waits for ever where it copies with the threads that were lost)
-            is_whole = not self._capturing and os.getpid() == _PROCESS
+            is_whole = not capturing and os.getpid() == _PROCESS
             self._find(with_trained=by_gradient and is_whole, several=several)
             if model is None and several:
                 self._look_around()
@@ -149,7 +147,6 @@ class ForwardState:
             _under_way.add(self)
 
     def _own_modules(self) -> list[nn.Module]:
-        """The modules of the model, but for those that a step around this one sees to: two in lockstep over a model."""
         modules = modules_of(self._model)
         return [module for module in modules if id(module) not in self._taken] if self._taken else modules
 
@@ -171,14 +168,12 @@ class ForwardState:
             for name, tensor in own.items()
             if (id(own), name) not in exempt
         ]
-        params = [Place(p, position=i) for i, p in enumerate(self._params) if with_trained or not p.requires_grad]
-        of_model = (param for module in self._modules for param in module._parameters.values() if param is not None)
-        others = {p: None for p in of_model if (with_trained or not p.requires_grad) and id(p) not in ours}
-        params += map(Place, others)
-        buffers, params = (
-            [place for place in places if place.tensor is None or can_be_copied(place.tensor)]
-            for places in (buffers, params)
-        )
+        buffers = [place for place in buffers if place.tensor is None or can_be_copied(place.tensor)]
+        params = [Place(param, position=i) for i, param in enumerate(self._params)]
+        of_model = (param for module in self._modules for param in module._parameters.values())
+        params += map(Place, dict.fromkeys(p for p in of_model if p is not None and id(p) not in ours))
+        params = [place for place in params if with_trained or not place.tensor.requires_grad]
+        params = [place for place in params if can_be_copied(place.tensor)]
         self._places, self._buffers = buffers + params, len(buffers)
         left = max(LEAST_BYTES, sum(size_of(param) for param in self._params if several and param.requires_grad))
         with torch.set_grad_enabled(False):
@@ -191,9 +186,9 @@ class ForwardState:
 
     def _refuse_lazy(self) -> None:
         """Raise for what has no values yet."""
-        named: Iterable[tuple[str, Any]] = ((f"parameter {i}", param) for i, param in enumerate(self._params))
+        named: list[tuple[str, Tensor]] = [(f"parameter {i}", param) for i, param in enumerate(self._params)]
         if self._model is not None:
-            named = itertools.chain(self._model.named_parameters(), self._model.named_buffers(), named)
+            named = [*self._model.named_parameters(), *self._model.named_buffers(), *named]
         for name, tensor in named:
             if is_lazy(tensor):
                 raise RuntimeError(
@@ -276,8 +271,7 @@ class ForwardState:
             written = [place.position for place in trained if place.shows()]
             if self._learning and self._learnt_several and not self._capturing and not written:
                 written = [place.position for place in differing(trained)]
-            if self._learning:
-                self._find_silent()
+            self._find_silent()
             for place in self._places:
                 place.moves = place.moved()
             if self._learning:
@@ -306,22 +300,22 @@ class ForwardState:
 
     def _find_silent(self) -> None:
         """In the first step, compare by value what has left no other trace."""
+        if not self._learning:
+            return
         unseen = [place for place in self._places if not place.moved() and place.start is not None]
         for place in unseen if self._capturing else differing(unseen):
             place.moves = True
 
     def _find_new(self) -> None:
         """Buffers that the first pass has added."""
-        modules, exempt = self._own_modules(), self._exempt()
-        known = self._known()
-        before = set(map(id, self._modules))
+        modules, known = self._own_modules(), self._known() | self._exempt()
         for module in modules:
             own = module._buffers
             for name, tensor in own.items():
-                if (id(own), name) not in known | exempt and (tensor is None or can_be_copied(tensor)):
+                if (id(own), name) not in known and (tensor is None or can_be_copied(tensor)):
                     # what those of a new module were before its first pass, nobody knows
-                    is_new = id(module) not in before
-                    self._places.insert(0, Place(tensor if is_new else ABSENT, own, name, moves=True))
+                    before = ABSENT if module in self._modules else tensor
+                    self._places.insert(0, Place(before, own, name, moves=True))
                     self._buffers += 1
         if not self._capturing:
             self._layout = self._layout_of(modules)
@@ -348,8 +342,7 @@ class ForwardState:
             return
         self.look()
         with torch.set_grad_enabled(False):
-            if self._learning:
-                self._find_silent()
+            self._find_silent()
             moved = [place for place in self._places if place.moved() and not self._trained(place)]
             if not self._returned:
                 self._returned = True
@@ -393,8 +386,7 @@ class ForwardState:
         self.look()
         if self._returned and not self._keep_last:
             with torch.set_grad_enabled(False):
-                if self._learning:
-                    self._find_silent()
+                self._find_silent()
                 places = [place for place in self._places if not self._trained(place)]
                 self._put_back([place for place in places if not place.first and place.moved()])
                 self._put_after([place for place in places if place.first])
@@ -407,8 +399,7 @@ class ForwardState:
             with torch.set_grad_enabled(False):
                 self._drop_trained()
                 self._remove_what_is_new()
-                if self._learning:
-                    self._find_silent()
+                self._find_silent()
                 self._put_back([p for p in self._places if p.entry is not None or p.moved()], to_entry=True)
         elif self.active:
             self.settle()

@@ -1,12 +1,14 @@
-"""Data parallelism: averaging gradients in each pass, or the final direction once, and what is refused."""
+"""Several processes: DistributedDataParallel, what is refused, and parameters of which each process holds a part.
+
+The engine works on the part of a ``DTensor`` (``fully_shard``, tensor parallelism) that this process holds, by the same
+primitives as on any other tensor. Only the sums that go over all elements, norms and inner products, are added up over
+the processes.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import struct
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 SYNC = ("global", "local")
-
-BUCKET_BYTES = 25 << 20
-"""What is averaged at once, as in DistributedDataParallel; larger tensors are averaged in place."""
 
 
 def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
@@ -92,149 +91,103 @@ def mean_over_processes(value: float, model: nn.Module | None, device: torch.dev
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """What the processes told each other at the end of a step.
+class Layout:
+    """How a parameter is spread over a device mesh.
 
     Attributes:
-        failed: the ranks that left the step by an exception.
-        nonfinite: the ranks on which a gradient was not finite.
-        present: for each parameter, whether any process has a gradient for it.
-        values: a number of each rank's.
+        mesh: the :class:`torch.distributed.DeviceMesh`.
+        sharded: for each of its dimensions, whether the processes along it hold different parts, and not copies.
     """
 
-    failed: list[int]
-    nonfinite: list[int]
-    present: list[bool]
-    values: list[float]
+    mesh: Any
+    sharded: tuple[bool, ...]
 
 
-class LocalSync:
-    """A step whose passes stay on each process (m-sharpness): only the final direction is averaged.
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether it is a DTensor.
 
-    Args:
-        model: the model; gradients of a DistributedDataParallel in it are not averaged during the passes, and its
-            buffers are those of rank 0 at the start of a step, as in its own forward.
-        device: where the processes talk.
+    >>> is_sharded(torch.zeros(2))
+    False
+    """
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def layout_of(tensor: Tensor) -> Layout | None:
+    """The layout of a DTensor, ``None`` for another tensor.
 
     Raises:
-        ValueError: a DistributedDataParallel with ``static_graph=True``, which records its graph while it averages.
+        TypeError: a DTensor whose parts are to be added up (``Partial``), which no parameter can be.
     """
-
-    def __init__(self, model: nn.Module | None, device: torch.device) -> None:
-        self._model = data_parallel(model)
-        if self._model is not None and self._model.static_graph:
-            raise ValueError(
-                "sync='local' with DistributedDataParallel(static_graph=True): torch records the graph in a pass whose "
-                "gradients are averaged, and there is none; leave static_graph out, or use sync='global'"
-            )
-        self._group: Any = self._model.process_group if self._model is not None else distributed.group.WORLD
-        self._device = device
-        self._world = distributed.get_world_size(self._group)
-        self._rank = distributed.get_rank(self._group)
-        self._stack = contextlib.ExitStack()
-        self._agreed = False
-
-    @staticmethod
-    def is_needed() -> bool:
-        """Return whether there are several processes."""
-        return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-    def begin(self) -> None:
-        """Before the first pass."""
-        if self._model is None:
-            return
-        self._stack.enter_context(self._model.no_sync())
-        if self._model.broadcast_buffers:
-            source = distributed.get_global_rank(self._group, 0)
-            for flat, parts in _buckets(list(self._model.module.buffers())):
-                distributed.broadcast(flat, source, group=self._group)
-                _scatter(flat, parts)
-
-    def agree(self, present: Sequence[bool], *, nonfinite: bool = False, value: float = 0.0) -> Agreement:
-        """All processes learn what each has to say; each calls this once a step, or :meth:`give_up`."""
-        return self._tell(present, nonfinite=nonfinite, value=value)
-
-    def exchange(self, value: float, count: int) -> Agreement:
-        """In the course of a step: a number that is not negative, of each process; one that has given up has none.
-
-        Those that hear of one that has given up leave the step too, and say nothing more.
-        """
-        found = self._tell([False] * count, value=value)
-        self._agreed = bool(found.failed)
-        return found
-
-    def give_up(self, count: int) -> None:
-        """This process leaves the step by an exception; the others, which have ``count`` parameters too, are told."""
-        if not self._agreed:
-            self._tell([False] * count, failed=True)
-
-    def _tell(
-        self, present: Sequence[bool], *, nonfinite: bool = False, failed: bool = False, value: float = 0.0
-    ) -> Agreement:
-        """One all-reduce, which is the same whatever is said, so that one that gives up is heard by all."""
-        self._agreed = True
-        world, rank = self._world, self._rank
-        said = [0] * (3 * world)
-        said[rank], said[world + rank] = int(failed), int(nonfinite)
-        (said[2 * world + rank],) = struct.unpack("<q", struct.pack("<d", value if value < math.inf else math.inf))
-        flags = torch.tensor([*said, *map(int, present)], dtype=torch.int64, device=self._device)
-        distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=self._group)
-        heard = flags.tolist()
-        bits = heard[2 * world : 3 * world]
-        ranks = range(world)
-        return Agreement(
-            [rank for rank in ranks if heard[rank]],
-            [rank for rank in ranks if heard[world + rank]],
-            [bool(flag) for flag in heard[3 * world :]],
-            list(struct.unpack(f"<{world}d", struct.pack(f"<{world}q", *bits))),
+    if not is_sharded(tensor):
+        return None
+    param: Any = tensor
+    if any(placement.is_partial() for placement in param.placements):
+        raise TypeError(
+            f"a parameter of shape {tuple(tensor.shape)} has placements {param.placements}: distribute it by "
+            "Shard or Replicate"
         )
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """The mean over the processes, in place; the tensors are in the same order on each. Same bits on all."""
-        pending: list[tuple[Any, Tensor, Sequence[Tensor]]] = []
-        for flat, parts in _buckets(tensors):
-            flat.mul_(1.0 / self._world)  # before the sum, which could overflow in half precision
-            pending.append((distributed.all_reduce(flat, group=self._group, async_op=True), flat, parts))
-            if len(pending) > 1:
-                self._finish(*pending.pop(0))
-        for entry in pending:
-            self._finish(*entry)
-
-    @staticmethod
-    def _finish(work: Any, flat: Tensor, parts: Sequence[Tensor]) -> None:
-        work.wait()
-        _scatter(flat, parts)
-
-    def close(self) -> None:
-        """After the step."""
-        self._stack.close()
+    return Layout(param.device_mesh, tuple(not placement.is_replicate() for placement in param.placements))
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-    """Flat copies of tensors of one device and dtype, up to :data:`BUCKET_BYTES`; a large tensor itself."""
-    open_: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    filled: dict[tuple[torch.device, torch.dtype], int] = {}
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if size >= BUCKET_BYTES and tensor.is_contiguous():
-            yield tensor, ()
-            continue
-        key = (tensor.device, tensor.dtype)
-        if filled.get(key, 0) + size > BUCKET_BYTES and key in open_:
-            yield _flatten(open_[key]), open_.pop(key)
-            filled[key] = 0
-        open_.setdefault(key, []).append(tensor)
-        filled[key] = filled.get(key, 0) + size
-    for bucket in open_.values():
-        yield _flatten(bucket), bucket
+def local(tensor: Tensor) -> Tensor:
+    """Return the part that this process holds, in the same memory; the tensor itself if it is not a DTensor."""
+    if not is_sharded(tensor):
+        return tensor
+    held: Any = tensor
+    with torch.no_grad():
+        part: Tensor = held.to_local()
+    return part
 
 
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def local_gradient(param: Tensor) -> Tensor:
+    """Return the part of ``param.grad`` that this process holds, spread as the parameter is.
+
+    Raises:
+        TypeError: the parameter is a DTensor and its gradient is not.
+    """
+    grad: Any = param.grad
+    if not is_sharded(param):
+        return local(grad)
+    if not is_sharded(grad):
+        raise TypeError(
+            f"a parameter of shape {tuple(param.shape)} is a DTensor and its gradient is not: compute the loss from "
+            "the DTensor itself"
+        )
+    like: Any = param
+    if grad.placements != like.placements or grad.device_mesh != like.device_mesh:
+        grad = grad.redistribute(like.device_mesh, like.placements)
+    return local(grad)
 
 
-@torch.no_grad()
-def _scatter(flat: Tensor, parts: Sequence[Tensor]) -> None:
-    """Copy a bucket back to where it came from."""
-    for part, values in zip(parts, flat.split([part.numel() for part in parts]), strict=True) if parts else ():
-        part.copy_(values.view(part.shape))
+def spread(part: Tensor, like: Tensor) -> Tensor:
+    """The DTensor of which ``part`` is what this process holds, spread as ``like`` is; ``part`` if that is none."""
+    if not is_sharded(like):
+        return part
+    param: Any = like
+    whole: Tensor = type(param).from_local(
+        part, param.device_mesh, param.placements, run_check=False, shape=param.size(), stride=param.stride()
+    )
+    return whole
+
+
+def add_up_over_processes(values: Sequence[Tensor], layouts: Sequence[Layout | None]) -> list[Tensor]:
+    """Each value summed over the processes that hold other parts of what it was computed from.
+
+    Values have one shape. There is one all-reduce for each dimension of a mesh along which something is sharded: for
+    ``fully_shard``, hybrid or not, one. The result has the same bits on all processes.
+    """
+    out = list(values)
+    meshes = dict.fromkeys(layout.mesh for layout in layouts if layout is not None)
+    for mesh in meshes:
+        for dim in range(mesh.ndim):
+            spread_out = [layout is not None and layout.mesh == mesh and layout.sharded[dim] for layout in layouts]
+            chosen = [i for i, is_spread in enumerate(spread_out) if is_spread]
+            if not chosen or mesh.size(dim) == 1:
+                continue
+            together = torch.stack([out[i] for i in chosen])
+            reduced = together.to(mesh.device_type)
+            distributed.all_reduce(reduced, group=mesh.get_group(dim))
+            for i, value in zip(chosen, reduced.to(together.device).unbind(), strict=True):
+                out[i] = value
+    return out

@@ -72,7 +72,7 @@ class FiniteWatch:
         if finite:
             self._known_finite |= vectors
             return
-        suspects = sorted({str(self._recipe.pass_of(vector)) for vector in vectors - self._known_finite})
+        suspects = sorted({str(self._recipe.passes_before[vector]) for vector in vectors - self._known_finite})
         self.refuse(f"{f'pass {listed(suspects)}' if self._on_host else 'a pass'} of {self._recipe.name}")
 
     def is_finite(self) -> bool:

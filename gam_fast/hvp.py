@@ -222,13 +222,13 @@ def differentiate(recipe: Recipe, blocks: StepParameters, losses: list[Tensor], 
         if any(map(may_be_part, found)):
             wrong = "a gradient is part of a buffer, in which nothing arrives: set param.grad = None"
         raise RuntimeError(
-            f"pass {recipe.pass_of(index)} of {recipe.name}: {wrong}. {recipe.name} differentiates the loss itself, "
-            f"twice: {HOW_TO_GIVE_A_LOSS}"
+            f"pass {recipe.passes_before[index]} of {recipe.name}: {wrong}. {recipe.name} differentiates the loss "
+            f"itself, twice: {HOW_TO_GIVE_A_LOSS}"
         )
     params = [param for param in blocks.params if param.requires_grad]
     if not params:
         raise RuntimeError(f"no parameter of this {recipe.name} requires a gradient: there is nothing to optimize")
-    grads = dict(zip(params, gradient(losses, params, twice=recipe.has_product(index)), strict=True))
+    grads = dict(zip(params, gradient(losses, params, twice=index + 1 in recipe.products), strict=True))
     for param, grad in grads.items():
         param.grad = None if grad is None else as_like(grad.detach(), param)
     return [grads.get(param) for param in blocks.params]

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import radius, saved
+from . import bases, radius
 from .active import COUNTS, Rules, StepSchedule
 from .backends import Backend, select
-from .bases import Given, build_base, filled, is_instance, left_behind
+from .bases import Given, build_base, filled, is_instance, left_behind, members
 from .buffers import ForwardState
-from .chain import members
 from .distributed import SYNC, check_supported
+from .models import ModelOfCopy, Surroundings
 from .options import check_arguments, check_keys, check_params, documented, no_attribute
-from .others import Surroundings
 from .recipes import BASE, Recipe, fold_plan
 from .rng import ReplayRNG
 from .stepping import Progress, Stepper
@@ -59,7 +58,7 @@ class SharpnessAwareOptimizer(Stepper):
     """
 
     recipe: ClassVar[Recipe] = BASE
-    _copied: saved.ModelOfCopy | None
+    _copied: ModelOfCopy | None
     train: Callable[..., Any]  # these two only where the base has them, see __getattr__
     eval: Callable[..., Any]
 
@@ -290,8 +289,8 @@ class SharpnessAwareOptimizer(Stepper):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base.state_dict()
-        groups = saved.groups_in(state_dict) or []
-        state_dict = saved.with_groups(state_dict, [{**group, saved.METHOD: self.recipe.name} for group in groups])
+        groups = bases.groups_in(state_dict) or []
+        state_dict = bases.with_groups(state_dict, [{**group, bases.METHOD: self.recipe.name} for group in groups])
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -311,17 +310,17 @@ class SharpnessAwareOptimizer(Stepper):
             state_dict = pre_hook(self, state_dict) or state_dict
         names = (*self._own_defaults, *self._kept())
         own = [{key: group[key] for key in names if key in group} for group in self.param_groups]
-        groups, other = saved.merged(saved.groups_in(state_dict) or [], own, self.recipe.name, self._own_defaults)
+        groups, other = bases.merged(bases.groups_in(state_dict) or [], own, self.recipe.name, self._own_defaults)
         for group in groups:
             self._check_hyper(group)
         self._check_difference(groups)
-        self.base.load_state_dict(saved.with_groups(state_dict, groups))
+        self.base.load_state_dict(bases.with_groups(state_dict, groups))
         self._progress.mode = ""  # as the state says
         for group, kept in zip(self.param_groups, own, strict=False):
             group.update({key: value for key, value in kept.items() if key not in group})
         self._complete_groups()
         if other is not None:
-            saved.tell_of_another(other, self.recipe.name, self.param_groups, self._own_defaults)
+            bases.tell_of_another(other, self.recipe.name, self.param_groups, self._own_defaults)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -338,7 +337,7 @@ class SharpnessAwareOptimizer(Stepper):
             "_schedule",
         )
         found = {name: self.__dict__[name] for name in names if name in self.__dict__}
-        model = self._copied or saved.ModelOfCopy.of(self._model, matters=self._options["sync"] != "global")
+        model = self._copied or ModelOfCopy.of(self._model, matters=self._options["sync"] != "global")
         return {**found, "skipped_steps": self.skipped_steps, "filled": filled(self.base), "_copied": model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

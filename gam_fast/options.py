@@ -53,7 +53,7 @@ ARGUMENTS = """\
 params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
     hyper-parameter of the recipe or of the base may be set for the group. ``None`` with an instance.
 base_optimizer: a torch optimizer class (or any callable with its signature), an instance over ``params``, or a list
-    of instances over disjoint parameters (:mod:`gam_fast.chain`). What an earlier optimizer around the same instance
+    of instances over disjoint parameters (:mod:`gam_fast.bases`). What an earlier optimizer around the same instance
     has put into its groups goes; what you have set there yourself stays.
 """
 

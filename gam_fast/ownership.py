@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .distributed import is_sharded, local, local_gradient
+
 References: TypeAlias = "tuple[int, int, int, int, bool]"
 Kind: TypeAlias = "tuple[torch.device, torch.dtype, bool]"
 
@@ -26,7 +28,8 @@ def take(param: Tensor) -> Tensor:
 
     It is copied when somebody else could see it change: another Python or C++ reference to the tensor, a view of its
     storage (the buckets of DistributedDataParallel with ``gradient_as_bucket_view=True`` are such views). One that may
-    be part of a buffer stays where it is, until :func:`clear_gradients` finds out.
+    be part of a buffer stays where it is, until :func:`clear_gradients` finds out. Of a DTensor it is a copy of the
+    part that this process holds: that of ``fully_shard`` is a view of what was reduced for a whole module.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> weight.sum().backward()
@@ -34,17 +37,16 @@ def take(param: Tensor) -> Tensor:
     >>> take(weight).data_ptr() == address, weight.grad
     (True, None)
     """
-    grad = param.grad
-    assert grad is not None
-    param.grad = None
-    if _references(grad) == _sole():
-        return grad
-    if may_be_part(grad):
-        param.grad = grad
+    sole = None if is_sharded(param) else _take_sole(param)
+    if sole is not None:
+        return sole
+    grad = local_gradient(param)
+    if param.grad is not grad or not may_be_part(grad):
+        param.grad = None
     return grad.clone(memory_format=torch.preserve_format)
 
 
-def take_sole(param: Tensor) -> Tensor | None:
+def _take_sole(param: Tensor) -> Tensor | None:
     """Take ``param.grad`` away if nobody else could see it change; else leave it."""
     grad = param.grad
     assert grad is not None
@@ -68,16 +70,12 @@ def _references(grad: Tensor) -> References:
 
 @cache
 def _sole() -> References | None:
-    """Return :func:`_references` of a gradient that only :func:`take` holds; ``None`` if this torch cannot tell."""
+    """Return :func:`_references` of a gradient that :func:`_take_sole` alone holds; ``None`` if torch cannot tell."""
     if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
         return None
     with torch.inference_mode(False), torch.enable_grad():
         param = torch.ones(1, requires_grad=True)
         param.sum().backward()
-    return _measure(param)
-
-
-def _measure(param: Tensor) -> References:
     grad = param.grad
     assert grad is not None
     param.grad = None
@@ -199,11 +197,6 @@ def wider_dtype(param: Tensor) -> torch.dtype | None:
     return dtype
 
 
-def is_alike(a: Tensor, b: Tensor) -> bool:
-    """Return whether one can take the other's place in memory."""
-    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and a.stride() == b.stride()
-
-
 @dataclass(frozen=True)
 class Versions:
     """See :class:`gam_fast.backends.base.Versions`."""
@@ -248,9 +241,8 @@ def kinds(tensors: list[Tensor]) -> list[Kind]:
 
 def survey_gradients(params: list[Tensor], flags: bytearray) -> tuple[list[int], bool, int]:
     """The positions of those with a gradient and no flag, whether any has one, and of the first sparse one (or -1)."""
-    present = [i for i, param in enumerate(params) if param.grad is not None]
-    layouts = ((i, param.grad.layout) for i in present if (param := params[i]).grad is not None)
-    sparse = next((i for i, layout in layouts if layout != torch.strided), -1)
+    present = {i: param.grad for i, param in enumerate(params) if param.grad is not None}
+    sparse = next((i for i, grad in present.items() if grad.layout != torch.strided), -1)
     return [i for i in present if not flags[i]], bool(present), sparse
 
 
@@ -260,46 +252,42 @@ def clear_gradients(params: list[Tensor], recycle: int, keep_parts: bool = True)
     With ``keep_parts``, those that are parts of a buffer which somebody else holds stay, and are zeroed.
     """
     found = []
-    parts: list[Tensor] = []
+    grads: list[Tensor] = []
     for i, param in enumerate(params):
-        if param.grad is None:
+        grad = param.grad
+        if grad is not None and keep_parts and may_be_part(grad):
+            grads.append(grad)
             continue
-        if keep_parts and may_be_part(param.grad):
-            parts.append(param)
-            continue
-        if param.device.type == "cpu" and param.numel() * param.element_size() >= recycle:
-            spare = take_sole(param)
-            if spare is not None and is_alike(spare, param):
+        del grad  # another reference
+        if param.grad is not None and param.is_cpu and param.nbytes >= recycle:
+            spare = _take_sole(param)
+            if spare is not None and spare.dtype == param.dtype and spare.stride() == param.stride():
                 found.append((i, spare))
         param.grad = None
-    if parts:
-        grads = [param.grad for param in parts if param.grad is not None]
-        with torch.no_grad():
-            for param, grad, is_part in zip(parts, grads, parts_of_buffers(grads), strict=True):
-                if is_part:
-                    grad.zero_()
-                else:
-                    param.grad = None
+    parts = {id(grad) for grad, is_part in zip(grads, parts_of_buffers(grads), strict=True) if is_part}
+    for param in params if grads else ():
+        if id(param.grad) not in parts:
+            param.grad = None
+        elif param.grad is not None:
+            with torch.no_grad():
+                param.grad.zero_()
     return found
 
 
-def take_all_gradients(params: list[Tensor], versions: Any, flags: bytearray, keep: bool) -> list[Tensor] | None:
-    """The gradients where all is as usual, which here is no faster to find out."""
-    unflagged, _, sparse = survey_gradients(params, bytearray(len(params)))
-    usual = len(unflagged) == len(params) and sparse < 0 and len(set(flags)) < 2
-    usual = usual and all(wider_dtype(param) is None for param in params)
-    return take_gradients(params, keep) if usual and versions.first_changed(params) < 0 else None
+def take_all_gradients(params: list[Tensor], versions: Any, flags: bytearray, keep: bool) -> None:
+    """Return None: it would be no faster here."""
 
 
 def take_gradients(params: list[Tensor], keep: bool, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The gradients, zeros where there is none; with ``keep`` to be overwritten.
+    """The gradients, zeros where there is none; with ``keep`` to be overwritten. Of DTensors, the parts held here.
 
     Their dtypes are those of the parameters, or ``dtype``; their order in memory is theirs.
     """
     taken = []
     for param in params:
+        part = local(param)
         if param.grad is None:
-            taken.append(torch.zeros_like(param, dtype=dtype))
+            taken.append(torch.zeros_like(part, dtype=dtype))
         else:
-            taken.append(as_like(take(param) if keep else param.grad, param, dtype))
+            taken.append(as_like(take(param) if keep else local_gradient(param), part, dtype))
     return taken

@@ -1,4 +1,4 @@
-"""The parameters that take part in a step, by device, and the gradients that are held for them."""
+"""The parameters that take part in a step, in blocks, and the gradients that are held for them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,10 @@ from .backends.base import (
     Versions,
 )
 from .backends.eager import EagerBackend
-from .ownership import Kind, as_like, kind_of, wider_dtype
-from .recipes import Perturbation
-from .sharded import Layout, add_up_over_processes, any_sharded, layout_of, local, local_gradient, spread, take_local
+from .distributed import Layout, add_up_over_processes, is_sharded, layout_of, local, spread
+from .ownership import Kind, kind_of, wider_dtype
 
 Select: TypeAlias = "Callable[[torch.device], Backend]"
-
-BlockKey: TypeAlias = "tuple[Kind, Layout | None, torch.dtype | None]"
-"""Kind and layout of the leaves, and the dtype of their vectors where it is another."""
 
 _PARAMS_OF = operator.itemgetter("params")
 
@@ -50,10 +46,11 @@ class ParameterBlock:
     Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``.
 
     Attributes:
-        backend: what works on them.
+        backend: works on them.
         leaves: what it works on.
-        layout: how they are spread over processes, ``None`` where each process has all of them.
         owners: the parameters as the user has them; the leaves are what this process holds of each.
+        layout: how they are spread over processes, ``None`` where each process has all of them.
+        kind: device, dtype, and whether they are dense.
         grads: for each vector of the recipe that is held, one tensor a leaf.
     """
 
@@ -61,6 +58,7 @@ class ParameterBlock:
     leaves: Block = field(default_factory=Block)
     owners: TensorList = field(default_factory=list)
     layout: Layout | None = None
+    kind: Kind | None = None
     grads: dict[int, TensorList] = field(default_factory=dict)
 
 
@@ -79,6 +77,9 @@ class StepParameters:
         on_host: whether reading a sum waits for nothing.
         sharded: whether any is spread over processes.
         flags: for each parameter, whether it takes part.
+        all: the blocks.
+        named: names of parameters in the model, for messages.
+        moved: the positions of parameters without a gradient that a pass was seen to move.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class StepParameters:
         keep_parts: bool = True,
     ) -> None:
         self.params: TensorList = [param for group in groups for param in group["params"]]
-        self.sharded = any_sharded(self.params)
+        self.sharded = any(map(is_sharded, self.params))
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
         self._whole: ParameterBlock | None = None  # of all parameters, if the step before had it
@@ -108,11 +109,7 @@ class StepParameters:
 
     def _start(self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, keep_parts: bool) -> None:
         # all is made anew, as a Ctrl-C may have come in the middle of release()
-        self._blocks: dict[BlockKey, ParameterBlock] = {}
         self.all: list[ParameterBlock] = []
-        """The blocks."""
-        self.only: ParameterBlock | None = None
-        """The block, where there is one."""
         self._spare: dict[Tensor, Tensor] = {}
         self.groups = groups
         self._select: Select | None = select  # during the step: it has a hold on the optimizer
@@ -120,12 +117,10 @@ class StepParameters:
         self._keep_parts = keep_parts and not self.sharded
         self.flags = bytearray(len(self.params))
         self.named: Iterable[tuple[str, Tensor]] = ()
-        """Names of parameters in the model, for messages."""
         self._versions: Versions | None = None
         self._each: list[int] | None = None  # the versions again, where parameters may move that are not trained
         self._parts: TensorList = []  # those that were there when the versions were noted, of sharded parameters
         self.moved: list[int] = []
-        """The positions of parameters without a gradient that a pass was seen to move."""
 
     def again(
         self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool
@@ -142,10 +137,6 @@ class StepParameters:
         self._start(groups, select, recipe, keep_parts)
         return self
 
-    def present(self) -> list[bool]:
-        """For each parameter, whether it takes part."""
-        return [flag != 0 for flag in self.flags]
-
     def clear_gradients(self) -> None:
         """No parameter has a gradient, or (a part of somebody's buffer) one of zeros."""
         self._books.clear_gradients(self._all, NEVER, self._keep_parts)
@@ -157,30 +148,27 @@ class StepParameters:
             recycle: whether large ones on a CPU are kept to become the backup.
             each: whether parameters may move that are not: what is found changed is then no end of the search.
         """
-        recycle = recycle and not self._blocks and not self.sharded
-        least, clear = RECYCLE_BYTES if recycle else NEVER, self._books.clear_gradients
-        for i, grad in clear(self._all, least, self._keep_parts):
+        least = RECYCLE_BYTES if recycle and not self.all and not self.sharded else NEVER
+        for i, grad in self._books.clear_gradients(self._all, least, self._keep_parts):
             self._spare[self.params[i]] = grad
-        self._parts = [local(param) for param in self.params] if self.sharded else []
+        self._parts = list(map(local, self.params)) if self.sharded else []
         self._versions = self._books.versions(self._parts or self._all)
         self._each = [param._version for param in self._parts or self.params] if each else None
 
     def _check_versions(self, where: str) -> None:
-        if self._versions is None:
-            return
-        first = self._versions.first_changed(self._parts or self._all)
+        now = self._parts or self.params
+        first = -1 if self._versions is None else self._versions.first_changed(self._parts or self._all)
         if first < 0:
             return
         changed: Sequence[int] = [first]
-        if self._each is None and self.params[first].grad is None and not self.flags[first]:
+        if self._each is not None:
+            changed = [i for i, version in enumerate(self._each) if now[i]._version != version]
+        elif self.params[first].grad is None and not self.flags[first]:
             # it may be one of several; those of which nothing is known are taken to have moved too
             changed = [i for i, param in enumerate(self.params) if param.grad is None and not self.flags[i]]
-        elif self._each is not None:
-            pairs = zip(self._each, self._parts or self.params, strict=True)
-            changed = [i for i, (version, param) in enumerate(pairs) if param._version != version]
         for i in changed:
             # fully_shard puts another tensor in place of the part, in the first forward
-            if self.sharded and not self._is_same_memory(i):
+            if self.sharded and local(self.params[i]).data_ptr() != now[i].data_ptr():
                 continue
             if self.params[i].grad is not None or self.flags[i]:
                 self.refuse_write(i, where)
@@ -189,7 +177,7 @@ class StepParameters:
     def refuse_write(self, position: int, where: str) -> NoReturn:
         """Raise the RuntimeError for a parameter that is being trained and was written to."""
         raise RuntimeError(
-            f"{self.name(position)} was modified during {where}; parameters must stay as the optimizer set them "
+            f"{self._name(position)} was modified during {where}; parameters must stay as the optimizer set them "
             f"until the step is over, because {self._recipe} evaluates the model at several points. Embedding(max_norm="
             "), an initialisation by the first batch, the first forward of a lazy module and clamping weights in the "
             "forward do that: run such an initialisation once before training, and renormalise or clamp after the "
@@ -198,28 +186,27 @@ class StepParameters:
 
     def take_all(self, index: int, *, keep: bool) -> bool:
         """Fast path of :meth:`take_in`. Return False if it does not apply."""
+        block = self.all[0] if self.all else self._whole
         if self._versions is None or not self._is_usual:
-            return False
-        block = self.only
-        if block is None and self._blocks:
             return False
         if block is not None and block.leaves.params is not self._all:
             return False
         taken = self._books.take_all_gradients(self._all, self._versions, self.flags, keep)
         if taken is None:
             return False
-        if block is None and self._whole is not None:
-            block = self.only = self._blocks[self._kinds[0], None, None] = self._whole
+        if block is None:
+            self.activate(range(len(self.params)))
+            block = self.all[0]
+        elif not self.all:
             self.flags[:] = b"\1" * len(self.flags)
             self.all.append(block)
-        elif block is None:
-            self.activate(range(len(self.params)), usual=True)
-            (block,) = self.all
         block.grads[index] = taken
         return True
 
     def take_in(self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False) -> None:
         """Take ``param.grad`` in as vector ``index``, as the optimizer's own if it is to be kept.
+
+        Those that have their first gradient take part from now on.
 
         Args:
             may_write: whether the forward may have written to parameters, as in a step of one pass.
@@ -231,70 +218,41 @@ class StepParameters:
         """
         if not may_write:
             self._check_versions(where)
-        self._look_closely(where, mend)
-        for block in self.all:
-            block.grads[index] = self._take(block, keep)
-
-    def _look_closely(self, where: str, mend: str | None) -> None:
-        """Raise the other errors of :meth:`take_in`, and let those that have their first gradient take part."""
         unflagged, any_gradient, sparse = self._books.survey_gradients(self._all, self.flags)
         if sparse >= 0:
-            grad = self.params[sparse].grad
+            layout = getattr(self.params[sparse].grad, "layout", None)
             raise TypeError(
-                f"{self.name(sparse)} has a gradient of layout {None if grad is None else grad.layout}; {self._recipe} "
-                "needs dense gradients: construct the module with sparse=False"
+                f"{self._name(sparse)} has a gradient of layout {layout}; {self._recipe} needs dense gradients: "
+                "construct the module with sparse=False"
             )
         if unflagged:
             self.activate(unflagged)
         if not any_gradient and mend is not None:
             raise RuntimeError(f"{where} ended without a gradient for any parameter: {mend}")
+        for block in self.all:
+            if self.sharded or block.leaves.vectors is not None:
+                block.grads[index] = ownership.take_gradients(block.owners, keep, block.leaves.vectors)
+            else:
+                block.grads[index] = block.backend.bookkeeping.take_gradients(block.leaves.params, keep)
 
-    def _take(self, block: ParameterBlock, keep: bool) -> TensorList:
-        """The gradients of a block, to be read until the next pass, or to be kept."""
-        if block.leaves.vectors is not None:
-            return ownership.take_gradients(block.owners, keep, block.leaves.vectors)
-        if not self.sharded:
-            return block.backend.bookkeeping.take_gradients(block.leaves.params, keep)
-        read = take_local if keep else local_gradient
-        return [
-            torch.zeros_like(part) if param.grad is None else as_like(read(param), part)
-            for param, part in zip(block.owners, block.leaves.params, strict=True)
-        ]
-
-    def activate(self, positions: Sequence[int], *, usual: bool = False) -> None:
-        """Let parameters take part from now on; in the passes before, their gradients count as zero.
-
-        ``usual``: they are of one kind and not sharded, and no gradient has more bits than its parameter.
-        """
-        places: dict[BlockKey, list[int]] = {}
-        if usual or self._all_usual(positions):
-            places[self._kinds[0], None, None] = list(positions)
-        else:
-            for i in positions:
-                param = self.params[i]
-                key = kind_of(local(param)), layout_of(param), None if self.sharded else wider_dtype(param)
-                places.setdefault(key, []).append(i)
+    def activate(self, positions: Sequence[int]) -> None:
+        """Let parameters take part from now on; in the passes before, their gradients count as zero."""
+        places: dict[tuple[Kind, Layout | None, torch.dtype | None], list[int]] = {}
+        for i in positions:
+            param = self.params[i]
+            kind = self._kinds[0] if self._is_usual else kind_of(local(param))
+            layout, wider = (layout_of(param), None) if self.sharded else (None, wider_dtype(param))
+            places.setdefault((kind, layout, wider), []).append(i)
         for key, chosen in places.items():
-            block = self._blocks.get(key)
+            kind, layout, wider = key
+            block = next((b for b in self.all if (b.kind, b.layout, b.leaves.vectors) == key), None)
             if block is None:
-                held = self.all[0].grads if self.all else {}
-                (device, _, is_dense), layout, wider = key
                 assert self._select is not None
-                backend = self._select(device) if wider is None and is_dense else EagerBackend()
-                block = ParameterBlock(backend, Block(vectors=wider), layout=layout, grads={k: [] for k in held})
-                self._blocks[key] = block
+                backend = self._select(kind[0]) if wider is None and kind[2] else EagerBackend()
+                block = ParameterBlock(backend, Block(vectors=wider), layout=layout, kind=kind)
+                block.grads = {index: [] for index in self.all[0].grads} if self.all else {}
                 self.all.append(block)
-                self.only = block if len(self.all) == 1 else None
             self._add(block, chosen)
-
-    def _all_usual(self, positions: Sequence[int]) -> bool:
-        if not self._is_usual:
-            return False
-        for param in map(self.params.__getitem__, positions):  # no generator: it takes twice as long
-            grad = param.grad
-            if grad is None or grad.dtype is not param.dtype:
-                return False
-        return True
 
     def _add(self, block: ParameterBlock, positions: Sequence[int]) -> None:
         """A signal may come between any two of these assignments; restore() believes the last of them."""
@@ -314,24 +272,15 @@ class StepParameters:
         for i in positions:
             self.flags[i] = 1
 
-    def square_norm(self, vector: int) -> Scalar:
-        """‖g‖² of a vector that is held."""
-        return self._add_up([s.backend.square_norm(s.leaves, s.grads[vector]) for s in self.all])
-
-    def square_length(self, move: Perturbation, eta: list[float] | None) -> Scalar:
-        """The square of the norm that a move is divided by."""
-        minus = move.minus
-        s = self.only
-        if s is not None and self.on_host and not self.sharded:
-            return float(
-                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-            )
-        return self._add_up(
-            [
-                s.backend.square_norm(s.leaves, s.grads[move.along], None if minus is None else s.grads[minus], eta)
-                for s in self.all
-            ]
-        )
+    def square_norm(self, vector: int, minus: int | None = None, eta: PerGroup | None = None) -> Scalar:
+        """‖T (g − g[minus])‖² of vectors that are held (see :meth:`Backend.square_norm`)."""
+        squares = []
+        for block in self.all:
+            b = None if minus is None else block.grads[minus]
+            squares.append(block.backend.square_norm(block.leaves, block.grads[vector], b, eta))
+        if len(squares) == 1 and self.on_host and not self.sharded:
+            return float(squares[0])
+        return sums.square_norm(self._over_processes(squares), self.on_host)
 
     def inner_products(
         self,
@@ -349,15 +298,8 @@ class StepParameters:
             return found
         return sums.inner_products(self._over_processes(tables), self.on_host)
 
-    def _add_up(self, squares: list[Tensor]) -> Scalar:
-        if len(squares) == 1 and self.on_host and not self.sharded:
-            return float(squares[0])
-        return sums.square_norm(self._over_processes(squares), self.on_host)
-
     def _over_processes(self, found: list[Tensor]) -> list[Tensor]:
-        if not self.sharded:
-            return found
-        return add_up_over_processes(found, [block.layout for block in self.all])
+        return add_up_over_processes(found, [block.layout for block in self.all]) if self.sharded else found
 
     def allocate_backup(self, block: ParameterBlock) -> TensorList:
         """Memory for θ of a block."""
@@ -393,8 +335,7 @@ class StepParameters:
 
     def release(self, *, undone: bool) -> None:
         """Let go of all that is held."""
-        block, self.only, self._whole = self.only, None, None
-        self._blocks.clear()
+        block, self._whole = self.all[0] if self.all else None, None
         self.all.clear()
         self._spare.clear()
         self._books.let_go(self._all)
@@ -406,7 +347,7 @@ class StepParameters:
             leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
             self._whole = block
 
-    def name(self, position: int) -> str:
+    def _name(self, position: int) -> str:
         """Return the name of a parameter for messages."""
         group = self._group[position]
         param, place = self.params[position], position - self._group.index(group)
@@ -415,10 +356,6 @@ class StepParameters:
         called = f" ({called})" if called else ""
         shape = "not initialized yet" if is_lazy(param) else f"of shape {tuple(param.shape)}"
         return f"parameter {place} of group {group}{called}, {shape},"
-
-    def _is_same_memory(self, position: int) -> bool:
-        part, before = local(self.params[position]), self._parts[position]
-        return part is before or part.data_ptr() == before.data_ptr()
 
 
 def clear_weight_caches() -> None:
@@ -435,19 +372,11 @@ def clear_weight_caches() -> None:
 @torch.no_grad()
 def materialise(block: ParameterBlock, direction: Direction) -> TensorList:
     """The direction as tensors, and θ restored; in the storage of a gradient the engine holds, if it holds one."""
-    last = direction.terms[-1]
-    plain = (
-        len(direction.terms) == 1
-        and direction.q is None
-        and direction.limit is None
-        and all(p == 1.0 for p in direction.p[0])
-    )
-    if plain:
-        block.backend.restore(block.leaves)
-        return last
-    leaves = block.leaves
-    out = direction.terms[0]
+    leaves, out = block.leaves, direction.terms[0]
     if len(direction.terms) == 1:
+        if direction.q is None and direction.limit is None and all(p == 1.0 for p in direction.p[0]):
+            block.backend.restore(leaves)
+            return out
         out = [torch.empty_like(part, dtype=leaves.vectors) for part in leaves.params]
-    block.backend.direction(block.leaves, direction, out)
+    block.backend.direction(leaves, direction, out)
     return out

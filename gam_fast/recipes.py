@@ -16,7 +16,8 @@ are counted with the gradients, in the order in which they are made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -24,6 +25,8 @@ from numbers import Real
 from typing import Any, TypeAlias
 
 Hyperparameters: TypeAlias = Mapping[str, Any]
+Rows: TypeAlias = "list[list[float]]"
+"""By vector and parameter group."""
 Coefficient: TypeAlias = "float | Callable[[Hyperparameters], float] | None"
 
 
@@ -83,9 +86,6 @@ class HessianProduct:
     """
 
 
-Segment: TypeAlias = "Perturbation | HessianProduct"
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One method: its path, its coefficients and its hyper-parameters.
@@ -113,7 +113,7 @@ class Recipe:
     name: str
     citation: str
     defaults: Hyperparameters = field(hash=False)
-    path: tuple[Segment, ...]
+    path: tuple[Perturbation | HessianProduct, ...]
     u: tuple[Coefficient, ...]
     m: tuple[Coefficient, ...] = ()
     gamma: str | None = None
@@ -128,7 +128,7 @@ class Recipe:
             raise ValueError(f"recipe {self.name}: m needs {n} coefficients and a gamma, or neither")
         for i, move in enumerate(self.path):
             if isinstance(move, HessianProduct):
-                if self.is_product(i):
+                if i in self.products:
                     raise ValueError(f"recipe {self.name}: step {i} would differentiate a Hessian-vector product")
                 continue
             if not (0 <= move.along <= i and (move.minus is None or 0 <= move.minus <= i)):
@@ -160,17 +160,17 @@ class Recipe:
 
     @cached_property
     def plan(self) -> FoldPlan:
-        """What happens to the vectors on the way, see :func:`fold_plan`."""
+        """The fate of the vectors on the way, see :func:`fold_plan`."""
         return fold_plan(self)
 
     @cached_property
     def keeps(self) -> tuple[bool, ...]:
         """For each vector, whether it is needed after the next pass as it was taken over."""
-        return (*(i in live and not self.has_product(i) for i, (_, live) in enumerate(self.plan)), False)
+        return (*(i in live and i + 1 not in self.products for i, (_, live) in enumerate(self.plan)), False)
 
     @cached_property
     def plain(self) -> Recipe:
-        """The base optimizer alone, in the name of this recipe: what a step is that does not take it.
+        """The base optimizer alone, in the name of this recipe: the step where an interval or a rule leaves it out.
 
         >>> GAM.plain.name, GAM.plain.passes
         ('GAM', 1)
@@ -179,35 +179,22 @@ class Recipe:
 
     @cached_property
     def products(self) -> tuple[int, ...]:
-        """The vectors that are Hessian-vector products."""
-        return tuple(i for i in range(self.vectors) if self.is_product(i))
+        """The vectors that are Hessian-vector products, each of the gradient before it."""
+        return tuple(i + 1 for i, step in enumerate(self.path) if isinstance(step, HessianProduct))
 
     @cached_property
     def second_order(self) -> bool:
         """Whether the loss is differentiated twice."""
-        return len(self.perturbations) < len(self.path)
-
-    def is_product(self, vector: int) -> bool:
-        """Return whether the vector is a Hessian-vector product, and not a gradient."""
-        return vector > 0 and isinstance(self.path[vector - 1], HessianProduct)
-
-    def has_product(self, vector: int) -> bool:
-        """Return whether a Hessian-vector product is made of this gradient."""
-        return vector < len(self.path) and isinstance(self.path[vector], HessianProduct)
-
-    def pass_of(self, vector: int) -> int:
-        """The pass that a vector comes from.
-
-        >>> [EXACT_GAM.pass_of(i) for i in range(EXACT_GAM.vectors)]
-        [0, 0, 1, 1]
-        """
-        return self.passes_before[vector]
+        return bool(self.products)
 
     @cached_property
     def passes_before(self) -> tuple[int, ...]:
-        """For each vector, the pass that it comes from."""
-        moved = (isinstance(step, Perturbation) for step in self.path)
-        return tuple(accumulate(moved, initial=0))
+        """For each vector, the pass that it comes from.
+
+        >>> EXACT_GAM.passes_before
+        (0, 0, 1, 1)
+        """
+        return tuple(accumulate((isinstance(step, Perturbation) for step in self.path), initial=0))
 
     def coefficients(self, hyper: Hyperparameters) -> tuple[list[float], list[float], float]:
         """``(c, d, γ)`` for one parameter group; 0.0 where a gradient takes no part, ``d`` empty without ``m``.
@@ -246,12 +233,12 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def _one_minus_product(hyper: Hyperparameters) -> float:
-    return 1.0 - float(hyper["lam"]) * float(hyper["alpha"])
-
-
 def _product(hyper: Hyperparameters) -> float:
     return float(hyper["lam"]) * float(hyper["alpha"])
+
+
+def _one_minus_product(hyper: Hyperparameters) -> float:
+    return 1.0 - _product(hyper)
 
 
 def _rest_product(hyper: Hyperparameters) -> float:
@@ -279,7 +266,6 @@ def _gam_path(rho: str, rho_prime: str) -> tuple[Perturbation, ...]:
 
 
 BASE = Recipe(name="Base", citation="the base optimizer alone, one pass", defaults={}, path=(), u=(1.0,))
-
 
 SAM = Recipe(
     name="SAM",
@@ -402,10 +388,8 @@ def fold_plan(recipe: Recipe) -> FoldPlan:
     (Fold(into=0, other=2, part='m'), (0, 1))
     """
     plan = []
-    parts = {
-        i: ("u" if recipe.u[i] is not None else "") + ("m" if recipe.m and recipe.m[i] is not None else "")
-        for i in range(recipe.vectors)
-    }
+    of_m = recipe.m or (None,) * recipe.vectors
+    parts = [("" if c is None else "u") + ("" if d is None else "m") for c, d in zip(recipe.u, of_m, strict=True)]
     live: list[int] = []
     for i, step in enumerate(recipe.path):
         live.append(i)
@@ -427,3 +411,87 @@ def fold_plan(recipe: Recipe) -> FoldPlan:
             )
         plan.append((folds[0] if folds else None, tuple(live)))
     return tuple(plan)
+
+
+_MAXIMIZES = operator.methodcaller("get", "maximize", False)
+
+
+class Coefficients:
+    """The numbers of one step, by parameter group: the table evaluated, and changed as vectors are folded into others.
+
+    A base optimizer with ``maximize=True`` ascends L, that is, descends −L, whose gradients point the other way. The
+    norm of a gradient is the same for both, and so is its own gradient, a Hessian-vector product.
+
+    Args:
+        recipe: the table.
+        groups: the parameter groups.
+        hyper: the recipe's hyper-parameters, by group.
+
+    Attributes:
+        u: for each vector, its coefficient in u, by group.
+        m: the same in m; zeros without m.
+        gamma: γ by group.
+        radius: for each step of the path that is a perturbation, its radius by group, negative in groups that ascend.
+        eta: η by group, ``None`` unless the recipe is adaptive.
+
+    >>> found = Coefficients(GSAM, [{}], [{"rho": 0.1, "alpha": 0.5}])
+    >>> found.u, found.m, found.gamma, found.radius
+    ([[0.0], [1.0]], [[1.0], [0.0]], [0.5], {0: [0.1]})
+    """
+
+    def __init__(self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
+        self._made_of = recipe, list(hyper), list(map(_MAXIMIZES, groups))
+        found = [recipe.coefficients(h) for h in hyper]
+        sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
+        self.gamma = [gamma for _, _, gamma in found]
+        self._u = [[c[i] for c, _, _ in found] for i in range(recipe.vectors)]
+        self._m = [[d[i] if d else 0.0 for _, d, _ in found] for i in range(recipe.vectors)]
+        for i in recipe.products:
+            for part in (self._u, self._m):
+                part[i] = [s * x for s, x in zip(sign, part[i], strict=True)]
+        self.eta = [float(h[recipe.adaptive]) for h in hyper] if recipe.adaptive else None
+        self.radius: dict[int, list[float]] = {}
+        for i, move in enumerate(recipe.path):
+            if isinstance(move, Perturbation):
+                signs = [1.0] * len(sign) if move.along in recipe.products else sign
+                self.radius[i] = [s * float(h[move.radius]) for s, h in zip(signs, hyper, strict=True)]
+        self._final: tuple[Rows, Rows | None, Rows, Rows | None] | None = None
+        self.u, self.m, self._is_weighed = list(self._u), list(self._m), False
+
+    def again(
+        self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]
+    ) -> Coefficients | None:
+        """Return the same, as before the first fold, where it is made of the same; else ``None``."""
+        if self._made_of != (recipe, hyper, list(map(_MAXIMIZES, groups))):
+            return None
+        if self._is_weighed:
+            self._final = None
+        self.u, self.m, self._is_weighed = list(self._u), list(self._m), False
+        return self
+
+    def weigh(self, vector: int, weight: float) -> None:
+        """The vector is a part of what it stands for, which is ``weight`` times as long."""
+        self._is_weighed, self._final = True, None
+        for part in (self.u, self.m):
+            part[vector] = [weight * x for x in part[vector]]
+
+    def folded(self, fold: Fold) -> None:
+        """The vector that others were folded into has their coefficients and its own in it."""
+        (self.u if fold.part == "u" else self.m)[fold.into] = [1.0] * len(self.gamma)
+
+    def final(self, vectors: Sequence[int]) -> tuple[Rows, Rows | None, Rows, Rows | None]:
+        r"""Return the coefficients of what is left after the last fold, by vector and group: u, m, p, q.
+
+        :math:`u − γ (m − κ u) = Σ (p + κ q) X` with :math:`p = c − γ d` and :math:`q = γ c`; m and q are ``None``
+        without m.
+        """
+        if self._final is None:
+            u = [self.u[k] for k in vectors]
+            if not self._made_of[0].m:
+                self._final = u, None, u, None
+            else:
+                m = [self.m[k] for k in vectors]
+                rows = [list(zip(self.gamma, c, d, strict=True)) for c, d in zip(u, m, strict=True)]
+                p = [[c - gamma * d for gamma, c, d in row] for row in rows]
+                self._final = u, m, p, [[gamma * c for gamma, c, _ in row] for row in rows]
+        return self._final

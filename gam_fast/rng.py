@@ -31,21 +31,13 @@ def _device_module(device: torch.device) -> Any:
 
 def get_state(device: torch.device) -> Tensor:
     """The state of torch's default generator of ``device``."""
-    if device.type == "cpu":
-        return torch.default_generator.get_state()
-    module = _device_module(device)
-    state: Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    state: Tensor = _Source.of_device(device).get()
     return state
 
 
 def set_state(device: torch.device, state: Tensor) -> None:
     """Put torch's default generator of ``device`` into ``state``."""
-    if device.type == "cpu":
-        torch.default_generator.set_state(state)
-    elif device.type == "mps":
-        _device_module(device).set_rng_state(state)
-    else:
-        _device_module(device).set_rng_state(state, device)
+    _Source.of_device(device).set(state)
 
 
 def seed(device: torch.device, value: int) -> None:
@@ -83,7 +75,10 @@ class _Source:
     def of_device(cls, device: torch.device) -> _Source:
         if device.type == "cpu":  # without a call in between: twice a pass
             return cls(torch.default_generator.get_state, torch.default_generator.set_state)
-        return cls(partial(get_state, device), partial(set_state, device))
+        module = _device_module(device)
+        if device.type == "mps":
+            return cls(module.get_rng_state, module.set_rng_state)
+        return cls(partial(module.get_rng_state, device), lambda state: module.set_rng_state(state, device))
 
     @classmethod
     def of(cls, generator: Any) -> _Source | None:
@@ -107,9 +102,6 @@ class _Source:
     def was_drawn(self, alone: bool) -> bool:
         """Return whether to replay it. Without threads, to set a state that has not moved does no harm."""
         return alone or not _same(self.start, self.after)
-
-    def begins_at(self, is_after_reading: bool) -> Any:
-        return self.after_reading if is_after_reading and self.after_reading is not None else self.start
 
 
 class _Ambient(_Source):
@@ -197,24 +189,15 @@ class ReplayRNG:
 
     def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = ()) -> None:
         self.generators = list(generators)
-        self._set_up()
-        self.prepare(devices)
-
-    def _set_up(self) -> None:
         self._own = [_source_of(generator) for generator in self.generators]
         self._ambient = [_Ambient("random"), _Ambient("numpy.random")]
-        self._devices: list[torch.device] = []
         self._sources: list[_Source] | None = None
         self._replayed: list[_Source] = []
         self._apart: Any = None
+        self.prepare(devices)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"generators": self.generators}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.generators = state["generators"]
-        self._set_up()
-        self.prepare(())
+    def __reduce__(self) -> tuple[type[ReplayRNG], tuple[tuple[()], list[Any]]]:
+        return ReplayRNG, ((), self.generators)
 
     @classmethod
     def wanted(cls, option: Any) -> ReplayRNG | None:
@@ -223,11 +206,11 @@ class ReplayRNG:
         Raises:
             TypeError: anything else.
         """
-        if option is None or not hasattr(option, "__iter__"):
-            if _Source.of(option) is not None:
-                raise TypeError(f"replay_rng= takes a list of generators, got one: write replay_rng=[{option!r}]")
-            return cls() if option else None
-        return cls(generators=option)
+        if hasattr(option, "__iter__"):
+            return cls(generators=option)
+        if _Source.of(option) is not None:
+            raise TypeError(f"replay_rng= takes a list of generators, got one: write replay_rng=[{option!r}]")
+        return cls() if option else None
 
     def prepare(self, devices: Iterable[torch.device]) -> None:
         """Choose the generators of these devices, and the CPU's."""
@@ -279,9 +262,7 @@ class ReplayRNG:
             self._apart.begin()
         if self._sources is None:
             self._sources = [*self._torch, *self._own]
-            for ambient in self._ambient:
-                if ambient.is_due():
-                    self._sources.append(ambient)
+            self._sources += [ambient for ambient in self._ambient if ambient.is_due()]
             for source in self._sources:
                 source.note_start()
             return
@@ -304,7 +285,6 @@ class ReplayRNG:
         if self._apart is not None:
             self._apart.end()
         if not self._looked:
-            self._looked = True
             self._look()
             return
         for source in self._replayed:
@@ -314,6 +294,7 @@ class ReplayRNG:
 
     def _look(self) -> None:
         """Find out which generators the first pass has drawn from."""
+        self._looked = True
         for i, source in enumerate(self._sources or ()):
             if i == 0 and self._apart is not None:
                 continue
@@ -358,8 +339,10 @@ class ReplayRNG:
             for source in self._replayed:
                 if kind is not None:
                     source.set(source.start)
-                elif source.last is not None and not _same(source.last, source.begins_at(self._is_after_reading)):
-                    source.set(source.last)
+                elif source.last is not None:
+                    is_read = self._is_after_reading and source.after_reading is not None
+                    if not _same(source.last, source.after_reading if is_read else source.start):
+                        source.set(source.last)
             if self._apart is not None:
                 if kind is None and self._keep_last:
                     self._apart.keep()

@@ -22,14 +22,13 @@ from .amp import GivenScale, LossScale
 from .backends.base import Direction, FoldInto, Products, Scalar
 from .buffers import ForwardState
 from .capture import is_capturing
-from .coefficients import Coefficients
-from .distributed import LocalSync, mean_over_processes, reshard, without_last_sync
+from .distributed import mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
-from .local_step import agree, averaged, mean_of_all
-from .others import OtherGradients
+from .local_step import LocalSync
+from .models import OtherGradients
 from .ownership import has_gradient
 from .parameters import ParameterBlock, StepParameters, clear_weight_caches
-from .recipes import Perturbation
+from .recipes import Coefficients, Perturbation
 from .rng import ReplayRNG
 from .settings import Settings
 from .turn import Portion, Turn, some
@@ -87,7 +86,7 @@ class Step:
                     "sync='local' with sharded parameters: no process has a gradient of its own for all of them; use "
                     "sync='global'"
                 )
-            self._local = LocalSync(settings.model, self._device)
+            self._local = LocalSync(settings.model, self._device, recipe.name)
         self.watch = FiniteWatch(
             recipe, settings.on_nonfinite, self._device, on_host=self.blocks.on_host, at_end=self._local is not None
         )
@@ -305,7 +304,7 @@ class Step:
             if index == 0 and self.state.active and (written := self.state.look()) and recipe.passes > 1:
                 self.blocks.refuse_write(written[0], f"pass 0 of {recipe.name}")
             if self.watch.scale is not None:
-                self.watch.scale.check_pass(f"pass {recipe.pass_of(index)} of {recipe.name}")
+                self.watch.scale.check_pass(f"pass {recipe.passes_before[index]} of {recipe.name}")
             graph = self._differentiate(index) if recipe.second_order else []
             if not self.blocks.take_all(index, keep=recipe.keeps[index]):
                 self._take_in(index)
@@ -330,7 +329,7 @@ class Step:
         """Give the parameters their gradients of a loss; return those to be differentiated again."""
         losses, self._losses = self._losses, []
         graph = hvp.differentiate(self.recipe, self.blocks, losses, index)
-        return graph if self.recipe.has_product(index) else []
+        return graph if index + 1 in self.recipe.products else []
 
     def _weigh(self, index: int, weight: float, *, of_product: bool) -> None:
         self.coefficients.weigh(index, weight)
@@ -345,7 +344,7 @@ class Step:
         if self.watch.scale is not None:
             square *= float(self.watch.scale.inverse(self._device)) ** 2
         if self._local is not None:
-            square = mean_of_all(self._local, self.blocks, square, self.recipe.name)
+            square = self._local.mean(self.blocks, square)
         else:
             square = mean_over_processes(square, self.settings.model, self._device)
         return self.settings.goes_on(square)
@@ -381,7 +380,7 @@ class Step:
             mend = "the loss does not depend on the parameters of this optimizer"
         elif self.recipe.passes == 1 and self._local is None:
             mend = None  # as torch's optimizers do nothing then
-        keep, where = self.recipe.keeps[index], f"pass {self.recipe.pass_of(index)} of {self.recipe.name}"
+        keep, where = self.recipe.keeps[index], f"pass {self.recipe.passes_before[index]} of {self.recipe.name}"
         self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
 
     def _perturb(self) -> None:
@@ -394,7 +393,7 @@ class Step:
         fold, live = self.plan[index]
         eta, minus = self.coefficients.eta, move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
-        total = self.blocks.square_length(move, eta) if known is None else known
+        total = self.blocks.square_norm(move.along, minus, eta) if known is None else known
         self.watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
         radius = self.coefficients.radius[index]
@@ -447,7 +446,7 @@ class Step:
         if self._local is not None:
             if self.settings.measure_change:
                 self._measure_change()
-            self.relative_change = agree(self._local, self.blocks, self.watch, self.recipe.name, self.relative_change)
+            self.relative_change = self._local.agree(self.blocks, self.watch, self.relative_change)
             # where another process has a gradient that this one lacks, there are zeros now
             terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
             limit = None  # what is clipped is the mean
@@ -459,7 +458,7 @@ class Step:
             directions.append((block, Direction(own, p, q, seen, gammas, limit)))
         if self._local is not None:
             ceiling = self.settings.clip_grad_norm
-            directions = averaged(self._local, self.blocks, directions, gammas, ceiling)
+            directions = self._local.averaged(self.blocks, directions, gammas, ceiling)
         if self.state.active:
             self.state.settle()
         update(directions)

@@ -19,17 +19,15 @@ from .active import STEPS, StepSchedule
 from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend
 from .buffers import ForwardState
-from .coefficients import Coefficients
+from .distributed import local
 from .finite import SkipStep
 from .hooks import Calls, Hooked, any_before, call_before
-from .others import CLOSED, Surroundings
+from .models import CLOSED, Surroundings, message_of_forgotten
 from .ownership import version
 from .parameters import StepParameters
 from .passes import PassDriver, Passes
-from .reach import message_of_forgotten
-from .recipes import BASE, Recipe
+from .recipes import BASE, Coefficients, Recipe
 from .settings import Settings
-from .sharded import local
 from .step import Step
 from .turn import Loss, Turn, TurnClosure, evaluation, frames_of_libraries
 from .updates import Directions, apply, only_makes_state

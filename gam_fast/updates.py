@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,69 +18,144 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .backends.base import Backend, Block, Direction, TensorList
 from .backends.eager import EagerBackend
-from .chain import Chain, members
+from .bases import Chain, members
+from .distributed import local, local_gradient, spread
 from .hooks import step_of_base
 from .ownership import as_like, lies_as
 from .parameters import ParameterBlock, materialise
-from .sharded import local, local_gradient, spread
 
 Directions: TypeAlias = "list[tuple[ParameterBlock, Direction]]"
 """The direction of each block."""
 
 Group: TypeAlias = "dict[str, Any]"
 Numbers: TypeAlias = "tuple[float, ...]"
+Options: TypeAlias = "tuple[list[Numbers], list[int]]"
 
 
-@dataclass(frozen=True)
 class Fused:
-    """A base optimizer whose step is one primitive (:meth:`Backend.update`): a row of :data:`FUSED`.
+    """A base optimizer whose step is one primitive (:meth:`Backend.update`).
 
     Attributes:
         formula: its name in the backends.
         state: the names of its state in torch's layout, in the order of the formula.
-        fits: tell whether the formula takes the step of an optimizer, as its groups are now.
-        numbers: return those of a parameter group, in the order of the formula.
-        keeps: tell of each state whether a group has it.
-        options: return the numbers of leaves that differ, and for each leaf its place among them; of the groups, the
-            group of each leaf, whether it has no state yet, and the number of its step (empty unless ``counts``).
         counts: whether each parameter's state has the number of its steps (``step``).
-        advance: called after the step of all parameters.
     """
 
-    formula: str
-    state: tuple[str, ...]
-    fits: Callable[[Optimizer], bool]
-    numbers: Callable[[Optimizer, Group], Numbers]
-    keeps: Callable[[Group], tuple[bool, ...]]
-    options: Callable[[list[Group], list[int], list[bool], list[float]], tuple[list[Numbers], list[int]]]
-    counts: bool = False
-    advance: Callable[[Optimizer], None] | None = None
+    formula: ClassVar[str]
+    state: ClassVar[tuple[str, ...]]
+    counts: ClassVar[bool] = False
+
+    def fits(self, base: Any) -> bool:
+        """Tell whether the formula takes the step of an optimizer, as its groups are now."""
+        raise NotImplementedError
+
+    def numbers(self, base: Any, group: Group) -> Numbers:
+        """Return those of a parameter group, in the order of the formula."""
+        raise NotImplementedError
+
+    def keeps(self, group: Group) -> tuple[bool, ...]:
+        """Tell of each state whether a group has it."""
+        return (True,) * len(self.state)
+
+    def options(self, groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]) -> Options:
+        """Return the numbers of leaves that differ, and for each leaf its place among them.
+
+        For each leaf there is its group, whether it has no state yet, and the number of its step if they are counted.
+        """
+        return [()], [0] * len(of_leaf)
+
+    def advance(self, base: Any) -> None:
+        """Count the step of all parameters."""
 
 
-def _fits_sgd(base: Optimizer) -> bool:
-    return type(base) is SGD and _all_numbers(base.param_groups, ("lr", "momentum", "dampening", "weight_decay"))
+_OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
 
 
-def _numbers_of_sgd(base: Optimizer, group: Group) -> Numbers:
-    flags = float(group["nesterov"]), float(group.get("maximize", False))
-    return float(group["lr"]), float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]), *flags
+class FusedSGD(Fused):
+    """torch's SGD."""
+
+    formula = "sgd"
+    state = ("momentum_buffer",)
+
+    def fits(self, base: Any) -> bool:
+        return type(base) is SGD and _all_numbers(base.param_groups, _OF_SGD)
+
+    def numbers(self, base: Any, group: Group) -> Numbers:
+        flags = float(group["nesterov"]), float(group.get("maximize", False))
+        return (*map(float, map(group.__getitem__, _OF_SGD)), *flags)
+
+    def keeps(self, group: Group) -> tuple[bool, ...]:
+        return (group["momentum"] != 0.0,)
+
+    def options(self, groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]) -> Options:
+        return [(0.0,), (1.0,)], list(map(int, new))
 
 
-def _first_of_sgd(
-    groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]
-) -> tuple[list[Numbers], list[int]]:
-    return [(0.0,), (1.0,)], list(map(int, new))
+class FusedAdam(Fused):
+    """torch's Adam and AdamW."""
+
+    formula = "adam"
+    state = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    counts = True
+
+    def fits(self, base: Any) -> bool:
+        groups = base.param_groups
+        if type(base) not in (Adam, AdamW) or not _all_numbers(groups, ("lr", "eps", "weight_decay")):
+            return False
+        if any(isinstance(beta, Tensor) for group in groups for beta in group["betas"]):
+            return False
+        # their step counters live on the device
+        on_host = not any(group.get("capturable") or group.get("fused") for group in groups)
+        return on_host and all(state["step"].device.type == "cpu" for state in base.state.values() if "step" in state)
+
+    def numbers(self, base: Any, group: Group) -> Numbers:
+        decoupled = isinstance(base, AdamW) or bool(group.get("decoupled_weight_decay", False))
+        decay = _decay(float(group["weight_decay"]), float(group["lr"]), decoupled)
+        beta1, beta2 = group["betas"]
+        return float(beta1), float(beta2), float(group["eps"]), *decay, float(group.get("maximize", False))
+
+    def keeps(self, group: Group) -> tuple[bool, ...]:
+        return True, True, bool(group["amsgrad"])
+
+    def options(self, groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]) -> Options:
+        places: dict[tuple[int, float], int] = {}  # few: parameters of a group have mostly made as many steps
+        option = [places.setdefault(key, len(places)) for key in zip(of_leaf, steps, strict=True)]
+        found: list[Numbers] = []
+        for g, t in places:
+            beta1, beta2 = groups[g]["betas"]
+            found.append((float(groups[g]["lr"]) / (1.0 - beta1**t), math.sqrt(1.0 - beta2**t)))
+        return found, option
 
 
-def _fits_adam(base: Optimizer) -> bool:
-    groups = base.param_groups
-    if type(base) not in (Adam, AdamW) or not _all_numbers(groups, ("lr", "eps", "weight_decay")):
-        return False
-    if any(isinstance(beta, Tensor) for group in groups for beta in group["betas"]):
-        return False
-    # their step counters live on the device
-    on_host = not any(group.get("capturable") or group.get("fused") for group in groups)
-    return on_host and all(state["step"].device.type == "cpu" for state in base.state.values() if "step" in state)
+class FusedLion(Fused):
+    """Lion, whoever wrote it: by the arguments of ``pytorch_optimizer.Lion``, without its extras."""
+
+    formula = "lion"
+    state = ("exp_avg",)
+
+    def fits(self, base: Any) -> bool:
+        groups = base.param_groups
+        return (
+            type(base).__name__ == "Lion"
+            and hasattr(base, "maximize")
+            and all({"betas", "weight_decouple", "fixed_decay"} <= group.keys() for group in groups)
+            and not any(group.get(extra) for group in groups for extra in ("use_gc", "adanorm", "cautious"))
+            and _all_numbers(groups, ("lr", "weight_decay"))
+        )
+
+    def numbers(self, base: Any, group: Group) -> Numbers:
+        rate = 1.0 if group["fixed_decay"] else float(group["lr"])
+        decay = _decay(float(group["weight_decay"]), rate, bool(group["weight_decouple"]))
+        beta1, beta2 = group["betas"]
+        return float(group["lr"]), float(beta1), float(beta2), *decay, float(base.maximize)
+
+    def advance(self, base: Any) -> None:
+        for group in base.param_groups:  # as it counts itself
+            group["step"] = group.get("step", 0) + 1
+
+
+FUSED = FusedSGD(), FusedAdam(), FusedLion()
+"""The base optimizers whose step is one primitive."""
 
 
 def _decay(decay: float, rate: float, decoupled: bool) -> tuple[float, float]:
@@ -88,78 +163,12 @@ def _decay(decay: float, rate: float, decoupled: bool) -> tuple[float, float]:
     return (0.0, 1.0 - rate * decay) if decoupled else (decay, 1.0)
 
 
-def _numbers_of_adam(base: Optimizer, group: Group) -> Numbers:
-    decoupled = isinstance(base, AdamW) or bool(group.get("decoupled_weight_decay", False))
-    decay = _decay(float(group["weight_decay"]), float(group["lr"]), decoupled)
-    beta1, beta2 = group["betas"]
-    return float(beta1), float(beta2), float(group["eps"]), *decay, float(group.get("maximize", False))
-
-
-def _corrections_of_adam(
-    groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]
-) -> tuple[list[Numbers], list[int]]:
-    places: dict[tuple[int, float], int] = {}  # few: parameters of a group have mostly made the same number of steps
-    option = [places.setdefault(key, len(places)) for key in zip(of_leaf, steps, strict=True)]
-    found: list[Numbers] = []
-    for g, t in places:
-        beta1, beta2 = groups[g]["betas"]
-        found.append((float(groups[g]["lr"]) / (1.0 - beta1**t), math.sqrt(1.0 - beta2**t)))
-    return found, option
-
-
-def _fits_lion(base: Optimizer) -> bool:
-    """By its arguments, whoever wrote it: those of ``pytorch_optimizer.Lion``, without its extras."""
-    groups = base.param_groups
-    return (
-        type(base).__name__ == "Lion"
-        and hasattr(base, "maximize")
-        and all({"betas", "weight_decouple", "fixed_decay"} <= group.keys() for group in groups)
-        and not any(group.get(extra) for group in groups for extra in ("use_gc", "adanorm", "cautious"))
-        and _all_numbers(groups, ("lr", "weight_decay"))
-    )
-
-
-def _numbers_of_lion(base: Optimizer, group: Group) -> Numbers:
-    rate = 1.0 if group["fixed_decay"] else float(group["lr"])
-    decay = _decay(float(group["weight_decay"]), rate, bool(group["weight_decouple"]))
-    maximize = float(base.maximize)  # type: ignore[attr-defined]
-    return float(group["lr"]), float(group["betas"][0]), float(group["betas"][1]), *decay, maximize
-
-
-def _no_options(
-    groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]
-) -> tuple[list[Numbers], list[int]]:
-    return [()], [0] * len(of_leaf)
-
-
-def _advance_lion(base: Optimizer) -> None:
-    for group in base.param_groups:  # as it counts itself
-        group["step"] = group.get("step", 0) + 1
-
-
-FUSED = (
-    Fused(
-        "sgd",
-        ("momentum_buffer",),
-        _fits_sgd,
-        _numbers_of_sgd,
-        lambda group: (group["momentum"] != 0.0,),
-        _first_of_sgd,
-    ),
-    Fused(
-        "adam",
-        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-        _fits_adam,
-        _numbers_of_adam,
-        lambda group: (True, True, bool(group["amsgrad"])),
-        _corrections_of_adam,
-        counts=True,
-    ),
-    Fused(
-        "lion", ("exp_avg",), _fits_lion, _numbers_of_lion, lambda group: (True,), _no_options, advance=_advance_lion
-    ),
-)
-"""The base optimizers whose step is one primitive."""
+def _all_numbers(groups: list[Group], names: tuple[str, ...]) -> bool:
+    for group in groups:  # no generator: it takes twice as long, in every step
+        for name in names:
+            if isinstance(group[name], Tensor):
+                return False
+    return True
 
 
 def fused(base: Optimizer) -> Fused | None:
@@ -207,8 +216,7 @@ def apply(
             made = materialise(block, direction)
             if copy and made is direction.terms[-1]:  # perhaps the gradients themselves
                 made = [x.clone(memory_format=torch.preserve_format) for x in made]
-            for param, grad in zip(block.owners, made, strict=True):
-                param.grad = spread(grad, param)
+            _set_gradients(block, made)
         with torch.enable_grad():
             before()
         left = _left(grads, directions)
@@ -223,6 +231,11 @@ def apply(
         if copy or not done:
             for param, grad in grads:
                 param.grad = grad
+
+
+def _set_gradients(block: ParameterBlock, grads: TensorList) -> None:
+    for param, grad in zip(block.owners, grads, strict=True):
+        param.grad = spread(grad, param)
 
 
 def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions) -> Directions | None:
@@ -285,8 +298,7 @@ def _step_member(base: Optimizer, directions: Directions, first_group: int = 0) 
         return
     for block, direction in directions:
         fused_step(base, row, block, direction, first_group)
-    if row.advance is not None:
-        row.advance(base)
+    row.advance(base)
     base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
 
 
@@ -294,18 +306,12 @@ def _step_by_torch(base: Optimizer, directions: Directions) -> None:
     grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
     try:
         for block, direction in directions:
-            for param, grad in zip(block.owners, materialise(block, direction), strict=True):
-                param.grad = spread(grad, param)
+            _set_gradients(block, materialise(block, direction))
         with torch.enable_grad():
             step_of_base(base)
     finally:
         for param, grad in grads:
             param.grad = grad
-
-
-def _among_all(groups: list[Any], first: int, total: int) -> list[Any]:
-    """Hyper-parameters of groups ``first`` … of ``total``, at their numbers; what stands at the others is not read."""
-    return [groups[0]] * first + groups + [groups[0]] * (total - first - len(groups))
 
 
 def only_makes_state(base: Optimizer) -> bool:
@@ -322,22 +328,6 @@ def only_makes_state(base: Optimizer) -> bool:
     return not any(grad is None or bool(local(grad).any()) for grad in grads)
 
 
-def _all_numbers(groups: Sequence[dict[str, Any]], names: tuple[str, ...]) -> bool:
-    for group in groups:  # no generator: it takes twice as long, in every step
-        for name in names:
-            if isinstance(group[name], Tensor):
-                return False
-    return True
-
-
-def _states(base: Optimizer, owners: TensorList) -> Sequence[dict[str, Any]]:
-    """The state of each; mostly in the order of the dictionary, which is much faster read than looked up in."""
-    found = base.state
-    if len(found) == len(owners) and all(map(operator.is_, found, owners)):
-        return list(found.values())
-    return [found.get(param, {}) for param in owners]
-
-
 def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction, first_group: int = 0) -> None:
     """Restore θ, and take one step of ``base`` along ``d``.
 
@@ -352,10 +342,16 @@ def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction,
             "capturable=True to capture it"
         )
     groups = base.param_groups
-    if len(groups) != len(d.p[0]):
-        groups = _among_all(groups, first_group, len(d.p[0]))
-    keeps = [row.keeps(group) for group in groups]
-    states = _states(base, owners) if any(map(any, keeps)) else [{}] * count
+    after = len(d.p[0]) - len(groups) - first_group
+    if first_group or after:  # of one in a chain, at their numbers: it does not read what stands at the others
+        groups = [groups[0]] * first_group + groups + [groups[0]] * after
+    keeps = list(map(row.keeps, groups))
+    states: Sequence[dict[str, Any]] = [{}] * count
+    if any(map(any, keeps)):
+        found = base.state
+        # mostly in the order of the dictionary, which is much faster read than looked up in
+        is_in_order = len(found) == count and all(map(operator.is_, found, owners))
+        states = list(found.values()) if is_in_order else [found.get(param, {}) for param in owners]
     made: dict[int, dict[str, Tensor]] = {}  # by leaf; they are put where they belong after the step
     steps: list[Tensor] = []
     if row.counts:

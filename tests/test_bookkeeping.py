@@ -175,11 +175,11 @@ def test_what_is_unusual_is_left_as_it_was(books, what, keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 @torch.no_grad()
-def test_what_is_usual_is_taken_in_one_go(books, keep):
+def test_what_is_usual_is_taken_in_one_go(core, keep):
     params = parameters()
-    held = books.hold(params)
+    held = core.hold(params)
     addresses = [param.grad.data_ptr() for param in params]
-    taken = books.take_all_gradients(held, books.versions(held), bytearray(4), keep)
+    taken = core.take_all_gradients(held, core.versions(held), bytearray(4), keep)
     assert [x.data_ptr() for x in taken] == addresses
     assert all((param.grad is None) == keep for param in params)
 

@@ -463,7 +463,7 @@ def test_an_iterator_that_is_held_until_the_end_of_a_process_does_no_harm():
 import os, sys
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1], RANK="0", WORLD_SIZE="1")
 import torch, gam_fast
-from gam_fast.distributed import LocalSync
+from gam_fast.local_step import LocalSync
 from torch import distributed, nn
 distributed.init_process_group("gloo")
 LocalSync.is_needed = staticmethod(lambda: True)

@@ -14,7 +14,7 @@ from snapshots import assert_close
 from torch import nn
 
 import gam_fast
-from gam_fast import distributed
+from gam_fast import local_step
 from gam_fast.active import WhenSteep
 
 on_eager_and_native = pytest.mark.usefixtures("_on_eager_and_native")
@@ -433,7 +433,7 @@ def test_frozen_parameters_of_the_model_are_left_alone():
 def average_locally(rank, world, method_name, large, bits):
     """Steps whose directions are averaged; gradients are each rank's own, and stay so."""
     method = METHODS[method_name]
-    distributed.BUCKET_BYTES = 0 if large else 25 << 20
+    local_step.BUCKET_BYTES = 0 if large else 25 << 20
     dtype = torch.bfloat16 if bits else torch.float64
     torch.manual_seed(rank)
     param, right = nn.Parameter(torch.ones(4, 3, dtype=dtype)), torch.ones(4, 3, dtype=torch.float64)

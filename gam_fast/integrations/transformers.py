@@ -10,43 +10,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..optimizer import SharpnessAwareOptimizer
+from ..passes import Passes
 
 if not hasattr(Trainer, "_clip_grad_norm"):
     raise ImportError(
-        "SharpnessAwareTrainer needs transformers 5.3 or newer, and "
-        f"{transformers.__version__} is installed: pip install -U "
-        "transformers"
+        f"SharpnessAwareTrainer needs transformers 5.3 or newer, and {transformers.__version__} is installed: "
+        "pip install -U transformers"
     )
-
-
-class _Step:
-    """A step that is under way: its passes, and the micro-batches so far."""
-
-    def __init__(self, optimizer: SharpnessAwareOptimizer, scaler: Any) -> None:
-        self.optimizer = optimizer
-        self.skipped_before = optimizer.skipped_steps
-        self.micro_batches: list[dict[str, Any]] = []
-        self._turns = optimizer.passes(scaler)
-        next(self._turns)
-
-    @property
-    def skipped(self) -> bool:
-        """Whether it was undone because a gradient was not finite."""
-        return self.optimizer.skipped_steps > self.skipped_before
-
-    @property
-    def in_last_pass(self) -> bool:
-        """Whether ``optimizer.step()`` ends it."""
-        turn = self.optimizer.turn
-        return turn is not None and turn.last
-
-    def next_pass(self) -> bool:
-        """Return whether there is one."""
-        return next(self._turns, None) is not None
-
-    def close(self) -> None:
-        """Undo it, unless ``optimizer.step()`` has ended it."""
-        self._turns.close()
 
 
 class _Ended(TrainerCallback):
@@ -102,10 +72,12 @@ class SharpnessAwareTrainer(Trainer):
     2
     """
 
-    _step: _Step | None = None
+    _passes: Passes | None = None  # of the step that is under way
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._batches: list[dict[str, Any]] = []  # the micro-batches of the step so far
+        self._skipped_before = 0
         self.add_callback(_Ended(self))
 
     @property
@@ -134,23 +106,23 @@ class SharpnessAwareTrainer(Trainer):
         if optimizer is None:
             return self._backward(model, inputs, num_items_in_batch)
         try:
-            if self._step is None or optimizer.turn is None:
-                self._step = self._begin(optimizer, model)
-            self._step.micro_batches.append(inputs)
+            if self._passes is None or optimizer.turn is None:
+                self._passes = self._begin(optimizer, model)
+            self._batches.append(inputs)
             loss = self._backward(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
-                while not self._step.in_last_pass:
-                    if not self._step.next_pass():  # skipped: there is nothing to end
+                while optimizer.turn is None or not optimizer.turn.last:
+                    if next(self._passes, None) is None:  # skipped: there is nothing to end
                         self.accelerator.gradient_state._set_sync_gradients(False)
                         break
-                    for batch in optimizer.micro_batches(self._step.micro_batches):
+                    for batch in optimizer.micro_batches(self._batches):
                         self._backward(model, batch, num_items_in_batch)
             return loss
         except BaseException:
             self._leave()
             raise
 
-    def _begin(self, optimizer: SharpnessAwareOptimizer, model: nn.Module) -> _Step:
+    def _begin(self, optimizer: SharpnessAwareOptimizer, model: nn.Module) -> Passes:
         self._check(optimizer)
         if optimizer.model is not model:
             optimizer.model = model
@@ -158,7 +130,10 @@ class SharpnessAwareTrainer(Trainer):
             optimizer.clip_grad_norm = self.args.max_grad_norm
         if hasattr(optimizer, "train"):  # of a schedule-free base; the Trainer calls it in each pass
             optimizer.train()
-        return _Step(optimizer, self.accelerator.scaler)
+        self._batches, self._skipped_before = [], optimizer.skipped_steps
+        passes = optimizer.passes(self.accelerator.scaler)
+        next(passes)
+        return passes
 
     def _check(self, optimizer: SharpnessAwareOptimizer) -> None:
         if optimizer.recipe.second_order:
@@ -189,14 +164,16 @@ class SharpnessAwareTrainer(Trainer):
         return loss
 
     def _end_step(self) -> None:
-        if self._step is not None:
-            self.optimizer._is_overflow = self._step.skipped  # what Accelerate says was skipped
+        if self._passes is not None and self.flat_optimizer is not None:
+            # as Accelerate says that the step was skipped
+            self.optimizer._is_overflow = self.flat_optimizer.skipped_steps > self._skipped_before
             self._leave()
 
     def _leave(self) -> None:
-        step, self._step = self._step, None
-        if step is not None:
-            step.close()
+        passes, self._passes = self._passes, None
+        self._batches = []
+        if passes is not None:
+            passes.close()  # which undoes the step, unless optimizer.step() has ended it
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.flat_optimizer is None:
