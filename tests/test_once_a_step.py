@@ -136,9 +136,8 @@ def test_parameters_changed_by_the_user_during_a_pass(at, named):
                 weight.mul_(2)
 
     name = r" \(scale\)" if named else ""
-    with pytest.raises(
-        RuntimeError, match=f"parameter 0 of group 0{name}, of shape .2,., was modified during pass {at}"
-    ):
+    message = f"parameter 0 of group 0{name}, of shape .2,., was modified during pass {at}"
+    with pytest.raises(RuntimeError, match=message):
         optimizer.step(meddle)
     # documented: in the first pass there is no backup yet, and the change is the user's
     assert weight.tolist() == ([6.0, 8.0] if at == 0 else [3.0, 4.0])
@@ -185,6 +184,10 @@ def test_an_iterator_that_is_kept_open_blocks_until_it_is_closed():
     never_started = optimizer.passes()
     optimizer.step(closure)
     never_started.close()
+    by_hand = optimizer.passes()
+    while next(by_hand, None) is not None:
+        closure()
+    assert weight.tolist() != [3.0, 4.0]
 
 
 def test_step_without_closure_is_the_base_step_for_one_pass_and_says_what_to_do_for_several():
