@@ -154,6 +154,10 @@ def test_calls_that_do_not_belong_inside_a_step():
         (r"add_param_group\(\)", lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})),
         (r"load_state_dict\(\)", lambda: optimizer.load_state_dict(state)),
         ("pickling or copying", lambda: copy.deepcopy(optimizer)),
+        ("setting clip_grad_norm", lambda: setattr(optimizer, "clip_grad_norm", None)),
+        ("setting ascent_share", lambda: setattr(optimizer, "ascent_share", 0.25)),
+        ("setting interval", lambda: setattr(optimizer, "interval", 2)),
+        ("setting active", lambda: setattr(optimizer, "active", None)),
     ]
     for message, call in calls:
 
