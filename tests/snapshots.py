@@ -23,15 +23,6 @@ def everything(model, optimizer):
     return tensors, state, flags, momenta, groups, torch.get_rng_state()
 
 
-def assert_same(before, after):
-    for old, new in itertools.chain(zip(before[:2], after[:2], strict=True)):
-        assert old.keys() == new.keys()
-        for key, value in old.items():
-            assert torch.equal(value, new[key]), key
-    assert before[2:5] == after[2:5]
-    assert torch.equal(before[5], after[5])
-
-
 @contextmanager
 def unchanged(model, optimizer):
     """The block leaves no trace."""
@@ -50,6 +41,15 @@ def through_a_file(value, weights_only=True):
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
+
+
+def assert_same(before, after):
+    for old, new in itertools.chain(zip(before[:2], after[:2], strict=True)):
+        assert old.keys() == new.keys()
+        for key, value in old.items():
+            assert torch.equal(value, new[key]), key
+    assert before[2:5] == after[2:5]
+    assert torch.equal(before[5], after[5])
 
 
 def assert_equal(ours, theirs):
