@@ -52,26 +52,6 @@ def assert_same(before, after):
     assert torch.equal(before[5], after[5])
 
 
-@contextmanager
-def unchanged(model, optimizer):
-    """The block leaves no trace."""
-    before = everything(model, optimizer)
-    yield
-    assert_same(before, everything(model, optimizer))
-
-
-def assert_close(ours, theirs, rtol=0.0, atol=0.0):
-    """The parameters of two modules; bit for bit where no tolerance is given."""
-    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=rtol, atol=atol)
-
-
-def through_a_file(value, weights_only=True):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
-
-
 def assert_equal(ours, theirs):
     """Parameters and buffers of two modules, bit for bit."""
     for (name, value), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):

@@ -425,11 +425,6 @@ def test_interval_and_rules_may_be_set_between_steps():
     assert train(model, optimizer, batches) == [1, 1, 1, 2]
     optimizer.interval, optimizer.active = 1, None
     assert train(model, optimizer, batches[:2]) == [2, 2]
-    for _ in optimizer.passes():
-        loss_of(model, *batches[0]).backward()
-        for name, value in (("interval", 2), ("active", None)):
-            with pytest.raises(RuntimeError, match=f"setting {name} while a step"):
-                setattr(optimizer, name, value)
 
 
 @pytest.mark.parametrize(

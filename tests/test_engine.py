@@ -140,8 +140,6 @@ def test_a_group_has_its_own_values_or_those_of_the_constructor():
     assert values == [(0.7, (1.0, 0.2), 0.25), (0.2, 0.5, 0.25)]
     optimizer.step(lambda: ((weight**2).sum() + (extra**2).sum()).backward())
     assert not torch.equal(extra, torch.ones(2, dtype=torch.float64))
-    with pytest.raises(TypeError, match="is complex"):
-        optimizer.add_param_group({"params": (nn.Parameter(torch.ones(1, dtype=torch.complex64)) for _ in range(1))})
     with pytest.raises(TypeError, match="param_group must be a dict"):
         optimizer.add_param_group([extra])
     with pytest.raises(ValueError, match="rho must not be negative, got -1"):
@@ -301,7 +299,7 @@ def test_repr_names_base_backend_and_hyper_parameters():
 
 def test_arguments_are_checked():
     weight, _ = parabola()
-    other = nn.Parameter(torch.ones(1))
+    other, imaginary = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2, dtype=torch.complex64))
     sgd = torch.optim.SGD
     cases = [
         (ValueError, "rho must not be negative, got -0.1", lambda: gam_fast.GAM([weight], sgd, lr=0.1, rho=-0.1)),
@@ -323,11 +321,7 @@ def test_arguments_are_checked():
         (TypeError, "params may be None only", lambda: gam_fast.GAM(None, sgd)),
         (TypeError, "unexpected arguments lr: base_optimizer", lambda: gam_fast.GAM(None, sgd([weight]), lr=0.1)),
         (ValueError, "over other parameters than params", lambda: gam_fast.GAM([other], sgd([weight]))),
-        (
-            TypeError,
-            "is complex .torch.complex64.: optimize a real",
-            lambda: gam_fast.GAM([nn.Parameter(torch.ones(2, dtype=torch.complex64))]),
-        ),
+        (TypeError, "is complex .torch.complex64.: optimize a real", lambda: gam_fast.GAM([imaginary])),
     ]
     for error, message, call in cases:
         with pytest.raises(error, match=message):
@@ -461,9 +455,5 @@ def test_the_limit_of_the_norm_may_be_set():
     before = weight.detach().clone()
     optimizer.step(closure)
     assert float((weight.detach() - before).norm()) == pytest.approx(0.5e-3, rel=1e-6)
-    for _ in optimizer.passes():
-        closure()
-        with pytest.raises(RuntimeError, match="setting clip_grad_norm while a step"):
-            optimizer.clip_grad_norm = None
     optimizer.clip_grad_norm = None
     assert optimizer.clip_grad_norm is None

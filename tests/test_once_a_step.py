@@ -136,9 +136,8 @@ def test_parameters_changed_by_the_user_during_a_pass(at, named):
                 weight.mul_(2)
 
     name = r" \(scale\)" if named else ""
-    with pytest.raises(
-        RuntimeError, match=f"parameter 0 of group 0{name}, of shape .2,., was modified during pass {at}"
-    ):
+    message = f"parameter 0 of group 0{name}, of shape .2,., was modified during pass {at}"
+    with pytest.raises(RuntimeError, match=message):
         optimizer.step(meddle)
     # documented: in the first pass there is no backup yet, and the change is the user's
     assert weight.tolist() == ([6.0, 8.0] if at == 0 else [3.0, 4.0])
@@ -155,6 +154,10 @@ def test_calls_that_do_not_belong_inside_a_step():
         (r"add_param_group\(\)", lambda: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})),
         (r"load_state_dict\(\)", lambda: optimizer.load_state_dict(state)),
         ("pickling or copying", lambda: copy.deepcopy(optimizer)),
+        ("setting clip_grad_norm", lambda: setattr(optimizer, "clip_grad_norm", None)),
+        ("setting ascent_share", lambda: setattr(optimizer, "ascent_share", 0.25)),
+        ("setting interval", lambda: setattr(optimizer, "interval", 2)),
+        ("setting active", lambda: setattr(optimizer, "active", None)),
     ]
     for message, call in calls:
 
@@ -185,6 +188,10 @@ def test_an_iterator_that_is_kept_open_blocks_until_it_is_closed():
     never_started = optimizer.passes()
     optimizer.step(closure)
     never_started.close()
+    by_hand = optimizer.passes()
+    while next(by_hand, None) is not None:
+        closure()
+    assert weight.tolist() != [3.0, 4.0]
 
 
 def test_step_without_closure_is_the_base_step_for_one_pass_and_says_what_to_do_for_several():
