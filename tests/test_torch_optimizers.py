@@ -113,9 +113,27 @@ def take(optimizer, params, steps=2):
     return [float(optimizer.step(closure_of(optimizer, params)).detach()) for _ in range(steps)]
 
 
+def step_by(form, optimizer, params):
+    if form == "closure":
+        return optimizer.step(closure_of(optimizer, params)).detach()
+    if form == "loop":
+        for _ in optimizer.passes():
+            loss_of(params).backward()
+    else:
+        closure_of(optimizer, params)()
+        optimizer.step()
+    return None
+
+
 def assert_same(found, expected, what, exact=True, rtol=1e-5, atol=1e-6):
     tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": rtol, "atol": atol}
     torch.testing.assert_close(found, expected, **tolerance, msg=lambda text: f"{what}: {text}")
+
+
+def assert_alike(optimizer, params, other, theirs, what, exact=True):
+    """Their parameters and state."""
+    assert_same(params, theirs, what, exact)
+    assert_same_state(optimizer.state_dict(), other.state_dict(), what, exact)
 
 
 def assert_same_state(found, expected, what, exact=True):
@@ -143,17 +161,11 @@ def test_base_takes_the_steps_of_the_plain_optimizer(name):
         expected = plain(name, theirs, given.kwargs)
         losses = take(expected, theirs, 3)
         optimizer = ours("base", name, params, given.kwargs, backend=backend)
-        if form == "closure":
-            assert_same(take(optimizer, params, 3), losses, given.desc, name not in ROUNDED)
-        for _ in range(0 if form == "closure" else 3):
-            if form == "loop":
-                for _ in optimizer.passes():
-                    loss_of(params).backward()
-            else:
-                closure_of(optimizer, params)()
-                optimizer.step()
-        assert_same(params, theirs, f"{given.desc}, {form}", name not in ROUNDED)
-        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc, name not in ROUNDED)
+        for loss in losses:
+            found = step_by(form, optimizer, params)
+            if form == "closure":
+                assert_same(float(found), loss, given.desc, name not in ROUNDED)
+        assert_alike(optimizer, params, expected, theirs, f"{given.desc}, {form}", name not in ROUNDED)
 
 
 @over_bases
@@ -182,8 +194,7 @@ def test_a_state_dict_resumes_with_the_same_bits(name):
         resumed.load_state_dict(state)
         assert_same_state(resumed.state_dict(), optimizer.state_dict(), given.desc)
         assert take(resumed, again) == take(optimizer, params), given.desc
-        assert_same(again, params, given.desc)
-        assert_same_state(resumed.state_dict(), optimizer.state_dict(), given.desc)
+        assert_alike(resumed, again, optimizer, params, given.desc)
 
 
 @over_bases
@@ -216,8 +227,7 @@ def test_a_copy_has_all_of_it_and_takes_the_same_steps(name):
         assert twin.defaults.keys() == optimizer.defaults.keys()
         assert twin.param_groups[0]["params"][0] is others[0]
         assert take(twin, others) == take(optimizer, params), given.desc
-        assert_same(others, params, given.desc)
-        assert_same_state(twin.state_dict(), optimizer.state_dict(), given.desc)
+        assert_alike(twin, others, optimizer, params, given.desc)
 
 
 @in_turn_by_method
@@ -258,15 +268,8 @@ def test_step_hooks_run_once_a_step_whatever_its_form(name, method):
     order = ["all pre", "pre", "base pre", "base post", "post", "all post"]
     once = [(what, optimizer.base if "base" in what else optimizer) for what in order]
     try:
-        for form in ("closure", "closure", "loop", *(["backward first"] if method == "base" else [])):
-            if form == "closure":
-                take(optimizer, params, 1)
-            elif form == "loop":
-                for _ in optimizer.passes():
-                    loss_of(params).backward()
-            else:
-                closure_of(optimizer, params)()
-                optimizer.step()
+        for form in ("closure", "closure", "loop", "backward first" if method == "base" else "loop"):
+            step_by(form, optimizer, params)
             scheduler.step()
             assert seen == once
             seen.clear()
@@ -325,8 +328,7 @@ def test_groups_have_their_own_values(name):
             take(one, some, 2)
         assert len(optimizer.param_groups) == 3
         exact = method == "base" and name not in ROUNDED
-        assert_same(params, theirs, given.desc, exact)
-        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc, exact)
+        assert_alike(optimizer, params, expected, theirs, given.desc, exact)
 
 
 @over_bases
@@ -421,8 +423,7 @@ def test_a_scaler_steps_and_skips_as_with_the_plain_optimizer(name):
                 scaler.step(one)
                 scaler.update()
             assert scaler.get_scale() == 32.0
-        assert_same(params, theirs, given.desc, name not in ROUNDED)
-        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc, name not in ROUNDED)
+        assert_alike(optimizer, params, expected, theirs, given.desc, name not in ROUNDED)
 
 
 @over_bases
