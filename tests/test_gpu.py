@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import DTYPES, METHODS, MODELS, closure_of, loss_of, make
+from cases import DTYPES, METHODS, MODELS, closure_of, loss_of, make, pairwise
 from primitives import run_all, same_bits
 from torch import nn
 
@@ -99,9 +99,10 @@ def test_fp16_with_a_scaler(method_name, by_scaler):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
-@pytest.mark.parametrize("method_name", METHODS)
+@pytest.mark.parametrize(
+    ("method_name", "base", "model_name"),
+    pairwise(METHODS, [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop], MODELS),
+)
 def test_trajectories_are_those_of_the_cpu(method_name, base, model_name, monkeypatch):
     method = METHODS[method_name]
     model, batches = make(model_name)

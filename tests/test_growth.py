@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -11,28 +10,11 @@ import pytest
 import torch
 
 from bench import contenders, growth, memory, models, power_law, sweeps
-from bench.peers import PEERS
 
 QUICK = ["--quick", "--repeats", "7"]
 
 
-def test_the_fit_recovers_a_slope_and_its_error():
-    """Over many draws of noise, the slopes scatter as much as their standard errors say, around the true one."""
-    x = [10**k for k in range(2, 9)]
-    noise = 0.05 * torch.randn(400, len(x), dtype=torch.float64)
-    laws = [
-        power_law.fit(x, [3e-4 * n**0.8 * math.exp(e) for n, e in zip(x, row, strict=True)], 1e3, 1e8)
-        for row in noise.tolist()
-    ]
-    slopes = torch.tensor([law.slope for law in laws])
-    errors = torch.tensor([law.error for law in laws])
-    assert (laws[0].low, laws[0].high) == (1e3, 1e8)
-    assert slopes.mean().item() == pytest.approx(0.8, abs=4 * slopes.std().item() / 20)
-    assert slopes.std().item() == pytest.approx(errors.square().mean().sqrt().item(), rel=0.2)
-    assert laws[0](1e5) == pytest.approx(3.0, rel=0.2)
-
-
-def test_the_standard_error_is_that_of_the_normal_equations():
+def test_the_fit_has_the_slope_and_the_standard_error_of_the_normal_equations():
     x, y = [1.0, 2.0, 5.0, 9.0, 30.0], [2.0, 3.5, 11.0, 17.0, 70.0]
     law = power_law.fit(x, y, 0.0, 100.0)
     u, v = [math.log(a) for a in x], [math.log(b) for b in y]
@@ -43,21 +25,11 @@ def test_the_standard_error_is_that_of_the_normal_equations():
     residual = sum((b - constant - slope * a) ** 2 for a, b in zip(u, v, strict=True))
     assert law.slope == pytest.approx(slope)
     assert law.error == pytest.approx((residual / 3 / square) ** 0.5)
+    assert power_law.fit(x, y, 5.0, 10.0) is None  # of two points
+    assert law(7.0) == pytest.approx(math.exp(constant) * 7.0**slope)
 
 
-def test_what_lies_outside_the_range_has_no_part_in_a_fit():
-    x = [1.0, 10.0, 100.0, 1000.0]
-    law = power_law.fit(x, [77.0, 10.0, 100.0, 1000.0], 10.0, 1000.0)
-    assert law.slope == pytest.approx(1.0)
-    assert power_law.fit(x, x, 100.0, 1000.0) is None
-
-
-def test_the_cost_of_each_is_the_slope_beside_a_constant():
-    x = [10, 100, 1000, 10_000]
-    assert power_law.cost_of_each(x, [0.5 + 2e-3 * n for n in x]) == pytest.approx(2e-3)
-
-
-@pytest.mark.parametrize("elements", [1000, 12_345, 10**6, 10**8])
+@pytest.mark.parametrize("elements", [1000, 10**8])
 def test_a_list_of_shapes_like_a_resnet_has_the_elements_asked_for(elements):
     shapes = models.like_resnet(elements)
     assert len(shapes) == 100
@@ -81,13 +53,17 @@ def test_sizes_beyond_the_memory_are_left_out_and_named(monkeypatch):
     assert sweeps.parameters(setting).left_out == ""
 
 
-def test_the_memory_that_a_point_needs_is_not_underestimated():
-    """What the contenders hold between steps; what one makes during its own is in LISTS_MOVED."""
+def test_the_memory_that_a_point_needs_is_not_underestimated_and_garbage_is_collected():
+    """Held between steps; what a contender makes during its own step is in LISTS_MOVED."""
     setting = sweeps.Setting(threads=1)
     entries = setting.contenders(models.like_resnet(10_000))
-    contenders.measure(list(entries.values()), 1)
+    contenders.measure(list(entries.values()), 7)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
     held = 0
     for contender in entries.values():
+        assert len(contender.ms) == 7
+        assert contender.spread.percent >= 0
         state = [v for s in contender.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
         tensors = [*contender.params, *contender.source, *state, *(p.grad for p in contender.params)]
         held += sum(t.numel() * t.element_size() for t in tensors)
@@ -96,54 +72,16 @@ def test_the_memory_that_a_point_needs_is_not_underestimated():
 
 def test_the_available_memory_is_that_of_the_machine_and_of_the_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
-    machine = memory.available("cpu")
-    assert 1 << 26 < machine < 1 << 50
+    assert 1 << 26 < memory.available("cpu") < 1 << 50
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available("cpu") > 1 << 26
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
     assert memory.available("cpu") == 3000
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70, 80))
-    assert memory.available("cuda") == 70
-
-
-@pytest.mark.parametrize(
-    ("cores", "asked", "counts"), [(1, 1, [1]), (2, 2, [1, 2]), (6, 2, [1, 2, 4, 6]), (8, 3, [1, 2, 3, 4, 8])]
-)
-def test_threads_double_up_to_the_cores(cores, asked, counts, monkeypatch):
-    monkeypatch.setattr(sweeps.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    assert sweeps.thread_counts(asked) == counts
-
-
-def test_a_round_pays_for_no_garbage_but_its_own():
-    setting = sweeps.Setting(threads=1)
-    entries = setting.contenders([(4,), (3,)])
-    contenders.measure(list(entries.values()), 7)
-    assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
-    for contender in entries.values():
-        assert len(contender.ms) == 7
-        assert contender.spread.percent >= 0
-
-
-@pytest.mark.parametrize("method", ["torch", "SAM", *(key for key in PEERS if key != "compiled-gam")])
-def test_every_method_and_peer_can_be_a_contender(method):
-    contender = contenders.Contender(method, "SGD", [(3, 2), (4,)])
-    before = [p.detach().clone() for p in contender.params]
-    contenders.measure([contender], 7)
-    assert len(contender.ms) == 7
-    assert all(ms > 0 for ms in contender.ms)
-    assert not any(torch.equal(p, q) for p, q in zip(contender.params, before, strict=True))
-
-
-def test_the_spread_is_that_of_the_times():
-    contender = contenders.Contender("torch", "SGD", [(1,)])
-    contender.ms = list(range(21))
-    assert (contender.median, contender.spread.low, contender.spread.high) == (10, 1, 19)
 
 
 def full_sweeps(per_tensor, plain, slope, resnet):
-    """What a full run could have measured."""
+    """Sweeps that a full run could have measured."""
 
     def sweep(name, low, high, times):
         points = [sweeps.Point(label, x, ms, 0.1) for label, x, ms in times]
@@ -173,12 +111,9 @@ def test_the_targets_are_what_the_figures_say():
         "0.3, must be at most 0.35",
     ]
     assert not any(target.met for target in of(2.5, 40.0, 0.9, 0.4))
-
-
-def test_a_target_that_memory_does_not_allow_is_missed():
     sweep = full_sweeps(1.5, 400.0, 1.0, 0.3)[0]
-    sweep.points = sweep.points[:3]
-    (target,) = growth.targets(sweep, sweeps.Setting(backend="eager"))
+    sweep.points = sweep.points[:3]  # more did not fit into the memory
+    (target,) = growth.targets(sweep, setting)
     assert not target.met
     assert "1e+06 to 1e+08 parameters: not measured, must be 0.95 to 1.05: MISSED" in str(target)
 
@@ -195,26 +130,18 @@ def test_check_exits_with_1_where_a_target_is_missed(monkeypatch, capsys):
         assert line.endswith("MISSED") == bool(status)
 
 
-def test_a_peer_that_disagrees_is_not_timed(monkeypatch, capsys):
-    monkeypatch.setattr(growth, "disagreement", lambda peer, **where: 1e-3)
-    assert growth.main(QUICK) == 1
-    assert "do not agree: their trajectories are 1.0e-03 apart" in capsys.readouterr().err
-
-
 def test_the_benchmark_runs(tmp_path, capsys):
     files = ["--json", str(tmp_path / "figures.json"), "--png", str(tmp_path / "figures.png")]
     assert growth.main([*QUICK, *files]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert [sweep["name"] for sweep in figures["sweeps"]] == ["parameters", "tensors", "threads"]
-    labels = [sweeps.Setting().gam, "plain GAM", "torch SGD"]
+    labels = {sweeps.Setting().gam, "plain GAM", "torch SGD", "GAM eager"}
     for sweep in figures["sweeps"]:
-        assert {point["label"] for point in sweep["points"]} == {*labels, "GAM eager"}
+        assert {point["label"] for point in sweep["points"]} == labels
         assert all(point["ms"] > 0 for point in sweep["points"])
         assert sweep["left_out"] == ""
-        if sweep["name"] != "threads":
-            assert set(sweep["fits"]) == {*labels, "GAM eager"}
-            assert all(law["error"] >= 0 for law in sweep["fits"].values())
-    assert set(figures["sweeps"][1]["us_each"]) == {*labels, "GAM eager"}
+        assert set(sweep["fits"]) == labels or sweep["name"] == "threads"
+    assert set(figures["sweeps"][1]["us_each"]) == labels
     assert figures["targets"] == []
     assert figures["torch"] == torch.__version__
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
@@ -230,64 +157,20 @@ def test_the_benchmark_runs_on_a_gpu(capsys):
     assert "tensors of 64 elements" in capsys.readouterr().out
 
 
-def test_the_other_base_and_dtype_run(capsys):
-    options = ["--sweep", "tensors", "--base", "AdamW", "--dtype", "bfloat16", "--backend", "eager"]
-    assert growth.main([*QUICK, *options]) == 0
-    assert "torch AdamW" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeats", "3"], "--repeats: must be at least 7 for a median to mean something, got 3"),
-        (["--threads", "0"], "--threads: must be an integer of at least 1, got 0"),
         (["--sweep", "layers"], "--sweep must be of parameters, tensors, threads, got layers"),
-        (["--backend", "fast", "--quick"], "--backend fast: "),
         (["--quick", "--check"], "--check is for the whole range on a CPU: leave out --quick and --device cuda"),
-        (
-            ["--json", "nowhere/at/all.json"],
-            "the folder of nowhere/at/all.json does not exist: create it",
-        ),
-        (
-            ["--png", "nowhere/at/all.png"],
-            "the folder of nowhere/at/all.png does not exist: create it",
-        ),
+        (["--device", "cuda", "--sweep", "threads"], "--sweep threads needs --device cpu"),
+        (["--device", "cuda", "--check"], "--check is for the whole range on a CPU"),
+        (QUICK, "--sweep parameters reads the available memory from /proc"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message, capsys):
+def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if arguments is QUICK:
+        monkeypatch.setattr(growth.sys, "platform", "darwin")
     with pytest.raises(SystemExit, match="2"):
         growth.main(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_what_a_gpu_cannot_do_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="2"):
-        growth.main(["--device", "cuda"])
-    assert (
-        "--device cuda: torch sees no CUDA GPU; install a CUDA build of torch, or use --device cpu"
-        in capsys.readouterr().err
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for arguments, message in (
-        (["--sweep", "threads"], "--sweep threads needs --device cpu"),
-        (["--check"], "--check is for the whole range on a CPU"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            growth.main(["--device", "cuda", *arguments])
-        assert message in capsys.readouterr().err
-    _, names = growth.parse(["--device", "cuda"])
-    assert names == ["parameters", "tensors"]
-
-
-def test_the_sweep_of_parameters_needs_linux_on_a_cpu(monkeypatch, capsys):
-    monkeypatch.setattr(growth.sys, "platform", "darwin")
-    with pytest.raises(SystemExit, match="2"):
-        growth.main(QUICK)
-    assert "--sweep parameters reads the available memory from /proc" in capsys.readouterr().err
-
-
-def test_help_explains_every_option():
-    for action in growth.parser()._actions:
-        assert action.help
-        assert action.help != argparse.SUPPRESS

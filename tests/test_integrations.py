@@ -13,7 +13,7 @@ from gam_fast import integrations
 @pytest.mark.parametrize("name", integrations.__all__)
 def test_a_missing_package_is_named_with_how_to_install_it(name):
     module, packages = integrations._PARTS[name]
-    program = (
+    program = (  # without them the package itself can be imported
         f"import sys; sys.modules[{module!r}] = sys.modules['pytorch_lightning'] = None; import gam_fast; "
         f"gam_fast.integrations.{name}"
     )
@@ -28,12 +28,3 @@ def test_names_are_listed_and_others_are_not_there():
     assert dir(integrations) == ["SharpnessAwareCallback", "SharpnessAwareTrainer", "register_timm"]
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         integrations.Trainer  # noqa: B018
-
-
-def test_importing_the_package_imports_no_framework():
-    program = (
-        "import sys, gam_fast; "
-        "print([name for name in ('lightning', 'transformers', 'accelerate', 'timm') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "[]"

@@ -32,11 +32,8 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(tmp_path):
     ]
     found, lines = run(tmp_path, *stages)
     assert found.failed
-    assert [line[:2] for line in lines if not line[0].startswith("FAILED")] == [
-        ["fails", "FAILED"],
-        ["hangs", "TIMEOUT"],
-        ["works", "ok"],
-    ]
+    verdicts = [line[:2] for line in lines if not line[0].startswith("FAILED")]
+    assert verdicts == [["fails", "FAILED"], ["hangs", "TIMEOUT"], ["works", "ok"]]
     assert lines[-1][4] == "236 passed"
     assert "seen" in (tmp_path / "out" / "log.txt").read_text()
 
@@ -63,36 +60,28 @@ def test_what_is_not_there_or_has_no_time_left_is_left_out_by_name(tmp_path):
     assert not found.failed
 
 
-def test_every_command_names_a_file_or_module_that_is_there():
-    for stage in gpu.STAGES:
-        for command in stage.commands.values():
-            for word in command:
-                assert not word.startswith("tests/") or (gpu.ROOT / word).is_file(), word
-                assert not word.startswith("bench.") or (gpu.ROOT / f"{word.replace('.', '/')}.py").is_file(), word
-
-
-def test_smoke_picks_tests_of_each_kind():
+def test_every_command_names_a_file_or_module_that_is_there_and_smoke_some_tests():
+    for command in [command for stage in gpu.STAGES for command in stage.commands.values()]:
+        for word in command:
+            assert not word.startswith("tests/") or (gpu.ROOT / word).is_file(), word
+            assert not word.startswith("bench.") or (gpu.ROOT / f"{word.replace('.', '/')}.py").is_file(), word
     text = (gpu.ROOT / "tests" / "test_gpu.py").read_text()
     for part in gpu.SMOKE.split(" or "):
-        assert f"{part}" in text, part
+        assert part in text
 
 
-def test_without_a_gpu_it_says_what_is_missing(monkeypatch):
+def test_a_gpu_or_a_stage_that_is_not_there_is_named(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch sees no CUDA GPU"):
         gpu.main([])
-
-
-def test_a_stage_that_is_not_there_is_named(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--stages", "core, smok"])
     assert "there is no smok; there are core, report, smoke" in capsys.readouterr().err
 
 
 def test_the_script_runs_by_itself():
-    found = subprocess.run(
-        [sys.executable, Path("tools") / "gpu.py", "--help"], cwd=gpu.ROOT, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, Path("tools") / "gpu.py", "--help"]
+    found = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=True)
     assert "stages: core, report, smoke" in found.stdout
 
 

@@ -125,6 +125,8 @@ optimizer.first_step()  # error
 optimizer.clip_grad_nrm = 1.0  # error
 """
 
+FILES = {"right.py": RIGHT, "wrong.py": WRONG}
+
 # What a user's file does not need is left out, which takes a minute where nothing is in a cache.
 MYPY = """
 [mypy]
@@ -143,31 +145,21 @@ PYRIGHT = {"typeCheckingMode": "standard", "pythonVersion": "3.10", "extraPaths"
 
 def by_mypy(folder):
     (folder / "mypy.ini").write_text(MYPY)
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--config-file",
-        "mypy.ini",
-        "--cache-dir",
-        "cache",
-        "right.py",
-        "wrong.py",
-    ]
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", *FILES]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def by_pyright(folder):
     (folder / "pyrightconfig.json").write_text(json.dumps(PYRIGHT))
-    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "right.py", "wrong.py"]
+    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, *FILES]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("check", [by_mypy, by_pyright])
 def test_what_is_documented_is_accepted_and_what_is_misspelt_is_found(check, tmp_path):
-    (tmp_path / "right.py").write_text(RIGHT)
-    (tmp_path / "wrong.py").write_text(WRONG)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     done = check(tmp_path)
     found = re.findall(r"(right|wrong)\.py:(\d+):(?:\d+)?.*\berror\b", done.stdout)
     expected = [i for i, line in enumerate(WRONG.splitlines(), start=1) if line.endswith("# error")]
