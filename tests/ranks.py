@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -23,16 +22,22 @@ from typing import Any
 
 import torch
 import torchvision_operators  # noqa: F401  # a rank imports this module first
-from torch import Tensor, distributed
+from cases import BASES, METHODS
+from torch import Tensor, distributed, nn
 
 SECONDS = 120
 """In which a function has to be done on all ranks."""
 
-READY = "ready"
-"""What a process says first, when it has imported all it needs and can be asked what it does."""
+# Processes are forks of one that has imported torch, and what takes long besides.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 
-def free_port() -> int:
+class RankError(Exception):
+    """A function raised on a rank, or did not end."""
+
+
+def _free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -40,15 +45,9 @@ def free_port() -> int:
         return port
 
 
-class RankError(Exception):
-    """A function raised on a rank, or did not end."""
-
-
-def _serve(rank: int, world: int, pipe: Connection, stacks: str) -> None:
+def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
     torch.set_num_threads(1)
-    log = Path(stacks).open("w")  # noqa: SIM115  # faulthandler writes to it as long as the process lives
-    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
-    pipe.send(READY)
+    faulthandler.register(signal.SIGUSR1, file=stacks.open("w"), all_threads=True)
     while True:
         try:
             function, arguments, port, seconds = pipe.recv()
@@ -74,38 +73,23 @@ class Ranks:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self._context = multiprocessing.get_context("spawn")
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        self._folder = ""
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def _start(self) -> None:
-        self._folder = tempfile.mkdtemp()
+        self._folder = tempfile.TemporaryDirectory()
         for rank in range(self.world):
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(
-                target=_serve, args=(rank, self.world, theirs, self._stacks(rank)), daemon=True
-            )
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, self.world, theirs, self._stacks(rank)), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
-        self._wait_until_ready()
 
-    def _wait_until_ready(self) -> None:
-        """So that imports, which take long on a busy machine, are not within the time of a function."""
-        deadline = time.monotonic() + SECONDS
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                there = pipe.poll(max(0.0, deadline - time.monotonic())) and pipe.recv() == READY
-            except (EOFError, ConnectionError):
-                self._processes[rank].join()
-                raise RankError(f"rank {rank} ended with code {self._processes[rank].exitcode} at its start") from None
-            if not there:
-                raise RankError(f"rank {rank} of {self.world} has not started in {SECONDS} s")
-
-    def _stacks(self, rank: int) -> str:
-        return str(Path(self._folder, f"{rank}.txt"))
+    def _stacks(self, rank: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name, f"{rank}.txt")
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> list[Any]:
         """What ``function(rank, world, *arguments)`` returns, by rank.
@@ -123,13 +107,12 @@ class Ranks:
         self, function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS
     ) -> list[tuple[bool, Any]]:
         """As :meth:`run`; for each rank, whether it went well, and the result or the traceback."""
+        answers: list[tuple[bool, Any]] = []
         try:
             answers = self._answers(function, arguments, seconds)
-        except BaseException:
-            self.close()  # an answer that comes later would be taken for that of the next function
-            raise
-        if not all(fine for fine, _ in answers):
-            self.close()
+        finally:
+            if not answers or not all(fine for fine, _ in answers):
+                self.close()  # an answer that comes later would be taken for that of the next function
         return answers
 
     def _answers(
@@ -137,7 +120,7 @@ class Ranks:
     ) -> list[tuple[bool, Any]]:
         if not self._processes:
             self._start()
-        port = free_port()
+        port = _free_port()
         for pipe in self._pipes:
             pipe.send((function, arguments, port, seconds))
         deadline = time.monotonic() + seconds
@@ -161,7 +144,7 @@ class Ranks:
         for rank in late:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(1)
-        return "\n".join(f"rank {rank}:\n{Path(self._stacks(rank)).read_text()}" for rank in late)
+        return "\n".join(f"rank {rank}:\n{self._stacks(rank).read_text()}" for rank in late)
 
     def close(self) -> None:
         """End the processes; the next :meth:`run` starts others."""
@@ -170,9 +153,36 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
-        if self._processes:
-            shutil.rmtree(self._folder)
-        self._processes, self._pipes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._processes, self._pipes, self._folder = [], [], None
+
+
+# What the functions that run on the ranks have in common
+
+
+def optimizer_of(model: nn.Module, method_name: str, base_name: str = "sgd_nesterov", **options: Any) -> Any:
+    method = METHODS[method_name]
+    return method.optimizer(model.parameters(), BASES[base_name], model=model, **{**method.hyper, **options})
+
+
+def share(tensor: Tensor, rank: int, world: int) -> Tensor:
+    """The rows of a batch that are this rank's."""
+    return tensor.chunk(world)[rank]
+
+
+def shares(batches: Iterable[tuple[Tensor, Tensor]], rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    return [(share(x, rank, world), share(y, rank, world)) for x, y in batches]
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    """Copies of the parameters, whole where they are sharded."""
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]
+
+
+def assert_close(ours: Iterable[Tensor], theirs: Iterable[Tensor], tolerance: float = 1e-10) -> None:
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
 def same_on_all_ranks(tensors: Iterable[Tensor]) -> bool:

@@ -6,12 +6,10 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, loss_of, make
-from ranks import same_on_all_ranks
+from cases import loss_of, make, pairwise
+from ranks import assert_close, optimizer_of, same_on_all_ranks, shares, values
 from test_active import train
-from test_distributed import assert_close, optimizer_of, share, values
-from test_sharded import full, mesh_of, shard
-from torch import distributed
+from test_sharded import shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gam_fast
@@ -20,52 +18,47 @@ from gam_fast.active import Between, Sometimes, WhenSteep
 STEEP = WhenSteep(deviations=0.3, decay=0.7)
 
 
-def of_rank(batches, rank, world):
-    return [(share(x, rank, world), share(y, rank, world)) for x, y in batches]
-
-
-def leading_of_all(tensor, world, part):
-    """The leading share of what each rank has."""
-    pieces = tensor.chunk(world)
-    return torch.cat([piece[: round(part * len(piece))] for piece in pieces])
+def wrap(model, wrapper, world):
+    return DistributedDataParallel(model) if wrapper == "ddp" else shard(model, world)
 
 
 def train_shares(rank, world, wrapper, method_name):
-    model, batches = make("mlp")
-    wrapped = DistributedDataParallel(model) if wrapper == "ddp" else shard(model, mesh_of(world, "plain"))
-    optimizer = optimizer_of(wrapped, method_name, ascent_share=0.5)
-    train(wrapped, optimizer, of_rank(batches, rank, world))
-    alone, _ = make("mlp")
+    (model, batches), (alone, _), (accumulated, _) = make("mlp"), make("mlp"), make("mlp")
+    wrapped, other = wrap(model, wrapper, world), wrap(accumulated, wrapper, world)
+    optimizer, small = (optimizer_of(each, method_name, ascent_share=0.5) for each in (wrapped, other))
     single = optimizer_of(alone, method_name)
     for x, y in batches:
+        ((a, b),) = mine = shares([(x, y)], rank, world)
+        train(wrapped, optimizer, mine)
+        for turn in small.passes():
+            for part in small.micro_batches(zip(a.chunk(2), b.chunk(2), strict=True)):
+                turn.backward(loss_of(other, *part) / 2)
+        leading = [torch.cat([part[: len(part) // 2] for part in tensor.chunk(world)]) for tensor in (x, y)]
         for turn in single.passes():
-            if turn.last:
-                loss_of(alone, x, y).backward()
-            else:
-                loss_of(alone, leading_of_all(x, world, 0.5), leading_of_all(y, world, 0.5)).backward()
-    assert_close(full(model), values(alone), 1e-9)
+            loss_of(alone, *((x, y) if turn.last else leading)).backward()
+    assert_close(values(model), values(alone), 1e-9)
+    assert_close(values(accumulated), values(alone), 1e-9)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_a_share_is_of_each_local_batch(two, wrapper):
-    for method_name in ("sam", "gam", "fad"):
-        two.run(train_shares, wrapper, method_name)
+@pytest.mark.parametrize(("wrapper", "method_name"), [("ddp", "gam"), ("fsdp", "fad"), ("ddp", "sam")])
+def test_a_share_is_of_each_local_batch(two, wrapper, method_name):
+    two.run(train_shares, wrapper, method_name)
 
 
 def train_shares_locally(rank, world):
     model, batches = make("mlp")
     ddp = DistributedDataParallel(model)
-    options = {**METHODS["gam"].hyper, "lr": 0.1, "ascent_share": 0.5}
-    optimizer = gam_fast.GAM(ddp.parameters(), torch.optim.SGD, model=ddp, sync="local", **options)
-    for x, y in batches:
+    options = {"base_name": "sgd", "ascent_share": 0.5}
+    optimizer = optimizer_of(ddp, "gam", sync="local", **options)
+    for batch in batches:
+        parts = [shares([batch], r, world) for r in range(world)]
         ends = []
-        for r in range(world):
+        for part in parts:
             alone = copy.deepcopy(model)
-            single = gam_fast.GAM(alone.parameters(), torch.optim.SGD, **options)
-            train(alone, single, [(share(x, r, world), share(y, r, world))])
+            train(alone, optimizer_of(alone, "gam", **options), part)
             ends.append(values(alone))
-        train(ddp, optimizer, of_rank([(x, y)], rank, world))
-        assert_close(values(model), [sum(ps) / world for ps in zip(*ends, strict=True)], 1e-10)
+        train(ddp, optimizer, parts[rank])
+        assert_close(values(model), [sum(ps) / world for ps in zip(*ends, strict=True)])
     assert same_on_all_ranks(model.parameters())
 
 
@@ -73,44 +66,12 @@ def test_a_share_in_local_steps(two):
     two.run(train_shares_locally)
 
 
-def statistics_of_shares(rank, world):
-    """With radius and learning rate 0, the last pass is the forward of plain training."""
-    (model, batches), (plain, _) = make("batchnorm_cnn"), make("batchnorm_cnn")
-    ddp, plain_ddp = DistributedDataParallel(model), DistributedDataParallel(plain)
-    options = {"lr": 0.0, "rho": 0.0, "ascent_share": 0.5}
-    optimizer = gam_fast.SAM(ddp.parameters(), torch.optim.SGD, model=ddp, sync="local", **options)
-    for x, y in of_rank(batches, rank, world):
-        train(ddp, optimizer, [(x, y)])
-        loss_of(plain_ddp, x, y).backward()
-    assert all(torch.equal(p, q) for p, q in zip(model.buffers(), plain.buffers(), strict=True))
-
-
-def test_statistics_of_local_steps_start_from_those_of_the_first_rank(two):
-    two.run(statistics_of_shares)
-
-
-def accumulate_shares(rank, world):
-    (whole, batches), (model, _) = make("mlp"), make("mlp")
-    one, other = DistributedDataParallel(whole), DistributedDataParallel(model)
-    large, small = optimizer_of(one, "gam", ascent_share=0.5), optimizer_of(other, "gam", ascent_share=0.5)
-    for x, y in of_rank(batches, rank, world):
-        train(one, large, [(x, y)])
-        for turn in small.passes():
-            for a, b in small.micro_batches(zip(x.chunk(2), y.chunk(2), strict=True)):
-                turn.backward(loss_of(other, a, b) / 2)
-    assert_close(values(model), values(whole))
-
-
-def test_a_share_of_the_micro_batches_of_each_rank(two):
-    two.run(accumulate_shares)
-
-
 def decide(rank, world, rule, sync, part):
     model, batches = make("mlp")
     ddp = DistributedDataParallel(model)
     options = {"lr": 0.3, "sync": sync, "ascent_share": part, **rule}
     optimizer = gam_fast.GAM(ddp.parameters(), torch.optim.SGD, model=ddp, **options)
-    counts = train(ddp, optimizer, of_rank(3 * batches, rank, world))
+    counts = train(ddp, optimizer, shares(3 * batches, rank, world))
     assert same_on_all_ranks(model.parameters())
     state = optimizer.state_dict()["param_groups"][0]
     return counts, {key: value for key, value in state.items() if key.startswith("flat_")}
@@ -119,114 +80,53 @@ def decide(rank, world, rule, sync, part):
 RULES = {
     "steep": {"active": STEEP},
     "sometimes": {"active": Sometimes(0.5, seed=4)},
-    "both": {"active": [Between(2), STEEP], "interval": 2},
+    "both": {"active": [Between(2), STEEP], "interval": 2, "rho_prime": "auto"},
 }
 
 
-@pytest.mark.parametrize("part", [1.0, 0.5])
-@pytest.mark.parametrize("sync", ["global", "local"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "sync", "part"), pairwise(RULES, ["global", "local"], [1.0, 0.5]))
 def test_all_ranks_take_the_same_decisions(two, rule, sync, part):
     first, second = two.run(decide, RULES[rule], sync, part)
     assert first == second
-    assert 4 in first[0]
-    assert {1, 2} & set(first[0])
+    counts, state = first
+    assert 4 in counts
+    assert {1, 2} & set(counts)
+    assert rule != "both" or state["flat_length"] > 0.0
 
 
-def steep_like_one(rank, world):
-    model, batches = make("mlp")
-    ddp = DistributedDataParallel(model)
-    options = {"lr": 0.3, "active": STEEP, **METHODS["gam"].hyper}
-    optimizer = gam_fast.GAM(ddp.parameters(), torch.optim.SGD, model=ddp, **options)
-    alone, _ = make("mlp")
-    single = gam_fast.GAM(alone.parameters(), torch.optim.SGD, **options)
-    assert train(ddp, optimizer, of_rank(3 * batches, rank, world)) == train(alone, single, 3 * batches)
-    assert_close(values(model), values(alone))
-
-
-def steep_when_sharded(rank, world):
-    model, batches = make("mlp")
-    shard(model, mesh_of(world, "plain"))
+def steep_like_one(rank, world, wrapper):
+    (model, batches), (alone, _) = make("mlp"), make("mlp")
+    wrapped = wrap(model, wrapper, world)
     options = {"lr": 0.3, "active": STEEP, "rho_prime": "auto"}
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, model=model, **options)
-    alone, _ = make("mlp")
+    optimizer = gam_fast.GAM(wrapped.parameters(), torch.optim.SGD, model=wrapped, **options)
     single = gam_fast.GAM(alone.parameters(), torch.optim.SGD, **options)
-    assert train(model, optimizer, of_rank(3 * batches, rank, world)) == train(alone, single, 3 * batches)
-    assert_close(full(model), values(alone), 1e-6)  # the difference of gradients has half the digits
+    mine = shares(3 * batches, rank, world)
+    assert train(wrapped, optimizer, mine) == train(alone, single, 3 * batches)
+    assert_close(values(model), values(alone), 1e-6)  # the difference of gradients has half the digits
     for key in ("flat_mean", "flat_length"):
         assert optimizer.param_groups[0][key] == pytest.approx(single.param_groups[0][key], rel=1e-5)
 
 
-@pytest.mark.parametrize("function", [steep_like_one, steep_when_sharded])
-def test_decisions_of_a_global_step_are_those_of_one_process(two, function):
-    two.run(function)
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_decisions_of_a_global_step_are_those_of_one_process(two, wrapper):
+    two.run(steep_like_one, wrapper)
 
 
 def mean_of_squares(rank, world):
     model, batches = make("mlp")
     ddp = DistributedDataParallel(model)
     optimizer = gam_fast.GAM(ddp.parameters(), torch.optim.SGD, lr=0.1, model=ddp, sync="local", active=STEEP)
-    x, y = batches[0]
+    parts = [shares(batches[:1], r, world) for r in range(world)]
     squares = []
-    for r in range(world):
-        gradients = torch.autograd.grad(
-            loss_of(model, share(x, r, world), share(y, r, world)), list(model.parameters())
-        )
+    for ((x, y),) in parts:
+        gradients = torch.autograd.grad(loss_of(model, x, y), list(model.parameters()))
         squares.append(float(sum(g.square().sum() for g in gradients)))
-    train(ddp, optimizer, of_rank([(x, y)], rank, world))
+    train(ddp, optimizer, parts[rank])
     assert optimizer.param_groups[0]["flat_mean"] == pytest.approx(sum(squares) / world, rel=1e-12)
 
 
 def test_a_local_step_decides_by_the_mean_over_the_ranks(two):
     two.run(mean_of_squares)
-
-
-def leave_before_the_decision(rank, world, at):
-    model, batches = make("mlp")
-    ddp = DistributedDataParallel(model)
-    rule = WhenSteep(deviations=-1e9)
-    optimizer = gam_fast.GAM(ddp.parameters(), torch.optim.SGD, lr=0.1, model=ddp, sync="local", active=rule)
-    mine = of_rank(batches, rank, world)
-    train(ddp, optimizer, mine[:1])
-    before, group = values(model), dict(optimizer.param_groups[0], params=None)
-
-    def closure(turn):
-        if rank == 1 and turn.index == at:
-            raise KeyError("of the user's own")
-        loss_of(ddp, *mine[1]).backward()
-
-    with pytest.raises((KeyError, RuntimeError)) as caught:
-        optimizer.step(closure)
-    assert all(map(torch.equal, before, values(model)))
-    assert group == dict(optimizer.param_groups[0], params=None)
-    assert train(ddp, optimizer, mine[1:]) == [4, 4, 4]
-    assert same_on_all_ranks(model.parameters())
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("at", [0, 1, 3])
-def test_others_are_told_when_a_rank_leaves_before_or_after_the_decision(two, at):
-    theirs, ours = two.run(leave_before_the_decision, at)
-    assert "was left by an exception on rank 1; it is undone on all ranks" in theirs
-    assert "of the user's own" in ours
-
-
-def automatic_radius(rank, world, sync):
-    model, batches = make("mlp")
-    ddp = DistributedDataParallel(model)
-    options = {"lr": 0.1, "rho_prime": "auto", "sync": sync}
-    optimizer = gam_fast.GAM(ddp.parameters(), torch.optim.SGD, model=ddp, **options)
-    train(ddp, optimizer, of_rank(batches, rank, world))
-    assert same_on_all_ranks(model.parameters())
-    assert distributed.get_world_size() == world
-    return optimizer.param_groups[0]["flat_length"]
-
-
-@pytest.mark.parametrize("sync", ["global", "local"])
-def test_all_ranks_have_the_same_automatic_radius(two, sync):
-    first, second = two.run(automatic_radius, sync)
-    assert first == second
-    assert first > 0.0
 
 
 CHEAP = {"lr": 0.3, "momentum": 0.9, "interval": 2, "active": STEEP, "ascent_share": 0.5, "rho_prime": "auto"}
@@ -238,11 +138,11 @@ def resume(rank, world, folder):
 
     def build():
         model, batches = make("mlp")
-        shard(model, mesh_of(world, "plain"))
-        return model, gam_fast.GAM(model.parameters(), torch.optim.SGD, model=model, **CHEAP), batches
+        shard(model, world)
+        optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, model=model, **CHEAP)
+        return model, optimizer, shares(3 * batches, rank, world)
 
-    through, optimizer, batches = build()
-    mine = of_rank(3 * batches, rank, world)
+    through, optimizer, mine = build()
     counts = train(through, optimizer, mine)
     model, first, _ = build()
     assert train(model, first, mine[:5]) == counts[:5]
@@ -254,7 +154,7 @@ def resume(rank, world, folder):
     checkpoint.load(wanted, checkpoint_id=folder)
     set_state_dict(model, second, model_state_dict=wanted["model"], optim_state_dict=wanted["optimizer"])
     assert train(model, second, mine[5:]) == counts[5:]
-    assert all(map(torch.equal, full(model), full(through)))
+    assert all(map(torch.equal, values(model), values(through)))
     for key in ("flat_steps", "flat_looks", "flat_mean", "flat_variance", "flat_length"):
         assert second.param_groups[0][key] == optimizer.param_groups[0][key] > 0
 
