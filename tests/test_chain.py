@@ -52,7 +52,11 @@ def made(method_name="gam", pair="muon+adamw", model_name="mlp", **options):
     return model, optimizer, batches
 
 
-@pytest.mark.parametrize(("method_name", "pair"), [*in_turn(METHODS, PAIRS), *in_turn(["gam"], list(PAIRS)[1:])])
+ROWS = in_turn(METHODS, PAIRS)
+ROWS += [row for row in in_turn(["gam"], PAIRS) if row not in ROWS]
+
+
+@pytest.mark.parametrize(("method_name", "pair"), ROWS)
 def test_the_trajectory_is_that_of_the_plain_loop(method_name, pair):
     """The reference has one norm over all parameters."""
     model, optimizer, batches = made(method_name, pair)

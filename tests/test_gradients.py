@@ -283,6 +283,29 @@ def test_every_base_takes_gradients_of_more_bits(method_name, base_name, monkeyp
         torch.testing.assert_close(p.float(), q, rtol=2**-8, atol=0.02 * step)
 
 
+@needs_grad_dtype
+@on_eager_and_native
+def test_some_parameters_with_gradients_of_more_bits():
+    """Several blocks under one limit of the norm; one parameter comes late in the step."""
+    few, _, body = wide(torch.bfloat16, torch.float32)
+    model, [(x, y), *_] = make("mlp", torch.float32)
+    late = nn.Parameter(torch.ones(3).bfloat16())
+    late.grad_dtype = torch.float32
+    params = [*few, *model.parameters(), late]
+    optimizer = gam_fast.GAM(params, torch.optim.AdamW, lr=1e-2, clip_grad_norm=1.0)
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        for turn in optimizer.passes():
+            body()
+            loss_of(model, x, y).backward()
+            if turn.index > 1:
+                late.grad = torch.full((3,), 1.0)
+    assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    before = [p.detach().clone() for p in few]
+    leave(optimizer, body, 1)
+    assert all(torch.equal(p, b) for p, b in zip(few, before, strict=True))
+
+
 # Parameters of other optimizers
 
 

@@ -216,7 +216,9 @@ def test_a_state_of_the_same_method_brings_its_values(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("keys", [{"rho": 0.05}, {"rho": 0.05, "adaptive": False}, {"rho": 0.04, "alpha": 0.4}])
+@pytest.mark.parametrize(
+    "keys", [{"rho": 0.05}, {"rho": 0.05, "adaptive": False}, {"rho": 0.04, "alpha": 0.4}], ids=str
+)
 def test_a_state_that_names_no_method_and_lacks_a_value_is_of_another(keys, caplog):
     """As 0.7.0 and other packages wrote it."""
     params = [torch.nn.Parameter(torch.ones(2))]
