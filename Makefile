@@ -124,7 +124,7 @@ SANITIZED_TESTS ?= test_backends.py test_native.py test_cuda.py test_properties.
 sanitize: setup-test  ## the core under the address, undefined-behaviour and thread sanitizers
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "make sanitize runs on Linux"; exit 1; }
 	@mkdir -p build/sanitize
-	$(CXX) $(STRESS_FLAGS) -fsanitize=thread tests/native/stress.cpp csrc/cpu/dispatch.cpp csrc/cpu/plan.cpp csrc/cpu/isa_*.cpp -o build/sanitize/stress -lpthread
+	$(CXX) $(STRESS_FLAGS) -fsanitize=thread tests/native/stress.cpp csrc/cpu/dispatch.cpp csrc/cpu/isa_*.cpp -o build/sanitize/stress -lpthread
 	build/sanitize/stress
 	GAM_FAST_BUILD=cpu GAM_FAST_SANITIZE=1 $(PY) setup.py -q build --build-base build/sanitize/work \
 	  --build-lib build/sanitize/lib >build/sanitize/build.log 2>&1 || { cat build/sanitize/build.log; exit 1; }

@@ -13,10 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "devices.h"
 #include "draws.h"
 #include "gradients.h"
-#include "lists.h"
 #include "ops.h"
 
 #if defined(GAM_CUDA)
@@ -48,16 +46,6 @@ gam::Block leaves_of(py::handle leaves) {
   return result;
 }
 
-std::optional<TensorList> optional_list(const char* name, py::handle list) {
-  if (list.is_none()) return std::nullopt;
-  return TensorList(name, list);
-}
-
-std::optional<Numbers> optional_numbers(const char* name, py::handle list) {
-  if (list.is_none()) return std::nullopt;
-  return gam::unpack_numbers(name, list);
-}
-
 std::vector<Numbers> table(const char* name, py::handle lists) {
   std::vector<Numbers> result;
   for (const py::object& list : gam::unpack_entries(name, lists, "lists of numbers")) {
@@ -66,50 +54,59 @@ std::vector<Numbers> table(const char* name, py::handle lists) {
   return result;
 }
 
-gam::Square square_of(py::handle square) {
-  if (THPVariable_Check(square.ptr())) return {THPVariable_Unpack(square.ptr())};
-  if (!PyFloat_Check(square.ptr())) {
-    throw py::type_error(c10::str("square must be a tensor or a float, got ", Py_TYPE(square.ptr())->tp_name));
-  }
-  return {std::nullopt, PyFloat_AS_DOUBLE(square.ptr())};
-}
-
-std::vector<TensorList> terms_of(py::handle terms) {
+std::vector<TensorList> lists_of(const char* name, py::handle lists, bool optional = false) {
   std::vector<TensorList> result;
-  for (const py::object& list : gam::unpack_entries("terms", terms, "lists of tensors")) {
-    result.emplace_back("terms[" + std::to_string(result.size()) + "]", list);
+  for (const py::object& list : gam::unpack_entries(name, lists, "lists of tensors")) {
+    result.emplace_back(std::string(name) + "[" + std::to_string(result.size()) + "]", list, optional);
   }
   return result;
+}
+
+// What `make(handle)` makes of an argument that is not None.
+template <class F>
+auto optional(py::handle argument, F make) -> std::optional<decltype(make(argument))> {
+  if (argument.is_none()) return std::nullopt;
+  return make(argument);
+}
+
+std::optional<TensorList> optional_list(const char* name, py::handle list) {
+  return optional(list, [&](py::handle given) { return TensorList(name, given); });
+}
+
+std::optional<Numbers> optional_numbers(const char* name, py::handle list) {
+  return optional(list, [&](py::handle given) { return gam::unpack_numbers(name, given); });
+}
+
+std::optional<std::vector<Numbers>> optional_table(const char* name, py::handle lists) {
+  return optional(lists, [&](py::handle given) { return table(name, given); });
+}
+
+// Norms and products: tensors, or numbers of the host.
+at::Tensor sums_of(const char* name, py::handle sums) {
+  if (sums.is_none()) return {};
+  if (THPVariable_Check(sums.ptr())) return THPVariable_Unpack(sums.ptr());
+  if (PyFloat_Check(sums.ptr())) return gam::tensor_of({PyFloat_AS_DOUBLE(sums.ptr())}, {});
+  Numbers numbers;
+  for (const Numbers& row : table(name, sums)) numbers.insert(numbers.end(), row.begin(), row.end());
+  return gam::tensor_of(numbers, {static_cast<int64_t>(numbers.size())});
 }
 
 gam::Direction direction_of(py::handle d) {
   if (!py::hasattr(d, "terms")) throw py::type_error("d must be a Direction of gam_fast.backends.base");
-  gam::Direction result;
-  result.terms = terms_of(d.attr("terms"));
-  result.p = table("p", d.attr("p"));
-  if (const py::object q = d.attr("q"); !q.is_none()) result.q = table("q", q);
-  if (const py::object products = d.attr("products"); THPVariable_Check(products.ptr())) {
-    result.products = THPVariable_Unpack(products.ptr());
-  } else if (!products.is_none()) {
-    result.rows = table("products", products);
-  }
-  result.gamma = gam::unpack_numbers("gamma", d.attr("gamma"));
-  if (const py::object limit = d.attr("limit"); !limit.is_none()) result.limit = limit.cast<double>();
-  return result;
+  return {lists_of("terms", d.attr("terms")),
+          table("p", d.attr("p")),
+          optional_table("q", d.attr("q")),
+          sums_of("products", d.attr("products")),
+          gam::unpack_numbers("gamma", d.attr("gamma")),
+          optional(d.attr("limit"), [](py::handle limit) { return limit.cast<double>(); })};
 }
 
 std::optional<gam::FoldInto> optional_fold(py::handle fold) {
-  if (fold.is_none()) return std::nullopt;
-  return gam::FoldInto{TensorList("fold.into", fold.attr("into")), TensorList("fold.other", fold.attr("other")),
-                       gam::unpack_numbers("fold.k", fold.attr("k")), gam::unpack_numbers("fold.l", fold.attr("l"))};
-}
-
-std::vector<TensorList> state_of(py::handle state) {
-  std::vector<TensorList> result;
-  for (const py::object& list : gam::unpack_entries("state", state, "lists of tensors")) {
-    result.emplace_back("state[" + std::to_string(result.size()) + "]", list, true);
-  }
-  return result;
+  return optional(fold, [](py::handle given) {
+    return gam::FoldInto{TensorList("fold.into", given.attr("into")), TensorList("fold.other", given.attr("other")),
+                         gam::unpack_numbers("fold.k", given.attr("k")),
+                         gam::unpack_numbers("fold.l", given.attr("l"))};
+  });
 }
 
 std::vector<unsigned char> bytes_of(const py::bytearray& bytes) {
@@ -139,13 +136,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              if (i < -size || i >= size) throw py::index_error(c10::str("there are ", size, " tensors, got index ", i));
              return tensors[static_cast<size_t>(i < 0 ? i + size : i)];
            })
-      .def("__iter__",
-           [](const gam::Tensors& tensors) {
-             py::list list;
-             for (size_t i = 0; i < tensors.size(); ++i) list.append(tensors[i]);
-             return py::iter(list);
-           })
-      .def_property_readonly("owned", &gam::Tensors::owned, "Whether nobody but the engine can get at their memory.");
+      .def_property_readonly("owned", &gam::Tensors::owned, "True if nobody but the engine can get at their memory.");
 
   m.def(
       "hold",
@@ -192,8 +183,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "survey_gradients",
       [](const gam::Tensors& params, const py::bytearray& flags) {
-        const gam::Survey found = gam::survey_gradients(params, bytes_of(flags));
-        return py::make_tuple(found.unflagged, found.any, found.sparse);
+        return gam::survey_gradients(params, bytes_of(flags));
       },
       py::arg("params"), py::arg("flags"));
 
@@ -217,13 +207,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](gam::Plan& plan, py::handle params, py::handle group) {
             return plan.fits(TensorList("params", params), gam::unpack_integers("group", group));
           },
-          py::arg("params"), py::arg("group"), "Whether the plan can be used for these parameters.")
+          py::arg("params"), py::arg("group"), "Return whether the plan can be used for these parameters.")
       .def(
-          "takes_state", [](const gam::Plan& plan, py::handle state) { return plan.takes_state(state_of(state)); },
-          py::arg("state"), "Whether lists of such tensors can be the state of a base optimizer.")
-      .def_property_readonly(
-          "takes_sums", [](const gam::Plan& plan) { return plan.executor().takes_sums(); },
-          "Whether norms and products are read where the parameters are; otherwise they are numbers.");
+          "takes_state",
+          [](const gam::Plan& plan, py::handle state) { return plan.takes_state(lists_of("state", state, true)); },
+          py::arg("state"), "Return whether lists of such tensors can be the state of a base optimizer.");
 
   m.def(
       "square_norm",
@@ -238,8 +226,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](gam::Plan& plan, py::object leaves, py::handle a, py::handle b, py::handle radius, py::handle square,
          bool from_start, py::handle eta, py::handle fold) {
         gam::perturb(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
-                     gam::unpack_numbers("radius", radius), square_of(square), from_start, optional_numbers("eta", eta),
-                     optional_fold(fold));
+                     gam::unpack_numbers("radius", radius), sums_of("square", square), from_start,
+                     optional_numbers("eta", eta), optional_fold(fold));
         leaves.attr("saved") = true;  // here, where no signal handler can come between
       },
       py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("radius"), py::arg("square"),
@@ -247,13 +235,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def(
       "inner_products",
-      [](gam::Plan& plan, py::handle terms, py::handle p, py::handle of_m, int64_t groups) {
-        std::optional<std::vector<Numbers>> m;
-        if (!of_m.is_none()) m = table("m", of_m);
+      [](gam::Plan& plan, py::handle terms, py::handle p, py::handle m, int64_t groups) {
         gam::Direction u;
-        u.terms = terms_of(terms);
+        u.terms = lists_of("terms", terms);
         u.p = table("p", p);
-        return gam::inner_products(plan, u, m, groups);
+        return gam::inner_products(plan, u, optional_table("m", m), groups);
       },
       py::arg("plan"), py::arg("terms"), py::arg("p"), py::arg("m"), py::arg("groups"));
 
@@ -272,8 +258,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "update",
       [](gam::Plan& plan, py::handle leaves, py::handle d, const std::string& formula, py::handle state,
          py::handle groups, py::handle options, py::handle option) {
-        gam::update(plan, leaves_of(leaves), direction_of(d), formula, state_of(state), table("groups", groups),
-                    table("options", options), gam::unpack_integers("option", option));
+        gam::update(plan, leaves_of(leaves), direction_of(d), formula, lists_of("state", state, true),
+                    table("groups", groups), table("options", options), gam::unpack_integers("option", option));
       },
       py::arg("plan"), py::arg("leaves"), py::arg("d"), py::arg("formula"), py::arg("state"), py::arg("groups"),
       py::arg("options"), py::arg("option"));

@@ -24,7 +24,7 @@ class Draws {
   void pause();
   void resume();
 
-  // Whether this thread has drawn, and nobody else since the step began: its draws can then be undone.
+  // True if this thread has drawn, and nobody else since the step began: its draws can then be undone.
   bool can_undo() const;
 
   // After the last pass: the generator stands where this pass has ended, unless that drew nothing or somebody else did.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "math.h"
+#include "primitives.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
@@ -63,6 +64,26 @@ GAM_FORMULA void put(float x, Half& to) {
 #else
   to.bits = c10::detail::fp16_ieee_from_fp32_value(x);
 #endif
+}
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Calls f with an element of the dtype.
+template <class F>
+void with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kDouble:
+      return f(double());
+    case Dtype::kFloat:
+      return f(float());
+    case Dtype::kBFloat16:
+      return f(BFloat16());
+    case Dtype::kHalf:
+      return f(Half());
+  }
 }
 
 }  // namespace GAM_ISA

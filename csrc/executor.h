@@ -1,11 +1,10 @@
 // What carries the primitives out, on the memory of one device.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <memory>
 
 #include "shapes.h"
+#include "tensors.h"
 
 namespace gam {
 
@@ -14,19 +13,17 @@ class Executor {
  public:
   virtual ~Executor() = default;
 
-  virtual at::Tensor square_norm(const SquareNorm& arguments) = 0;
-  virtual at::Tensor inner_products(const InnerProducts& arguments, int64_t groups) = 0;
+  // By group and kSums; for no group ‖u‖² of all leaves, 0-dim.
+  virtual at::Tensor sums(const Sums& arguments, int64_t groups) = 0;
   virtual void perturb(const Perturbation& arguments) = 0;
   virtual void copy(const Copy& arguments) = 0;
-  virtual void materialise(const Materialise& arguments) = 0;
   virtual void update(const Update& arguments) = 0;
 
-  // Whether it wants to be told of memory that may come from another stream of the device, and be freed soon.
-  virtual bool records_use() const { return false; }
-  virtual void record_use(const at::Tensor&) {}
+  // True if sums are read where they lie, in memory of the device; the loops of the host take factors.
+  virtual bool on_device() const { return false; }
 
-  // Whether norms and products are read by the device; the others take numbers.
-  virtual bool takes_sums() const = 0;
+  // Tells the device of memory that may come from another stream, and be freed soon.
+  virtual void record_use(const at::Tensor&) {}
 };
 
 }  // namespace gam

@@ -13,8 +13,6 @@
 #include <set>
 #include <utility>
 
-#include "checks.h"
-
 namespace py = pybind11;
 
 namespace gam {
@@ -68,7 +66,7 @@ size_t uses_of(const at::Storage& storage) {
   return storage.use_count() - (seen ? sole_count_of_storage_with_object() - 1 : 0);
 }
 
-// Whether nobody but param.grad refers to a gradient, and nothing but it to its memory, all of which it is.
+// True if nobody but param.grad refers to a gradient, and nothing but it to its memory, all of which it is.
 bool is_sole(const at::Tensor& grad) {
   if (!grad.has_storage()) return false;
   PyObject* object = object_of(grad);
@@ -80,7 +78,7 @@ bool is_sole(const at::Tensor& grad) {
   return c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage.unsafeGetStorageImpl()).weak_use_count() == 1;
 }
 
-// Whether it may be part of a buffer that somebody else holds: parts_of_buffers() says whether it is. Autograd makes
+// True if it may be part of a buffer that somebody else holds: parts_of_buffers() says whether it is. Autograd makes
 // no gradient that is a view in this sense, but it makes some that are parts of one storage.
 bool may_be_part(const at::Tensor& grad) {
   if (!grad.has_storage() || grad.is_inference() || grad.unsafeGetTensorImpl()->is_python_dispatch()) return false;
@@ -116,14 +114,14 @@ std::vector<bool> parts_of_buffers(const std::vector<at::Tensor>& grads) {
   return result;
 }
 
-// Whether the engine can take a gradient as it is: of the dtype of its parameter, and in its order in memory, if that
+// True if the engine can take a gradient as it is: of the dtype of its parameter, and in its order in memory, if that
 // is dense.
 bool fits(const at::Tensor& grad, const at::Tensor& param) {
   return grad.scalar_type() == param.scalar_type() && grad.sizes() == param.sizes() &&
          (!param.is_non_overlapping_and_dense() || lies_as(grad, param.sizes(), param.strides()));
 }
 
-// Whether a gradient has numbers of more bits than its parameter.
+// True if a gradient has numbers of more bits than its parameter.
 bool is_wider(const at::Tensor& grad, const at::Tensor& param) {
   return grad.scalar_type() != param.scalar_type() && grad.is_floating_point() &&
          grad.element_size() > param.element_size();
@@ -183,17 +181,20 @@ int64_t Versions::first_changed(const Tensors& tensors) const {
   return -1;
 }
 
-Survey survey_gradients(const Tensors& params, const std::vector<unsigned char>& flags) {
+std::tuple<std::vector<int64_t>, bool, int64_t> survey_gradients(const Tensors& params,
+                                                                 const std::vector<unsigned char>& flags) {
   check_same_count(flags.size(), params, "flags");
-  Survey result;
+  std::vector<int64_t> unflagged;
+  bool any = false;
+  int64_t sparse = -1;
   for (size_t i = 0; i < params.size(); ++i) {
     const at::Tensor& grad = gradient_of(params[i]);
     if (!grad.defined()) continue;
-    result.any = true;
-    if (grad.layout() != at::kStrided && result.sparse < 0) result.sparse = static_cast<int64_t>(i);
-    if (!flags[i]) result.unflagged.push_back(static_cast<int64_t>(i));
+    any = true;
+    if (grad.layout() != at::kStrided && sparse < 0) sparse = static_cast<int64_t>(i);
+    if (!flags[i]) unflagged.push_back(static_cast<int64_t>(i));
   }
-  return result;
+  return {std::move(unflagged), any, sparse};
 }
 
 std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle, bool keep_parts) {
@@ -311,8 +312,7 @@ std::shared_ptr<Tensors> take_all_gradients(const std::shared_ptr<Tensors>& shar
       taking.undo();
       return nullptr;
     }
-    plain = plain && fits(grad, params[i]) && grad.device() == params[i].device() && known_dtype(grad.scalar_type()) &&
-            is_plain(grad);
+    plain = plain && fits(grad, params[i]) && grad.device() == params[i].device() && is_plain(grad);
     if (plain) {
       found->arrays.push_back(keep ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()));
     }

@@ -4,10 +4,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
-#include "lists.h"
+#include "tensors.h"
 
 namespace gam {
 
@@ -29,13 +30,10 @@ class Versions {
   std::vector<uint32_t> values_;
 };
 
-struct Survey {
-  std::vector<int64_t> unflagged;  // positions of those with a gradient whose flag is not set
-  bool any = false;                // whether there is a gradient at all
-  int64_t sparse = -1;             // the first whose gradient is that, or of another layout that is not strided
-};
-
-Survey survey_gradients(const Tensors& params, const std::vector<unsigned char>& flags);
+// The positions of those with a gradient whose flag is not set; true if there is a gradient at all; and the first whose
+// gradient is sparse, or of another layout that is not strided, or -1.
+std::tuple<std::vector<int64_t>, bool, int64_t> survey_gradients(const Tensors& params,
+                                                                 const std::vector<unsigned char>& flags);
 
 // No parameter has a gradient after it; those that are parts of a buffer which somebody else holds stay, with
 // `keep_parts`, and are zeroed. Those of `recycle` bytes and more on a CPU that nobody else has a hold on, and that are

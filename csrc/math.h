@@ -93,6 +93,9 @@ struct Fold {
 template <class T>
 struct Combine {
   T factor[3];
+
+  Combine() = default;
+  GAM_FORMULA explicit Combine(const double* f) : factor{T(f[0]), T(f[1]), T(f[2])} {}
   GAM_FORMULA T operator()(T x) const { return factor[0] * x; }
   GAM_FORMULA T operator()(T x, T y) const { return multiply_add(factor[1], y, (*this)(x)); }
   GAM_FORMULA T operator()(T x, T y, T z) const { return multiply_add(factor[2], z, (*this)(x, y)); }
@@ -213,10 +216,22 @@ struct Lion {
   }
 };
 
+// The direction itself in place of the parameter, without state or numbers.
+template <class T>
+struct Assign {
+  static constexpr int kState = 1;
+  enum OfGroup { kOfGroup };
+  enum OfLeaf { kOfLeaf };
+
+  Assign() = default;
+  GAM_FORMULA Assign(const double*, const double*) {}
+  GAM_FORMULA T operator()(T d, T, T*) const { return d; }
+};
+
 }  // namespace GAM_ISA
 
 // The functors above, each with its name in Python.
-#define GAM_UPDATES(X) X(Sgd, "sgd") X(Adam, "adam") X(Lion, "lion")
+#define GAM_UPDATES(X) X(Sgd, "sgd") X(Adam, "adam") X(Lion, "lion") X(Assign, "assign")
 
 enum class Formula : uint8_t {
 #define GAM_FORMULA_OF(functor, name) k##functor,

@@ -1,23 +1,127 @@
 #include "ops.h"
 
+#include <ATen/core/grad_mode.h>
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
+#include <deque>
 #include <utility>
 
-#include "call.h"
-#include "checks.h"
-#include "devices.h"
 #include "math.h"
 
 namespace gam {
 namespace {
+
+// Streaming stores of a CPU save the read of the line that is overwritten, and take it out of the caches. They pay when
+// a call touches more than the last-level cache holds. What the system reports of that is no guide (a virtual machine
+// shows the whole socket's, of which it has a share), so this is the share of a few cores on today's servers.
+constexpr int64_t kStreamBytes = 32 << 20;
 
 // Below this many bytes tensors that are allocated together share their memory: one allocation of ten thousand.
 constexpr size_t kSmallBytes = 1 << 16;
 constexpr int64_t kAlignment = 64;  // a cache line
 
 bool is_small(const at::Tensor& tensor) { return tensor.numel() > 0 && tensor.nbytes() < kSmallBytes; }
+
+// The lists of one call, checked as they are added. Where a list may have None for a leaf, that has no array.
+class Call {
+ public:
+  explicit Call(Plan& plan) : plan_(plan) {}
+
+  List read(const TensorList& list) { return add(list, false); }
+  List write(const TensorList& list) { return add(list, true); }
+
+  // Reads what others allocated, perhaps for another stream, and free soon: gradients, and the backup in the last call.
+  List read_last(const TensorList& list) {
+    const List result = read(list);
+    slots_.back().last = true;
+    return result;
+  }
+
+  // True if the arrays of the call are more than the caches hold.
+  bool exceeds_caches() const { return plan_.shapes().bytes() * static_cast<int64_t>(slots_.size()) > kStreamBytes; }
+
+  // Calls f(executor) without the GIL, and lets autograd know what was written.
+  template <class F>
+  void run(F&& f) {
+    Executor& executor = plan_.executor();
+    std::vector<const at::Tensor*> used;
+    for (const Slot& slot : slots_) {
+      if (!slot.last || !executor.on_device()) continue;
+      for (size_t i = 0; i < slot.list->size(); ++i) used.push_back((*slot.list)[i]);
+    }
+    {
+      const pybind11::gil_scoped_release no_gil;
+      f(executor);
+      for (const at::Tensor* tensor : used) executor.record_use(*tensor);
+    }
+    bump_versions();
+  }
+
+ private:
+  struct Slot {
+    const TensorList* list;
+    bool written;
+    std::shared_ptr<Found> found;
+    bool last = false;
+  };
+
+  List add(const TensorList& list, bool written) {
+    const auto& held = list.held();
+    std::shared_ptr<Found> found = held ? held->known(plan_.shared_shapes(), written) : nullptr;
+    if (!found) {
+      found = look(list, written);
+      if (held) held->remember(plan_.shared_shapes(), found);
+    }
+    slots_.push_back({&list, written, std::move(found)});
+    return slots_.back().found->arrays.data();
+  }
+
+  // Checks a list against the leaves. Raises ValueError or RuntimeError unless each tensor fits its leaf.
+  std::shared_ptr<Found> look(const TensorList& list, bool written) const {
+    const Shapes& shapes = plan_.shapes();
+    if (list.size() != shapes.size()) {
+      refuse_value(
+          c10::str(list.name(), " must have one tensor a parameter, that is ", shapes.size(), ", got ", list.size()));
+    }
+    auto found = std::make_shared<Found>();
+    found->arrays.resize(shapes.size());
+    found->writable = written;
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      if (!list[i]) continue;
+      const at::Tensor& tensor = *list[i];
+      check_plain(list, i, plan_.device());
+      if (!plan_.is_like(tensor, i)) {
+        refuse_value(c10::str(list.name_of(i), " must have the dtype, shape and strides of its parameter, ",
+                              at::IntArrayRef(shapes[i].sizes), " by ", at::IntArrayRef(shapes[i].strides), ", got ",
+                              tensor.dtype(), " ", tensor.sizes(), " by ", tensor.strides()));
+      }
+      if (written && tensor.requires_grad() && at::GradMode::is_enabled()) {
+        throw std::runtime_error(list.name_of(i) + " requires grad and would be written: call under torch.no_grad()");
+      }
+      found->arrays[i] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+    }
+    return found;
+  }
+
+  // Lets autograd know what was written, of what somebody else can see.
+  void bump_versions() {
+    for (const Slot& slot : slots_) {
+      const TensorList& list = *slot.list;
+      if (!slot.written || (list.held() && list.held()->owned())) continue;
+      for (size_t i = 0; i < list.size(); ++i) {
+        const at::Tensor* later = i + 2 * kAhead < list.size() ? list[i + 2 * kAhead] : nullptr;
+        const at::Tensor* soon = i + kAhead < list.size() ? list[i + kAhead] : nullptr;
+        if (later) prefetch(later->unsafeGetTensorImpl(), 3);
+        if (soon) prefetch_version(soon->unsafeGetTensorImpl());
+        if (slot.found->arrays[i] && !list[i]->is_inference()) list[i]->unsafeGetTensorImpl()->bump_version();
+      }
+    }
+  }
+
+  Plan& plan_;
+  std::deque<Slot> slots_;  // does not move them
+};
 
 // Numbers and combinations
 
@@ -34,6 +138,7 @@ PerGroup by_group(const Plan& plan, const Numbers& numbers, const char* name) {
 
 // What norms and products leave on the device: `columns` numbers in each of one or more rows.
 const double* sums_of(const Plan& plan, const at::Tensor& tensor, int64_t columns, const char* name) {
+  if (!tensor.defined()) refuse_type(c10::str(name, " must be given, got None"));
   if (tensor.device() != plan.device() || tensor.scalar_type() != at::kDouble || !tensor.is_contiguous() ||
       tensor.numel() < columns || tensor.numel() % columns != 0 || (columns == 1 && tensor.numel() != 1)) {
     refuse_value(c10::str(name, " must be a contiguous float64 tensor on ", plan.device(), " of ",
@@ -84,38 +189,39 @@ std::vector<Row> rows_of(const std::vector<Numbers>& lists, int count, const cha
   return rows;
 }
 
-// A combination as the loops take it. Terms whose coefficients are zero are left out, as their elements may be
-// anything; `also` keeps terms for another reason.
+// A combination as the loops take it.
 class Terms {
  public:
-  Terms(Call& call, const Plan& plan, const Direction& d, const std::vector<Numbers>* also = nullptr) {
+  // Adds its lists to those of a primitive. Terms whose coefficients are zero are left out, as their elements may be
+  // anything; `also` keeps terms for another reason.
+  Terms(Call& call, const Plan& plan, const Direction& d, List* lists, const std::vector<Numbers>* also = nullptr) {
     if (d.terms.empty() || d.terms.size() > kMaxTerms) {
       refuse_value(c10::str("terms must be 1 to ", kMaxTerms, " lists of tensors, got ", d.terms.size()));
     }
     check_coefficients(plan, d, d.p, "p");
     if (d.q) check_coefficients(plan, d, *d.q, "q");
     if (also) check_coefficients(plan, d, *also, "m");
-    for (size_t t = 0; t < d.terms.size(); ++t) view_.lists[t] = call.read_last(d.terms[t]);
-    const bool on_host = !plan.executor().takes_sums();
-    if ((d.q || d.limit) && on_host) find_factors(d);
+    for (size_t t = 0; t < d.terms.size(); ++t) lists[t] = call.read_last(d.terms[t]);
+    if (d.q || d.limit) take_sums(plan, d);
     groups_.resize(static_cast<size_t>(plan.groups()));
+    const bool on_device = plan.executor().on_device();
     for (size_t g = 0; g < groups_.size(); ++g) {
       for (size_t t = 0; t < d.terms.size(); ++t) {
-        const double p = factors_.empty() ? d.p[t][g] : factors_[t][g];
-        const double q = d.q && factors_.empty() ? (*d.q)[t][g] : 0.0;
+        const double plain = d.p[t][g], projected = d.q ? (*d.q)[t][g] : 0.0;
+        const double p = on_device ? plain : factor_of(plain, projected, kappa_, scale_);
+        const double q = on_device ? projected : 0.0;
         if (p != 0.0 || q != 0.0 || (also && (*also)[t][g] != 0.0)) take(t, g, p, q);
       }
       if (groups_[g].terms == 0) take(0, g, 0.0, 0.0);
     }
-    view_.groups = groups_.data();
-    if ((d.q || d.limit) && !on_host) take_sums(plan, d);
   }
   Terms(const Terms&) = delete;
 
-  const Combination& view() const { return view_; }
+  const GroupTerms* groups() const { return groups_.data(); }
+  const Scaling& scaling() const { return scaling_; }
 
   // The same terms with other coefficients.
-  std::vector<Combination::Group> groups_with(const std::vector<Numbers>& p) const {
+  std::vector<GroupTerms> groups_with(const std::vector<Numbers>& p) const {
     auto groups = groups_;
     for (size_t g = 0; g < groups.size(); ++g) {
       for (int k = 0; k < groups[g].terms; ++k) groups[g].p[k] = p[static_cast<size_t>(groups[g].index[k])][g];
@@ -125,55 +231,34 @@ class Terms {
 
  private:
   void take(size_t t, size_t g, double p, double q) {
-    Combination::Group& group = groups_[g];
+    GroupTerms& group = groups_[g];
     group.index[group.terms] = static_cast<int>(t);
     group.p[group.terms] = p;
     group.q[group.terms++] = q;
   }
 
-  // What a device finds out by itself, from the same formulas.
-  void find_factors(const Direction& d) {
-    if (d.products) refuse_type("products must be numbers on the CPU, got a tensor");
-    check_rows(d, d.rows.size());
-    double uu = 0.0, um = 0.0, square = 0.0;
-    for (const Numbers& row : d.rows) {
-      if (row.size() != kSums) refuse_value("products must be three numbers a parameter group");
-      uu += row[0], um += row[1];
-    }
-    const double kappa = d.q ? ratio(um, uu) : 0.0;
-    for (size_t r = 0; d.limit && r < d.rows.size(); ++r) {
-      const Numbers& row = d.rows[r];
-      square += d.q ? square_of_direction(row[0], row[1], row[2], d.gamma[r], kappa) : row[0];
-    }
-    const double scale = d.limit ? clip_factor(square, *d.limit) : 1.0;
-    factors_ = d.p;
-    for (size_t t = 0; t < d.p.size(); ++t) {
-      for (size_t g = 0; g < d.p[t].size(); ++g) {
-        factors_[t][g] = factor_of(d.p[t][g], d.q ? (*d.q)[t][g] : 0.0, kappa, scale);
-      }
-    }
-  }
-
-  static void check_rows(const Direction& d, size_t rows) {
-    if (rows == 0) refuse_type("products must be given where q or limit is, got None");
+  // A device finds κ and s out by itself, from the same formulas.
+  void take_sums(const Plan& plan, const Direction& d) {
+    const double* products = sums_of(plan, d.products, kSums, "products");
+    const auto rows = static_cast<size_t>(d.products.numel() / kSums);
     if (d.limit && d.gamma.size() != rows) {
       refuse_value(c10::str("gamma must have one number a row of products, that is ", rows, ", got ", d.gamma.size()));
     }
+    scaling_ = {products, static_cast<int>(rows), d.q.has_value(), d.limit.has_value(), d.limit.value_or(0.0)};
+    if (plan.executor().on_device()) return;
+    double uu = 0.0, um = 0.0, square = 0.0;
+    for (size_t r = 0; r < rows; ++r) uu += products[kSums * r], um += products[kSums * r + 1];
+    if (d.q) kappa_ = ratio(um, uu);
+    for (size_t r = 0; d.limit && r < rows; ++r) {
+      const double* row = products + kSums * r;
+      square += d.q ? square_of_direction(row[0], row[1], row[2], d.gamma[r], kappa_) : row[0];
+    }
+    if (d.limit) scale_ = clip_factor(square, *d.limit);
   }
 
-  void take_sums(const Plan& plan, const Direction& d) {
-    check_rows(d, d.products ? static_cast<size_t>(d.products->numel() / kSums) : 0);
-    view_.products = sums_of(plan, *d.products, kSums, "products");
-    view_.rows = static_cast<int>(d.products->numel() / kSums);
-    view_.project = d.q.has_value();
-    view_.clip = d.limit.has_value();
-    view_.limit = d.limit.value_or(0.0);
-    view_.gamma = view_.clip ? d.gamma.data() : nullptr;
-  }
-
-  Combination view_;
-  std::vector<Combination::Group> groups_;
-  std::vector<Numbers> factors_;  // by term and group, where the sums are numbers
+  std::vector<GroupTerms> groups_;
+  Scaling scaling_;
+  double kappa_ = 0.0, scale_ = 1.0;
 };
 
 }  // namespace
@@ -181,48 +266,51 @@ class Terms {
 at::Tensor square_norm(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
                        const std::optional<Numbers>& eta) {
   Call call(plan);
-  SquareNorm arguments;
-  arguments.a = call.read(a);
-  if (b) arguments.b = call.read(*b);
+  Sums arguments;
+  arguments.lists[Sums::kTerms] = call.read(a);
+  if (b) arguments.lists[Sums::kTerms + 1] = call.read(*b);
+  const GroupTerms difference{b ? 2 : 1, {0, 1}, {1.0, -1.0}, {}};
+  const std::vector<GroupTerms> groups(static_cast<size_t>(plan.groups()), difference);
+  arguments.u = groups.data();
   if (eta) {
-    arguments.theta = call.read(leaves.theta());
+    arguments.lists[Sums::kTheta] = call.read(leaves.theta());
     arguments.eta = by_group(plan, *eta, "eta");
   }
   at::Tensor total;
-  call.run([&](Executor& executor) { total = executor.square_norm(arguments); });
+  call.run([&](Executor& executor) { total = executor.sums(arguments, 0); });
   return total;
 }
 
 void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
-             const Numbers& radius, const Square& square, bool from_start, const std::optional<Numbers>& eta,
+             const Numbers& radius, const at::Tensor& square, bool from_start, const std::optional<Numbers>& eta,
              const std::optional<FoldInto>& fold) {
   Call call(plan);
   Perturbation arguments;
+  List* lists = arguments.lists;
   arguments.save = !leaves.saved;
   arguments.from_start = from_start;
-  arguments.params = call.write(leaves.params);
+  lists[Perturbation::kParams] = call.write(leaves.params);
   if (arguments.save) {
-    arguments.backup = call.write(leaves.backup);
+    lists[Perturbation::kBackup] = call.write(leaves.backup);
   } else if (from_start || eta) {
-    arguments.backup = call.read(leaves.backup);
+    lists[Perturbation::kBackup] = call.read(leaves.backup);
   }
-  arguments.a = call.read_last(a);
-  if (b) arguments.b = call.read_last(*b);
+  lists[Perturbation::kA] = call.read_last(a);
+  if (b) lists[Perturbation::kB] = call.read_last(*b);
   arguments.radius = by_group(plan, radius, "radius");
+  arguments.square = sums_of(plan, square, 1, "square");
   Numbers factors = radius;
-  if (plan.executor().takes_sums()) {
-    if (!square.tensor) refuse_type("square must be a tensor on a device");
-    arguments.square = sums_of(plan, *square.tensor, 1, "square");
-  } else {
-    if (square.tensor) refuse_type("square must be a number on the CPU");
-    const double scale = inverse_norm(square.number);
+  if (!plan.executor().on_device()) {
+    const double scale = inverse_norm(*arguments.square);
     for (double& factor : factors) factor = scale * factor;
     arguments.radius = factors.data();
   }
   if (eta) arguments.eta = by_group(plan, *eta, "eta");
   if (fold) {
-    arguments.fold = {call.write(fold->into), call.read(fold->other), by_group(plan, fold->k, "k"),
-                      by_group(plan, fold->l, "l")};
+    lists[Perturbation::kInto] = call.write(fold->into);
+    lists[Perturbation::kOther] = call.read(fold->other);
+    arguments.k = by_group(plan, fold->k, "k");
+    arguments.l = by_group(plan, fold->l, "l");
   }
   arguments.stream = call.exceeds_caches();
   call.run([&](Executor& executor) { executor.perturb(arguments); });
@@ -230,39 +318,36 @@ void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::op
 
 at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<std::vector<Numbers>>& m,
                           int64_t groups) {
-  if (groups < plan.groups() || groups > kMaxGroups) {
-    refuse_value(c10::str("groups must be ", plan.groups(), " to ", kMaxGroups, ", got ", groups));
+  if (groups < std::max(plan.groups(), 1) || groups > kMaxGroups) {
+    refuse_value(c10::str("groups must be ", std::max(plan.groups(), 1), " to ", kMaxGroups, ", got ", groups));
   }
   Call call(plan);
-  InnerProducts arguments;
-  const Terms terms(call, plan, u, m ? &*m : nullptr);
-  arguments.u = arguments.m = terms.view();
-  const auto groups_of_m = m ? terms.groups_with(*m) : std::vector<Combination::Group>();
-  arguments.m.groups = m ? groups_of_m.data() : nullptr;
+  Sums arguments;
+  const Terms terms(call, plan, u, arguments.lists + Sums::kTerms, m ? &*m : nullptr);
+  arguments.u = terms.groups();
+  const auto groups_of_m = m ? terms.groups_with(*m) : std::vector<GroupTerms>();
+  arguments.m = m ? groups_of_m.data() : nullptr;
   at::Tensor products;
-  call.run([&](Executor& executor) { products = executor.inner_products(arguments, groups); });
+  call.run([&](Executor& executor) { products = executor.sums(arguments, groups); });
   return products;
 }
 
 void restore(Plan& plan, const Block& leaves) {
   if (!leaves.saved) return;
   Call call(plan);
-  Copy arguments{call.read_last(leaves.backup), call.write(leaves.params), call.exceeds_caches()};
+  Copy arguments;
+  arguments.lists[Copy::kFrom] = call.read_last(leaves.backup);
+  arguments.lists[Copy::kTo] = call.write(leaves.params);
+  arguments.stream = call.exceeds_caches();
   call.run([&](Executor& executor) { executor.copy(arguments); });
 }
 
 void direction(Plan& plan, const Block& leaves, const Direction& d, const TensorList& out) {
-  Call call(plan);
-  Materialise arguments;
-  const Terms terms(call, plan, d);
-  arguments.d = terms.view();
-  arguments.out = call.write(out);
-  if (leaves.saved) {
-    arguments.restore.from = call.read_last(leaves.backup);
-    arguments.restore.to = call.write(leaves.params);
-    arguments.restore.stream = call.exceeds_caches();
-  }
-  call.run([&](Executor& executor) { executor.materialise(arguments); });
+  Block target;
+  target.params = out;
+  const std::vector<Numbers> groups(static_cast<size_t>(plan.groups())), options(1);
+  update(plan, target, d, "assign", {}, groups, options, std::vector<int64_t>(plan.shapes().size()));
+  restore(plan, leaves);
 }
 
 void update(Plan& plan, const Block& leaves, const Direction& d, const std::string& formula,
@@ -272,27 +357,25 @@ void update(Plan& plan, const Block& leaves, const Direction& d, const std::stri
   check_count(plan, groups.size(), "groups");
   const auto of_groups = rows_of<OfGroup>(groups, counts.of_group, "groups");
   const auto of_leaves = rows_of<OfLeaf>(options, counts.of_leaf, "options");
-  if (option.size() != plan.shapes().size()) {
-    refuse_value(
-        c10::str("option must have one index a parameter, that is ", plan.shapes().size(), ", got ", option.size()));
+  const auto is_place = [&](int64_t index) { return index >= 0 && index < static_cast<int64_t>(options.size()); };
+  if (option.size() != plan.shapes().size() || !std::all_of(option.begin(), option.end(), is_place)) {
+    refuse_value(c10::str("option must have for each of the ", plan.shapes().size(), " parameters the index of one of ",
+                          options.size(), " options, got ", at::IntArrayRef(option)));
   }
-  for (const int64_t index : option) {
-    if (index < 0 || index >= static_cast<int64_t>(options.size())) {
-      refuse_value(c10::str("option must be indices of the ", options.size(), " options, got ", index));
-    }
-  }
-  if (static_cast<int>(state.size()) != counts.state) {
-    refuse_value(c10::str("state must be ", counts.state, " lists of tensors, got ", state.size()));
+  if (static_cast<int>(state.size()) > counts.state) {
+    refuse_value(c10::str("state must be at most ", counts.state, " lists of tensors, got ", state.size()));
   }
   Call call(plan);
   Update arguments;
-  const Terms terms(call, plan, d);
+  const Terms terms(call, plan, d, arguments.lists + Update::kTerms);
   const std::vector<int32_t> places(option.begin(), option.end());
   arguments.formula = counts.formula;
-  arguments.d = terms.view();
-  arguments.theta = call.read_last(leaves.theta());
-  arguments.params = call.write(leaves.params);
-  for (size_t k = 0; k < state.size(); ++k) arguments.state[k] = call.write(state[k]);
+  arguments.d = terms.groups();
+  arguments.scaling = terms.scaling();
+  arguments.gamma = d.limit ? d.gamma.data() : nullptr;
+  arguments.lists[Update::kTheta] = call.read_last(leaves.theta());
+  arguments.lists[Update::kParams] = call.write(leaves.params);
+  for (size_t k = 0; k < state.size(); ++k) arguments.lists[Update::kState + k] = call.write(state[k]);
   arguments.groups = of_groups.data();
   arguments.options = of_leaves.data();
   arguments.count = of_leaves.size();
@@ -317,7 +400,6 @@ std::shared_ptr<Tensors> empty_like(const TensorList& tensors) {
   std::vector<at::Tensor> result(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = *tensors[i];
-    dtype_of(tensors, i);
     if (is_small(tensor)) {
       found->arrays.push_back(static_cast<char*>(memory.mutable_data_ptr()) + places[i]);
     } else {

@@ -9,18 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "lists.h"
 #include "plan.h"
 
 namespace gam {
-
-using Numbers = std::vector<double>;  // by parameter group
-
-// Norms and products: tensors of a device, read by its kernels, or numbers where the loops run on the host.
-struct Square {
-  std::optional<at::Tensor> tensor;
-  double number = 0.0;
-};
 
 struct Block {
   TensorList params, backup;
@@ -34,9 +25,8 @@ struct Direction {
   std::vector<TensorList> terms;
   std::vector<Numbers> p;  // by term
   std::optional<std::vector<Numbers>> q;
-  std::optional<at::Tensor> products;
-  std::vector<Numbers> rows;  // the same as numbers
-  Numbers gamma;              // by row of the products
+  at::Tensor products;
+  Numbers gamma;  // by row of the products
   std::optional<double> limit;
 };
 
@@ -49,7 +39,7 @@ at::Tensor square_norm(Plan& plan, const Block& leaves, const TensorList& a, con
                        const std::optional<Numbers>& eta);
 
 void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
-             const Numbers& radius, const Square& square, bool from_start, const std::optional<Numbers>& eta,
+             const Numbers& radius, const at::Tensor& square, bool from_start, const std::optional<Numbers>& eta,
              const std::optional<FoldInto>& fold);
 
 // `m`: the coefficients of m, by term, over the terms of u.
@@ -59,7 +49,8 @@ void restore(Plan& plan, const Block& leaves);
 
 void direction(Plan& plan, const Block& leaves, const Direction& d, const TensorList& out);
 
-// `state`: the lists of the formula, with None for a leaf that has none. `option`: by leaf, its place among `options`.
+// `state`: the lists of the formula, with None for a leaf that has none; the last of them may be missing. `option`: by
+// leaf, its place among `options`.
 void update(Plan& plan, const Block& leaves, const Direction& d, const std::string& formula,
             const std::vector<TensorList>& state, const std::vector<Numbers>& groups,
             const std::vector<Numbers>& options, const std::vector<int64_t>& option);

@@ -1,19 +1,25 @@
-// The plan of one block of parameters, as Python keeps it.
+// The plan of one block of parameters, as Python keeps it, and the devices that this build of the core works on.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "executor.h"
-#include "lists.h"
-#include "shapes.h"
 
 namespace gam {
 
 inline constexpr int64_t kMaxGroups = 1 << 20;
+
+// "cpu", "cuda".
+std::vector<std::string> device_types();
+
+// The device of the first of them, and the CPU without any. Raises ValueError for one that this build does not serve.
+at::Device device_of(const TensorList& tensors);
+
+// An uninitialised tensor.
+at::Tensor empty(at::Device device, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype);
 
 // The device, dtype, shapes and groups of the parameters of a block, and what carries the primitives out on them. It
 // may be kept between steps: addresses are taken anew in every call.
@@ -21,13 +27,16 @@ class Plan {
  public:
   Plan(const TensorList& params, const std::vector<int64_t>& group);
 
-  // Whether these parameters are, in everything the plan depends on, those it was made for. Raises ValueError where
+  // True if these parameters are, in everything the plan depends on, those it was made for. Raises ValueError where
   // they were given other memory, and overlap.
   bool fits(const TensorList& params, const std::vector<int64_t>& group);
 
-  // Whether the tensors of these lists, null where there is none, can be the state of a base optimizer: of the dtype of
+  // True if the tensors of these lists, null where there is none, can be the state of a base optimizer: of the dtype of
   // the parameters, and in their order in memory.
   bool takes_state(const std::vector<TensorList>& state) const;
+
+  // Tells whether a tensor has the dtype and shape of a parameter, and its order in memory.
+  bool is_like(const at::Tensor& tensor, size_t i) const;
 
   at::Device device() const { return device_; }
   const Shapes& shapes() const { return *shapes_; }

@@ -26,57 +26,45 @@ struct Leaf {
 using List = void* const*;       // by leaf, the array; the list is null where the primitive has no such argument
 using PerGroup = const double*;  // by parameter group
 
-// Σ_t factor_t x_t with factor_t = s (p_t + κ q_t); for each group the terms that take part, in order.
-struct Combination {
-  struct Group {
-    int terms = 0;
-    int index[kMaxTerms] = {};
-    double p[kMaxTerms] = {}, q[kMaxTerms] = {};
-  };
-  List lists[kMaxTerms] = {};
-  const Group* groups = nullptr;
+// The terms of Σ_t factor_t x_t with factor_t = s (p_t + κ q_t) that take part in a group, in order. On a CPU the
+// factors have been computed: q is 0.
+struct GroupTerms {
+  int terms = 0;
+  int index[kMaxTerms] = {};
+  double p[kMaxTerms] = {}, q[kMaxTerms] = {};
+};
 
-  // What κ and s follow from (formulas: math.h). On a CPU the factors have been computed: q is 0, and this is empty.
+// What κ and s follow from on a device (formulas: math.h).
+struct Scaling {
   const double* products = nullptr;  // `rows` times ‖u‖², ⟨m,u⟩, ‖m‖², in memory of the device
   int rows = 0;
-  PerGroup gamma = nullptr;  // by row
   bool project = false, clip = false;
   double limit = 0;
 };
 
-struct SquareNorm {
-  List a = nullptr, b = nullptr, theta = nullptr;  // b, theta: may be null
-  PerGroup eta = nullptr;                          // with theta
-};
+// Each primitive names its lists by an enumeration; the last is their number.
 
-struct Folding {
-  List into = nullptr, other = nullptr;
-  PerGroup k = nullptr, l = nullptr;
+struct Sums {
+  enum { kTheta, kTerms, kLists = kTerms + kMaxTerms };
+  List lists[kLists] = {};                      // theta: may be null
+  const GroupTerms *u = nullptr, *m = nullptr;  // by group, the same terms; without m only ‖u‖²
+  PerGroup eta = nullptr;                       // with theta, which weighs u
 };
 
 struct Perturbation {
-  List params = nullptr, backup = nullptr, a = nullptr, b = nullptr;  // b may be null
-  PerGroup radius = nullptr, eta = nullptr;                           // eta: null if not adaptive
+  enum { kParams, kBackup, kA, kB, kInto, kOther, kLists };
+  List lists[kLists] = {};                                             // b, and those of the fold, may be null
+  PerGroup radius = nullptr, eta = nullptr, k = nullptr, l = nullptr;  // eta: null if not adaptive; k, l: with a fold
   const double* square = nullptr;  // on a device; without it the radius is the factor
   bool save = false;               // copy the parameters to the backup first
   bool from_start = false;         // the origin is the backup
   bool stream = false;
-  Folding fold;  // without lists: none
-};
-
-struct InnerProducts {
-  Combination u, m;  // the same terms of the same lists; m without groups: only ‖u‖²
 };
 
 struct Copy {
-  List from = nullptr, to = nullptr;
+  enum { kFrom, kTo, kLists };
+  List lists[kLists] = {};
   bool stream = false;
-};
-
-struct Materialise {
-  Combination d;
-  List out = nullptr;
-  Copy restore;  // its lists may be null
 };
 
 enum class Formula : uint8_t;  // of math.h
@@ -93,10 +81,12 @@ struct OfLeaf {
 // A step of a base optimizer along d. A leaf has its array in each list of its state, or null, which stands for zeros
 // that are not kept.
 struct Update {
+  enum { kParams, kTheta, kState, kTerms = kState + kMaxState, kLists = kTerms + kMaxTerms };
+  List lists[kLists] = {};  // theta may be params; as many of state as the formula has
   Formula formula = {};
-  Combination d;
-  List theta = nullptr, params = nullptr;  // theta may be params
-  List state[kMaxState] = {};              // as many as the formula has; the others null
+  const GroupTerms* d = nullptr;  // by group
+  Scaling scaling;
+  PerGroup gamma = nullptr;  // by row of the products
   const OfGroup* groups = nullptr;
   const OfLeaf* options = nullptr;  // the few that differ
   size_t count = 0;                 // of the options

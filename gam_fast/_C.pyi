@@ -61,9 +61,6 @@ class Plan:
 
     def __init__(self, params: TensorList, group: Sequence[int]) -> None: ...
     def fits(self, params: TensorList, group: Sequence[int]) -> bool: ...
-    @property
-    def takes_sums(self) -> bool:
-        """True if norms and products are read where the parameters are; otherwise they are numbers."""
     def takes_state(self, state: Sequence[Sequence[Tensor | None]]) -> bool:
         """Return whether lists of such tensors can be the state of a base optimizer."""
 

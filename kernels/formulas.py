@@ -126,3 +126,9 @@ def lion(d, theta, state, group, leaf):
     sign = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, 0.0)).to(d.dtype)
     m = interpolate(state[0], d, 1.0 - beta2)
     return tl.fma(-lr.to(d.dtype), sign, theta * shrink.to(d.dtype)), (m,)
+
+
+@triton.jit
+def assign(d, theta, state, group, leaf):
+    """The direction itself in place of the parameter, without state or numbers."""
+    return d, state

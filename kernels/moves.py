@@ -1,4 +1,4 @@
-"""The primitives that move parameters, or write a combination.
+"""The primitive that moves parameters.
 
 Of a block everything is read before anything that may be the same array is written: an argument may be the very array
 that is written, but may not overlap it otherwise.
@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from . import table as host
-from .combine import OF_TERM, combine, factors_of, kappa_and_scale, used_of
-from .elements import GROUP, array, arrays, load, piece_of, read, read_all, working, write
+from .elements import GROUP, array, load, piece_of, read, working, write
 from .formulas import folded, inverse_norm, perturbed, weigh
 
 # The lists of perturb: B, INTO and OTHER may be missing, BACKUP unless it is needed.
@@ -86,47 +85,3 @@ def perturb(
             write(params, index, perturbed(origin, v, factor), length, MASKED)
             if FOLDED:
                 write(into, index, folded(x, y, k, l), length, MASKED)
-
-
-# The lists of materialise; FROM and TO, the backup and the parameters, may be missing.
-OUT = tl.constexpr(0)
-FROM = tl.constexpr(1)
-TO = tl.constexpr(2)
-TERM = tl.constexpr(3)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def materialise(
-    pieces,
-    table,
-    numbers,
-    products,
-    clipping,
-    rows,
-    TYPE: tl.constexpr,
-    TERMS: tl.constexpr,
-    PARTLY: tl.constexpr,
-    PROJECT: tl.constexpr,
-    CLIP: tl.constexpr,
-    ROWS: tl.constexpr,
-    RESTORE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``out ← d``, and with ``RESTORE`` the parameters from the backup; the numbers of a group: its terms"""
-    row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
-    terms = numbers + tl.load(row + GROUP) * (OF_TERM * TERMS)
-    kappa, scale = kappa_and_scale(products, clipping, rows, PROJECT, CLIP, ROWS)
-    used = used_of(terms, TERMS)
-    factors = factors_of(terms, kappa, scale, TERMS)
-    for MASKED in tl.static_range(2):
-        out = array(row, OUT, begin, TYPE, MASKED)
-        source = array(row, FROM, begin, TYPE, MASKED)
-        target = array(row, TO, begin, TYPE, MASKED)
-        pointers = arrays(row, TERM, TERMS, begin, TYPE, MASKED)
-        for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
-            index = at + tl.arange(0, BLOCK)
-            x = read_all(pointers, used, index, length, TERMS, PARTLY, MASKED)
-            if RESTORE:
-                write(target, index, load(source, index, length, MASKED), length, MASKED)
-            write(out, index, combine(x, factors, used, TERMS, PARTLY), length, MASKED)

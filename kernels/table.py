@@ -43,5 +43,5 @@ PERTURB = ("radius", "eta", "k", "l")
 TERM = ("p", "q", "used")
 """Names of the numbers of a group, in their order: of perturb, and of each term that follows those of a kernel."""
 
-FORMULAS = {"sgd": (6, 1, 1), "adam": (6, 2, 3), "lion": (6, 0, 1)}
+FORMULAS = {"sgd": (6, 1, 1), "adam": (6, 2, 3), "lion": (6, 0, 1), "assign": (0, 0, 0)}
 """By the name of a step in ``formulas.py``: how many numbers of a group and of a leaf it has, and lists of state."""

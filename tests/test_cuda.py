@@ -73,7 +73,7 @@ def cpu_core():
 def test_the_bits_are_those_of_the_cpu_core(place, dtype):
     """All but sums, whose order is another."""
     ours, theirs = run_all(place.backend(), dtype, SHAPES, place.device), run_all(cpu_core(), dtype, SHAPES)
-    bound = 1e-12 if dtype == torch.float64 else 6e-7  # of sums.cuh, and twice that for what is subtracted first
+    bound = 1e-12 if dtype == torch.float64 else 6e-7  # of sums.cu, and twice that for what is subtracted first
     for name, expected in theirs.items():
         if name in SUMS:
             size = max(float(value.abs().max()) for value in expected)
@@ -198,7 +198,7 @@ def test_numbers_of_many_groups(place, count):
 
 
 def test_sums_of_millions_are_as_exact_as_they_say(place):
-    """The bound of sums.cuh, at a size where fp32 sums of whole tensors are off by far more."""
+    """The bound of sums.cu, at a size where fp32 sums of whole tensors are off by far more."""
     values = torch.rand(3_000_000, device=place.device) + 0.5
     target = base.Block([values], [0])
     total = place.backend().square_norm(target, [values])

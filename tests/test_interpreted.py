@@ -122,7 +122,7 @@ def test_state_of_another_dtype_or_order_is_not_taken():
     assert backend.takes_state(leaves, [good, [None, None]])
     for wrong in (good[0].double(), torch.zeros(3, 9).T):
         assert not backend.takes_state(leaves, [good, [wrong, None]])
-        with pytest.raises((TypeError, ValueError), match=r"state\[0\]\[0\] must have the (dtype|strides) of its"):
+        with pytest.raises(ValueError, match=r"state\[0\]\[0\] must be a plain tensor .* as its parameter"):
             sgd(backend, leaves, base.Direction([good], [[1.0]]), [wrong, None], [False] * 2, [SGDGroup(*[0.1] * 6)])
 
 
@@ -233,7 +233,7 @@ def test_a_thousand_tensors_take_one_launch_a_primitive(launches):
     torch.testing.assert_close(norm, torch.cat(grads).double().square().sum(), rtol=1e-6, atol=0.0)
     rows = [SGDGroup(0.1, 0.0, 0.0, 0.0, False, False)] * 2
     sgd(backend, leaves, base.Direction([grads], [[1.0, 1.0]]), [None] * 1000, [False] * 1000, rows)
-    assert launches == ["square_norm", "totals", "update"]
+    assert launches == ["sums", "totals", "update"]
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p, e)
 
@@ -315,29 +315,22 @@ def primitives_of(backend, params, grads, **options):
     backend.perturb(leaves, grads, None, [0.1], 1.0, from_start=True, **options)
 
 
+OTHER = r"a\[1\] must be a plain tensor with its elements in memory as its parameter"
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "match"),
     [
         (lambda p, g: (p, g[:1]), ValueError, "a must have one tensor a parameter, that is 2, got 1"),
-        (
-            lambda p, g: (p, [g[0], g[1][:3]]),
-            ValueError,
-            r"a\[1\] must have the shape of its parameter, \(5,\)",
-        ),
-        (
-            lambda p, g: (p, [g[0], g[1].double()]),
-            TypeError,
-            r"a\[1\] must have the dtype of its parameter",
-        ),
-        (lambda p, g: (p, [g[0], g[1].to("meta")]), ValueError, r"a\[1\] must be on cpu, got meta"),
-        (lambda p, g: (p, [g[0], torch._neg_view(g[1])]), TypeError, r"a\[1\] must be a plain tensor"),
-        (lambda p, g: (p, [g[0], TwoTensor(g[1], g[1])]), TypeError, r"a\[1\] must be a plain tensor"),
-        (lambda p, g: (p, [g[0], g[1].to_sparse()]), TypeError, r"a\[1\] must be strided, got torch.sparse_coo"),
-        (lambda p, g: (p, [g[0], torch.zeros(10)[::2]]), ValueError, r"a\[1\] must have the strides of its parameter"),
+        (lambda p, g: (p, [g[0], g[1][:3]]), ValueError, OTHER),
+        (lambda p, g: (p, [g[0], g[1].double()]), ValueError, OTHER),
+        (lambda p, g: (p, [g[0], g[1].to("meta")]), ValueError, OTHER),
+        (lambda p, g: (p, [g[0], torch._neg_view(g[1])]), ValueError, OTHER),
+        (lambda p, g: (p, [g[0], TwoTensor(g[1], g[1])]), ValueError, OTHER),
+        (lambda p, g: (p, [g[0], torch.zeros(10)[::2]]), ValueError, OTHER),
         (lambda p, g: ([p[0], p[1].double()], g), TypeError, "parameters must be of one dtype"),
         (lambda p, g: ([p[0][:1].expand(5), p[1]], g), ValueError, r"params\[0\] must be dense"),
-        (lambda p, g: (list(map(nn.Parameter, p)), g), RuntimeError, r"params\[0\] requires grad and would be written"),
-        (lambda p, g: ([q.int() for q in p], [h.int() for h in g]), TypeError, "dtype float64, float32, bfloat16 or"),
+        (lambda p, g: ([q.int() for q in p], [h.int() for h in g]), TypeError, "dtype of float64, float32, bfloat16"),
     ],
 )
 def test_bad_lists_are_refused(spoil, error, match, launches):
@@ -352,54 +345,8 @@ def test_a_lazy_view_at_a_known_address_is_refused():
     params, grads = tensors(torch.float32, 1, [(5,)]), tensors(torch.float32, 2, [(5,)])
     backend = triton.TritonBackend()
     primitives_of(backend, params, grads)
-    with pytest.raises(TypeError, match=r"a\[0\] must be a plain tensor"):
+    with pytest.raises(ValueError, match=r"a\[0\] must be a plain tensor"):
         primitives_of(backend, params, [torch._neg_view(grads[0])])
-
-
-def test_numbers_for_too_few_groups_or_leaves_are_refused(launches):
-    params, grads = tensors(torch.float32, 1, [(5,), (5,)]), tensors(torch.float32, 2, [(5,), (5,)])
-    leaves = base.Block(params, [0, 1], [p.clone() for p in params], True)
-    backend = triton.TritonBackend()
-    d = base.Direction([grads], [[1.0, 1.0]])
-    row = SGDGroup(0.1, 0.9, 0.0, 0.0, False, False)
-    none = [None, None]
-    with pytest.raises(ValueError, match="eta must have one entry a parameter group, that is 2, got 1"):
-        backend.square_norm(leaves, grads, eta=[0.1])
-    with pytest.raises(ValueError, match="radius must have one entry a parameter group, that is 2, got 1"):
-        backend.perturb(leaves, grads, None, [0.1], 1.0, from_start=True)
-    with pytest.raises(ValueError, match="groups must be 2 or more, got 1"):
-        backend.inner_products(leaves, d, None, 1)
-    with pytest.raises(ValueError, match="groups must have one entry a parameter group, that is 2, got 1"):
-        backend.update(leaves, d, "sgd", [none], [row], [(1.0,)], [0, 0])
-    with pytest.raises(ValueError, match=r"groups must have 6 entries a row, got \[6, 5\]"):
-        backend.update(leaves, d, "sgd", [none], [row, row[:5]], [(1.0,)], [0, 0])
-    with pytest.raises(ValueError, match=r"options must have 2 entries a row, got \[1\]"):
-        backend.update(leaves, d, "adam", [none] * 3, [row] * 2, [(1.0,)], [0, 0])
-    with pytest.raises(ValueError, match="option must have one entry a parameter, that is 2, got 1"):
-        backend.update(leaves, d, "sgd", [none], [row] * 2, [(1.0,)], [0])
-    with pytest.raises(ValueError, match=r"state must have 3 entries a row, got \[1\]"):
-        backend.update(leaves, d, "adam", [none], [row] * 2, [(1.0, 1.0)], [0, 0])
-    clipped = base.Direction([grads], [[1.0, 1.0]], None, torch.ones(2).double(), [], 1.0)
-    with pytest.raises(ValueError, match="products must be 3 numbers a parameter group, got 2 numbers"):
-        backend.direction(leaves, clipped, [p.clone() for p in params])
-    with pytest.raises(ValueError, match="p and q must have 2 numbers, one a parameter group, for each of 1 terms"):
-        backend.direction(leaves, base.Direction([grads], [[1.0]]), [p.clone() for p in params])
-    with pytest.raises(ValueError, match="group must be indices of parameter groups, got -1"):
-        backend.square_norm(base.Block(params, [0, -1]), grads)
-    assert launches == []
-
-
-def test_bad_directions_are_refused():
-    params, grads = tensors(torch.float32, 1), tensors(torch.float32, 2)
-    leaves = base.Block(params, [0] * len(params), params)
-    backend = triton.TritonBackend()
-    with pytest.raises(ValueError, match="terms must be 1 to 3 lists of tensors, got 4"):
-        backend.direction(leaves, base.Direction([grads] * 4, [[1.0]] * 4), params)
-    with pytest.raises(TypeError, match="products must be given where q or limit is"):
-        backend.direction(leaves, base.Direction([grads], [[1.0]], limit=1.0), params)
-    products = [[1.0, 1.0, 1.0]] * 2
-    with pytest.raises(ValueError, match="gamma must have one number a row of products, that is 2, got 1"):
-        backend.direction(leaves, base.Direction([grads], [[1.0]], [[1.0]], products, [0.1], 1.0), params)
 
 
 # Selection

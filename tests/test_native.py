@@ -279,6 +279,9 @@ def without_memory(n):
 NOT_READABLE = ("no memory", "zero tensor")
 SHARED = torch.randn(40)
 
+PLAIN = r"a\[1\] must be a plain tensor on cpu of float64, float32, bfloat16 or float16, with elements"
+LIKE = r"a\[0\] must have the dtype, shape and strides of its parameter, "
+
 BAD = {
     "a is no list": ({"a": None}, TypeError, "a must be a list of tensors, got NoneType"),
     "a is a tensor": ({"a": torch.ones(3)}, TypeError, "a must be a list of tensors, got Tensor"),
@@ -289,28 +292,16 @@ BAD = {
         ValueError,
         "a must have one tensor a parameter, that is 2, got 1",
     ),
-    "shape": (
-        {"a": wrong(0, torch.ones(4, 3))},
-        ValueError,
-        r"a\[0\] must have the shape of its parameter, \[3, 4\], got \[4, 3\]",
-    ),
-    "dimensions": ({"b": wrong(1, torch.ones(5, 1))}, ValueError, r"b\[1\] must have the shape"),
-    "dtype": (
-        {"a": wrong(1, torch.ones(5).double())},
-        TypeError,
-        r"a\[1\] must have the dtype of its parameter, got double",
-    ),
-    "integers": ({"a": wrong(1, torch.ones(5).int())}, TypeError, r"a\[1\] must be of dtype float64, .* got int"),
-    "complex": ({"a": wrong(1, torch.ones(5) * 1j)}, TypeError, r"a\[1\] must be of dtype"),
-    "device": ({"a": wrong(0, torch.ones(3, 4, device="meta"))}, ValueError, r"a\[0\] must be on the CPU, got meta"),
-    "sparse": ({"a": wrong(0, torch.ones(3, 4).to_sparse())}, TypeError, r"a\[0\] must be strided, got Sparse"),
-    "lazy view": (
-        {"a": wrong(1, torch.view_as_complex(torch.ones(5, 2)).conj().imag)},
-        TypeError,
-        r"a\[1\] must be a plain tensor",
-    ),
-    "no memory": ({"a": wrong(1, without_memory(5))}, ValueError, r"a\[1\] must have its elements in memory"),
-    "zero tensor": ({"b": wrong(1, torch._efficientzerotensor(5))}, TypeError, r"b\[1\] must be a plain tensor"),
+    "shape": ({"a": wrong(0, torch.ones(4, 3))}, ValueError, LIKE + r"\[3, 4\] by \[4, 1\], got float \[4, 3\]"),
+    "dimensions": ({"b": wrong(1, torch.ones(5, 1))}, ValueError, r"b\[1\] must have the dtype, shape"),
+    "dtype": ({"a": wrong(1, torch.ones(5).double())}, ValueError, r"a\[1\] must have the dtype, .*, got double"),
+    "integers": ({"a": wrong(1, torch.ones(5).int())}, ValueError, PLAIN + ".*CPUIntType"),
+    "complex": ({"a": wrong(1, torch.ones(5) * 1j)}, ValueError, PLAIN),
+    "device": ({"a": wrong(1, torch.ones(5, device="meta"))}, ValueError, PLAIN + ".* on meta"),
+    "sparse": ({"a": wrong(1, torch.ones(5).to_sparse())}, ValueError, PLAIN + ".*SparseCPUFloatType"),
+    "lazy view": ({"a": wrong(1, torch.view_as_complex(torch.ones(5, 2)).conj().imag)}, ValueError, PLAIN),
+    "no memory": ({"a": wrong(1, without_memory(5))}, ValueError, PLAIN),
+    "zero tensor": ({"b": wrong(1, torch._efficientzerotensor(5))}, ValueError, r"b\[1\] must be a plain tensor"),
     "radius is None": ({"radius": None}, TypeError, "radius must be a list of numbers, got NoneType"),
     "radius of strings": ({"radius": ["1", 2.0]}, TypeError, r"radius\[0\] must be one of the numbers, got str"),
     "radius too short": (
@@ -319,20 +310,12 @@ BAD = {
         "radius must have one entry a parameter group, that is 2, got 1",
     ),
     "eta too short": ({"eta": [0.1]}, ValueError, "eta must have one entry a parameter group"),
-    "strides": (
-        {"a": wrong(0, torch.ones(4, 3).T)},
-        ValueError,
-        r"a\[0\] must have the strides of its parameter, \[4, 1\], got \[1, 3\]",
-    ),
-    "gaps": (
-        {"a": wrong(0, torch.ones(3, 8)[:, ::2])},
-        ValueError,
-        r"a\[0\] must be dense in memory, got strides \[8, 2\]",
-    ),
+    "strides": ({"a": wrong(0, torch.ones(4, 3).T)}, ValueError, LIKE + r".*, got float \[3, 4\] by \[1, 3\]"),
+    "gaps": ({"a": wrong(1, torch.ones(10)[::2])}, ValueError, PLAIN + r".* of shape \[5\] and strides \[2\]"),
     "expanded parameter": (
         {"params": [torch.ones(4).expand(3, 4), torch.ones(5)]},
         ValueError,
-        r"params\[0\] must be dense in memory, got strides \[0, 1\] of shape \[3, 4\]",
+        r"params\[0\] must be a plain tensor",
     ),
     "parameters that overlap": (
         {"params": [SHARED[:12].view(3, 4), SHARED[11:16]]},
@@ -401,7 +384,7 @@ def test_other_arguments_are_checked_too():
             r"group\[1\] must be the index of a parameter group, got -1",
         ),
         (lambda: _C.Plan(good["params"], [0, 2**62]), ValueError, r"group\[1\] must be the index"),
-        (lambda: _C.Plan([torch.ones(1).expand(2**40)], [0]), ValueError, r"params\[0\] must be dense in memory"),
+        (lambda: _C.Plan([torch.ones(1).expand(2**40)], [0]), ValueError, r"params\[0\] must be a plain tensor"),
         (
             lambda: _C.Plan([torch.ones(2**3, device="meta")], [0]),
             ValueError,
@@ -435,28 +418,28 @@ def test_other_arguments_are_checked_too():
         (
             lambda: _C.direction(plan, leaves, base.Direction(terms, factors, limit=1.0), state),
             TypeError,
-            "products must be given where q or limit is, got None",
+            "products must be given, got None",
         ),
         (
             lambda: _C.direction(plan, leaves, base.Direction(terms, factors, factors, [[1.0]]), state),
             ValueError,
-            "products must be three numbers a parameter group",
+            "products must be .* three numbers a parameter group",
         ),
         (
             lambda: _C.direction(plan, leaves, base.Direction(terms, factors, factors, torch.ones(2, 3)), state),
-            TypeError,
-            "products must be numbers on the CPU, got a tensor",
+            ValueError,
+            "products must be a contiguous float64 tensor on cpu of three numbers a parameter group",
         ),
-        (lambda: call_perturb(arguments(square=None)), TypeError, "square must be a tensor or a float, got NoneType"),
-        (lambda: call_perturb(arguments(square=torch.ones(()))), TypeError, "square must be a number on the CPU"),
+        (lambda: call_perturb(arguments(square=None)), TypeError, "square must be given, got None"),
+        (lambda: call_perturb(arguments(square=torch.ones(()))), ValueError, "square must be .* float64 .* one number"),
         (lambda: _C.inner_products(plan, [[1, 2]], factors, None, 2), TypeError, r"terms\[0\]\[0\] must be a tensor"),
         (
             lambda: _C.direction(plan, leaves, d, none),
             TypeError,
             r"out\[0\] must be a tensor, got NoneType",
         ),
-        (lambda: update("rmsprop"), ValueError, "formula must be one of sgd, adam, lion, got rmsprop"),
-        (lambda: update(state=[state] * 2), ValueError, "state must be 1 lists of tensors, got 2"),
+        (lambda: update("rmsprop"), ValueError, "formula must be one of sgd, adam, lion, assign, got rmsprop"),
+        (lambda: update(state=[state] * 2), ValueError, "state must be at most 1 lists of tensors, got 2"),
         (
             lambda: update(state=[state[:1]]),
             ValueError,
@@ -466,9 +449,9 @@ def test_other_arguments_are_checked_too():
         (lambda: update(groups=[(0.1,)] * 2), ValueError, r"groups\[0\] must have 6 numbers, got 1"),
         (lambda: update(groups=[(None, *rows[0][1:])] * 2), TypeError, r"groups\[0\]\[0\] must be one of the numbers"),
         (lambda: update(options=[()]), ValueError, r"options\[0\] must have 1 numbers, got 0"),
-        (lambda: update(option=[0]), ValueError, "option must have one index a parameter, that is 2, got 1"),
-        (lambda: update(option=[0, 2]), ValueError, "option must be indices of the 2 options, got 2"),
-        (lambda: _C.empty_like([torch.ones(6, 8)[:, ::2]]), ValueError, r"tensors\[0\] must be dense in memory"),
+        (lambda: update(option=[0]), ValueError, "option must have for each of the 2 parameters"),
+        (lambda: update(option=[0, 2]), ValueError, r"the index of one of 2 options, got \[0, 2\]"),
+        (lambda: _C.empty_like([torch.ones(6, 8)[:, ::2]]), ValueError, r"tensors\[0\] must be a plain tensor"),
         (lambda: _C.empty_like([3]), TypeError, r"tensors\[0\] must be a tensor, got int"),
     ]
     for call, error, message in cases:

@@ -148,7 +148,7 @@ def test_a_gpu_that_is_full_for_the_moment_is_tried_again(monkeypatch):
 @pytest.fixture
 def device(monkeypatch):
     """A stand-in for a GPU that keeps copies in the memory of the CPU and counts them."""
-    fake = SimpleNamespace(stream=1, capturing=False, copies=[], pinned=[])
+    fake = SimpleNamespace(stream=1, capturing=False, copies=[])
 
     def copies(values, device, capturing):
         if values:
@@ -156,9 +156,8 @@ def device(monkeypatch):
         return [value.clone() for value in values]
 
     monkeypatch.setattr(tables, "copies", copies)
-    monkeypatch.setattr(tables, "_check_plain", lambda *_: None)
-    monkeypatch.setattr(tables, "graph_memory", tables.GraphMemory())
-    monkeypatch.setattr(tables, "pinned", lambda words: fake.pinned.append(fake.capturing) or torch.zeros(words).long())
+    monkeypatch.setattr(tables.Tables, "_is_like", lambda *_: True)
+    monkeypatch.setattr(tables, "graph_memory", [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=fake.stream))
     return fake
@@ -211,10 +210,7 @@ def test_a_captured_launch_has_a_table_of_its_own(device):
     assert device.copies == [True, True]
     assert first.table is not second.table
     assert first.pieces.data_ptr() == second.pieces.data_ptr() == kept.pieces.data_ptr()  # which never change
-    blocks = [tables.graph_memory.take(first.table.numel() + 2) for _ in range(10_000)]
-    assert device.pinned
-    assert all(device.pinned)  # asked for in a capture only
-    assert len({block.data_ptr() for block in blocks}) == 10_000  # and nothing is handed out twice
+    assert [tensor.data_ptr() for tensor in tables.graph_memory] == [kept.pieces.data_ptr()] * 2
     device.capturing = False
     device.copies.clear()
     assert table.prepare(lists).table is kept.table
@@ -227,8 +223,7 @@ def test_tables_do_not_pile_up(device):
     lists = [[torch.zeros_like(p) for p in params] for _ in range(4 * tables.KEPT)]
     for tensors in lists:
         table.prepare([tables.Argument("a", tensors)], [[0.5]])
-    assert len(table._rows) == tables.KEPT
-    assert len(table._copies[1]) == 3 * tables.KEPT
+    assert len(table._kept) == tables.KEPT
 
 
 def test_the_words_of_a_table():
@@ -251,16 +246,6 @@ def test_the_words_of_a_table():
     assert third[:3] == [1, 9, 1]
     assert first[3:] == [params[0].data_ptr(), lists[1].tensors[0].data_ptr(), 0, 0]
     assert third[3:] == [0, 0, 0, 0]
-
-
-def test_a_change_of_strides_at_the_same_address_is_seen():
-    table, params = made(((4, 5),), (0,))
-    square = torch.zeros(4, 5)
-    table.prepare([tables.Argument("params", params), tables.Argument("a", [square])])
-    turned = square.as_strided((4, 5), (1, 4))
-    with pytest.raises(ValueError, match=r"a\[0\] must have the strides of its parameter, \(5, 1\), got \(1, 4\)"):
-        table.prepare([tables.Argument("params", params), tables.Argument("a", [turned])])
-    assert not table.fits(base.Block([turned], [0]))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +272,7 @@ def test_parameters_with_gaps_or_overlaps_are_refused(build):
 
 
 def test_parameters_of_several_dtypes_are_refused():
-    with pytest.raises(TypeError, match="parameters must be of one dtype, got torch.float32, torch.float64"):
+    with pytest.raises(TypeError, match="parameters must be of one dtype .* got torch.float32, torch.float64"):
         tables.Tables(base.Block([torch.zeros(3), torch.zeros(3).double()], [0, 0]))
 
 
@@ -302,7 +287,7 @@ def test_memory_that_was_taken_away_is_refused():
     table, _ = made(((8,),), (0,))
     values = torch.zeros(8)
     values.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"a\[0\] must have its elements in memory: its storage has 0 bytes of 32"):
+    with pytest.raises(ValueError, match=r"a\[0\] must be .* with its elements in memory .* in 0 bytes"):
         table.prepare([tables.Argument("a", [values])])
 
 
@@ -318,7 +303,7 @@ def test_kernels_compile_and_use_the_widest_accesses(name):
 
     found = aot.check(name, ("float32",))
     assert {what.split()[0] for what, _, _ in found} == {
-        "square_norm", "inner_products", "totals", "perturb", "materialise", "sgd", "adam", "lion",
+        "sums", "totals", "perturb", "sgd", "adam", "lion", "assign",
     }  # fmt: skip
     assert [what for what, _, wrong in found if wrong] == []
 

@@ -62,15 +62,26 @@ def update(formula: str, terms: int, partly: int, states: int, lacked: int) -> V
     of_group, of_leaf, _ = FORMULAS[formula]
     chosen = {"FORMULA": getattr(formulas, formula), "OF_GROUP": of_group, "OF_LEAF": of_leaf, "STATES": states}
     constants = {**chosen, "LACKED": lacked, "TERMS": terms, "PARTLY": partly, **ALONG}
-    return Variant(updates.update, constants, 2 + terms + states, 1 + terms + states, 1 + states)
+    reads = terms + states + (formula != "assign")  # θ
+    return Variant(updates.update, constants, 2 + terms + states, reads, 1 + states)
 
 
 VARIANTS = [
-    Variant(sums.square_norm, {"DIFFERENCE": False, "WEIGHTED": False}, 3, 1),
-    Variant(sums.square_norm, {"DIFFERENCE": True, "WEIGHTED": True}, 3, 3),
-    Variant(sums.inner_products, {"TERMS": 1, "PARTLY": 0, "WITH_M": False}, 1, 1),
-    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": 0, "WITH_M": True}, 3, 3),
-    Variant(sums.inner_products, {"TERMS": 3, "PARTLY": 7, "WITH_M": True}, 3, 3),
+    *(
+        Variant(
+            sums.sums,
+            {"TERMS": terms, "PARTLY": partly, "WEIGHTED": weighted, "WITH_M": with_m, "SUMS": count},
+            1 + terms,
+            terms + weighted,
+        )
+        for terms, partly, weighted, with_m, count in (
+            (1, 0, False, False, 1),
+            (2, 0, True, False, 1),
+            (1, 0, False, False, 3),
+            (3, 0, False, True, 3),
+            (3, 7, False, True, 3),
+        )
+    ),
     *(
         Variant(
             moves.perturb,
@@ -87,8 +98,6 @@ VARIANTS = [
             (True, True, False, False, True),
         )
     ),
-    Variant(moves.materialise, {"TERMS": 3, "PARTLY": 0, "RESTORE": True, **ALONG}, 6, 4, 2),
-    Variant(moves.materialise, {"TERMS": 2, "PARTLY": 3, "RESTORE": False, **ALONG}, 5, 2, 1),
     *(
         update(*row)
         for row in (
@@ -99,6 +108,8 @@ VARIANTS = [
             ("adam", 3, 0, 2, 0),
             ("adam", 3, 7, 3, 4),
             ("lion", 3, 0, 1, 0),
+            ("assign", 3, 0, 0, 0),
+            ("assign", 2, 3, 0, 0),
         )
     ),
 ]

@@ -1,78 +1,56 @@
 #include "executor.h"
 
-#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "dispatch.h"
-#include "parallel.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace gam::cpu {
 namespace {
 
-at::Tensor tensor_of(const std::vector<double>& values, at::IntArrayRef sizes) {
-  at::Tensor result = at::detail::empty_cpu(sizes, at::TensorOptions().dtype(at::kDouble));
-  std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
-  return result;
-}
+// Set in a process that was forked off one that had loaded the core. The threads of libgomp do not survive a fork, and
+// a region that needs them would wait for ever; such a process (a worker of a DataLoader) works with one thread.
+bool forked = false;
+
+#if defined(__unix__) || defined(__APPLE__)
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
 
 }  // namespace
 
-Work Executor::work(std::initializer_list<List> lists) const {
-  Work work{shapes_->dtype(), shapes_->leaves().data(), plan_.pieces().data(), {}};
-  std::copy_n(lists.begin(), std::min<size_t>(lists.size(), Work::kMaxLists), work.lists);
-  return work;
-}
-
-at::Tensor Executor::square_norm(const SquareNorm& arguments) {
-  std::vector<double> sums(plan_.pieces().size());
-  const Work work = this->work({arguments.a, arguments.b, arguments.theta});
-  parallel_over_chunks(plan_,
-                       [&](Range range) { kernels().square_norm(work, arguments, range, sums.data() + range.begin); });
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return tensor_of({total}, {});
-}
-
-at::Tensor Executor::inner_products(const InnerProducts& arguments, int64_t groups) {
-  const std::vector<Piece>& pieces = plan_.pieces();
-  std::vector<double> sums(pieces.size() * kSums);
-  const List* terms = arguments.u.lists;
-  const Work work = this->work({terms[0], terms[1], terms[2]});
-  parallel_over_chunks(
-      plan_, [&](Range range) { kernels().inner_products(work, arguments, range, sums.data() + kSums * range.begin); });
-  std::vector<double> total(static_cast<size_t>(groups) * kSums);
-  for (size_t p = 0; p < pieces.size(); ++p) {
-    const auto group = static_cast<size_t>(shapes_->leaves()[static_cast<size_t>(pieces[p].leaf)].group);
-    for (size_t k = 0; k < kSums; ++k) total[group * kSums + k] += sums[p * kSums + k];
+template <class Arguments, class Loop>
+void Executor::run(const Arguments& arguments, const Loop& loop) const {
+  const Work work{shapes_->dtype(), shapes_->leaves().data(), plan_.pieces().data(), arguments.lists,
+                  Arguments::kLists};
+  const auto run_chunks = [&](int64_t first, int64_t last) { loop(work, arguments, plan_.pieces_of(first, last)); };
+  if (forked) {
+    run_chunks(0, plan_.chunks());
+  } else {
+    at::parallel_for(0, plan_.chunks(), 1, run_chunks);
   }
-  return tensor_of(total, {groups, kSums});
 }
 
-void Executor::perturb(const Perturbation& arguments) {
-  const Work work = this->work(
-      {arguments.params, arguments.backup, arguments.a, arguments.b, arguments.fold.into, arguments.fold.other});
-  parallel_over_chunks(plan_, [&](Range range) { kernels().perturb(work, arguments, range); });
+at::Tensor Executor::sums(const Sums& arguments, int64_t groups) {
+  const std::vector<Piece>& pieces = plan_.pieces();
+  std::vector<double> of_pieces(pieces.size() * kSums);
+  run(arguments, [&](const Work& work, const Sums& sums, Range range) {
+    kernels().sums(work, sums, range, of_pieces.data() + kSums * range.begin);
+  });
+  std::vector<double> total(static_cast<size_t>(std::max<int64_t>(groups, 1)) * kSums);
+  for (size_t p = 0; p < pieces.size(); ++p) {
+    const int group = groups > 0 ? shapes_->leaves()[static_cast<size_t>(pieces[p].leaf)].group : 0;
+    for (size_t k = 0; k < kSums; ++k) total[static_cast<size_t>(group) * kSums + k] += of_pieces[p * kSums + k];
+  }
+  return groups > 0 ? tensor_of(total, {groups, kSums}) : tensor_of({total[0]}, {});
 }
 
-void Executor::copy(const Copy& arguments) {
-  const Work work = this->work({arguments.from, arguments.to});
-  parallel_over_chunks(plan_, [&](Range range) { kernels().copy(work, arguments, range); });
-}
-
-void Executor::materialise(const Materialise& arguments) {
-  const List* terms = arguments.d.lists;
-  const Copy& restore = arguments.restore;
-  const Work work = this->work({terms[0], terms[1], terms[2], arguments.out, restore.from, restore.to});
-  parallel_over_chunks(plan_, [&](Range range) { kernels().materialise(work, arguments, range); });
-}
-
-void Executor::update(const Update& arguments) {
-  const List *terms = arguments.d.lists, *state = arguments.state;
-  const Work work =
-      this->work({terms[0], terms[1], terms[2], arguments.theta, arguments.params, state[0], state[1], state[2]});
-  parallel_over_chunks(plan_, [&](Range range) { kernels().update(work, arguments, range); });
-}
+void Executor::perturb(const Perturbation& arguments) { run(arguments, kernels().perturb); }
+void Executor::copy(const Copy& arguments) { run(arguments, kernels().copy); }
+void Executor::update(const Update& arguments) { run(arguments, kernels().update); }
 
 }  // namespace gam::cpu

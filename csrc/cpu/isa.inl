@@ -18,6 +18,6 @@ namespace {
 
 #define GAM_QUOTE(text) #text
 #define GAM_NAME(isa) GAM_QUOTE(isa)
-const Kernels kKernels = {GAM_NAME(GAM_ISA), square_norm, inner_products, perturb, copy, materialise, update};
+const Kernels kKernels = {GAM_NAME(GAM_ISA), sums, perturb, copy, update};
 
 }  // namespace gam::cpu::GAM_ISA

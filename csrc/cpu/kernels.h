@@ -1,7 +1,7 @@
-// The loops on CPU: what they get besides the arguments of the primitives, and the table of them.
+// The loops on CPU: what they get besides the arguments of the primitives, the tables of them, and which one is used.
 //
-// Nothing here or in the loops instantiates a template of the standard library. The loops are compiled for processors
-// newer than the one at hand may be, and the linker keeps one copy of an inline function for all files.
+// Nothing in the loops instantiates a template of the standard library. They are compiled for processors newer than the
+// one at hand may be, and the linker keeps one copy of an inline function for all files.
 #pragma once
 
 #include "../primitives.h"
@@ -19,22 +19,20 @@ struct Range {
 };
 
 struct Work {
-  static constexpr int kMaxLists = 9;
-
   Dtype dtype;
   const Leaf* leaves;
   const Piece* pieces;
-  List lists[kMaxLists];  // those that are read or written, as far as they are not null
+  const List* lists;  // of the arguments
+  int count;
 };
 
-// The loops, compiled for one instruction set. Sums are one double a piece of the plan, or kSums for inner products.
+// The loops, compiled for one instruction set. Sums are kSums doubles a piece of the plan, of which without m only the
+// first is written.
 struct Kernels {
   const char* isa;
-  void (*square_norm)(const Work&, const SquareNorm&, Range, double* sums);
-  void (*inner_products)(const Work&, const InnerProducts&, Range, double* sums);
+  void (*sums)(const Work&, const Sums&, Range, double* sums);
   void (*perturb)(const Work&, const Perturbation&, Range);
   void (*copy)(const Work&, const Copy&, Range);
-  void (*materialise)(const Work&, const Materialise&, Range);
   void (*update)(const Work&, const Update&, Range);
 };
 

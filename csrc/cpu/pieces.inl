@@ -9,11 +9,6 @@ T of_group(PerGroup values, const Leaf& leaf) {
   return static_cast<T>(values[leaf.group]);
 }
 
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 template <class T, int N>
 struct Tuple {
   T values[N];
@@ -26,46 +21,36 @@ inline void prefetch(const Work& work, const Piece& piece) {
   constexpr int64_t kLine = 64, kMost = 512;
   const int64_t size = size_of(work.dtype);
   const int64_t bytes = piece.length * size < kMost ? piece.length * size : kMost;
-  for (const List list : work.lists) {
-    if (!list || !list[piece.leaf]) continue;
-    const char* begin = static_cast<const char*>(list[piece.leaf]) + piece.begin * size;
+  for (int k = 0; k < work.count; ++k) {
+    if (!work.lists[k] || !work.lists[k][piece.leaf]) continue;
+    const char* begin = static_cast<const char*>(work.lists[k][piece.leaf]) + piece.begin * size;
     for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
   }
 #endif
 }
 
-// Calls f(type, piece, leaf, array_of) for the pieces of a range; `type` is a value of the element type, and
-// array_of(list) the array of the leaf, null where it or the list has none.
+// Calls f(element, piece, leaf, array_of) for the pieces of a range; `element` is one of the dtype, and array_of(k) the
+// array of the leaf in list k, null where it or the list has none.
 template <class F>
 void each_piece(const Work& work, Range range, F f) {
   constexpr int64_t kPiecesAhead = 3;
-  with_type(work.dtype, [&](auto type) {
+  with_dtype(work.dtype, [&](auto element) {
     for (int64_t p = range.begin; p < range.end; ++p) {
       if (p + kPiecesAhead < range.end) prefetch(work, work.pieces[p + kPiecesAhead]);
       const Piece& piece = work.pieces[p];
-      f(type, piece, work.leaves[piece.leaf], [&](List list) { return list ? list[piece.leaf] : nullptr; });
+      f(element, piece, work.leaves[piece.leaf],
+        [&](int k) { return work.lists[k] ? work.lists[k][piece.leaf] : nullptr; });
     }
   });
 }
 
-// The Combine of a leaf's group.
-template <class O>
-Combine<O> combine_of(const Combination& d, const Leaf& leaf) {
-  const double* factor = d.groups[leaf.group].p;
-  return {{static_cast<O>(factor[0]), static_cast<O>(factor[1]), static_cast<O>(factor[2])}};
-}
-
-// The list of term t of a leaf's group.
-List list_of(const Combination& d, const Leaf& leaf, int t) { return d.lists[d.groups[leaf.group].index[t]]; }
-
-// The combination Σ factor x of a leaf, tile by tile.
+// The combination Σ factor x of a leaf, tile by tile. The lists of terms begin with number `first`.
 template <class T, int Terms>
 class Combined {
-  using O = opmath_t<T>;
-
  public:
-  Combined(const Combination& d, const Piece& piece, const Leaf& leaf) : combine_(combine_of<O>(d, leaf)) {
-    for (int t = 0; t < Terms; ++t) readers_[t] = Reader<T>(list_of(d, leaf, t)[piece.leaf]);
+  template <class ArrayOf>
+  Combined(const GroupTerms& terms, int first, ArrayOf array_of) : combine_(terms.p) {
+    for (int t = 0; t < Terms; ++t) readers_[t] = Reader<T>(array_of(first + terms.index[t]));
   }
 
   // A function of j, the element i + j.
@@ -86,13 +71,13 @@ class Combined {
 
  private:
   Reader<T> readers_[Terms];
-  Combine<O> combine_;
+  Combine<opmath_t<T>> combine_;
 };
 
-// Calls f with the number of terms of the leaf's group as a constant.
+// Calls f with the number of terms as a constant.
 template <class F>
-void with_terms(const Combination& d, const Leaf& leaf, F f) {
-  switch (d.groups[leaf.group].terms) {
+void with_terms(const GroupTerms& terms, F f) {
+  switch (terms.terms) {
     case 1:
       return f(Constant<1>());
     case 2:

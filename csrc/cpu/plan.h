@@ -1,6 +1,7 @@
 // How the elements of all parameters are shared out: chunks of equal size, whatever the sizes of the tensors.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../shapes.h"
@@ -17,7 +18,25 @@ inline constexpr int64_t kCut = 64;
 
 class Plan {
  public:
-  explicit Plan(const Shapes& shapes);
+  explicit Plan(const Shapes& shapes) {
+    const int64_t element = size_of(shapes.dtype());
+    int64_t room = 0;  // bytes left in the chunk being filled
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const Leaf& leaf = shapes.leaves()[i];
+      for (int64_t begin = 0; begin < leaf.numel;) {
+        if (room <= 0) {
+          starts_.push_back(static_cast<int64_t>(pieces_.size()));
+          room = kChunkBytes;
+        }
+        const int64_t fitting = std::max(room / element / kCut * kCut, kCut);
+        const int64_t length = std::min(leaf.numel - begin, fitting);
+        pieces_.push_back({static_cast<int64_t>(i), begin, length});
+        begin += length;
+        room -= length * element;
+      }
+    }
+    starts_.push_back(static_cast<int64_t>(pieces_.size()));
+  }
 
   const std::vector<Piece>& pieces() const { return pieces_; }
   int64_t chunks() const { return static_cast<int64_t>(starts_.size()) - 1; }

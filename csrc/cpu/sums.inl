@@ -1,9 +1,9 @@
 // The primitives that only read: norms and inner products.
 
-// Sums, over the elements of a piece, of the `Sums` numbers that `value(x...)` makes of the elements x of `Lists`
+// Adds up, over the elements of a piece, the `Count` numbers that `value(x...)` makes of the elements x of `Lists`
 // arrays. They are kept in as many lanes as kLanes, whatever the width of the vectors, so every processor makes the
 // same additions: in the working precision over one tile, 32 numbers a lane, and in fp64 over tiles and lanes.
-template <class T, int Sums, int Lists, class Value>
+template <class T, int Count, int Lists, class Value>
 class Summation {
   using O = opmath_t<T>;
   static constexpr int kLanes = 16;
@@ -21,7 +21,7 @@ class Summation {
     each_tile(0, place, [&](int64_t i, int n) { add<kPlaces>(piece.begin + i, place, n); });
     each_tile(kPlaces * place, piece.length - kPlaces * place,
               [&](int64_t i, int n) { add<1>(piece.begin + i, 0, n); });
-    for (int s = 0; s < Sums; ++s) {
+    for (int s = 0; s < Count; ++s) {
       sums[s] = 0;
       for (int lane = 0; lane < kLanes; ++lane) sums[s] += lanes_[s][lane];
     }
@@ -34,16 +34,16 @@ class Summation {
     const seen_t<T>* x[Places][Lists];
     for (int p = 0; p < Places; ++p)
       for (int k = 0; k < Lists; ++k) x[p][k] = readers_[p][k].tile(i + p * distance, n);
-    O part[Places][Sums][kLanes] = {};
+    O part[Places][Count][kLanes] = {};
     const Value value = value_;
     const auto add_one = [&x, &part, value](int p, int j, int lane) {
-      Tuple<O, Sums> added;
+      Tuple<O, Count> added;
       if constexpr (Lists == 1) added = value(value_of(x[p][0][j]));
       if constexpr (Lists == 2) added = value(value_of(x[p][0][j]), value_of(x[p][1][j]));
       if constexpr (Lists == 3) {
         added = value(value_of(x[p][0][j]), value_of(x[p][1][j]), value_of(x[p][2][j]));
       }
-      for (int s = 0; s < Sums; ++s) part[p][s][lane] += added.values[s];
+      for (int s = 0; s < Count; ++s) part[p][s][lane] += added.values[s];
     };
     const int whole = n / kLanes * kLanes;
     for (int j = 0; j < whole; j += kLanes)
@@ -52,63 +52,52 @@ class Summation {
     for (int p = 0; p < Places; ++p)
       for (int j = whole; j < n; ++j) add_one(p, j, j - whole);
     for (int p = 0; p < Places; ++p)
-      for (int s = 0; s < Sums; ++s)
+      for (int s = 0; s < Count; ++s)
         for (int lane = 0; lane < kLanes; ++lane) lanes_[s][lane] += static_cast<double>(part[p][s][lane]);
   }
 
   Value value_;
   Reader<T> readers_[kPlaces][Lists];
-  double lanes_[Sums][kLanes] = {};
+  double lanes_[Count][kLanes] = {};
 };
 
-template <class T, int Sums, int Lists, class Value>
+template <class T, int Count, int Lists, class Value>
 void add_up(const Tuple<void*, Lists>& arrays, const Piece& piece, double* sums, Value value) {
-  Summation<T, Sums, Lists, Value>(arrays, value)(piece, sums);
+  Summation<T, Count, Lists, Value>(arrays, value)(piece, sums);
 }
 
-// sums[k] for the k-th piece of the range
-void square_norm(const Work& work, const SquareNorm& arguments, Range range, double* sums) {
-  const List a = arguments.a, b = arguments.b, theta = arguments.theta;
-  each_piece(work, range, [&](auto type, const Piece& piece, const Leaf& leaf, auto array_of) {
-    using T = decltype(type);
+// sums[kSums k …] for the k-th piece of the range
+void sums(const Work& work, const Sums& arguments, Range range, double* sums) {
+  each_piece(work, range, [&](auto element, const Piece& piece, const Leaf& leaf, auto array_of) {
+    using T = decltype(element);
     using O = opmath_t<T>;
-    const Weigh<O> weigh{theta ? of_group<O>(arguments.eta, leaf) : O(0)};
-    const auto add_squares = [&](const auto& arrays, auto value) {
-      add_up<T, 1>(arrays, piece, sums++, [value](auto... x) { return Tuple<O, 1>{{value(x...) * value(x...)}}; });
-    };
-    if (b && theta) {
-      add_squares(Tuple<void*, 3>{{array_of(a), array_of(b), array_of(theta)}},
-                  [weigh](O x, O y, O t) { return weigh(x - y, t); });
-    } else if (theta) {
-      add_squares(Tuple<void*, 2>{{array_of(a), array_of(theta)}}, [weigh](O x, O t) { return weigh(x, t); });
-    } else if (b) {
-      add_squares(Tuple<void*, 2>{{array_of(a), array_of(b)}}, [](O x, O y) { return x - y; });
-    } else {
-      add_squares(Tuple<void*, 1>{{array_of(a)}}, [](O x) { return x; });
-    }
-  });
-}
-
-// sums[kSums k + 0 … 2] for the k-th piece of the range
-void inner_products(const Work& work, const InnerProducts& arguments, Range range, double* sums) {
-  const Combination &u = arguments.u, &m = arguments.m;
-  each_piece(work, range, [&](auto type, const Piece& piece, const Leaf& leaf, auto array_of) {
-    using T = decltype(type);
-    using O = opmath_t<T>;
-    with_terms(u, leaf, [&](auto terms) {
-      const Combine<O> of_u = combine_of<O>(u, leaf);
-      const Combine<O> of_m = !m.groups ? Combine<O>() : combine_of<O>(m, leaf);
-      Tuple<void*, terms.value> arrays;
-      for (int t = 0; t < terms.value; ++t) arrays.values[t] = array_of(list_of(u, leaf, t));
-      if (!m.groups) {
-        add_up<T, 1>(arrays, piece, sums, [of_u](auto... x) { return Tuple<O, 1>{{of_u(x...) * of_u(x...)}}; });
-      } else {
-        add_up<T, kSums>(arrays, piece, sums, [of_u, of_m](auto... x) {
-          const O a = of_u(x...), b = of_m(x...);
+    const GroupTerms& terms = arguments.u[leaf.group];
+    with_terms(terms, [&](auto count) {
+      constexpr int kTerms = count.value;
+      const Combine<O> of_u(terms.p);
+      Tuple<void*, kTerms> x;
+      for (int t = 0; t < kTerms; ++t) x.values[t] = array_of(Sums::kTerms + terms.index[t]);
+      if (arguments.m) {
+        const Combine<O> of_m(arguments.m[leaf.group].p);
+        add_up<T, kSums>(x, piece, sums, [of_u, of_m](auto... terms) {
+          const O a = of_u(terms...), b = of_m(terms...);
           return Tuple<O, kSums>{{a * a, b * a, b * b}};
         });
+      } else if (!arguments.eta) {
+        add_up<T, 1>(x, piece, sums, [of_u](auto... terms) {
+          const O a = of_u(terms...);
+          return Tuple<O, 1>{{a * a}};
+        });
+      } else if constexpr (kTerms < kMaxTerms) {
+        const Weigh<O> weigh{of_group<O>(arguments.eta, leaf)};
+        Tuple<void*, kTerms + 1> with_theta{{array_of(Sums::kTheta)}};
+        for (int t = 0; t < kTerms; ++t) with_theta.values[t + 1] = x.values[t];
+        add_up<T, 1>(with_theta, piece, sums, [of_u, weigh](O theta, auto... terms) {
+          const O a = weigh(of_u(terms...), theta);
+          return Tuple<O, 1>{{a * a}};
+        });
       }
-      sums += kSums;
     });
+    sums += kSums;
   });
 }

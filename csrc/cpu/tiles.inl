@@ -158,18 +158,3 @@ void each_tile(int64_t begin, int64_t length, F f) {
     f(begin + i, static_cast<int>(length - i < kTile ? length - i : kTile));
   }
 }
-
-// Calls f with a value of the element type that `dtype` names.
-template <class F>
-void with_type(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kDouble:
-      return f(double());
-    case Dtype::kFloat:
-      return f(float());
-    case Dtype::kBFloat16:
-      return f(BFloat16());
-    case Dtype::kHalf:
-      return f(Half());
-  }
-}

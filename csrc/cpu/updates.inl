@@ -21,8 +21,9 @@ void update_tile(int n, F formula, D d, const V* theta, Tuple<const V*, State> s
 
 template <template <class> class Functor>
 void update_by(const Work& work, const Update& arguments, Range range) {
-  each_piece(work, range, [&](auto type, const Piece& piece, const Leaf& leaf, auto array_of) {
-    using T = decltype(type);
+  using Lists = Update;
+  each_piece(work, range, [&](auto element, const Piece& piece, const Leaf& leaf, auto array_of) {
+    using T = decltype(element);
     using F = Functor<opmath_t<T>>;
     using V = seen_t<T>;
     constexpr int kState = F::kState;
@@ -30,18 +31,18 @@ void update_by(const Work& work, const Update& arguments, Range range) {
     Reader<T> readers[kState];
     Writer<T> writers[kState];
     for (int k = 0; k < kState; ++k) {
-      readers[k] = Reader<T>(array_of(arguments.state[k]));
-      writers[k] = Writer<T>(array_of(arguments.state[k]), false);
+      readers[k] = Reader<T>(array_of(Lists::kState + k));
+      writers[k] = Writer<T>(array_of(Lists::kState + k), false);
     }
-    with_terms(arguments.d, leaf, [&](auto terms) {
-      Combined<T, terms.value> combined(arguments.d, piece, leaf);
-      Reader<T> theta(array_of(arguments.theta));
-      Writer<T> params(array_of(arguments.params), arguments.stream);
+    with_terms(arguments.d[leaf.group], [&](auto terms) {
+      Combined<T, terms.value> combined(arguments.d[leaf.group], Lists::kTerms, array_of);
+      Reader<T> theta(array_of(Lists::kTheta));
+      Writer<T> params(array_of(Lists::kParams), arguments.stream);
       each_tile(piece.begin, piece.length, [&](int64_t i, int n) {
         Tuple<const V*, kState> state;
         Tuple<V*, kState> advanced;
         for (int k = 0; k < kState; ++k) {
-          state.values[k] = array_of(arguments.state[k]) ? readers[k].tile(i, n) : zeros<V>();
+          state.values[k] = array_of(Lists::kState + k) ? readers[k].tile(i, n) : zeros<V>();
           advanced.values[k] = writers[k].tile(i);
         }
         update_tile<kState>(n, formula, combined.tile(i, n), theta.tile(i, n), state, advanced, params.tile(i));

@@ -1,35 +1,15 @@
 // The arguments of the kernels. They travel by value, 4 KiB at most: what devices without larger argument space take.
+// The lists of a table are those of the primitive, in the order of its enumeration.
 #pragma once
 
 #include "table.h"
 
 namespace gam::cuda {
 
-// The terms of a group, with the coefficients of their factors s (p + κ q).
-using GroupTerms = Combination::Group;
-
-// What κ and s follow from.
-struct Sums {
-  const double* products = nullptr;  // by row: ‖u‖², ⟨m,u⟩, ‖m‖²
-  int rows = 0;
-  bool project = false, clip = false;
-  double limit = 0;
-  Numbers<double> gamma;  // by row
-};
-
-struct SquareNormArguments {
-  enum List { kA, kB, kTheta, kLists };
-
+struct SumsArguments {
   Table table;
-  double* parts;  // one number a block
+  double* parts = nullptr;  // one number a block, or kSums with m
   Numbers<double> eta;
-};
-
-struct InnerProductsArguments {
-  enum List { kTerms, kLists = kTerms + kMaxTerms };
-
-  Table table;
-  double* parts;             // kSums numbers a block
   Numbers<GroupTerms> u, m;  // the same terms
 };
 
@@ -41,55 +21,25 @@ struct TotalsArguments {
   double* totals;
 };
 
-struct PerturbGroup {
-  double radius, eta, k, l;
-};
-
 struct PerturbArguments {
-  enum List { kParams, kBackup, kA, kB, kInto, kOther, kLists };
-
   Table table;
-  const double* square;  // null: the radius is the factor
-  bool save, from_start, fold;
-  Numbers<PerturbGroup> groups;
+  const double* square = nullptr;
+  bool save = false, from_start = false;
+  Numbers<double> radius, eta, k, l;
 };
 
 struct CopyArguments {
-  enum List { kFrom, kTo, kLists };
-
   Table table;
-};
-
-struct MaterialiseArguments {
-  enum List { kOut, kFrom, kTo, kTerms, kLists = kTerms + kMaxTerms };
-
-  Table table;
-  Sums sums;
-  bool restore;
-  Numbers<GroupTerms> d;
-};
-
-struct UpdateGroup {
-  GroupTerms d;
-  OfGroup numbers;
 };
 
 struct UpdateArguments {
-  enum List { kParams, kTheta, kState, kTerms = kState + kMaxState, kLists = kTerms + kMaxTerms };
-
   Table table;
-  Formula formula;
-  Sums sums;
-  Numbers<UpdateGroup> groups;
+  Formula formula = {};
+  Scaling scaling;
+  Numbers<double> gamma;  // by row of the products
+  Numbers<GroupTerms> d;
+  Numbers<OfGroup> groups;
   Numbers<OfLeaf> options;  // by the option of a row
 };
-
-static_assert(sizeof(SquareNormArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(InnerProductsArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(TotalsArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(PerturbArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(CopyArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(MaterialiseArguments) <= 4096, "arguments of a kernel");
-static_assert(sizeof(UpdateArguments) <= 4096, "arguments of a kernel");
 
 }  // namespace gam::cuda

@@ -7,11 +7,6 @@
 
 namespace gam::cuda {
 
-template <int Value>
-struct Constant {
-  static constexpr int value = Value;
-};
-
 // The elements of one thread's share: those of 16 bytes of the parameter's type.
 template <class T>
 inline constexpr int kPack = 16 / static_cast<int>(sizeof(T));
@@ -22,8 +17,8 @@ struct Pack {
 };
 
 template <class N>
-__device__ __forceinline__ const N& number(const Numbers<N>& numbers, int index) {
-  return numbers.many ? numbers.many[index] : numbers.few[index];
+__device__ __forceinline__ const N& number(const Table& table, const Numbers<N>& numbers, int index) {
+  return numbers.many ? reinterpret_cast<const N*>(table.rows + numbers.many)[index] : numbers.few[index];
 }
 
 __device__ __forceinline__ const Row& row_of(const Table& table, int leaf) {

@@ -9,35 +9,32 @@ namespace gam::cuda {
 
 // Writes the factors of a group's terms. Called by all threads of the block; the first warp works, and what it writes
 // is to be read after a barrier.
-__device__ __forceinline__ void find_factors(const Sums& sums, const GroupTerms& terms_of_group, double* factor) {
+__device__ __forceinline__ void find_factors(const UpdateArguments& arguments, const GroupTerms& terms_of_group,
+                                             double* factor) {
   if (threadIdx.x >= kWarp) return;
+  const Scaling& scaling = arguments.scaling;
   const int lane = static_cast<int>(threadIdx.x);
   double kappa = 0.0, scale = 1.0;
-  if (sums.project || sums.clip) {
+  if (scaling.project || scaling.clip) {
     double uu = 0.0, um = 0.0;
-    for (int row = lane; row < sums.rows; row += kWarp) {
-      uu += sums.products[kSums * row];
-      um += sums.products[kSums * row + 1];
+    for (int row = lane; row < scaling.rows; row += kWarp) {
+      uu += scaling.products[kSums * row];
+      um += scaling.products[kSums * row + 1];
     }
     uu = warp_sum(uu), um = warp_sum(um);
-    if (sums.project) kappa = ratio(um, uu);
-    if (sums.clip) {
+    if (scaling.project) kappa = ratio(um, uu);
+    if (scaling.clip) {
       double square = 0.0;
-      for (int row = lane; row < sums.rows; row += kWarp) {
-        const double* of_row = sums.products + kSums * row;
-        square += sums.project ? square_of_direction(of_row[0], of_row[1], of_row[2], number(sums.gamma, row), kappa)
-                               : of_row[0];
+      for (int row = lane; row < scaling.rows; row += kWarp) {
+        const double* sums = scaling.products + kSums * row;
+        const double gamma = number(arguments.table, arguments.gamma, row);
+        square += scaling.project ? square_of_direction(sums[0], sums[1], sums[2], gamma, kappa) : sums[0];
       }
-      scale = clip_factor(warp_sum(square), sums.limit);
+      scale = clip_factor(warp_sum(square), scaling.limit);
     }
   }
   if (lane < terms_of_group.terms)
     factor[lane] = factor_of(terms_of_group.p[lane], terms_of_group.q[lane], kappa, scale);
-}
-
-template <class O>
-__device__ __forceinline__ Combine<O> combine_of(const double* factor) {
-  return {{static_cast<O>(factor[0]), static_cast<O>(factor[1]), static_cast<O>(factor[2])}};
 }
 
 // The terms of one leaf; their lists start at number `first` of the table. How many there are is the same for all

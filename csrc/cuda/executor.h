@@ -11,21 +11,17 @@ class Executor final : public gam::Executor {
   Executor(at::Device device, std::shared_ptr<const Shapes> shapes)
       : device_(device), shapes_(std::move(shapes)), tables_(*shapes_) {}
 
-  at::Tensor square_norm(const SquareNorm& arguments) override;
-  at::Tensor inner_products(const InnerProducts& arguments, int64_t groups) override;
+  at::Tensor sums(const Sums& arguments, int64_t groups) override;
   void perturb(const Perturbation& arguments) override;
   void copy(const Copy& arguments) override;
-  void materialise(const Materialise& arguments) override;
   void update(const Update& arguments) override;
 
-  bool takes_sums() const override { return true; }
-  bool records_use() const override { return true; }
-  void record_use(const at::Tensor& tensor) override;
+  bool on_device() const override { return true; }
+  void record_use(const at::Tensor& tensor) override { cuda::record_use(tensor); }
 
  private:
   bool is_empty() const { return tables_.chunks() == 0; }
   Grid grid(int64_t blocks) const { return {blocks, current_stream().handle}; }
-  at::Tensor add_up(const double* parts, const int64_t* starts, int columns, int64_t groups, at::IntArrayRef sizes);
 
   at::Device device_;
   std::shared_ptr<const Shapes> shapes_;

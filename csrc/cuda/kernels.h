@@ -11,13 +11,13 @@ struct Grid {
   void* stream;
 };
 
-void square_norm(const Grid& grid, Dtype dtype, bool difference, bool weighted, const SquareNormArguments& arguments);
-void inner_products(const Grid& grid, Dtype dtype, bool with_m, const InnerProductsArguments& arguments);
+void square_norm(const Grid& grid, Dtype dtype, bool difference, bool weighted, const SumsArguments& arguments);
+void inner_products(const Grid& grid, Dtype dtype, bool with_m, const SumsArguments& arguments);
 // `columns` is 1 or kSums.
 void totals(const Grid& grid, int columns, const TotalsArguments& arguments);
-void perturb(const Grid& grid, Dtype dtype, bool difference, bool weighted, const PerturbArguments& arguments);
+void perturb(const Grid& grid, Dtype dtype, bool difference, bool weighted, bool folded,
+             const PerturbArguments& arguments);
 void copy(const Grid& grid, Dtype dtype, const CopyArguments& arguments);
-void materialise(const Grid& grid, Dtype dtype, const MaterialiseArguments& arguments);
 void update(const Grid& grid, Dtype dtype, const UpdateArguments& arguments);
 
 // How many kernels have been launched in this process.

@@ -26,6 +26,7 @@ inline void check_launch([[maybe_unused]] const char* kernel) {
 
 #define GAM_LAUNCH(kernel, grid, threads, arguments)                         \
   do {                                                                       \
+    static_assert(sizeof(arguments) <= 4096, "arguments of a kernel");       \
     GAM_START((kernel), (grid).blocks, threads, (grid).stream, (arguments)); \
     check_launch(#kernel);                                                   \
   } while (false)
@@ -36,21 +37,6 @@ void with_flag(bool value, F f) {
     f(Constant<true>());
   } else {
     f(Constant<false>());
-  }
-}
-
-// Calls f with an element of the dtype.
-template <class F>
-void with_dtype(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kDouble:
-      return f(double());
-    case Dtype::kFloat:
-      return f(float());
-    case Dtype::kBFloat16:
-      return f(BFloat16());
-    case Dtype::kHalf:
-      return f(Half());
   }
 }
 

@@ -36,9 +36,9 @@ struct alignas(8) Row {
 };
 
 struct Table {
-  const Piece* pieces;
-  const unsigned char* rows;
-  int32_t row_bytes;
+  const Piece* pieces = nullptr;
+  const unsigned char* rows = nullptr;
+  int32_t row_bytes = 0;
 };
 
 inline constexpr int64_t row_bytes(int lists) { return static_cast<int64_t>(sizeof(Row)) + 8 * lists; }
@@ -46,7 +46,7 @@ inline constexpr int64_t row_bytes(int lists) { return static_cast<int64_t>(size
 // By group, or another index.
 template <class N>
 struct Numbers {
-  const N* many = nullptr;
+  int64_t many = 0;  // where they lie in the table, if there are more than a few
   N few[kFew] = {};
 };
 

@@ -33,84 +33,72 @@ Tables::Tables(const Shapes& shapes) : shapes_(shapes) {
   while (static_cast<int>(starts_.size()) <= shapes.groups()) starts_.push_back(chunks());
 }
 
-Tables::Prepared Tables::prepare(const Lists& lists, std::initializer_list<Span> numbers) {
-  const Stream stream = current_stream();
-  const size_t leaves = shapes_.size();
-  const auto count = static_cast<int>(lists.lists.size());
+void Tables::begin(const List* lists, int count, const int32_t* option) {
   const int64_t width = row_bytes(count);
-  Bytes bytes;
-  {
-    const std::vector<unsigned char> room(leaves * static_cast<size_t>(width));
-    bytes.add(room.data(), room.size());
-  }
-  for (size_t i = 0; i < leaves; ++i) {
-    unsigned char* const at = bytes.at(static_cast<int64_t>(i) * width);
+  row_bytes_ = static_cast<int32_t>(width);
+  bytes_.assign(shapes_.size() * static_cast<size_t>(width), 0);  // padding too: tables are compared byte by byte
+  for (size_t i = 0; i < shapes_.size(); ++i) {
+    unsigned char* const at = bytes_.data() + static_cast<int64_t>(i) * width;
     Row row;
-    std::memset(&row, 0, sizeof row);  // padding too: tables are compared byte by byte
-    row.group = shapes_.leaves()[i].group, row.option = lists.option ? lists.option[i] : 0, row.packed = true;
+    std::memset(&row, 0, sizeof row);
+    row.group = shapes_.leaves()[i].group;
+    row.option = option ? option[i] : 0;
+    row.packed = true;
     for (int k = 0; k < count; ++k) {
-      const List list = lists.lists[static_cast<size_t>(k)];
-      void* const data = list ? list[i] : nullptr;
+      void* const data = lists[k] ? lists[k][i] : nullptr;
       row.packed = row.packed && is_aligned(data);
       std::memcpy(at + row_bytes(k), &data, sizeof data);
     }
     std::memcpy(at, &row, sizeof row);
   }
-  Prepared result;
-  for (const Span& span : numbers) {
-    const bool fits = span.count <= static_cast<size_t>(kFew);
-    result.many_.push_back(fits ? -1 : bytes.add(static_cast<const unsigned char*>(span.data), span.bytes));
-  }
-  const unsigned char* pieces = fixed(stream);
-  result.base_ = on_device(bytes.all(), stream);
-  result.table = {reinterpret_cast<const Piece*>(pieces), result.base_, static_cast<int32_t>(width)};
-  result.starts = reinterpret_cast<const int64_t*>(pieces + starts_offset_);
-  return result;
+  bytes_.resize((bytes_.size() + 15) / 16 * 16);
 }
 
-Tables::Entry Tables::copied(const std::vector<unsigned char>& bytes, const Stream& stream) {
+Table Tables::finish() {
+  const Stream stream = current_stream();
+  const auto* pieces = reinterpret_cast<const Piece*>(fixed(stream));
+  starts_on_device_ = reinterpret_cast<const int64_t*>(pieces + pieces_.size());
+  return {pieces, on_device(stream), row_bytes_};
+}
+
+Tables::Entry Tables::copied(const Bytes& bytes, const Stream& stream) {
   const auto size = static_cast<int64_t>(bytes.size());
   Entry entry;
   entry.memory = allocate(size);
-  entry.stream = stream.id, entry.capture = stream.capture;
+  entry.stream = stream.id;
+  entry.capture = stream.capture;
   upload(bytes.data(), size, entry.memory.get());
   return entry;
 }
 
 const unsigned char* Tables::fixed(const Stream& stream) {
-  for (const Entry& entry : fixed_) {
-    if (entry.is_of(stream)) return entry.get();
+  const auto same = [&](const Entry& entry) { return entry.is_of(stream); };
+  auto found = std::find_if(fixed_.begin(), fixed_.end(), same);
+  if (found == fixed_.end()) {
+    Bytes bytes;
+    append(bytes, pieces_.data(), pieces_.size());
+    append(bytes, starts_.data(), starts_.size());
+    if (fixed_.size() >= kStreams) fixed_.erase(fixed_.begin());
+    found = fixed_.insert(fixed_.end(), copied(bytes, stream));
   }
-  Bytes bytes;
-  bytes.add(pieces_.data(), pieces_.size());
-  starts_offset_ = bytes.add(starts_.data(), starts_.size());
-  if (fixed_.size() >= kStreams) fixed_.erase(fixed_.begin());
-  fixed_.push_back(copied(bytes.all(), stream));
-  return fixed_.back().get();
+  return found->get();
 }
 
-const unsigned char* Tables::on_device(const std::vector<unsigned char>& bytes, const Stream& stream) {
+const unsigned char* Tables::on_device(const Stream& stream) {
   if (stream.capture != 0) {  // in the memory of the graph, which copies it anew each time
-    captured_ = copied(bytes, stream);
+    captured_ = copied(bytes_, stream);
     return captured_.get();
   }
-  ++clock_;
-  for (Entry& entry : entries_) {
-    if (entry.is_of(stream) && entry.bytes == bytes) {
-      entry.used = clock_;
-      return entry.get();
-    }
+  const auto same = [&](const Entry& entry) { return entry.is_of(stream) && entry.bytes == bytes_; };
+  auto found = std::find_if(entries_.begin(), entries_.end(), same);
+  if (found == entries_.end()) {
+    const auto older = [](const Entry& a, const Entry& b) { return a.used < b.used; };
+    if (entries_.size() >= kEntries) entries_.erase(std::min_element(entries_.begin(), entries_.end(), older));
+    found = entries_.insert(entries_.end(), copied(bytes_, stream));
+    found->bytes = bytes_;
   }
-  Entry made = copied(bytes, stream);
-  made.bytes = bytes, made.used = clock_;
-  if (entries_.size() < kEntries) {
-    entries_.push_back(std::move(made));
-    return entries_.back().get();
-  }
-  const auto older = [](const Entry& a, const Entry& b) { return a.used < b.used; };
-  Entry& oldest = *std::min_element(entries_.begin(), entries_.end(), older);
-  oldest = std::move(made);
-  return oldest.get();
+  found->used = ++clock_;
+  return found->get();
 }
 
 }  // namespace gam::cuda

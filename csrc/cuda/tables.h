@@ -1,8 +1,8 @@
 // The tables of one optimizer's parameters on one device: made on the host, copied to the device when they changed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <vector>
 
 #include "../shapes.h"
@@ -11,31 +11,7 @@
 
 namespace gam::cuda {
 
-// A piece of memory that is put together on the host.
-class Bytes {
- public:
-  // Appends, aligned to 16 bytes; the offset.
-  template <class T>
-  int64_t add(const T* values, size_t count) {
-    const auto offset = static_cast<int64_t>(bytes_.size());
-    const auto* first = reinterpret_cast<const unsigned char*>(values);
-    bytes_.insert(bytes_.end(), first, first + count * sizeof(T));
-    bytes_.resize((bytes_.size() + 15) / 16 * 16);
-    return offset;
-  }
-
-  unsigned char* at(int64_t offset) { return bytes_.data() + offset; }
-  const std::vector<unsigned char>& all() const { return bytes_; }
-
- private:
-  std::vector<unsigned char> bytes_;
-};
-
-// The lists of one primitive, and what kernels must know of each leaf beside them.
-struct Lists {
-  std::vector<List> lists;          // null where the primitive has none
-  const int32_t* option = nullptr;  // by leaf
-};
+using Bytes = std::vector<unsigned char>;
 
 class Tables {
  public:
@@ -44,40 +20,32 @@ class Tables {
   // Blocks of a grid over all leaves.
   int64_t chunks() const { return static_cast<int64_t>(pieces_.size()); }
 
-  // The table for one launch on the current stream. It is valid until the next call.
-  class Prepared {
-   public:
-    Table table;
-    const int64_t* starts;  // of each group's chunks, and the end
+  // Begins the table of a launch: the lists of a primitive and, for an update, by leaf its place among the options.
+  void begin(const List* lists, int count, const int32_t* option = nullptr);
 
-    // Numbers by group, of which the table holds those that do not fit the arguments of a kernel.
-    template <class N>
-    const N* many(size_t i) const {
-      return many_[i] < 0 ? nullptr : reinterpret_cast<const N*>(base_ + many_[i]);
-    }
-
-   private:
-    friend class Tables;
-    const unsigned char* base_ = nullptr;
-    std::vector<int64_t> many_;
-  };
-
-  // Numbers to travel with a table.
-  struct Span {
-    const void* data;
-    size_t count, bytes;
-  };
+  // Numbers of the launch. The table has those that do not fit the arguments of a kernel.
   template <class N>
-  static Span span(const std::vector<N>& numbers) {
-    return {numbers.data(), numbers.size(), numbers.size() * sizeof(N)};
+  Numbers<N> numbers(const N* values, size_t count) {
+    Numbers<N> result;
+    if (values && count <= static_cast<size_t>(kFew)) std::copy_n(values, count, result.few);
+    if (values && count > static_cast<size_t>(kFew)) result.many = append(bytes_, values, count);
+    return result;
+  }
+  template <class N>
+  Numbers<N> by_group(const N* values) {
+    return numbers(values, static_cast<size_t>(shapes_.groups()));
   }
 
-  Prepared prepare(const Lists& lists, std::initializer_list<Span> numbers = {});
+  // The table on the device, for one launch on the current stream: valid until the next.
+  Table finish();
+
+  // Where each group's chunks begin, and the end; on the device, as the last table.
+  const int64_t* starts() const { return starts_on_device_; }
 
  private:
   // Memory of the device with what was copied to it, on a stream and perhaps for a graph.
   struct Entry {
-    std::vector<unsigned char> bytes;
+    Bytes bytes;
     c10::DataPtr memory;
     int64_t stream = -1;
     uint64_t capture = 0;
@@ -87,16 +55,28 @@ class Tables {
     const unsigned char* get() const { return static_cast<const unsigned char*>(memory.get()); }
   };
 
-  static Entry copied(const std::vector<unsigned char>& bytes, const Stream& stream);
+  // Appends values, aligned to 16 bytes. Returns where they begin.
+  template <class T>
+  static int64_t append(Bytes& bytes, const T* values, size_t count) {
+    const auto offset = static_cast<int64_t>(bytes.size());
+    const auto* first = reinterpret_cast<const unsigned char*>(values);
+    bytes.insert(bytes.end(), first, first + count * sizeof(T));
+    bytes.resize((bytes.size() + 15) / 16 * 16);
+    return offset;
+  }
+
+  static Entry copied(const Bytes& bytes, const Stream& stream);
 
   // The table of pieces, which is the same for all launches.
   const unsigned char* fixed(const Stream& stream);
-  const unsigned char* on_device(const std::vector<unsigned char>& bytes, const Stream& stream);
+  const unsigned char* on_device(const Stream& stream);
 
   const Shapes& shapes_;
   std::vector<Piece> pieces_;  // in the order of groups
   std::vector<int64_t> starts_;
-  int64_t starts_offset_ = 0;
+  const int64_t* starts_on_device_ = nullptr;
+  Bytes bytes_;               // of the table of the launch
+  int32_t row_bytes_ = 0;     // in it
   std::vector<Entry> fixed_;  // one a stream or capture, without bytes
   std::vector<Entry> entries_;
   Entry captured_;  // of the launch being prepared, while a graph is captured

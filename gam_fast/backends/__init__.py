@@ -1,4 +1,4 @@
-"""Which backends there are, which of them run here, and which one a device gets."""
+"""The backends: those that run here, and the one that a device gets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 import torch
 
@@ -22,7 +23,7 @@ _PREFERENCE = ("native", "triton", "eager")
 
 @dataclass(frozen=True)
 class Status:
-    """Whether a backend can be used in this process, and what it does or why it cannot."""
+    """The availability of a backend in this process, and what it does or why it cannot be used."""
 
     available: bool
     reason: str
@@ -32,18 +33,11 @@ class Status:
 def _classes() -> dict[str, type[Backend] | str]:
     """For each backend its class, or why there is none."""
     found: dict[str, type[Backend] | str] = {}
-    try:
-        from .native import NativeBackend
-    except ImportError as error:
-        found["native"] = str(error)
-    else:
-        found["native"] = NativeBackend
-    try:
-        from .triton import TritonBackend
-    except ImportError as error:
-        found["triton"] = str(error)
-    else:
-        found["triton"] = TritonBackend
+    for name, class_name in (("native", "NativeBackend"), ("triton", "TritonBackend")):
+        try:
+            found[name] = getattr(import_module(f"{__name__}.{name}"), class_name)
+        except ImportError as error:
+            found[name] = str(error)
     return {**found, "eager": EagerBackend}
 
 

@@ -5,7 +5,7 @@ On a GPU a step never waits for the device: kernels read norms and products wher
 copied to the device, asynchronously, only when they have changed. A sum of squares of fp32 numbers is off by at most
 9 · 2⁻²⁴ = 5.4e-7 of itself, of 10⁹ elements as of few: a thread adds up 8 numbers in fp32 in each of its accumulators,
 and everything after that is added in fp64, in an order that depends on the numbers of elements only
-(``csrc/cuda/sums.cuh``). That of 16-bit numbers is off by 5 · 2⁻²⁴ at most; of fp64 numbers by 2 · 10⁻¹⁴.
+(``csrc/cuda/sums.cu``). That of 16-bit numbers is off by 5 · 2⁻²⁴ at most; of fp64 numbers by 2 · 10⁻¹⁴.
 
 Importing this module raises ``ImportError``, with the reason, where the core was not built or does not fit this torch;
 its ``path`` is the file of a core that does not fit.
@@ -123,7 +123,8 @@ class NativeBackend:
         else:
             found = self.core.Plan(leaves.params, leaves.group)
         self._plans = [found, *self._plans[: MAX_PLANS - 1]]
-        self._device = leaves.params[0].device if found.takes_sums else None
+        device = leaves.params[0].device
+        self._device = None if device.type == "cpu" else device
         leaves.prepared = found
         return found
 

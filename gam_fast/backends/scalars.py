@@ -22,17 +22,13 @@ CLIP_EPSILON = 1e-6
 """Added to the norm when clipping, as :func:`torch.nn.utils.clip_grad_norm_` does."""
 
 
-def over_groups(products: Products) -> tuple[Scalar, Scalar, Scalar]:
-    """‖u‖², ⟨m,u⟩ and ‖m‖² of all groups.
+def root(square: Scalar) -> Scalar:
+    """The square root, of 0 for what rounding has made negative.
 
-    >>> over_groups([[1.0, 2.0, 3.0], [1.0, 0.0, 1.0]])
-    (2.0, 2.0, 4.0)
+    >>> root(9.0), root(-1e-20)
+    (3.0, 0.0)
     """
-    if isinstance(products, Tensor):
-        uu, um, mm = products.sum(0)
-        return uu, um, mm
-    uu, um, mm = (sum(column) for column in zip(*products, strict=True))
-    return uu, um, mm
+    return square.clamp_min(0.0).sqrt() if isinstance(square, Tensor) else math.sqrt(0.0 if square < 0.0 else square)
 
 
 def inverse_norm(square: Scalar) -> Scalar:
@@ -41,7 +37,7 @@ def inverse_norm(square: Scalar) -> Scalar:
     >>> inverse_norm(4.0)
     0.49999999999975
     """
-    return 1.0 / ((square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)) + XI)
+    return 1.0 / (root(square) + XI)
 
 
 def ratio(numerator: Scalar, square: Scalar) -> Scalar:
@@ -55,60 +51,52 @@ def ratio(numerator: Scalar, square: Scalar) -> Scalar:
     return numerator / square if square > 0 else 0.0
 
 
-def clip_factor(products: Products, gamma: PerGroup, kappa: Scalar | None, limit: float) -> Scalar:
-    """``min(1, limit / ‖d‖)`` of the direction d = a u − γ m with a = 1 + γ κ, and d = u without ``kappa``.
+def clip_factor(square: Scalar, limit: float) -> Scalar:
+    """``min(1, limit / ‖d‖)``.
 
-    ``‖d‖² = Σ_groups a² ‖u‖² − 2 a γ ⟨m,u⟩ + γ² ‖m‖²``, by the γ of each group.
-
-    >>> clip_factor([[4.0, 0.0, 0.0]], [0.0], None, 3.0)
-    1.0
+    >>> clip_factor(4.0, 3.0), clip_factor(36.0, 3.0)
+    (1.0, 0.4999999166666806)
     """
-    if isinstance(products, Tensor) or isinstance(kappa, Tensor):
-        assert isinstance(products, Tensor)
-        return _clip_factor_on_device(products, gamma, kappa, limit)
-    total = 0.0
-    for (uu, um, mm), g in zip(products, gamma, strict=True):
-        if kappa is not None:
-            a = 1.0 + g * kappa
-            total += a * a * uu - 2.0 * a * g * um + g * g * mm
-        else:
-            total += uu
-    factor = limit / (math.sqrt(max(total, 0.0)) + CLIP_EPSILON)
-    return 1.0 if factor > 1.0 else factor
-
-
-def _clip_factor_on_device(products: Tensor, gamma: PerGroup, kappa: Scalar | None, limit: float) -> Tensor:
-    uu, um, mm = products.unbind(1)
-    if kappa is None:
-        square = uu.sum()
-    else:
-        same = all(g == gamma[0] for g in gamma)
-        # filled by the device: a copy of the list would wait for it
-        g = gamma[0] if same else torch.stack([products.new_full((), g) for g in gamma])
-        a = 1.0 + g * kappa
-        square = (a * a * uu - 2.0 * a * g * um + g * g * mm).sum().clamp_min(0.0)
-    return (limit / (square.sqrt() + CLIP_EPSILON)).clamp_max(1.0)
+    factor = limit / (root(square) + CLIP_EPSILON)
+    return factor.clamp_max(1.0) if isinstance(factor, Tensor) else 1.0 if factor > 1.0 else factor
 
 
 def factors(d: Direction) -> list[Sequence[Scalar]]:
     """``s (p + κ q)`` of each term, by group.
+
+    s clips the direction d = a u − γ m with a = 1 + γ κ, and d = u without ``q``:
+    ``‖d‖² = Σ_groups a² ‖u‖² − 2 a γ ⟨m,u⟩ + γ² ‖m‖²``, by the γ of each group.
 
     >>> projected = Direction([], [[1.0], [2.0]], [[0.5], [0.0]], products=[[4.0, 2.0, 1.0]], gamma=[0.1])
     >>> factors(projected)
     [[1.25], [2.0]]
     """
     rows: list[Sequence[Scalar]] = list(d.p)
-    kappa: Scalar | None = None
+    if d.q is None and d.limit is None:
+        return rows
+    assert d.products is not None
+    kappa: Scalar = 0.0
+    uu, um, mm = _columns(d.products)
     if d.q is not None:
-        assert d.products is not None
-        uu, um, _ = over_groups(d.products)
-        kappa = ratio(um, uu)
+        kappa = ratio(sum(um), sum(uu))
         rows = [[kappa * y + x for x, y in zip(ps, qs, strict=True)] for ps, qs in zip(d.p, d.q, strict=True)]
     if d.limit is not None:
-        assert d.products is not None
-        scale = clip_factor(d.products, d.gamma, kappa, d.limit)
+        square = sum(uu)
+        if d.q is not None:
+            square = 0.0
+            for of_uu, of_um, of_mm, gamma in zip(uu, um, mm, d.gamma, strict=True):
+                a = 1.0 + gamma * kappa
+                square += a * a * of_uu - 2.0 * a * gamma * of_um + gamma * gamma * of_mm
+        scale = clip_factor(square, d.limit)
         rows = [[scale * x for x in row] for row in rows]
     return rows
+
+
+def _columns(products: Products) -> list[Sequence[Scalar]]:
+    """‖u‖², ⟨m,u⟩ and ‖m‖² by group."""
+    if isinstance(products, Tensor):
+        return [column.unbind() for column in products.unbind(1)]
+    return list(zip(*products, strict=True))
 
 
 def steps(radius: PerGroup, square: Scalar) -> list[Scalar]:

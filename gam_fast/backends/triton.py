@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import util
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import ownership
-from ..kernels.table import FORMULAS, PERTURB, SUMS
+from ..kernels.table import FORMULAS, SUMS
 from ..ownership import lies_as
 from . import scalars
 from .base import Block, Bookkeeping, Direction, FoldInto, PerGroup, Scalar, TensorList
@@ -39,8 +39,6 @@ if util.find_spec("triton") is None:
 MAX_PLANS = 4
 """Sets of leaves whose tables an optimizer keeps on each device."""
 
-MAX_TERMS = 3
-
 
 @dataclass(frozen=True)
 class Terms:
@@ -48,7 +46,7 @@ class Terms:
 
     Attributes:
         lists: the lists of tensors.
-        numbers: by group, p, q and whether the group uses it, for each of them.
+        numbers: by group, p, q and 1 if the group uses it, for each of them.
         partly: the bits of those that a group does not use.
     """
 
@@ -63,11 +61,7 @@ class Terms:
 def terms_of(d: Direction, groups: int, m: Direction | None = None) -> Terms:
     """Return the terms that ``d`` or ``m`` uses. Their elements may be anything in the groups that do not."""
     count = len(d.terms)
-    if not 1 <= count <= MAX_TERMS:
-        raise ValueError(f"terms must be 1 to {MAX_TERMS} lists of tensors, got {count}")
     coefficients = [d.p, *([d.q] if d.q else []), *([m.p] if m else [])]
-    if any(len(rows) != count or min(map(len, rows)) < groups for rows in coefficients):
-        raise ValueError(f"p and q must have {groups} numbers, one a parameter group, for each of {count} terms")
     used = [[any(c[t][g] != 0.0 for c in coefficients) for t in range(count)] for g in range(groups)]
     for row in used:
         row[0] = row[0] or not any(row)
@@ -125,26 +119,30 @@ class TritonBackend:
     def square_norm(
         self, leaves: Block, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
-        theta = None if eta is None else _theta(leaves)
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
-            lists = [Argument("a", a), Argument("b", b), Argument("theta", theta)]
-            by_group = [0.0] * tables.groups if eta is None else tables.by_group("eta", eta)
-            prepared = tables.prepare(lists, [by_group])
-            constants = {"DIFFERENCE": b is not None, "WEIGHTED": eta is not None}
-            return _add_up(kernels().sums.square_norm, prepared, prepared.whole, 1, 1, constants).view(())
+            lists = [Argument("theta", None if eta is None else _theta(leaves)), Argument("a", a)]
+            coefficients = [1.0, 0.0, 1.0]
+            if b is not None:
+                lists.append(Argument("b", b))
+                coefficients += [-1.0, 0.0, 1.0]
+            numbers = [x for g in range(tables.groups) for x in (0.0 if eta is None else eta[g], *coefficients)]
+            constants = {"TERMS": len(lists) - 1, "PARTLY": 0, "WEIGHTED": eta is not None, "WITH_M": False}
+            prepared = tables.prepare(lists, [numbers])
+            return _add_up(prepared, prepared.whole, 1, 1, constants).view(())
 
     def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
-            if groups < tables.groups:
-                raise ValueError(f"groups must be {tables.groups} or more, got {groups}")
             of_u = terms_of(u, tables.groups, m)
-            of_m = of_u if m is None else terms_of(Direction(u.terms, m.p), tables.groups, u)
-            numbers = [x for rows in zip(of_u.numbers, of_m.numbers, strict=True) for row in rows for x in row]
-            prepared = tables.prepare(of_u.arguments(), [numbers])
-            constants = {"TERMS": len(of_u.lists), "PARTLY": of_u.partly, "WITH_M": m is not None}
-            found = _add_up(kernels().sums.inner_products, prepared, prepared.starts, groups, SUMS, constants)
+            rows = [[0.0, *row] for row in of_u.numbers]
+            if m is not None:
+                of_m = terms_of(Direction(u.terms, m.p), tables.groups, u)
+                rows = [[*row, *more] for row, more in zip(rows, of_m.numbers, strict=True)]
+            numbers = [x for row in rows for x in row]
+            prepared = tables.prepare([Argument("theta", None), *of_u.arguments()], [numbers])
+            constants = {"TERMS": len(of_u.lists), "PARTLY": of_u.partly, "WEIGHTED": False, "WITH_M": m is not None}
+            found = _add_up(prepared, prepared.starts, groups, SUMS, constants)
             after([], *of_u.lists)
             return found
 
@@ -175,11 +173,9 @@ class TritonBackend:
             ]
             if fold is not None:
                 lists += (Argument("into", fold.into, written=True), Argument("other", fold.other))
-            columns = {"radius": radius, "eta": [0.0] * tables.groups if eta is None else eta}
-            if fold is not None:
-                columns |= {"k": fold.k, "l": fold.l}
-            absent = [0.0] * tables.groups
-            rows = zip(*(tables.by_group(name, columns.get(name, absent)) for name in PERTURB), strict=True)
+            zero = [0.0] * len(radius)
+            k, l = (zero, zero) if fold is None else (fold.k, fold.l)  # noqa: E741
+            rows = zip(radius, eta or zero, k, l, strict=True)  # in the order of PERTURB
             numbers = [x for row in rows for x in row]
             prepared = tables.prepare(lists, [numbers])
             constants: dict[str, Any] = {
@@ -221,18 +217,10 @@ class TritonBackend:
             after([], leaves.backup)
 
     def direction(self, leaves: Block, d: Direction, out: TensorList) -> None:
-        with guard(leaves.params[0].device):
-            tables = self._tables_for(leaves)
-            terms = terms_of(d, tables.groups)
-            lists = [
-                Argument("out", out, written=True),
-                Argument("backup", leaves.backup if leaves.saved else None),
-                Argument("params", leaves.params if leaves.saved else None, written=True),
-                *terms.arguments(),
-            ]
-            restore = {"RESTORE": leaves.saved}
-            self._launch_along(kernels().moves.materialise, tables, lists, d, terms, terms.numbers, constants=restore)
-            after(lists, leaves.backup if leaves.saved else None, *terms.lists)
+        count = len(leaves.params)
+        groups = [()] * (max(leaves.group) + 1)
+        self.update(replace(leaves, params=out, saved=False), d, "assign", [], groups, [()], [0] * count)
+        self.restore(leaves)
 
     def takes_state(self, leaves: Block, state: Sequence[Sequence[Tensor | None]]) -> bool:
         return all(
@@ -251,10 +239,7 @@ class TritonBackend:
         options: Sequence[Sequence[float]],
         option: Sequence[int],
     ) -> None:
-        of_group, of_leaf, lists_of_state = FORMULAS[formula]
-        _check_rows("state", [state], lists_of_state)
-        _check_rows("groups", groups, of_group)
-        _check_rows("options", options, of_leaf)
+        of_group, of_leaf, _ = FORMULAS[formula]
         lacking = [[x is None for x in values] for values in state]
         states = max((i for i, missing in enumerate(lacking, 1) if not all(missing)), default=0)
         lacked = sum(1 << i for i in range(states) if any(lacking[i]))
@@ -267,79 +252,45 @@ class TritonBackend:
                 *terms.arguments(),
                 *(Argument(f"state[{i}]", state[i], written=True) for i in range(states)),
             ]
-            by_group = tables.by_group("groups", groups)
-            numbers = [[*row, *of_terms] for row, of_terms in zip(by_group, terms.numbers, strict=True)]
-            flat = [x for row in options for x in row]
-            option = tables.by_leaf("option", option)
-            constants = {"FORMULA": getattr(kernels().formulas, formula), "STATES": states, "LACKED": lacked}
-            constants |= {"OF_GROUP": of_group, "OF_LEAF": of_leaf}
-            self._launch_along(
-                kernels().updates.update, tables, lists, d, terms, numbers, [flat], option=option, constants=constants
+            numbers = [x for row, of_terms in zip(groups, terms.numbers, strict=False) for x in (*row, *of_terms)]
+            clipping = [d.limit or 0.0, *d.gamma]
+            prepared = tables.prepare(lists, [numbers, clipping, [x for row in options for x in row]], option)
+            of_groups, of_clipping, of_options = prepared.numbers
+            products, rows = of_groups, 0
+            if d.products is not None:
+                products = scalars.on_device(d.products, tables.device)
+                rows = products.numel() // SUMS
+            launch(
+                kernels().updates.update,
+                prepared,
+                of_groups,
+                products,
+                of_clipping,
+                of_options,
+                rows,
+                FORMULA=getattr(kernels().formulas, formula),
+                OF_GROUP=of_group,
+                OF_LEAF=of_leaf,
+                STATES=states,
+                LACKED=lacked,
+                TERMS=len(terms.lists),
+                PARTLY=terms.partly,
+                PROJECT=d.q is not None,
+                CLIP=d.limit is not None,
+                ROWS=max(16, 1 << (rows - 1).bit_length()),
             )
             after(lists, _theta(leaves), *terms.lists)
-
-    def _launch_along(
-        self,
-        kernel: Any,
-        tables: Tables,
-        lists: Sequence[Argument],
-        d: Direction,
-        terms: Terms,
-        numbers: Sequence[Sequence[float]],
-        more: Sequence[Sequence[float]] = (),
-        *,
-        constants: dict[str, Any],
-        option: Sequence[int] = (),
-    ) -> None:
-        """Launch what goes along a direction, with the numbers of each group and the sums that κ and s follow from."""
-        project, clip = d.q is not None, d.limit is not None
-        flat = [x for row in numbers for x in row]
-        clipping = [d.limit or 0.0, *d.gamma]
-        prepared = tables.prepare(lists, [flat, clipping, *more], option)
-        groups, of_clipping, *of_more = prepared.numbers
-        products, rows = groups, 0
-        if project or clip:
-            if d.products is None:
-                raise TypeError("products must be given where q or limit is, got None")
-            products = scalars.on_device(d.products, tables.device)
-            rows = products.numel() // SUMS
-            if not rows or products.numel() % SUMS:
-                raise ValueError(f"products must be {SUMS} numbers a parameter group, got {products.numel()} numbers")
-            if project and clip and len(d.gamma) != rows:
-                raise ValueError(f"gamma must have one number a row of products, that is {rows}, got {len(d.gamma)}")
-        launch(
-            kernel,
-            prepared,
-            groups,
-            products,
-            of_clipping,
-            *of_more,
-            rows,
-            TERMS=len(terms.lists),
-            PARTLY=terms.partly,
-            PROJECT=project,
-            CLIP=clip,
-            ROWS=max(16, 1 << (rows - 1).bit_length()),
-            **constants,
-        )
-
-
-def _check_rows(name: str, rows: Sequence[Sequence[object]], count: int) -> None:
-    if any(len(row) != count for row in rows):
-        raise ValueError(f"{name} must have {count} entries a row, got {[*map(len, rows)]}")
 
 
 def _theta(leaves: Block) -> TensorList:
     return leaves.backup if leaves.saved else leaves.params
 
 
-def _add_up(
-    kernel: Any, prepared: Prepared, starts: Tensor, groups: int, count: int, constants: dict[str, Any]
-) -> Tensor:
-    """Return ``(groups, count)``: the sums of what ``kernel`` finds of each piece, 0 where there are no starts."""
+def _add_up(prepared: Prepared, starts: Tensor, groups: int, count: int, constants: dict[str, Any]) -> Tensor:
+    """Return ``(groups, count)``: the sums over the pieces of each group, 0 where there are no starts."""
     parts = starts.new_empty((prepared.programs, count), dtype=torch.float64)
     make = starts.new_zeros if groups >= starts.numel() else starts.new_empty
     found = make((groups, count), dtype=torch.float64)
-    launch(kernel, prepared, *prepared.numbers, parts, is_sum=True, **constants)
+    launch(kernels().sums.sums, prepared, *prepared.numbers, parts, is_sum=True, SUMS=count, **constants)
     launch_totals(kernels().sums.totals, prepared, parts, starts, found)
     return found

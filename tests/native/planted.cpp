@@ -68,18 +68,25 @@ void check() {
   for (size_t i = 0; i < sizes.size(); ++i) {
     for (size_t j = 0; j < static_cast<size_t>(sizes[i]); ++j) expected += static_cast<double>(a[i][j]) * a[i][j];
   }
-  Model sums(sizes, SquareNormArguments::kLists);
+  Model sums(sizes, Sums::kLists);
   std::vector<double> parts(sums.pieces.size());
   double total = 0;
   const Grid grid{static_cast<int64_t>(parts.size()), nullptr};
-  square_norm(grid, Dtype::kFloat, false, false, {sums.table({&a}), parts.data(), {}});
+  SumsArguments norm;
+  norm.table = sums.table({nullptr, &a});
+  norm.parts = parts.data();
+  square_norm(grid, Dtype::kFloat, false, false, norm);
   totals({1, nullptr}, 1, {parts.data(), nullptr, 1, grid.blocks, &total});
   if (!(std::fabs(total / expected - 1.0) < 1e-6)) std::printf("wrong: norm %g, not %g\n", total, expected);
 
-  Model moves(sizes, PerturbArguments::kLists);
-  PerturbArguments arguments{moves.table({&params, &backup, &a}), nullptr, true, false, false, {}};
-  arguments.groups.few[0].radius = 0.5;
-  perturb(grid, Dtype::kFloat, false, false, arguments);
+  Model moves(sizes, Perturbation::kLists);
+  const double square = 4.0;
+  PerturbArguments arguments;
+  arguments.table = moves.table({&params, &backup, &a});
+  arguments.square = &square;
+  arguments.save = true;
+  arguments.radius.few[0] = 1.0;
+  perturb(grid, Dtype::kFloat, false, false, false, arguments);
   const auto before = values(sizes, 1.0f), old = values(sizes, 0.0f);
   for (size_t i = 0; i < sizes.size(); ++i) {
     const auto end = static_cast<size_t>(sizes[i]);

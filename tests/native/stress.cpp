@@ -11,6 +11,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
@@ -70,55 +71,69 @@ struct Round {
         momentum(shapes, 6),
         square(shapes, 7),
         out(shapes, 8),
-        norms(plan.pieces().size()),
+        norms(plan.pieces().size() * kSums),
         products(plan.pieces().size() * kSums) {}
 
   void run(const Shapes& shapes, const Plan& plan, int threads) {
     const Kernels& loops = kernels();
-    const Work work{shapes.dtype(), shapes.leaves().data(), plan.pieces().data(), {}};
+    const auto run = [&](const auto& arguments, auto loop) {
+      using Arguments = std::decay_t<decltype(arguments)>;
+      const Work work{shapes.dtype(), shapes.leaves().data(), plan.pieces().data(), arguments.lists, Arguments::kLists};
+      parallel(plan, threads, [&](Range range) { loop(work, arguments, range); });
+    };
     const double numbers[] = {0.5, 0.25};
-    std::vector<Combination::Group> groups(2);
-    for (auto& group : groups) group = {3, {0, 1, 2}, {0.5, 0.25, 0.125}};
-    Combination d;
-    d.lists[0] = a.list(), d.lists[1] = b.list(), d.lists[2] = c.list();
-    d.groups = groups.data();
+    std::vector<GroupTerms> groups(2);
+    for (auto& group : groups) group = {3, {0, 1, 2}, {0.5, 0.25, 0.125}, {}};
+    const List terms[] = {a.list(), b.list(), c.list()};
 
-    SquareNorm norm;
-    norm.a = a.list();
-    parallel(plan, threads, [&](Range r) { loops.square_norm(work, norm, r, norms.data() + r.begin); });
+    Sums sums;
+    std::copy_n(terms, kMaxTerms, sums.lists + Sums::kTerms);
+    sums.u = groups.data();
+    const auto sums_into = [&](std::vector<double>& found) {
+      return [&](const Work& work, const Sums& arguments, Range range) {
+        loops.sums(work, arguments, range, found.data() + kSums * range.begin);
+      };
+    };
+    run(sums, sums_into(norms));
 
     Perturbation move;
-    move.params = params.list(), move.backup = backup.list(), move.a = a.list();
+    move.lists[Perturbation::kParams] = params.list();
+    move.lists[Perturbation::kBackup] = backup.list();
+    move.lists[Perturbation::kA] = a.list();
     move.radius = numbers;
     move.save = move.stream = true;
-    parallel(plan, threads, [&](Range r) { loops.perturb(work, move, r); });
-    move.b = b.list(), move.eta = numbers;
+    run(move, loops.perturb);
+    move.lists[Perturbation::kB] = b.list();
+    move.lists[Perturbation::kInto] = c.list();
+    move.lists[Perturbation::kOther] = b.list();
+    move.eta = move.k = move.l = numbers;
     move.save = false, move.from_start = true;
-    move.fold = {c.list(), b.list(), numbers, numbers};
-    parallel(plan, threads, [&](Range r) { loops.perturb(work, move, r); });
+    run(move, loops.perturb);
 
-    const InnerProducts both{d, d};
-    parallel(plan, threads, [&](Range r) { loops.inner_products(work, both, r, products.data() + kSums * r.begin); });
-
-    const Materialise materialise{d, out.list(), {}};
-    parallel(plan, threads, [&](Range r) { loops.materialise(work, materialise, r); });
+    sums.m = groups.data();
+    run(sums, sums_into(products));
 
     const OfGroup of_group{{0.5, 0.5, 0.5, 0.5, 0.5, 0.5}};
     const std::vector<OfGroup> of_groups(2, of_group);
     const OfLeaf of_leaf{{0.5, 0.5}};
     const std::vector<int32_t> option(shapes.size(), 0);
     Update update;
-    update.d = d, update.theta = backup.list(), update.params = params.list(), update.stream = true;
-    update.state[0] = momentum.list(), update.state[1] = square.list(), update.state[2] = out.list();
+    const List own[] = {params.list(), backup.list(), momentum.list(), square.list(), out.list()};
+    std::copy_n(own, Update::kTerms, update.lists);
+    std::copy_n(terms, kMaxTerms, update.lists + Update::kTerms);
+    update.d = groups.data(), update.stream = true;
     update.groups = of_groups.data(), update.options = &of_leaf, update.count = 1, update.option = option.data();
 #define GAM_RUN(functor, name)          \
   update.formula = Formula::k##functor; \
-  parallel(plan, threads, [&](Range r) { loops.update(work, update, r); });
+  run(update, loops.update);
     GAM_UPDATES(GAM_RUN)
 #undef GAM_RUN
 
-    const Copy restore{backup.list(), params.list(), true};
-    parallel(plan, threads, [&](Range r) { loops.copy(work, restore, r); });
+    Copy restore;
+    restore.lists[Copy::kFrom] = backup.list();
+    restore.lists[Copy::kTo] = params.list();
+    restore.stream = true;
+    run(restore, loops.copy);
   }
 
   bool operator==(const Round& other) const {

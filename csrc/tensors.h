@@ -1,4 +1,4 @@
-// Lists of tensors as the operations see them.
+// What the operations take: tensors and lists of them, checked, and numbers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -114,11 +115,33 @@ class TensorList {
   std::shared_ptr<Tensors> held_;
 };
 
+using Numbers = std::vector<double>;  // by parameter group
+
 // A list or tuple of numbers; 0-dim tensors count as numbers. Raises TypeError.
-std::vector<double> unpack_numbers(const std::string& name, pybind11::handle list);
+Numbers unpack_numbers(const std::string& name, pybind11::handle list);
 std::vector<int64_t> unpack_integers(const std::string& name, pybind11::handle list);
 
 // The entries of a list or tuple. Raises TypeError unless it is one.
 std::vector<pybind11::object> unpack_entries(const std::string& name, pybind11::handle list, const char* what);
+
+// Numbers as a float64 tensor of the CPU.
+at::Tensor tensor_of(const Numbers& values, at::IntArrayRef sizes);
+
+[[noreturn]] void refuse_value(const std::string& message);
+[[noreturn]] void refuse_type(const std::string& message);
+
+// The dtype as the loops know it, if they do.
+std::optional<Dtype> known_dtype(at::ScalarType dtype);
+
+// Tells a tensor that the loops can take by its address: of a dtype that they know, strided, with all of its elements
+// in memory, without gaps.
+bool is_plain(const at::Tensor& tensor);
+
+// Raises ValueError unless it is that, on the device.
+void check_plain(const TensorList& list, size_t i, at::Device device);
+
+// Tells whether the elements of a tensor lie in memory in this order. The stride of a dimension of one element is of no
+// account.
+bool lies_as(const at::Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides);
 
 }  // namespace gam

@@ -1,9 +1,11 @@
-#include "lists.h"
+#include "tensors.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/StringUtil.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace py = pybind11;
@@ -40,6 +42,10 @@ std::vector<Number> unpack(const std::string& name, py::handle list, const char*
     }
   }
   return result;
+}
+
+size_t needed_bytes(const at::Tensor& tensor) {
+  return static_cast<size_t>(tensor.storage_offset() + tensor.numel()) * tensor.element_size();
 }
 
 }  // namespace
@@ -120,6 +126,56 @@ std::vector<py::object> unpack_entries(const std::string& name, py::handle list,
   std::vector<py::object> result;
   for (const py::handle entry : tuple_of(name, list, what)) result.push_back(py::reinterpret_borrow<py::object>(entry));
   return result;
+}
+
+at::Tensor tensor_of(const Numbers& values, at::IntArrayRef sizes) {
+  at::Tensor result = at::detail::empty_cpu(sizes, at::TensorOptions().dtype(at::kDouble));
+  std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
+  return result;
+}
+
+void refuse_value(const std::string& message) { throw py::value_error(message); }
+void refuse_type(const std::string& message) { throw py::type_error(message); }
+
+std::optional<Dtype> known_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    default:
+      return std::nullopt;
+  }
+}
+
+bool is_plain(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+         tensor.has_storage() && !tensor.is_neg() && !tensor._is_zerotensor() && known_dtype(tensor.scalar_type()) &&
+         tensor.is_non_overlapping_and_dense() &&
+         (tensor.numel() == 0 || tensor.storage().nbytes() >= needed_bytes(tensor));
+}
+
+void check_plain(const TensorList& list, size_t i, at::Device device) {
+  const at::Tensor& tensor = *list[i];
+  if (!tensor.defined()) refuse_type(list.name_of(i) + " must be a tensor, got an undefined one");
+  if (tensor.device() == device && is_plain(tensor)) return;
+  const bool has_strides = tensor.layout() == at::kStrided;
+  refuse_value(c10::str(list.name_of(i), " must be a plain tensor on ", device, " of float64, float32, bfloat16 or ",
+                        "float16, with elements of its own that are dense in memory; got ", tensor.toString(), " on ",
+                        tensor.device(), " of shape ", tensor.sizes(), " and strides ",
+                        has_strides ? tensor.strides() : at::IntArrayRef()));
+}
+
+bool lies_as(const at::Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides) {
+  if (tensor.strides() == strides) return true;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && tensor.strides()[d] != strides[d]) return tensor.numel() == 0;
+  }
+  return true;
 }
 
 }  // namespace gam
