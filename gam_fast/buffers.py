@@ -56,9 +56,6 @@ class ForwardState:
     and modules are not switched, so that a compiled model is not compiled again. One object serves many steps: the
     first finds out which buffers move.
 
-    Args:
-        model: the module, for ``with``.
-
     >>> model = nn.BatchNorm1d(2)
     >>> with ForwardState(model) as state:
     ...     for scale in (1.0, 100.0):

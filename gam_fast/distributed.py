@@ -92,15 +92,11 @@ def mean_over_processes(value: float, model: nn.Module | None, device: torch.dev
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter is spread over a device mesh.
-
-    Attributes:
-        mesh: the :class:`torch.distributed.DeviceMesh`.
-        sharded: for each of its dimensions, whether the processes along it hold different parts, and not copies.
-    """
+    """How a parameter is spread over a :class:`torch.distributed.DeviceMesh`."""
 
     mesh: Any
     sharded: tuple[bool, ...]
+    """For each dimension of the mesh, whether the processes along it hold different parts, and not copies."""
 
 
 def is_sharded(tensor: Tensor) -> bool:

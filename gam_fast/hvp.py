@@ -109,7 +109,7 @@ def _check_custom(name: str, grad_inputs: Sequence[Tensor | None], grad_outputs:
 
 
 def scaled(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """``factor · tensors``, computed in fp32 (fp64 for float64) and rounded once; the factor a number, or 0-dim.
+    """``factor · tensors`` of one dtype, in fp32 (fp64 for float64) and rounded once; the factor a number, or 0-dim.
 
     On an accelerator torch would first round a 0-dim factor to the dtype of the tensors, and 1/‖g‖ is soon too large
     for half precision.
@@ -119,14 +119,10 @@ def scaled(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
     """
     if not isinstance(factor, Tensor):
         return list(torch._foreach_mul(list(tensors), factor))
-    found: list[Tensor] = list(tensors)
-    for dtype in {tensor.dtype for tensor in tensors}:
-        working = torch.float32 if dtype.itemsize == 2 else dtype
-        places = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        products = torch._foreach_mul([tensors[i].to(working) for i in places], factor.to(working))
-        for i, value in zip(places, products, strict=True):
-            found[i] = value.to(dtype)
-    return found
+    dtype = tensors[0].dtype
+    working = torch.float32 if dtype.itemsize == 2 else dtype
+    products = torch._foreach_mul([tensor.to(working) for tensor in tensors], factor.to(working))
+    return [value.to(dtype) for value in products]
 
 
 def edges(grads: Sequence[Tensor | None]) -> list[Differentiable]:
@@ -140,13 +136,11 @@ def edges(grads: Sequence[Tensor | None]) -> list[Differentiable]:
     return [None if grad is None or not grad.requires_grad else get_gradient_edge(grad) for grad in grads]
 
 
-def product(
-    grads: Sequence[Differentiable], params: Sequence[Tensor], vector: Sequence[Tensor], *, keep: bool = False
-) -> list[Tensor | None]:
+def product(grads: Sequence[Differentiable], params: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor | None]:
     r""":math:`H v`, the derivative of :math:`⟨g, v⟩`, for what :func:`gradient` gave ``twice``; then its graph is gone.
 
     ``None`` stands for zero. ``vector`` has one tensor a gradient, of its shape; where the gradient is ``None`` it is
-    not looked at. ``keep`` keeps the graph for another product.
+    not looked at.
 
     Raises:
         SecondDerivativeError: an operation without a second derivative.
@@ -156,16 +150,16 @@ def product(
     >>> product(g, [weight], [torch.ones(2)])
     [tensor([ 6., 12.])]
     """
-    pairs = [(g, v) for g, v in zip(grads, vector, strict=True) if not _is_constant(g)]
+    pairs = [
+        (g, v)
+        for g, v in zip(grads, vector, strict=True)
+        if g is not None and (not isinstance(g, Tensor) or g.requires_grad)
+    ]
     if not pairs:  # a loss that is linear in the parameters
         return [None] * len(params)
     outputs, weights = zip(*pairs, strict=True)
     with _explained():
-        return list(torch.autograd.grad(outputs, list(params), weights, retain_graph=keep, allow_unused=True))
-
-
-def _is_constant(grad: Differentiable) -> bool:
-    return grad is None or (isinstance(grad, Tensor) and not grad.requires_grad)
+        return list(torch.autograd.grad(outputs, list(params), weights, allow_unused=True))
 
 
 def _refuse_cuts(tensors: Sequence[Tensor | None]) -> list[Any]:

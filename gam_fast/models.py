@@ -42,10 +42,7 @@ class ModelOfCopy:
     A deep copy refers to the copy of the module if that was made in the same call before. A pickle holds no more than
     the name of the module's class; :meth:`find` looks for the module that came with the parameters.
 
-    Args:
-        module: the module, if it is known.
-        name: the name of its class.
-        matters: whether steps without it would go wrong without a sign: it has buffers, or synchronises processes.
+    It ``matters`` where steps without it would go wrong without a sign: it has buffers, or synchronises processes.
     """
 
     def __init__(self, module: nn.Module | None, name: str, matters: bool) -> None:
@@ -222,10 +219,6 @@ class OtherGradients:
 
     In the pass that counts, backward adds to what was there before the step, as in plain torch. The gradients of the
     other passes are thrown away.
-
-    Args:
-        params: the other parameters.
-        own: the parameters of the step.
     """
 
     def __init__(self, params: Sequence[Tensor], own: Sequence[Tensor]) -> None:

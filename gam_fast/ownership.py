@@ -192,9 +192,8 @@ def wider_dtype(param: Tensor) -> torch.dtype | None:
     """
     grad = param.grad
     dtype = getattr(param, "grad_dtype", None) if grad is None else grad.dtype
-    if dtype is None or dtype == param.dtype or not dtype.is_floating_point or dtype.itemsize <= param.dtype.itemsize:
-        return None
-    return dtype
+    is_wider = dtype is not None and dtype.is_floating_point and dtype.itemsize > param.dtype.itemsize
+    return dtype if is_wider else None
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import ownership, sums
-from .backends.base import (
-    Backend,
-    Block,
-    Bookkeeping,
-    Direction,
-    PerGroup,
-    Products,
-    Scalar,
-    TensorList,
-    Versions,
-)
+from .backends.base import Backend, Block, Bookkeeping, Direction, PerGroup, Products, Scalar, TensorList, Versions
 from .backends.eager import EagerBackend
 from .distributed import Layout, add_up_over_processes, is_sharded, layout_of, local, spread
 from .ownership import Kind, kind_of, wider_dtype
@@ -45,18 +35,12 @@ class ParameterBlock:
 
     Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``.
 
-    Attributes:
-        backend: works on them.
-        leaves: what it works on.
-        owners: the parameters as the user has them; the leaves are what this process holds of each.
-        layout: how they are spread over processes, ``None`` where each process has all of them.
-        kind: device, dtype, and whether they are dense.
-        grads: for each vector of the recipe that is held, one tensor a leaf.
     """
 
     backend: Backend
     leaves: Block = field(default_factory=Block)
     owners: TensorList = field(default_factory=list)
+    """The parameters as the user has them; the leaves are what this process holds of each."""
     layout: Layout | None = None
     kind: Kind | None = None
     grads: dict[int, TensorList] = field(default_factory=dict)
@@ -65,30 +49,19 @@ class ParameterBlock:
 class StepParameters:
     """All parameters of a step, and those of them that had a gradient so far.
 
-    Args:
-        groups: the parameter groups.
-        select: the backend of a device.
-        recipe: the name of the recipe, for messages.
-        keep_parts: whether gradients that are parts of a buffer of somebody else's stay where they are.
+    ``recipe`` is its name and ``named`` the model's parameters, for messages. With ``keep_parts``, gradients that are
+    parts of a buffer of somebody else's stay where they are.
 
     Attributes:
-        params: all parameters, whether they take part or not.
-        devices: what they are on.
         on_host: whether reading a sum waits for nothing.
-        sharded: whether any is spread over processes.
+        sharded: whether any parameter is spread over processes.
         flags: for each parameter, whether it takes part.
         all: the blocks.
-        named: names of parameters in the model, for messages.
         moved: the positions of parameters without a gradient that a pass was seen to move.
     """
 
     def __init__(
-        self,
-        groups: Sequence[dict[str, Any]],
-        select: Select,
-        recipe: str,
-        *,
-        keep_parts: bool = True,
+        self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool = True
     ) -> None:
         self.params: TensorList = [param for group in groups for param in group["params"]]
         self.sharded = any(map(is_sharded, self.params))

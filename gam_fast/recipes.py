@@ -422,14 +422,8 @@ class Coefficients:
     A base optimizer with ``maximize=True`` ascends L, that is, descends −L, whose gradients point the other way. The
     norm of a gradient is the same for both, and so is its own gradient, a Hessian-vector product.
 
-    Args:
-        recipe: the table.
-        groups: the parameter groups.
-        hyper: the recipe's hyper-parameters, by group.
-
     Attributes:
-        u: for each vector, its coefficient in u, by group.
-        m: the same in m; zeros without m.
+        u, m: the coefficients of each vector, by group; zeros where the recipe has no m.
         gamma: γ by group.
         radius: for each step of the path that is a perturbation, its radius by group, negative in groups that ascend.
         eta: η by group, ``None`` unless the recipe is adaptive.

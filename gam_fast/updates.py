@@ -19,9 +19,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from .backends.base import Backend, Block, Direction, TensorList
 from .backends.eager import EagerBackend
 from .bases import Chain, members
-from .distributed import local, local_gradient, spread
+from .distributed import local, spread
 from .hooks import step_of_base
-from .ownership import as_like, lies_as
+from .ownership import lies_as, take_gradients
 from .parameters import ParameterBlock, materialise
 
 Directions: TypeAlias = "list[tuple[ParameterBlock, Direction]]"
@@ -249,10 +249,7 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
         count += len(chosen)
         part = _part(block, chosen)
         part.leaves.backup, part.leaves.saved = [], False  # θ is there, perhaps changed by a hook
-        term = [
-            as_like(local_gradient(p), x, part.leaves.vectors)
-            for p, x in zip(part.owners, part.leaves.params, strict=True)
-        ]
+        term = take_gradients(part.owners, False, part.leaves.vectors)
         ones = [[1.0] * len(direction.p[0])]
         found.append((part, Direction([block.backend.bookkeeping.hold(term)], ones)))
     dense = all(param.grad is None or param.grad.layout is torch.strided for param, _ in grads)
@@ -261,37 +258,32 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
 
 def _part(block: ParameterBlock, chosen: Sequence[int]) -> ParameterBlock:
     """Some leaves of a block as one of their own."""
-    leaves, hold = block.leaves, block.backend.bookkeeping.hold
-    params, backup = list(leaves.params), list(leaves.backup)
+    leaves = block.leaves
     group = [leaves.group[i] for i in chosen]
-    part = Block(hold([params[i] for i in chosen]), group, saved=leaves.saved, vectors=leaves.vectors)
+    part = Block(_pick(block, leaves.params, chosen), group, saved=leaves.saved, vectors=leaves.vectors)
     if leaves.saved:
-        part.backup = hold([backup[i] for i in chosen])
+        part.backup = _pick(block, leaves.backup, chosen)
     return ParameterBlock(block.backend, part, [block.owners[i] for i in chosen], block.layout)
 
 
-def _step(base: Optimizer, directions: Directions) -> None:
+def _pick(block: ParameterBlock, tensors: TensorList, chosen: Sequence[int]) -> TensorList:
+    return block.backend.bookkeeping.hold([tensors[i] for i in chosen])
+
+
+def _step(base: Optimizer, directions: Directions, first_group: int = 0) -> None:
     """As :func:`apply`, without hooks that look on: each base optimizer of a chain steps along its part."""
-    if not isinstance(base, Chain):
-        _step_member(base, directions)
+    if isinstance(base, Chain):
+        for member in base.members:
+            groups = range(first_group, first_group + len(member.param_groups))
+            parts: Directions = []
+            for block, direction in directions:
+                chosen = [i for i, group in enumerate(block.leaves.group) if group in groups]
+                if chosen:
+                    terms = [_pick(block, term, chosen) for term in direction.terms]
+                    parts.append((_part(block, chosen), replace(direction, terms=terms)))
+            _step(member, parts, first_group)
+            first_group = groups.stop
         return
-    first = 0
-    for member in base.members:
-        groups = range(first, first + len(member.param_groups))
-        parts: Directions = []
-        for block, direction in directions:
-            chosen = [i for i, group in enumerate(block.leaves.group) if group in groups]
-            if not chosen:
-                continue
-            terms = [list(term) for term in direction.terms]
-            hold = block.backend.bookkeeping.hold
-            picked = replace(direction, terms=[hold([term[i] for i in chosen]) for term in terms])
-            parts.append((_part(block, chosen), picked))
-        _step_member(member, parts, first)
-        first = groups.stop
-
-
-def _step_member(base: Optimizer, directions: Directions, first_group: int = 0) -> None:
     row = fused(base)
     if row is None:
         _step_by_torch(base, directions)
