@@ -7,9 +7,9 @@
 #include <exception>
 #include <vector>
 
-#include "cuda/moves.cu"
-#include "cuda/sums.cu"
-#include "cuemu.h"
+#include "cuda/launch.cuh"
+#include "cuda/moves.cuh"
+#include "cuda/sums.cuh"
 
 namespace {
 
@@ -72,14 +72,16 @@ void check() {
   std::vector<double> parts(sums.pieces.size());
   double total = 0;
   const Grid grid{static_cast<int64_t>(parts.size()), nullptr};
-  square_norm(grid, Dtype::kFloat, false, false, {sums.table({&a}), parts.data(), {}});
-  totals({1, nullptr}, 1, {parts.data(), nullptr, 1, grid.blocks, &total});
+  const SquareNormArguments of_norm{sums.table({&a}), parts.data(), {}};
+  GAM_LAUNCH((square_norm_kernel<float, false, false>), grid, kBlock, of_norm);
+  const TotalsArguments of_total{parts.data(), nullptr, 1, grid.blocks, &total};
+  GAM_LAUNCH((totals_kernel<1>), (Grid{1, nullptr}), kTotalsBlock, of_total);
   if (!(std::fabs(total / expected - 1.0) < 1e-6)) std::printf("wrong: norm %g, not %g\n", total, expected);
 
   Model moves(sizes, PerturbArguments::kLists);
   PerturbArguments arguments{moves.table({&params, &backup, &a}), nullptr, true, false, false, {}};
   arguments.groups.few[0].radius = 0.5;
-  perturb(grid, Dtype::kFloat, false, false, arguments);
+  GAM_LAUNCH((perturb_kernel<float, false, false, false>), grid, kBlock, arguments);
   const auto before = values(sizes, 1.0f), old = values(sizes, 0.0f);
   for (size_t i = 0; i < sizes.size(); ++i) {
     const auto end = static_cast<size_t>(sizes[i]);
