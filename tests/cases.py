@@ -67,6 +67,11 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def in_turns(values: Iterable[Any], *others: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """One row a value, which the others take part in by turns."""
+    return list(zip(values, *map(itertools.cycle, others), strict=False))
+
+
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
