@@ -77,10 +77,10 @@ test: setup-test  ## all tests and doctests; without ARGS those of the Triton ke
 	$(PY) -m pytest $(ARGS)
 	@$(if $(ARGS),,$(MAKE) --no-print-directory interpret)
 
-# A process of its own, because Triton decides when it is imported how kernels are run. Primitives, updates and the short
-# table of the engine run on Triton here. SETUP= leaves what is installed as it is.
+# A process of its own, because Triton decides when it is imported how kernels are run. Primitives and the short table of
+# the engine run on Triton here. SETUP= leaves what is installed as it is.
 SETUP ?= setup-test
-INTERPRETED_TESTS ?= $(addprefix tests/,test_interpreted.py test_backends.py test_every_backend.py test_updates.py)
+INTERPRETED_TESTS ?= $(addprefix tests/,test_interpreted.py test_backends.py test_every_backend.py)
 interpret: $(SETUP)  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "Triton is for Linux: not tested"; exit 0; }; \
 	  $(PY) -c 'import sys, triton; sys.exit(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6))' || \

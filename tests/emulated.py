@@ -26,20 +26,22 @@ EMULATOR = ROOT / "tests" / "cuda_emulator"
 def core() -> ModuleType:
     """The module, built in ``build/`` when a source has changed."""
     sanitize = bool(os.environ.get("GAM_FAST_SANITIZED"))
-    flags = ["-mfma", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-O1", "-mfma", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-subobject-linkage"]
     flags += ["-DGAM_CUDA", "-DGAM_EMULATED", f"-I{EMULATOR}"]
-    flags += (
-        ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-        if sanitize
-        else ["-O2"]
-    )
+    if sanitize:
+        flags += [
+            f"-include{EMULATOR}/few_dtypes.h",
+            "-g1",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize=vptr",
+            "-fno-sanitize-recover=all",
+        ]
     folder = ROOT / "build" / f"emulated-{torch.__version__}{'-sanitized' if sanitize else ''}"
     folder.mkdir(parents=True, exist_ok=True)
-    shared = list((ROOT / "csrc").glob("*.cpp"))
-    cuda = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("executor", "tables")]
     module: ModuleType = cpp_extension.load(
         name="gam_fast_emulated",
-        sources=sorted(str(path) for path in [*shared, *cuda, *EMULATOR.glob("*.cpp")]),
+        sources=[str(EMULATOR / f"{name}.cpp") for name in ("host", "moves", "sums", "updates")],
         extra_cflags=flags,
         extra_ldflags=["-fsanitize=address,undefined"] if sanitize else [],
         build_directory=str(folder),

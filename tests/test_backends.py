@@ -1,66 +1,30 @@
-"""Each primitive against its formula in fp64, for every dtype, layout and branch."""
+"""Each primitive on each backend, in each dtype, against its formula in fp64; kernels have the bits of the CPU core."""
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import emulated
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, EMULATED, INTERPRETED, pairwise
-from primitives import AdamGroup, SGDGroup, adam, lion, sgd
+from cases import BACKENDS, DTYPES, EMULATED, INTERPRETED, WITHOUT_CORE
+from primitives import CASES, SUMS, Formulas, Lists, Place, assert_close, same_bits
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gam_fast
 from gam_fast import backends
 from gam_fast.backends import base, eager
 
-# The last is cut into pieces, by every backend; Triton's interpreter takes milliseconds for each.
-SHAPES = [(3, 5), (), (0,), (21 if INTERPRETED else 70, 401), (2, 8, 4, 4), (1, 9_000 if INTERPRETED else 30_000)]
-GROUPS = [0, 1, 0, 1, 0, 1]
-
-
-def tensors(dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    result = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
-    result[4] = result[4].contiguous(memory_format=torch.channels_last)
-    result[3] = torch.randn(SHAPES[3][0] * 401 + 1, generator=generator).to(dtype)[1:].view(SHAPES[3])  # not aligned
-    return result
-
-
-def leaves(dtype, saved=False):
-    params = tensors(dtype, 1)
-    backup = tensors(dtype, 2) if saved else [torch.empty_like(p) for p in params]
-    return base.Block(params, list(GROUPS), backup, saved)
-
-
-def double(values):
-    return [v.double() for v in values]
-
-
-def device_scalar(value):
-    """As an accelerator gets it."""
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def as_handed_to(backend, number):
-    """As the engine hands sums over: to the core's loops on a CPU as numbers only."""
-    return float if number is device_scalar and type(backend).__name__ == "NativeBackend" else number
-
-
-def named(value):
-    return value.__name__ if callable(value) else str(value)
-
-
-def close(actual, expected, dtype, scale=1.0):
-    """Within the rounding of one store and of a few operations in the working precision, at the operands' size."""
-    working = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    eps = torch.finfo(dtype).eps
-    for a, e in zip(actual, expected, strict=True):
-        if a.numel():
-            size = float(e.abs().max()) + scale
-            assert float((a.double() - e).abs().max()) <= 0.5 * eps * size + 16 * working * size
+CPU = torch.device("cpu")
+INF, NAN = float("inf"), float("nan")
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU"),
+]
 
 
 def instruction_sets():
@@ -72,263 +36,152 @@ def instruction_sets():
     return [f"native-{name}" for name in _C.instruction_sets()]
 
 
-NAMES = [name for name in BACKENDS if name != "native"]
+GPU = [] if INTERPRETED else [pytest.param(f"{name}-cuda", marks=ON_A_GPU) for name in ("native", "triton")]
+KERNELS = [*(name for name in BACKENDS if name != "eager"), *EMULATED, *GPU]
+EACH = [*(name for name in BACKENDS if name == "eager"), *KERNELS]
+SETS = instruction_sets() if "native" in BACKENDS else []
+EVERY = [*(name for name in EACH if name != "native"), *SETS, *(["eager-tensors"] if "eager" in BACKENDS else [])]
+"""Native by each instruction set, and eager also with sums as on an accelerator."""
 
 
-@pytest.fixture(params=[*NAMES, *(instruction_sets() if "native" in BACKENDS else []), *EMULATED])
-def backend(request, monkeypatch):
+def on(names):
+    return pytest.mark.parametrize("place", names, indirect=True)
+
+
+@pytest.fixture
+def place(request, monkeypatch):
     monkeypatch.setattr(eager, "CPU_CHUNK", 1 << 13)  # so that leaves are cut
-    if request.param == "emulated":
-        yield emulated.backend()
-        return
-    name, _, instruction_set = request.param.partition("-")
-    if not instruction_set:
-        yield backends.select(name, torch.device("cpu"))
-        return
-    from gam_fast import _C
+    name, _, kind = request.param.partition("-")
+    if name == "emulated":
+        yield Place(emulated.backend(), takes_tensors=True)
+    elif name != "native" or not kind or kind == "cuda":
+        device = kind if kind == "cuda" else "cpu"
+        yield Place(backends.select(name, torch.device(device)), device, name == "triton" or bool(kind))
+    else:
+        from gam_fast import _C
 
-    best = _C.instruction_set()
-    _C.use_instruction_set(instruction_set)
-    yield backends.select(name, torch.device("cpu"))
-    _C.use_instruction_set(best)
+        best = _C.instruction_set()
+        _C.use_instruction_set(kind)
+        yield Place(backends.select(name, CPU))
+        _C.use_instruction_set(best)
 
 
+# Values
+
+
+@functools.cache
+def by_formulas(name, dtype):
+    return CASES[name](Place(Formulas()), Lists(dtype, stored_as=torch.float64))
+
+
+@functools.cache
+def by_the_core(name, dtype):
+    rounded, exact, _ = CASES[name](Place(backends.select("native", CPU)), Lists(dtype))
+    return [*rounded, *exact]
+
+
+def check(place, name, lists, expected):
+    found = CASES[name](place, lists)
+    assert lists.are_written_inside_only()
+    for copy, value in zip(found.exact, expected.exact, strict=True):
+        assert torch.equal(copy.cpu().double(), value)
+    assert_close(found.rounded, expected.rounded, lists.dtype, found.scale)
+    return [*found.rounded, *found.exact]
+
+
+@on(EVERY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("eta", "saved", "difference"), pairwise([None, [0.0, 0.1]], [False, True], [False, True]), ids=named
-)
-def test_square_norm(backend, dtype, eta, saved, difference):
-    target = leaves(dtype, saved)
-    a, b = tensors(dtype, 3), tensors(dtype, 4)
-    weights = target.backup if saved else target.params
-    expected = 0.0
-    for x, y, w, g in zip(double(a), double(b), double(weights), GROUPS, strict=True):
-        v = x - y if difference else x
-        expected = expected + ((v if eta is None else (w.abs() + eta[g]) * v) ** 2).sum()
-    actual = backend.square_norm(target, a, b if difference else None, eta)
-    assert actual.dim() == 0
-    assert actual.dtype == torch.float64
-    # rows of 1,024 in the working precision, then fp64
-    torch.testing.assert_close(actual, expected, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0.0)
+@pytest.mark.parametrize("name", CASES)
+def test_a_primitive_is_its_formula_and_kernels_have_the_bits_of_the_core(place, dtype, name, request):
+    found = check(place, name, Lists(dtype, device=place.device), by_formulas(name, dtype))
+    where = request.node.callspec.params["place"]
+    if WITHOUT_CORE or where.startswith("eager"):
+        return
+    is_sum = name.startswith(SUMS)
+    if where == "native-baseline":  # has no fused operation, which sums of squares do not use
+        same = name.startswith("square_norm")
+    else:
+        same = not is_sum or (where.startswith("native") and place.device == "cpu")
+    assert not same or same_bits(found, by_the_core(name, dtype))
 
 
+@on(KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(SUMS)])
+def test_alignment_changes_no_bit_of_a_sum(place, dtype, name):
+    """Which thread adds up which elements depends on their place in a tensor only."""
+    plain, shifted = (CASES[name](place, Lists(dtype, device=place.device, shifted=far)) for far in (False, True))
+    assert same_bits(plain.rounded, shifted.rounded)
+
+
+@on(EACH)
+@pytest.mark.parametrize("count", [1, 16, 17, 40])
+def test_numbers_of_many_groups(place, count):
+    """Up to 16 travel in the arguments of a kernel, more in a table."""
+    options = {"shapes": [(5,)] * count, "groups": count}
+    for name, case in CASES.items():
+        expected = case(Place(Formulas()), Lists(torch.float32, stored_as=torch.float64, **options))
+        check(place, name, Lists(torch.float32, device=place.device, **options), expected)
+
+
+@on(EACH)
+def test_a_model_without_elements(place):
+    for case in CASES.values():
+        rounded, exact, _ = case(place, Lists(torch.float32, [(0,), (3, 0)], place.device))
+        assert all(not tensor.any() for tensor in (*rounded, *exact))
+
+
+@on(EACH)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_square_norm_of_a_large_fp32_tensor_is_accurate(layout):
-    """Whole chunks summed in fp32 would be off by 1e-5."""
-    values = torch.rand(16, 128, 32, 32) + 0.1
+def test_sums_of_millions_are_as_exact_as_they_say(place, layout):
+    """Kernels to the bound of csrc/cuda/sums.cuh; whole chunks summed in fp32 would be off by 1e-5."""
+    values = torch.rand(4, 128, 32, 32, device=place.device) + 0.5
     if layout == "channels_last":
         values = values.contiguous(memory_format=torch.channels_last)
     if layout == "transposed":
-        values = values.view(2048, 1024).T
-    target = base.Block([torch.empty_like(values)], [0])
-    actual = eager.EagerBackend().square_norm(target, [values])
-    torch.testing.assert_close(actual, values.double().square().sum(), rtol=2e-6, atol=0.0)
+        values = values.view(512, 1024).T
+    total = place.backend.square_norm(base.Block([torch.empty_like(values)], [0]), [values])
+    exact = values.double().square().sum()
+    bound = 2e-6 if place.backend.name == "eager" else 9 * 2.0**-24
+    assert abs(float(total / exact) - 1.0) < bound
 
 
-def test_square_norm_of_fp16_does_not_overflow(backend):
-    target = base.Block([torch.full((70_000,), 200.0, dtype=torch.float16)], [0])
-    assert float(backend.square_norm(target, target.params)) == pytest.approx(70_000 * 200.0**2, rel=1e-6)
+@on(EACH)
+def test_square_norm_of_fp16_does_not_overflow(place):
+    values = [torch.full((70_000,), 200.0, dtype=torch.float16, device=place.device)]
+    norm = place.backend.square_norm(base.Block(values, [0]), values)
+    assert float(norm) == pytest.approx(70_000 * 200.0**2, rel=1e-6)
 
 
-def test_square_norm_is_the_square_of_what_clip_grad_norm_finds(backend):
-    params = [torch.nn.Parameter(t) for t in tensors(torch.float32, 1)]
-    for p, g in zip(params, tensors(torch.float32, 3), strict=True):
-        p.grad = g.clone()
-    total = torch.nn.utils.get_total_norm([p.grad for p in params])
-    norm = backend.square_norm(leaves(torch.float32), tensors(torch.float32, 3)).sqrt()
-    torch.testing.assert_close(norm.float(), total, rtol=1e-5, atol=0.0)
+@on(EACH)
+def test_numbers_that_are_not_finite_go_their_way(place):
+    """As the formulas have it; a zero decay leaves infinite parameters, such as a mask's, as they are.
+
+    An average of infinite numbers is what the backend makes of it.
+    """
+    start = torch.tensor([INF, -INF, 1.0, 1.0, -0.0, NAN, 1e-40, 1e18])
+    grads = torch.tensor([0.0, 0.0, INF, NAN, 1.0, 1.0, 1e-40, 1e18])
+    results = []
+    for where, dtype in ((place, torch.float32), (Place(Formulas()), torch.float64)):
+        found = []
+        for formula, state, numbers, options in (
+            ("sgd", [torch.zeros(8)], [0.1, 0.9, 0.0, 0.0, 1.0, 0.0], (0.0,)),
+            ("adam", [torch.zeros(8), torch.ones(8), None], [0.9, 0.99, 1e-3, 0.0, 1.0, 0.0], (0.1, 1.0)),
+            ("lion", [torch.zeros(8)], [0.1, 0.9, 0.99, 0.0, 1.0, 0.0], ()),
+        ):
+            gradient = grads if formula == "sgd" else grads.nan_to_num(1.0, 1.0)
+            params, d = ([t.to(where.device, dtype, copy=True)] for t in (start, gradient))
+            lists = [[t if t is None else t.to(where.device, dtype)] for t in state]
+            block = base.Block(params, [0])
+            where.backend.update(block, base.Direction([d], [[1.0]]), formula, lists, [numbers], [options], [0])
+            found += [params[0].cpu().float()]
+        results.append(found)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-44, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("eta", "saved", "from_start", "difference", "number"),
-    pairwise([None, [0.0, 0.1]], [False, True], [False, True], [False, True], [float, device_scalar]),
-    ids=named,
-)
-def test_perturb(backend, dtype, eta, saved, from_start, difference, number):
-    target = leaves(dtype, saved)
-    number = as_handed_to(backend, number)
-    a, b = tensors(dtype, 3), tensors(dtype, 4)
-    before = [p.clone() for p in target.params]
-    start = [t.clone() for t in (target.backup if saved else target.params)]
-    radius, square = [0.5, -0.25], 7.0
-    into, other = tensors(dtype, 5), tensors(dtype, 6)
-    fold = base.FoldInto(into, other, [0.5, 2.0], [-1.0, 0.25])
-    folded = [
-        k * x + m * y
-        for x, y, k, m in zip(
-            double(into), double(other), [fold.k[g] for g in GROUPS], [fold.l[g] for g in GROUPS], strict=True
-        )
-    ]
-    expected = []
-    for x, y, w, p, g in zip(double(a), double(b), double(start), double(before), GROUPS, strict=True):
-        v = x - y if difference else x
-        t = 1.0 if eta is None else w.abs() + eta[g]
-        expected.append((w if from_start else p) + radius[g] / (7.0**0.5 + 1e-12) * t * t * v)
-    backend.perturb(
-        target, a, b if difference else None, radius, number(square), from_start=from_start, eta=eta, fold=fold
-    )
-    assert target.saved
-    for saved_value, value in zip(target.backup, start, strict=True):
-        assert torch.equal(saved_value, value)
-    close(target.params, expected, dtype, scale=8.0)
-    close(into, folded, dtype, scale=8.0)
-    backend.restore(target)
-    for p, value in zip(target.params, start, strict=True):
-        assert torch.equal(p, value)
-
-
-def directions(dtype, terms=3, projected=True, clipped=True, number=float):
-    """κ = 0.7; the formula of ‖d‖ has groups of their own γ."""
-    lists = [tensors(dtype, 10 + t) for t in range(terms)]
-    p = [[0.5 + t, -0.25 * t] for t in range(terms)]
-    q = [[0.1 * t, 0.3] for t in range(terms)] if projected else None
-    products, gamma = [[6.0, 5.0, 7.0], [4.0, 2.0, 3.0]], [0.1, 0.4]
-    square = 0.0
-    for (uu, um, mm), g in zip(products, gamma, strict=True):
-        g, a = (g, 1.0 + 0.7 * g) if projected else (0.0, 1.0)
-        square += a * a * uu - 2 * a * g * um + g * g * mm
-    scale = min(1.0, 0.9 / (square**0.5 + 1e-6)) if clipped else 1.0
-    made = products if number is float else torch.tensor(products, dtype=torch.float64)
-    d = base.Direction(lists, p, q, made, gamma, 0.9 if clipped else None)
-    expected = []
-    for i, g in enumerate(GROUPS):
-        total = 0.0
-        for t in range(terms):
-            total = total + (p[t][g] + (0.7 * q[t][g] if q else 0.0)) * lists[t][i].double()
-        expected.append(total * scale)
-    return d, expected
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("terms", [1, 2, 3])
-@pytest.mark.parametrize("with_m", [False, True])
-def test_inner_products(backend, dtype, terms, with_m):
-    target = leaves(dtype)
-    u, u_values = directions(dtype, terms, projected=False, clipped=False)
-    m = base.Direction(u.terms, [[-1.0, 0.5 * t] for t in range(terms)])
-    m_values = [sum(m.p[t][g] * m.terms[t][i].double() for t in range(terms)) for i, g in enumerate(GROUPS)]
-    expected = torch.zeros(3, 3, dtype=torch.float64)
-    for x, y, g in zip(u_values, m_values, GROUPS, strict=True):
-        expected[g] += torch.stack([(x * x).sum(), (x * y).sum() * with_m, (y * y).sum() * with_m])
-    actual = backend.inner_products(target, u, m if with_m else None, 3)
-    assert actual.shape == (3, 3)
-    rtol = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("saved", "own_storage", "form", "number"),
-    pairwise(
-        [False, True], [False, True], [(1, False, True), (2, False, False), (3, True, True)], [float, device_scalar]
-    ),
-    ids=named,
-)
-def test_direction(backend, dtype, saved, own_storage, form, number):
-    target = leaves(dtype, saved)
-    number = as_handed_to(backend, number)
-    start = [t.clone() for t in (target.backup if saved else target.params)]
-    d, expected = directions(dtype, *form, number)
-    out = d.terms[0] if own_storage else [torch.empty_like(p) for p in target.params]
-    backend.direction(target, d, out)
-    close(out, expected, dtype, scale=4.0)
-    for p, value in zip(target.params, start, strict=True):
-        assert torch.equal(p, value)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("first", [False, True])
-def test_sgd(backend, dtype, first):
-    target = leaves(dtype, saved=True)
-    start = double(target.backup)
-    d, values = directions(dtype)
-    groups = [
-        SGDGroup(0.1, 0.9, 0.25, 0.01, nesterov=False, maximize=False),
-        SGDGroup(0.2, 0.0, 0.0, 0.02, nesterov=False, maximize=True),
-    ]
-    buffers = [t * (not first) if g == 0 else None for t, g in zip(tensors(dtype, 20), GROUPS, strict=True)]
-    expected, expected_buffers = [], []
-    for w, v, b, g in zip(start, values, buffers, GROUPS, strict=True):
-        h = groups[g]
-        v = (-v if h.maximize else v) + h.weight_decay * w
-        if b is not None:
-            v = v if first else h.momentum * b.double() + (1 - h.dampening) * v
-        expected.append(w - h.lr * v)
-        expected_buffers.append(v)
-    sgd(backend, target, d, buffers, [first and b is not None for b in buffers], groups)
-    close(target.params, expected, dtype, scale=8.0)
-    kept = [(b, e) for b, e in zip(buffers, expected_buffers, strict=True) if b is not None]
-    close([b for b, _ in kept], [e for _, e in kept], dtype, scale=8.0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adam(backend, dtype):
-    target = leaves(dtype, saved=True)
-    start = double(target.backup)
-    d, values = directions(dtype)
-    groups = [
-        AdamGroup(0.1, 0.9, 0.99, 1e-3, 0.01, decoupled=True, amsgrad=False, maximize=False),
-        AdamGroup(0.2, 0.8, 0.95, 1e-2, 0.02, decoupled=False, amsgrad=True, maximize=True),
-    ]
-    average = tensors(dtype, 21)
-    square = [t.abs() for t in tensors(dtype, 22)]
-    largest = [t.abs() if g else None for t, g in zip(tensors(dtype, 23), GROUPS, strict=True)]
-    steps = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    expected = []
-    rows = zip(start, values, double(average), double(square), largest, steps, GROUPS, strict=True)
-    for w, v, m, s, top, t, g in rows:
-        h = groups[g]
-        v = -v if h.maximize else v
-        w = w * (1 - h.lr * h.weight_decay) if h.decoupled else w
-        v = v if h.decoupled else v + h.weight_decay * w
-        m = m + (1 - h.beta1) * (v - m)
-        s = h.beta2 * s + (1 - h.beta2) * v * v
-        root = (s if top is None else torch.maximum(s, top.double())).sqrt()
-        step = h.lr / (1 - h.beta1**t) * m / (root / (1 - h.beta2**t) ** 0.5 + h.eps)
-        expected.append((w - step, m, s))
-    adam(backend, target, d, average, square, largest, steps, groups)
-    for i, (w, m, s) in enumerate(expected):
-        # The step divides by √v + ε, which magnifies the rounding of v where v is small; its own size is the scale.
-        close([target.params[i]], [w], dtype, scale=64.0)
-        close([average[i]], [m], dtype, scale=8.0)
-        close([square[i]], [s], dtype, scale=64.0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_lion(backend, dtype):
-    target = leaves(dtype, saved=True)
-    d, values = directions(dtype)
-    rows = [(0.1, 0.9, 0.99, 0.0, 0.75, 0.0), (0.2, 0.3, 0.4, 0.125, 1.0, 1.0)]
-    average = tensors(dtype, 21)
-    before = double(average)
-    expected = []
-    for w, v, m, g in zip(double(target.backup), values, before, GROUPS, strict=True):
-        lr, beta1, beta2, decay, shrink, maximize = rows[g]
-        v = (-v if maximize else v) + decay * w
-        expected.append((w * shrink - lr * torch.sign(m + (1 - beta1) * (v - m)), m + (1 - beta2) * (v - m)))
-    lion(backend, target, d, average, rows)
-    close(target.params, [w for w, _ in expected], dtype, scale=8.0)
-    close(average, [m for _, m in expected], dtype, scale=8.0)
-
-
-def test_the_backend_does_nothing_on_an_unsaved_restore(backend):
-    target = leaves(torch.float32)
-    before = [p.clone() for p in target.params]
-    backend.restore(target)
-    for p, value in zip(target.params, before, strict=True):
-        assert torch.equal(p, value)
-
-
-def test_chunks_cover_every_element_once_and_keep_to_their_size():
-    target = base.Block([torch.zeros(3, 1 << 20), torch.zeros(()), torch.zeros(5, 0), torch.zeros(9, 7)], [0, 0, 1, 1])
+def test_chunks_may_be_made_anew():
+    target = base.Block([torch.zeros(3, 1 << 20), torch.zeros(9, 7)], [0, 1])
     found = eager.chunks(target)
-    for chunk in found:
-        assert chunk.numel <= eager.CPU_CHUNK
-        for piece in chunk(target.params):
-            piece.add_(1.0)
-    for p in target.params:
-        assert torch.equal(p, torch.ones_like(p))
     assert eager.chunks(target) is found
     target.params.append(torch.zeros(2))
     target.group.append(0)
@@ -336,13 +189,169 @@ def test_chunks_cover_every_element_once_and_keep_to_their_size():
     assert sum(chunk.numel for chunk in eager.chunks(target)) == sum(p.numel() for p in target.params)
 
 
-def test_an_empty_model_has_norm_zero(backend):
-    target = base.Block([torch.zeros(0)], [0])
-    assert float(backend.square_norm(target, [torch.zeros(0)])) == 0.0
-
-
 def test_the_accumulator_is_fp32_where_there_is_no_fp64():
     assert base.accumulate_dtype(torch.device("mps")) == torch.float32
+
+
+# What is around the elements
+
+
+@on(EACH)
+def test_an_unsaved_block_is_not_restored(place):
+    params = [torch.randn(3, device=place.device)]
+    before = params[0].clone()
+    place.backend.restore(base.Block(params, [0], [torch.zeros(3, device=place.device)]))
+    assert torch.equal(params[0], before)
+
+
+@on(EACH)
+def test_memory_is_allocated_in_the_same_order(place):
+    channels_last = torch.ones(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    like = [channels_last, torch.ones(3, 2).T, torch.ones(()), torch.ones(0, 3).bfloat16()]
+    like = [tensor.to(place.device) for tensor in like]
+    for made, tensor in zip(place.backend.allocate(like), like, strict=True):
+        assert (made.shape, made.stride(), made.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@on(EACH)
+def test_autograd_hears_of_what_was_written(place):
+    weight = torch.ones(3, requires_grad=True, device=place.device)
+    kept = (weight * weight).sum()  # saves the weight
+    gradient = torch.ones(3, device=place.device)
+    version = gradient._version
+    with torch.no_grad():
+        block = base.Block([weight], [0], [torch.empty_like(gradient)])
+        place.backend.perturb(block, [gradient], None, [1.0], place.sums(1.0), from_start=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+    assert gradient._version == version
+
+
+@on(KERNELS)
+def test_state_of_another_dtype_or_order_is_not_taken(place):
+    params = [torch.zeros(9, 3, device=place.device)]
+    block = base.Block(params, [0])
+    assert place.backend.takes_state(block, [params, [None]])
+    for wrong in (params[0].double(), torch.zeros(3, 9, device=place.device).T):
+        assert not place.backend.takes_state(block, [params, [wrong]])
+        with pytest.raises((TypeError, ValueError), match=r"state\[0\]\[0\] must have the (dtype|strides) of its"):
+            place.backend.update(block, base.Direction([params], [[1.0]]), "sgd", [[wrong]], [[0.0] * 6], [[0.0]], [0])
+
+
+# Bad input: the argument is named, and nothing is changed
+
+SHARED = torch.ones(40)
+
+
+def without_memory():
+    tensor = torch.ones(5)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def other_a(tensor):
+    return lambda good: {"a": [good["a"][0], tensor]}
+
+
+BAD = {
+    "too few": (lambda good: {"a": good["a"][:1]}, "a must have one tensor a parameter, that is 2, got 1"),
+    "shape": (other_a(torch.ones(4)), r"a\[1\] must have the shape of its parameter, .5.*, got .4"),
+    "dimensions": (other_a(torch.ones(5, 1)), r"a\[1\] must have the shape"),
+    "dtype": (other_a(torch.ones(5).double()), r"a\[1\] must have the dtype of its parameter"),
+    "device": (other_a(torch.ones(5, device="meta")), r"a\[1\] must be on (the CPU|cpu), got meta"),
+    "sparse": (other_a(torch.ones(5).to_sparse()), r"a\[1\] must be strided, got"),
+    "lazy view": (other_a(torch._neg_view(torch.ones(5))), r"a\[1\] must be a plain tensor"),
+    "zero tensor": (other_a(torch._efficientzerotensor(5)), r"a\[1\] must be a plain tensor"),
+    "subclass": (other_a(TwoTensor(torch.ones(5), torch.ones(5))), r"a\[1\] must be a plain tensor"),
+    "no memory": (other_a(without_memory()), r"a\[1\] must have its elements in memory"),
+    "strides": (
+        lambda good: {"a": [torch.ones(4, 3).T, good["a"][1]]},
+        r"a\[0\] must have the strides of its parameter, .4, 1., got .1, 3.",
+    ),
+    "gaps": (other_a(torch.ones(10)[::2]), r"a\[1\] must (be dense in memory|have the strides of its parameter)"),
+    "expanded parameter": (
+        lambda good: {"params": [torch.ones(4).expand(3, 4), good["params"][1]]},
+        r"params\[0\] must be dense in memory, got",
+    ),
+    "parameters that overlap": (
+        lambda good: {"params": [SHARED[:12].view(3, 4), SHARED[11:16]]},
+        r"params\[0\] and params\[1\] must not overlap in memory",
+    ),
+    "parameters of two dtypes": (
+        lambda good: {"params": [good["params"][0], good["params"][1].double()]},
+        "must (all )?be of one dtype",
+    ),
+    "integers": (
+        lambda good: {"params": [p.int() for p in good["params"]], "a": [t.int() for t in good["a"]]},
+        "must be of dtype float64, float32, bfloat16 or float16, got",
+    ),
+    "parameters that require grad": (
+        lambda good: {"params": [torch.nn.Parameter(p) for p in good["params"]]},
+        r"params\[0\] requires grad and would be written: call under torch.no_grad\(\)",
+    ),
+    "no backup": (lambda good: {"backup": []}, "backup must have one tensor a parameter, that is 2, got 0"),
+    "group": (lambda good: {"group": [0, -1]}, r"group(\[1\])? must be (the index|indices) of (a )?parameter group"),
+    "radius": (lambda good: {"radius": [0.1]}, "radius must have one entry a parameter group, that is 2, got 1"),
+    "eta": (lambda good: {"eta": [0.1]}, "eta must have one entry a parameter group, that is 2, got 1"),
+    "fold": (
+        lambda good: {"fold": base.FoldInto(good["a"][:1], good["a"], [1.0] * 2, [1.0] * 2)},
+        "into must have one tensor a parameter, that is 2, got 1",
+    ),
+}
+
+
+@on([name for name in KERNELS if isinstance(name, str)])
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_lists_are_refused(place, bad):
+    change, message = BAD[bad]
+    good = {name: [torch.randn(3, 4), torch.randn(5)] for name in ("params", "backup", "a")}
+    given = SimpleNamespace(**{**good, "group": [0, 1], "radius": [0.1] * 2, "eta": None, "fold": None, **change(good)})
+    written = [*given.params, *given.backup]
+    before = [tensor.detach().clone() for tensor in written]
+    block = base.Block(given.params, given.group, given.backup, True)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        place.backend.perturb(
+            block, given.a, None, given.radius, place.sums(1.0), from_start=True, eta=given.eta, fold=given.fold
+        )
+    for old, new in zip(before, written, strict=True):
+        assert torch.equal(old, new)
+
+
+@on([name for name in KERNELS if isinstance(name, str)])
+def test_bad_numbers_are_refused(place):
+    params, a = ([torch.randn(3, 4), torch.randn(5)] for _ in range(2))
+    block, backend = base.Block(params, [0, 1]), place.backend
+    row, factors, products = (0.1, 0.9, 0.0, 0.0, 0.0, 0.0), [[1.0, 1.0]], place.sums([[1.0, 1.0, 1.0]] * 2)
+    plain = base.Direction([a], factors)
+
+    def along(*arguments):
+        return lambda: backend.direction(block, base.Direction(*arguments), params)
+
+    def update(state=None, groups=(row, row), options=((1.0,),), option=(0, 0)):
+        return lambda: backend.update(block, plain, "sgd", state or [a], groups, options, option)
+
+    for call, message in (
+        (lambda: backend.square_norm(block, a, eta=[0.1]), "eta must have one entry a parameter group"),
+        (lambda: backend.inner_products(block, plain, None, 1), "groups must be 2 (to 1048576|or more), got 1"),
+        (along([a] * 4, factors * 4), "terms must be 1 to 3 lists of tensors, got 4"),
+        (along([], []), "terms must be 1 to 3 lists of tensors, got 0"),
+        (along([a], []), "p (and q must have 2 numbers|must have one list of numbers a term)"),
+        (along([a], [[1.0]]), "p (and q must have 2 numbers|must have one entry a parameter group)"),
+        (along([a], factors, factors), "products must be given where q or limit is, got None"),
+        (along([a], factors, factors, place.sums([[1.0] * 4]), [0.1]), "products must be .*(three|3) numbers"),
+        (
+            along([a], factors, factors, products, [0.1], 1.0),
+            "gamma must have one number a row of products, .* 2, got 1",
+        ),
+        (update(state=[a] * 2), "state must (be|have) 1 (lists|entries)"),
+        (update(state=[a[:1]]), r"state\[0\] must have one tensor a parameter, that is 2, got 1"),
+        (update(groups=[row]), "groups must have one entry a parameter group, that is 2, got 1"),
+        (update(groups=[row, row[:5]]), r"groups(\[1\])? must have 6 (numbers|entries)"),
+        (update(options=[()]), r"options(\[0\])? must have 1 (numbers|entries)"),
+        (update(option=[0]), "option must have one (index|entry) a parameter, that is 2, got 1"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
 
 
 # Selection

@@ -6,8 +6,6 @@ by the tests of primitives (test_backends.py, test_cuda.py, test_interpreted.py)
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import test_accumulation
 import test_active
@@ -26,19 +24,18 @@ import test_trajectories
 import test_updates
 import test_weight_caches
 import torch
-from cases import BASES, DTYPES, METHODS
+from cases import BASES, DTYPES, METHODS, in_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
 SGD, RMSPROP = torch.optim.SGD, torch.optim.RMSprop
 EACH = list(METHODS)
-MIXED = list(zip(EACH, itertools.cycle(DTYPES)))
+MIXED = in_turn(EACH, DTYPES)
 NAN, INF = float("nan"), float("inf")
 
 TABLE = {
     test_trajectories.test_agrees_with_the_plain_loops_in_fp64: [
-        (model, method, base)
-        for method, model, base in zip(EACH, itertools.cycle(["mlp", "partly_used"]), itertools.cycle(BASES))
+        (model, method, base) for method, model, base in in_turn(EACH, ["mlp", "partly_used"], BASES)
     ],
     test_trajectories.test_groups_may_differ_in_every_hyper_parameter: [("gam",)],
     test_trajectories.test_one_step_in_low_precision_stays_within_the_derived_bound: [
@@ -100,23 +97,21 @@ TABLE = {
 
 
 AROUND = {
-    test_forward_writes.test_buffers_move_once_a_step_and_all_passes_see_the_same: zip(
-        EACH, itertools.cycle(test_forward_writes.KINDS)
+    test_forward_writes.test_buffers_move_once_a_step_and_all_passes_see_the_same: in_turn(
+        EACH, test_forward_writes.KINDS
     ),
-    test_forward_writes.test_parameters_that_are_not_trained_move_once_a_step: zip(
-        EACH, itertools.cycle(test_forward_writes.ENCODERS)
+    test_forward_writes.test_parameters_that_are_not_trained_move_once_a_step: in_turn(
+        EACH, test_forward_writes.ENCODERS
     ),
-    test_forward_writes.test_a_forward_that_writes_to_trained_parameters: zip(
-        EACH, itertools.cycle(test_forward_writes.WRITERS)
+    test_forward_writes.test_a_forward_that_writes_to_trained_parameters: in_turn(EACH, test_forward_writes.WRITERS),
+    test_leaving.test_every_kind_of_loop_takes_the_same_step: in_turn(EACH),
+    test_chain.test_the_trajectory_is_that_of_the_plain_loop: in_turn(EACH, test_chain.PAIRS),
+    test_hooks.test_a_pre_hook_works_on_the_final_direction: in_turn(EACH, test_hooks.BASES),
+    test_random.test_named_generators_draw_the_same_in_each_pass_and_go_on_as_after_one: in_turn(
+        EACH, test_random.OWN
     ),
-    test_leaving.test_every_kind_of_loop_takes_the_same_step: zip(EACH),
-    test_chain.test_the_trajectory_is_that_of_the_plain_loop: zip(EACH, itertools.cycle(test_chain.PAIRS)),
-    test_hooks.test_a_pre_hook_works_on_the_final_direction: zip(EACH, itertools.cycle(test_hooks.BASES)),
-    test_random.test_named_generators_draw_the_same_in_each_pass_and_go_on_as_after_one: zip(
-        EACH, itertools.cycle(test_random.OWN)
-    ),
-    test_weight_caches.test_the_cache_serves_one_pass: zip(
-        EACH, itertools.cycle(["passes", "closure"]), itertools.cycle([test_weight_caches.Squared])
+    test_weight_caches.test_the_cache_serves_one_pass: in_turn(
+        EACH, ["passes", "closure"], [test_weight_caches.Squared]
     ),
 }
 """The surroundings of a step, for every method, on eager, whose lists are plain ones; kernels do not matter."""

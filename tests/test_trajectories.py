@@ -11,7 +11,7 @@ from cases import BASES, DTYPES, METHODS, MODELS, closure_of, loss_of, make, pai
 
 from gam_fast import sums
 
-STEPS = 20
+STEPS = 8
 
 
 def few_where_slow(steps):

@@ -1,4 +1,4 @@
-"""What of the Triton backend needs neither a GPU nor the interpreter: selection, tables, compilation ahead of time."""
+"""What of the Triton backend needs neither a GPU nor the interpreter: selection and tables. `make aot` compiles."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gam_fast import backends
 from gam_fast.backends import base, launches, probe, tables, triton
 
 CUDA = torch.device("cuda", 0)
+INSTALL = "pip install triton on Linux, or a build of torch for CUDA or ROCm"
 
 
 def run(program, **environment):
@@ -42,34 +43,27 @@ print("gam_fast.kernels.sums" in sys.modules)  # torch's own optimizers import T
 
 
 def test_why_it_is_not_taken_on_a_cpu():
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(RuntimeError, match="not available for cpu: .* GPUs; with TRITON_INTERPRET=1 .* or 'eager'"):
         backends.select("triton", torch.device("cpu"))
-    assert str(raised.value) == (
-        "backend='triton' is not available for cpu: the Triton kernels run on tensors of NVIDIA and AMD GPUs; with "
-        "TRITON_INTERPRET=1 in the environment on CPU tensors, slowly; use 'auto' or 'eager'"
-    )
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        ("sys.modules['triton'] = None", "Triton is not installed: pip install triton"),
-        ("import triton; triton.__version__ = '3.3.1'", "Triton 3.3.1 is too old: 3.6 or newer is needed"),
-        ("sys.modules['triton.language'] = None", "Triton does not work there: ModuleNotFoundError: "),
-    ],
-)
-def test_a_triton_that_is_of_no_use_is_a_reason(spoil, reason):
-    program = f"""
+def test_without_triton_the_others_work():
+    program = """
 import sys, torch
-{spoil}
+sys.modules["triton"] = None
 from gam_fast import backends
-found = backends._classes()["triton"]
-print(found if isinstance(found, str) else found.refusal(torch.device("cuda")))
+print(backends._classes()["triton"])
 print(backends._classes()["eager"].refusal(torch.device("cuda")))
 """
-    found = run(program)
-    assert found[0].startswith(reason)
-    assert found[1] == "None"
+    assert run(program) == [f"Triton is not installed: {INSTALL}", "None"]
+
+
+@pytest.mark.parametrize(("hip", "oldest"), [(None, "3.6"), ("6.4", "3.7")])
+def test_an_old_triton_is_a_reason(monkeypatch, hip, oldest):
+    monkeypatch.setattr(probe, "_reasons", {})
+    monkeypatch.setattr("triton.__version__", "3.5.1" if hip is None else "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert f"is too old: {oldest} or newer is needed" in triton.TritonBackend.refusal(CUDA)
 
 
 def test_a_gpu_without_the_core_gets_triton(monkeypatch):
@@ -98,7 +92,7 @@ print(backends._classes()["triton"].refusal(torch.device("cuda")))
     assert refusal == "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors only"
 
 
-@pytest.mark.parametrize(("before", "after", "device"), [("0", "1", "cpu"), ("1", "0", "cuda"), ("on", "off", "cuda")])
+@pytest.mark.parametrize(("before", "after", "device"), [("0", "1", "cpu"), ("on", "0", "cuda")])
 def test_a_late_change_of_the_environment_is_a_reason(before, after, device):
     """The kernels would be interpreted where they are compiled, or the other way round: with addresses of a GPU."""
     program = f"""
@@ -111,35 +105,22 @@ print(backends._classes()["triton"].refusal(torch.device({device!r})))
     assert reason.startswith("TRITON_INTERPRET was changed after Triton had been imported")
 
 
-def test_a_gpu_where_no_kernel_can_be_run_is_refused(monkeypatch):
-    tried = []
+def test_a_gpu_where_no_kernel_can_be_run_is_refused_and_one_that_is_full_tried_again(monkeypatch):
+    found = [torch.OutOfMemoryError("full"), RuntimeError("Failed to find C compiler.\nPlease specify one")]
 
     def fail(device):
-        tried.append(device)
-        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+        raise found.pop(0)
 
     monkeypatch.setattr(probe, "_reasons", {})
     monkeypatch.setattr(probe, "_adds_up", fail)
-    for _ in range(2):
-        assert triton.TritonBackend.refusal(CUDA) == (
-            "Triton does not work there: RuntimeError: Failed to find C compiler."
-        )
-    assert tried == [CUDA]
-
-
-def test_a_gpu_that_is_full_for_the_moment_is_tried_again(monkeypatch):
-    found = iter([torch.OutOfMemoryError("full"), True])
-
-    def adds_up(device):
-        result = next(found)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
+    reasons = [triton.TritonBackend.refusal(CUDA) for _ in range(3)]
+    failed = "Triton does not work there: RuntimeError: Failed to find C compiler."
+    assert reasons == ["Triton could not be tried: full", failed, failed]
     monkeypatch.setattr(probe, "_reasons", {})
-    monkeypatch.setattr(probe, "_adds_up", adds_up)
-    assert triton.TritonBackend.refusal(CUDA) == "Triton could not be tried: full"
-    assert triton.TritonBackend.refusal(CUDA) is None
+    for works in (True, False):
+        probe._reasons.clear()
+        monkeypatch.setattr(probe, "_adds_up", lambda device, works=works: works)
+        assert (triton.TritonBackend.refusal(CUDA) is None) == works
 
 
 # Tables
@@ -265,53 +246,17 @@ def test_dense_tensors_of_any_order_are_taken(build):
     table.prepare([tables.Argument("params", [params]), tables.Argument("a", [like.as_strided(like.size(), strides)])])
 
 
-@pytest.mark.parametrize("build", [lambda: torch.zeros(4, 10)[:, ::2], lambda: torch.zeros(1).expand(3)])
-def test_parameters_with_gaps_or_overlaps_are_refused(build):
-    with pytest.raises(ValueError, match=r"params\[1\] must be dense in memory"):
-        tables.Tables(base.Block([torch.zeros(3), build()], [0, 0]))
-
-
-def test_parameters_of_several_dtypes_are_refused():
-    with pytest.raises(TypeError, match="parameters must be of one dtype .* got torch.float32, torch.float64"):
-        tables.Tables(base.Block([torch.zeros(3), torch.zeros(3).double()], [0, 0]))
-
-
-def test_parameters_that_overlap_are_refused():
-    memory = torch.zeros(12)
-    params = [memory[4:], memory[:0], memory[:5]]
-    with pytest.raises(ValueError, match=r"params\[0\] and params\[2\] must not overlap in memory"):
-        tables.Tables(base.Block(params, [0, 0, 0])).prepare([tables.Argument("params", params, written=True)])
-
-
-def test_memory_that_was_taken_away_is_refused():
-    table, _ = made(((8,),), (0,))
-    values = torch.zeros(8)
-    values.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"a\[0\] must be .* with its elements in memory .* in 0 bytes"):
-        table.prepare([tables.Argument("a", [values])])
-
-
 # Ahead of time
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_kernels_compile_and_use_the_widest_accesses(name):
-    """In fp32; `make aot` does all types."""
-    from tools import aot
-
-    found = aot.check(name, ("float32",))
-    assert {what.split()[0] for what, _, _ in found} == {
-        "sums", "totals", "perturb", "sgd", "adam", "lion", "assign",
-    }  # fmt: skip
-    assert [what for what, _, wrong in found if wrong] == []
 
 
 def test_narrow_accesses_would_be_found(monkeypatch):
+    """A test of `make aot`, which compiles every kernel for every GPU."""
     from tools import aot
 
-    narrow = launches.Shape(128, 128)
+    monkeypatch.setattr(
+        aot, "VARIANTS", [variant for variant in aot.VARIANTS if variant.kernel is aot.moves.perturb][:1]
+    )
+    assert not any(wrong for _, _, wrong in aot.check("sm_90", ("float32",)))
     monkeypatch.setattr(aot, "vectors", lambda variant, dtype, shape: (variant.reads, variant.writes))
-    found = aot.check("sm_90", ("float32",), of_updates=narrow)
+    found = aot.check("sm_90", ("float32",), of_updates=launches.Shape(128, 128))
     assert any("0 loads and 0 stores of 16 bytes" in wrong for _, _, wrong in found)

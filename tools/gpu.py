@@ -65,7 +65,7 @@ def module(name: str, *arguments: str, file: str = "") -> Sequence[str]:
 def sanitizer(tool: str, which: str) -> Sequence[str]:
     """Some tests of the kernels under ``compute-sanitizer``."""
     limits = ["--report-api-errors", "no", "--launch-timeout", "60", "--error-exitcode", "9"]
-    return ["compute-sanitizer", "--tool", tool, *limits, *PYTEST, "tests/test_cuda.py", "-k", which]
+    return ["compute-sanitizer", "--tool", tool, *limits, *PYTEST, "tests/test_backends.py", "-k", which]
 
 
 CORE = [PYTHON, "setup.py", "build_ext", "--inplace"]
@@ -87,7 +87,7 @@ STAGES = (
         "tests",
         170,
         {
-            "kernels": [*PYTEST, "tests/test_cuda.py"],
+            "kernels": [*PYTEST, "tests/test_backends.py"],
             "native": [*PYTEST, "tests/test_gpu.py", "-k", "native and not trajectories and not compiled"],
             "triton": [*PYTEST, "tests/test_gpu.py", "-k", "triton and not trajectories and not compiled"],
             "native trajectories": [*PYTEST, "tests/test_gpu.py", "-k", "native and trajectories"],
@@ -101,8 +101,8 @@ STAGES = (
         "sanitize",
         150,
         {
-            "memcheck": sanitizer("memcheck", "lengths or the_bits_are or alignment or of_many_groups"),
-            "racecheck": sanitizer("racecheck", "the_bits_are or of_millions"),
+            "memcheck": sanitizer("memcheck", "native and (is_its_formula or alignment or of_many_groups)"),
+            "racecheck": sanitizer("racecheck", "native and (is_its_formula or of_millions)"),
         },
         UNCACHED,
         needs="compute-sanitizer",
@@ -114,7 +114,7 @@ STAGES = (
         150,
         {
             "initcheck": sanitizer("initcheck", "lengths or the_bits_are"),
-            "synccheck": sanitizer("synccheck", "the_bits_are or of_millions"),
+            "synccheck": sanitizer("synccheck", "native and (is_its_formula or of_millions)"),
         },
         UNCACHED,
         needs="compute-sanitizer",
