@@ -107,9 +107,7 @@ AROUND = {
     test_leaving.test_every_kind_of_loop_takes_the_same_step: in_turn(EACH),
     test_chain.test_the_trajectory_is_that_of_the_plain_loop: in_turn(EACH, test_chain.PAIRS),
     test_hooks.test_a_pre_hook_works_on_the_final_direction: in_turn(EACH, test_hooks.BASES),
-    test_random.test_named_generators_draw_the_same_in_each_pass_and_go_on_as_after_one: in_turn(
-        EACH, test_random.OWN
-    ),
+    test_random.test_named_generators_draw_the_same_in_each_pass_and_go_on_as_after_one: in_turn(EACH, test_random.OWN),
     test_weight_caches.test_the_cache_serves_one_pass: in_turn(
         EACH, ["passes", "closure"], [test_weight_caches.Squared]
     ),

@@ -158,7 +158,8 @@ class NativeBackend:
         return self.core.inner_products(plan, u.terms, u.p, None if m is None else m.p, groups)
 
     def restore(self, leaves: Block) -> None:
-        self.core.restore(leaves.prepared or self._plan_for(leaves), leaves)
+        if leaves.saved:
+            self.core.restore(leaves.prepared or self._plan_for(leaves), leaves)
 
     def direction(self, leaves: Block, d: Direction, out: TensorList) -> None:
         plan = leaves.prepared or self._plan_for(leaves)
