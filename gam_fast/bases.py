@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .chain import Chain, members
-from .stepping import Stepper
+from .hooks import Hooked
 
 Instances: TypeAlias = "torch.optim.Optimizer | list[torch.optim.Optimizer] | tuple[torch.optim.Optimizer, ...]"
 Given: TypeAlias = "Instances | Callable[..., torch.optim.Optimizer]"
@@ -58,7 +58,7 @@ def _chained(optimizers: Sequence[torch.optim.Optimizer]) -> torch.optim.Optimiz
 
 
 def _check(base: torch.optim.Optimizer) -> None:
-    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Stepper):
+    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Hooked):
         raise TypeError(f"base_optimizer must make a torch optimizer that is not one of gam_fast, got {base!r}")
     if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
         why = "evaluates its own closure" if isinstance(base, torch.optim.LBFGS) else "needs sparse gradients"
