@@ -49,8 +49,7 @@ from .updates import Directions
 
 _RATE_OF = operator.methodcaller("get", "lr")
 
-OVER = ("taken", "undone")
-"""The phases of a step that was left."""
+OVER = ("taken", "undone")  # the phases of a step that was left
 
 Phase: TypeAlias = Literal["idle", "pass", "complete", "updated", "taken", "undone"]
 
