@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .recipes import Recipe
+
 _NEEDED = ("scale", "unscale_", "update", "is_enabled")
 
 
@@ -60,6 +62,30 @@ class GivenScale:
     def scale(self, loss: Tensor) -> Tensor:
         """The loss: whoever calls ``scaler.step`` scales it."""
         return loss
+
+    def check_serves(self, recipe: Recipe, schedule: object, *, is_local: bool) -> None:
+        """Refuse a step that cannot wait with unscaling until ``scaler.step``.
+
+        Raises:
+            RuntimeError: a local step, one of second order, or one that decides by its first gradient; the scaler has
+                unscaled the gradients of one of several passes.
+        """
+        if is_local or recipe.second_order:
+            kind = f"of {recipe.name}" if recipe.second_order else "with sync='local'"
+            raise RuntimeError(
+                f"scaler.step(optimizer) in a step {kind}: torch looks at the gradients of one pass on one process. "
+                "Leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
+            )
+        if schedule is not None:
+            raise RuntimeError(
+                "scaler.step(optimizer) in a step with a rule WhenSteep, which looks at the first gradient before the "
+                "scale is known: leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
+            )
+        if self.unscaled and recipe.passes > 1:
+            raise RuntimeError(
+                f"scaler.unscale_ was called for one pass of {recipe.name}, and the gradients of the others are "
+                "scaled: leave it out; to clip, construct the optimizer with clip_grad_norm="
+            )
 
     def check_pass(self, where: str) -> None:
         """The gradients of a pass are scaled, as far as can be known."""

@@ -6,34 +6,15 @@ them, so here they are called around the update, whatever drives the passes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-_NO_RANGE = contextlib.nullcontext()
-
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """Positional arguments, of which the first is the optimizer, and keyword arguments of a ``step()``."""
-
-
-@dataclass(eq=False)
-class Calls:
-    """The calls of ``step()`` of one optimizer."""
-
-    current: Call | None = None
-    """The one that is under way."""
-    updated: Call | None = None
-    """One that has updated the parameters: the hooks after it are due."""
-
-    def take_updated(self) -> Call | None:
-        """Give :attr:`updated` out, once."""
-        found, self.updated = self.updated, None
-        return found
 
 
 class Hooked(Optimizer):
@@ -47,24 +28,26 @@ class Hooked(Optimizer):
 
         @functools.wraps(func)
         def wrapper(self: Hooked, *args: Any, **kwargs: Any) -> Any:
-            calls: Calls = self._progress.calls
-            calls.updated = None  # of a step that raised
-            outer, calls.current = calls.current, ((self, *args), kwargs)
-            name = f"Optimizer.step#{type(self).__name__}.step"
-            # a range for nobody would take 9 µs
-            recorded = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-            with torch.autograd.profiler.record_function(name) if recorded else _NO_RANGE:
-                try:
-                    out = func(self, *args, **kwargs)
-                finally:
-                    calls.current = outer
-                self._optimizer_step_code()
-                updated = calls.take_updated()
-                if updated is not None:
-                    call_after(self, updated)
-                return out
+            if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # a range for nobody takes 9 µs
+                return self._with_hooks(func, *args, **kwargs)
+            with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+                return self._with_hooks(func, *args, **kwargs)
 
         return wrapper
+
+    def _with_hooks(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        progress = self._progress
+        progress.updated = None  # of a step that raised
+        outer, progress.call = progress.call, ((self, *args), kwargs)
+        try:
+            out = func(self, *args, **kwargs)
+        finally:
+            progress.call = outer
+        self._optimizer_step_code()
+        updated, progress.updated = progress.updated, None
+        if updated is not None:
+            call_after(self, updated)
+        return out
 
 
 _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__

@@ -1,36 +1,40 @@
-"""The engine: a torch optimizer that takes every step by a recipe around a base optimizer.
+"""The optimizer: what lasts between steps (options, state, groups), and the steps, each by a recipe around a base.
 
-Its steps are in :mod:`gam_fast.stepping`; here is what lasts: parameter groups, state, options.
+One step is :class:`gam_fast.step.Step`; a loop over its passes is in :mod:`gam_fast.passes`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import bases, radius
-from .active import COUNTS, Rules, StepSchedule
+from . import radius
+from .active import STEPS, Rules, StepSchedule
+from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend, select
-from .bases import Given, build_base, filled, is_instance, left_behind, members
+from .bases import Given, filled, members
 from .buffers import ForwardState
 from .distributed import SYNC, check_supported
+from .groups import AroundBase
+from .hooks import any_before, call_before
 from .models import ModelOfCopy, Surroundings
-from .options import check_arguments, check_keys, check_params, documented, no_attribute
-from .recipes import BASE, Recipe, fold_plan
+from .options import Settings, check_choice, check_clip, check_share, documented, no_attribute, patterns
+from .parameters import StepParameters
+from .passes import PassDriver, Passes
+from .progress import Progress
+from .recipes import Coefficients, fold_plan
 from .rng import ReplayRNG
-from .stepping import Progress, Stepper
-
-_ON_NONFINITE = ("raise", "skip", "ignore")
+from .step import Step
+from .turn import Loss, Turn, TurnClosure, evaluation
+from .updates import Directions, apply, only_makes_state
 
 
 @documented
-class SharpnessAwareOptimizer(Stepper):
+class SharpnessAwareOptimizer(AroundBase):
     """A torch optimizer that hands its base optimizer the direction of a :class:`~gam_fast.recipes.Recipe`.
 
     The classes of :mod:`gam_fast.methods` (GAM, SAM, …) are this class with a recipe each.
@@ -57,7 +61,7 @@ class SharpnessAwareOptimizer(Stepper):
         RuntimeError: a backend that is not available.
     """
 
-    recipe: ClassVar[Recipe] = BASE
+    _step_supports_amp_scaling: ClassVar[bool] = True  # asked for by GradScaler.step
     _copied: ModelOfCopy | None
     train: Callable[..., Any]  # these two only where the base has them, see __getattr__
     eval: Callable[..., Any]
@@ -80,34 +84,13 @@ class SharpnessAwareOptimizer(Stepper):
         active: Rules = None,
         **hyper: Any,
     ) -> None:
-        if sync not in SYNC:
-            raise ValueError(f"sync must be one of {', '.join(SYNC)}, got {sync!r}")
-        if on_nonfinite not in _ON_NONFINITE:
-            raise ValueError(f"on_nonfinite must be one of {', '.join(_ON_NONFINITE)}, got {on_nonfinite!r}")
-        _check_clip(clip_grad_norm)
-        _check_share(ascent_share)
+        check_choice("sync", sync, SYNC)
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
+        check_clip(clip_grad_norm)
+        check_share(ascent_share)
         self._schedule = StepSchedule(interval, active)
         fold_plan(self.recipe)  # refuses a table that needs more than three buffers
-        given = vars(self).pop("_given")
-        own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
-        for name, value in own.items():
-            self.recipe.check(name, value)
-            radius.is_auto(value)
-        check_arguments(type(self).__name__, tuple(own), params, base_optimizer, hyper)
-        self.base = build_base(params, base_optimizer, hyper)
-        prefix = self.recipe.name.lower()
-        taken = {name for member in members(self.base) for name in member.defaults}
-        self._keys = {name: f"{prefix}_{name}" if name in taken else name for name in own}
-        self._own_defaults = {self._keys[name]: value for name, value in own.items()}
-        chosen = {name for name, value in own.items() if name in given or value != self.recipe.defaults[name]}
-        explicit = {self._keys[name]: own[name] for name in chosen}
-        stale = left_behind(self.base, explicit if is_instance(base_optimizer) else {})
-        groups = [
-            {key: value for key, value in group.items() if key not in keys}
-            for group, keys in zip(self.base.param_groups, stale, strict=True)
-        ]
-        for group in groups:
-            self._check_group(group)
+        stale = self._build(params, base_optimizer, vars(self).pop("_given"), hyper)
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
         self._progress = Progress()
@@ -116,7 +99,7 @@ class SharpnessAwareOptimizer(Stepper):
             "sync": sync,
             "replay_rng": ReplayRNG.wanted(replay_rng),
             "freeze_running_statistics": bool(freeze_running_statistics),
-            "moving_buffers": _patterns(moving_buffers),
+            "moving_buffers": patterns(moving_buffers),
             "clip_grad_norm": clip_grad_norm,
             "on_nonfinite": on_nonfinite,
             "ascent_share": float(ascent_share),
@@ -124,15 +107,7 @@ class SharpnessAwareOptimizer(Stepper):
         for param in self._parameters():
             self._select(param.device)
         self._surroundings = Surroundings()
-        self._check_difference(groups)
-        for group, keys, mine in zip(self.base.param_groups, stale, filled(self.base), strict=True):
-            for key in keys:
-                group.pop(key, None)
-            mine.clear()
-        self._complete_groups()
-        # torch's constructor would make groups and state of its own. Ours are those of the base optimizer (see the
-        # properties below), so only its hooks and its profiling are set up, as it does itself when it unpickles.
-        super().__setstate__({"defaults": {**self.base.defaults, **self._own_defaults}})
+        self._take_over(stale)
 
     if not TYPE_CHECKING:  # for which every argument would do, and every name would be an attribute
 
@@ -147,40 +122,6 @@ class SharpnessAwareOptimizer(Stepper):
             if name in ("train", "eval") and any(hasattr(base, name) for base in members(self.__dict__.get("base"))):
                 return partial(self._switch, name)
             raise AttributeError(no_attribute(type(self).__name__, name), name=name, obj=self)
-
-    def _switch(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        """``train()`` or ``eval()`` of a base that has them, such as a schedule-free one.
-
-        Raises:
-            RuntimeError: during a step; but ``train()``, which a Trainer calls before each backward, does nothing there
-                if it was called before the step.
-        """
-        if self._current is not None and mode == self._progress.mode == "train":
-            return
-        self._refuse_nesting(f"{mode}()")
-        for base in members(self.base):
-            if hasattr(base, mode):
-                getattr(base, mode)(*args, **kwargs)
-        self._progress.mode = mode
-
-    # What is shared with the base optimizer, for good: also after load_state_dict has replaced it.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups, those of the base optimizer."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The state by parameter, that of the base optimizer."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
 
     @property
     def model(self) -> nn.Module | None:
@@ -214,7 +155,7 @@ class SharpnessAwareOptimizer(Stepper):
     @clip_grad_norm.setter
     def clip_grad_norm(self, limit: float | None) -> None:
         self._refuse_nesting("setting clip_grad_norm")
-        _check_clip(limit)
+        check_clip(limit)
         self._options["clip_grad_norm"] = limit
 
     @property
@@ -226,7 +167,7 @@ class SharpnessAwareOptimizer(Stepper):
     @ascent_share.setter
     def ascent_share(self, share: float) -> None:
         self._refuse_nesting("setting ascent_share")
-        _check_share(share)
+        check_share(share)
         self._options["ascent_share"] = float(share)
 
     @property
@@ -256,86 +197,261 @@ class SharpnessAwareOptimizer(Stepper):
         """Whether a rule looks at the first gradient: what :attr:`Turn.last` says in the first pass is not final."""
         return self._schedule.trigger is not None
 
-    def key(self, name: str) -> str:
-        """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has one so named."""
-        if name not in self._keys:
-            raise ValueError(
-                f"{self.recipe.name} has no hyper-parameter {name!r}; it has {', '.join(self._keys) or 'none'}"
-            )
-        return self._keys[name]
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were undone because a gradient was not finite (``on_nonfinite="skip"``, or a scaler)."""
+        return self._progress.skipped_steps
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; hyper-parameters it does not set get the constructor's values."""
-        self._refuse_nesting("add_param_group()")
-        if isinstance(param_group, dict):
-            if not isinstance(param_group["params"], Tensor | set):
-                param_group["params"] = list(param_group["params"])
-            self._check_group(param_group)
-            self._check_difference([*self.param_groups, param_group])
-        self.base.add_param_group(param_group)
-        self._complete_groups()
+    @property
+    def turn(self) -> Turn | None:
+        """The pass that is under way, for code that is called in it, such as a closure; ``None`` between steps."""
+        step = self._progress.current
+        return None if step is None else step.current
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the base optimizer; its groups hold the recipe's hyper-parameters and name (``flat_method``).
+    def passes(self, scaler: Any = None) -> Passes:
+        """The passes of one step: run forward and backward once in the body for each.
+
+        The update happens when the loop asks for a pass after the last, or, where a framework wants to see it, when
+        :meth:`step` or ``scaler.step(optimizer)`` is called in the last. Leaving the loop early undoes the step;
+        :class:`~gam_fast.passes.Passes` says more of how loops end. The hooks of ``register_step_pre_hook`` and
+        ``register_step_post_hook`` run around the update; the first find the final direction in ``param.grad``, and
+        what they leave there is taken.
+
+        Args:
+            scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
+                in each pass, and neither ``scaler.unscale_``, ``scaler.step`` nor ``scaler.update``: the step does all
+                that. (A framework that calls ``scaler.step`` and ``scaler.update`` by itself does so in the last pass.)
+                A gradient that is not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the scale
+                goes down, and :attr:`skipped_steps` up.
 
         Raises:
-            RuntimeError: in a pass after the first, where the weights that a checkpoint would go with are perturbed.
+            RuntimeError: one of several passes ended without a gradient, or modified a parameter (the first leaves it
+                so); a step of this optimizer is under way; with a scaler, the loss was not scaled or its gradient was
+                unscaled; with ``sync="local"``, another process left the step by an exception.
+            TypeError: a sparse gradient.
+            NonFiniteGradientError: a gradient with NaN or infinity, unless ``on_nonfinite`` says otherwise.
+
+        Warns:
+            UserWarning: somebody called backward() since the last step; those gradients are not used.
         """
-        if self._current is not None and self._current.perturbed:
+        self._refuse_nesting("passes()")
+        return Passes(PassDriver(self, None if scaler is None else self._loss_scale(scaler)))
+
+    @overload
+    def step(self, closure: None = None, *, scaler: Any = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss], *, scaler: Any = None) -> Loss: ...
+    @overload
+    def step(self, closure: TurnClosure[Loss], *, scaler: Any = None) -> Loss: ...
+    def step(self, closure: Callable[..., Any] | None = None, *, scaler: Any = None) -> Any:
+        """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
+
+        A closure whose one required argument is called ``turn`` gets the :class:`~gam_fast.Turn`, for
+        ``turn.rows(x, y)``. For ``ExactGAM`` it returns the loss and does not call backward.
+
+        Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
+        returns nothing). Without a closure, a recipe of one pass uses the gradients there are, as any torch optimizer,
+        and does nothing where there are none; the others refuse. Without one in the last pass of a loop over
+        :meth:`passes`, it takes that step there and then, and the loop ends.
+
+        Args:
+            closure: evaluates the loss, by ``scaler.scale(loss).backward()`` where there is a ``scaler``.
+
+        Raises:
+            RuntimeError, TypeError, NonFiniteGradientError: as :meth:`passes`.
+            TypeError: a closure that is not a function, or needs other arguments.
+
+        >>> from gam_fast import Base
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = Base([weight], torch.optim.SGD, lr=0.5)
+        >>> def closure():
+        ...     loss = (weight**2).sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure).item()
+        25.0
+        """
+        given = GivenScale.handed_to(self)
+        try:
+            step = self._progress.current
+            if (
+                step is not None
+                and step.by_loop
+                and (step.phase == "complete" or (step.in_last_pass and closure is None))
+            ):
+                return self._end(step, closure, given, scaler)
+            self._refuse_nesting("step()")
+            scale = None if scaler is None else self._loss_scale(scaler)
+            if closure is None:
+                self._step_without_closure(scale or given)
+                return None
+            evaluate = evaluation(closure)
+            if given is not None:
+                raise RuntimeError(
+                    "scaler.step(optimizer, closure): a gradient scaler takes no closure. Call step(closure, "
+                    "scaler=scaler), or run the loop over passes(scaler=scaler)"
+                )
+        except BaseException:
+            GivenScale.drop(self)
+            raise
+        first = None
+        with self._begin(scale, by_loop=False) as step:
+            while (turn := step.next_pass()) is not None:
+                with torch.enable_grad():
+                    loss = evaluate(turn)
+                if self.recipe.second_order:
+                    turn.backward(loss)
+                    loss = loss.detach()  # its graph would live as long as the loss does
+                if turn.index == 0:
+                    first = loss
+            step.finish(self._update)
+        return first
+
+    def _end(self, step: Step, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any) -> Any:
+        """Update by a loop, all passes of which are made or in the last of which it is.
+
+        A wrapper that steps with a closure of its own, such as Lightning's, has it called.
+        """
+        result = None
+        with step:
+            if scaler is not None:
+                raise RuntimeError("step(scaler=) in the last pass of a loop: the loop is passes(scaler=scaler)")
+            if given is not None:
+                step.unscale_by(given)
+            if step.phase == "pass":
+                step.advance()
+            elif closure is not None:
+                result = closure()
+            step.finish(self._update)
+        return result
+
+    def _step_without_closure(self, scale: LossScale | GivenScale | None) -> None:
+        if self.recipe.passes > 1:
+            if only_makes_state(self.base):
+                self.base.step()
+                return
             raise RuntimeError(
-                f"state_dict() in a pass of {type(self).__name__} whose weights are perturbed (and the model's "
-                "state_dict() holds those): save both behind the loop over passes() or the closure"
+                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
+                "called once a pass, or run forward and backward in `for turn in optimizer.passes():`. Where a "
+                "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning's "
+                "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
+                "no scaler. Behind a loop over passes(), which has taken its step, leave step() out"
             )
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base.state_dict()
-        groups = bases.groups_in(state_dict) or []
-        state_dict = bases.with_groups(state_dict, [{**group, bases.METHOD: self.recipe.name} for group in groups])
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = post_hook(self, state_dict) or state_dict
-        return state_dict
+        self._progress.check_not_taken(self.base.param_groups, type(self).__name__)
+        with self._open(scale) as step:
+            step.advance()
+            step.finish(self._update)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer, or of its base optimizer alone: then the recipe's values stay as they are.
+    def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Accumulation: the same micro-batches in each pass of a step, whose gradients add up.
 
-        They also stay, and the logger ``gam_fast`` says so, where the state is of another method.
+        To be iterated over in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum
+        of the losses: divide each by their number for the mean. With ``ascent_share`` all passes but the last get that
+        share of them, whose gradients count as those of all; all processes then need the same number of them.
+        A DistributedDataParallel (``model``) averages gradients with the last micro-batch only.
+
+        An iterator is read once, with the random numbers that reading draws: in the first of several passes, before
+        the first micro-batch is used. It is held until the step is over. Where one pass is all (``Base``, an inactive
+        step), each micro-batch is read when it is used (by DistributedDataParallel one ahead), and not held.
+
+        Args:
+            batches: the micro-batches of the step, such as ``itertools.islice(loader_iterator, 4)``.
 
         Raises:
-            RuntimeError: during a step.
-            ValueError: the groups do not fit, or hold a hyper-parameter out of range; nothing is then changed.
+            RuntimeError: outside a step.
+            ValueError: there is none.
         """
-        self._refuse_nesting("load_state_dict()")
-        state_dict = copy(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        names = (*self._own_defaults, *self._kept())
-        own = [{key: group[key] for key in names if key in group} for group in self.param_groups]
-        groups, other = bases.merged(bases.groups_in(state_dict) or [], own, self.recipe.name, self._own_defaults)
-        for group in groups:
-            self._check_hyper(group)
-        self._check_difference(groups)
-        self.base.load_state_dict(bases.with_groups(state_dict, groups))
-        self._progress.mode = ""  # as the state says
-        for group, kept in zip(self.param_groups, own, strict=False):
-            group.update({key: value for key, value in kept.items() if key not in group})
-        self._complete_groups()
-        if other is not None:
-            bases.tell_of_another(other, self.recipe.name, self.param_groups, self._own_defaults)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        step = self._progress.current
+        if step is None:
+            raise RuntimeError(
+                "micro_batches() outside a step: iterate over it in the body of `for turn in optimizer.passes():`, or "
+                "in the closure"
+            )
+        return step.micro_batches(batches)
+
+    def _update(self, directions: Directions) -> None:
+        """End a step: call the hooks before it, and update the parameters."""
+        progress = self._progress
+        step = progress.step
+        assert step is not None
+        since, progress.unscaled_since = progress.unscaled_since, None
+        if since is not None and step.watch.scale is None:
+            check_not_forgotten(since, self, step.recipe.passes)
+        call = progress.call or ((self,), {})
+        before = partial(call_before, self, call) if any_before(self) else None
+        # of one pass, param.grad is what the hooks leave there, as with any torch optimizer
+        apply(self.base, directions, before, copy=step.recipe.passes > 1)
+        progress.updated = call
+
+    def _loss_scale(self, scaler: Any) -> LossScale | None:
+        scale = LossScale(scaler, self)
+        return scale if scale.enabled else None
+
+    def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Step:
+        """Make a step whose passes have gradients of their own; nothing is done to the parameters yet."""
+        self._refuse_nesting("passes()")
+        since = self._progress.unscaled_since
+        if since is not None and scale is None:  # the step before was undone, perhaps because of an overflow
+            check_not_forgotten(since, self, self.recipe.passes)
+        self._progress.unscaled_since = now()
+        step = self._open(scale, by_loop=by_loop, own_gradients=True)
+        GivenScale.drop(self)  # of a call that came to nothing
+        return step
+
+    def _open(
+        self, scale: LossScale | GivenScale | None, *, by_loop: bool = False, own_gradients: bool = False
+    ) -> Step:
+        self._check_can_step()
+        progress = self._progress
+        begin_with, progress.begin_with = progress.begin_with, None
+        if begin_with is not None:
+            begin_with()
+        if own_gradients:
+            progress.warn_of_unused_gradients(self.base.param_groups, type(self).__name__)
+        groups, schedule = self.base.param_groups, self._schedule
+        whole = schedule.is_always or not groups
+        if not whole:
+            if not schedule.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
+                self._complete_groups()
+            whole = schedule.wants(int(groups[0][STEPS]))
+        hyper = [
+            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()} if whole else {}
+            for group in groups
+        ]
+        name, difference = self.recipe.difference if whole else None, None
+        for h in hyper:
+            if name is not None and isinstance(h[name], str):
+                difference = radius.Difference.of(groups, hyper, name)
+                break
+        recipe, coefficients = self.recipe if whole else self.recipe.plain, progress.coefficients
+        if coefficients is not None:
+            coefficients = coefficients.again(recipe, groups, hyper)
+        if coefficients is None:
+            coefficients = Coefficients(recipe, groups, hyper)
+        progress.coefficients = coefficients
+        around = self._surroundings.look(self._model, groups)
+        keep, participants = not around.has_bucket_views, progress.participants
+        if participants is not None:
+            participants = participants.again(groups, self._select, recipe.name, keep_parts=keep)
+        if participants is None:
+            participants = StepParameters(groups, self._select, recipe.name, keep_parts=keep)
+        progress.participants = participants
+        settings = Settings(
+            recipe,
+            self._model,
+            forward_state=progress.forward_state,
+            schedule=None if schedule.trigger is None else schedule,
+            others=around.others,
+            difference=difference,
+            **self._options,
+        )
+        left = partial(progress.leave, self)
+        progress.step = Step(settings, groups, coefficients, participants, scale, left, by_loop=by_loop)
+        return progress.step
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_nesting("pickling or copying")
-        names = (
-            "recipe",
-            "base",
-            "defaults",
-            "_keys",
-            "_own_defaults",
-            "_backend_name",
-            "_options",
-            "_schedule",
-        )
+        names = ["recipe", "base", "defaults", "_keys", "_own_defaults", "_backend_name", "_options", "_schedule"]
         found = {name: self.__dict__[name] for name in names if name in self.__dict__}
         model = self._copied or ModelOfCopy.of(self._model, matters=self._options["sync"] != "global")
         return {**found, "skipped_steps": self.skipped_steps, "filled": filled(self.base), "_copied": model}
@@ -370,71 +486,10 @@ class SharpnessAwareOptimizer(Stepper):
                 "trained, or to None"
             )
 
-    def _parameters(self) -> Iterator[Tensor]:
-        for group in self.param_groups:
-            yield from group["params"]
-
     def _select(self, device: torch.device) -> Backend:
         if device not in self._backends:
             self._backends[device] = select(self._backend_name, device)
         return self._backends[device]
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_hyper(group)
-        check_params(group["params"])
-        taken = (name for member in members(self.base) for name in member.defaults)
-        check_keys(type(self).__name__, tuple(self._keys.values()), taken, group)
-
-    def _check_hyper(self, group: dict[str, Any]) -> None:
-        for name, key in self._keys.items():
-            if key in group:
-                self.recipe.check(name, group[key])
-                radius.is_auto(group[key])
-        for key in (*COUNTS, radius.LENGTH):
-            value = group.get(key, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{key} of a parameter group must be a number that is not negative, got {value!r}")
-
-    def _check_difference(self, groups: Sequence[dict[str, Any]]) -> None:
-        name = self.recipe.difference
-        if name is not None:
-            key = self._keys[name]
-            radius.check_alike(name, [group.get(key, self._own_defaults[key]) for group in groups])
-
-    def _complete_groups(self) -> None:
-        self._fill(self._own_defaults)
-        first = self.param_groups[0] if self.param_groups else {}
-        self._fill({key: first.get(key, number) for key, number in self._kept().items()})  # it depends on those values
-
-    def _fill(self, values: dict[str, Any]) -> None:
-        for group, mine in zip(self.param_groups, filled(self.base), strict=True):
-            for key, value in values.items():
-                if key not in group:
-                    group[key] = value
-                    mine.add(key)
-
     def _kept(self) -> dict[str, float]:
-        """Return what is kept in every group from step to step, as it is before the first."""
-        name = self.recipe.difference
-        auto = name is not None and any(isinstance(group.get(self._keys[name]), str) for group in self.param_groups)
-        return {**self._schedule.fields, **({radius.LENGTH: 0.0} if auto else {})}
-
-
-def _check_clip(limit: float | None) -> None:
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float | Tensor)):
-        raise TypeError(f"clip_grad_norm must be a number or None, got {limit!r}")
-    if limit is not None and not (math.isfinite(limit) and limit > 0):
-        raise ValueError(f"clip_grad_norm must be a positive number or None, got {limit!r}")
-
-
-def _patterns(names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"moving_buffers must be a list of patterns of names, got {names!r}")
-    return tuple(names)
-
-
-def _check_share(share: object) -> None:
-    if isinstance(share, bool) or not isinstance(share, int | float):
-        raise TypeError(f"ascent_share must be a number, got {share!r}")
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"ascent_share must be above 0 and at most 1, got {share!r}")
+        return {**self._schedule.fields, **super()._kept()}

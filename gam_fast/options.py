@@ -1,8 +1,7 @@
-"""The keyword arguments of every method: their documentation, their types, and what is said of others.
+"""The keyword arguments of every method: their documentation, types and checks, and what a step is told of them.
 
 An option of :class:`gam_fast.optimizer.SharpnessAwareOptimizer` has its text in :data:`OPTIONS`, its type in
-:class:`Options`;
-a test compares both with the constructor.
+:class:`Options`; a test compares both with the constructor.
 """
 
 from __future__ import annotations
@@ -10,15 +9,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn, optim
 from torch.nn.parameter import is_lazy
 from typing_extensions import TypedDict  # which torch needs itself
 
-from .active import Rules
+from .active import Rules, StepSchedule
+from .buffers import ForwardState
+from .capture import refuse_to_look
+from .radius import Difference
+from .recipes import Recipe
+from .rng import ReplayRNG
 
 OPTIONS = """\
 model: the module being trained. Given, what its forward writes into it moves once a step: buffers of any name
@@ -125,6 +132,35 @@ class OptionsOfBase(OptionsWithAlpha, total=False):
     rho: float
 
 
+@dataclass(slots=True)  # not frozen, which would cost microseconds in every step
+class Settings:
+    """The options of an optimizer that a step goes by."""
+
+    recipe: Recipe
+    model: nn.Module | None = None
+    replay_rng: ReplayRNG | None = None
+    freeze_running_statistics: bool = True
+    moving_buffers: Sequence[str] = ()
+    forward_state: ForwardState | None = None
+    clip_grad_norm: float | None = None
+    on_nonfinite: str = "raise"
+    sync: str = "global"
+    ascent_share: float = 1.0
+    schedule: StepSchedule | None = None
+    """Tells by ‖g0‖² if the step goes on to other points; ``None`` where that is not asked."""
+    others: Sequence[Tensor] = ()
+    """Parameters of ``model`` that belong to another optimizer."""
+    difference: Difference | None = None
+    """The automatic radius of the step."""
+
+    def check_capture(self, devices: Iterable[torch.device]) -> None:
+        """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
+        looking = [f"on_nonfinite={self.on_nonfinite!r}"] if self.on_nonfinite != "ignore" else []
+        if self.schedule is not None:
+            looking.append("a rule WhenSteep")
+        refuse_to_look(looking, devices)
+
+
 _HINTS = {
     "adaptive": "the adaptive form of SAM is gam_fast.ASAM (for adaptive=False, leave it out)",
     "base": "the base optimizer is the second argument, base_optimizer=",
@@ -220,6 +256,35 @@ def check_arguments(
             f"{method} got an unexpected keyword argument {name!r} ({value!r}): {hint}{method} takes "
             f"{', '.join((*own, *names()))}, and {base} {', '.join(known) or 'what its own constructor takes'}"
         )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse an option that is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_clip(limit: float | None) -> None:
+    """Refuse a limit of the norm that is no positive number."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float | Tensor)):
+        raise TypeError(f"clip_grad_norm must be a number or None, got {limit!r}")
+    if limit is not None and not (math.isfinite(limit) and limit > 0):
+        raise ValueError(f"clip_grad_norm must be a positive number or None, got {limit!r}")
+
+
+def check_share(share: object) -> None:
+    """Refuse a share that is not above 0 and at most 1."""
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"ascent_share must be a number, got {share!r}")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"ascent_share must be above 0 and at most 1, got {share!r}")
+
+
+def patterns(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of ``moving_buffers``; refuse what is no list of strings."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"moving_buffers must be a list of patterns of names, got {names!r}")
+    return tuple(names)
 
 
 def check_params(params: Any) -> None:

@@ -2,7 +2,7 @@
 
 A ``for`` loop holds its iterator on the stack of the interpreter, which lets go of it at the moment that the loop is
 left: before an exception handler runs. So every loop gets an iterator of its own with a generator in it. Its end is the
-end of the loop, also where a name or a traceback holds what :meth:`Stepper.passes` returned. A generator that has ended
+end of the loop, also where a name or a traceback holds what ``optimizer.passes()`` returned. A generator that has ended
 by itself runs no code when it goes, so that no Ctrl-C can be lost in it.
 """
 
@@ -18,45 +18,33 @@ from types import CodeType, FrameType, TracebackType
 from typing import Any, ClassVar, Protocol
 
 from .amp import LossScale
-from .step import Step
+from .progress import Progress
+from .step import OVER, Step
 from .turn import Turn
-from .updates import Directions
 
 
-class Steps(Protocol):
+class Owner(Protocol):
     """The optimizer that takes the steps."""
 
+    _progress: Progress
+
     def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Step:
-        """Begin a step; nothing is done to the parameters yet."""
+        """Make a step; nothing is done to the parameters yet."""
         ...
 
     def step(self) -> object: ...
 
-    def _update(self, directions: Directions) -> None:
-        """Update the parameters along the directions; all passes were made."""
-        ...
-
-    def _leave(self, step: Step, error: BaseException | None) -> bool:
-        """End a step, or undo it because of ``error``. Return True if the error asks to skip the step."""
-        ...
-
-    def _fail_later(self, error: Exception) -> None:
-        """Keep an error that cannot be raised now for the next step."""
-        ...
-
 
 class PassDriver:
-    """The passes of one step, one after the other."""
+    """The step of one loop, or of several loops that share its passes."""
 
     failed: ClassVar[tuple[int, int] | None] = None
     """Frame and place of the loop in which a step failed last: what ``zip`` has beside it did not end in good order."""
 
-    def __init__(self, steps: Steps, scale: LossScale | None, *, by_loop: bool = True) -> None:
-        self._steps = steps
+    def __init__(self, owner: Owner, scale: LossScale | None) -> None:
+        self._owner = owner
         self._scale = scale
-        self._by_loop = by_loop
-        self._current: Step | None = None
-        self._index = 0
+        self._step: Step | None = None
         self.ended = False
         self.is_managed = False
         """Whether a context manager sees to the end."""
@@ -69,40 +57,34 @@ class PassDriver:
         """Begin the next pass, or end the step and return None."""
         if self.ended:
             return None
-        step = self._current
         try:
-            if step is None:
-                step = self._current = self._steps._begin(self._scale, by_loop=self._by_loop)
-            elif not step.over:  # it is, where step() was called in the last pass
-                step.advance()
-            if not step.over and not step.at_end:
-                turn = step.begin(self._index)
-                self._index += 1
-                return turn
-            if not step.over:
-                step.complete = True
-                if self._by_loop:
-                    # the public one, so that hooks, profilers and schedulers take notice; it finds `complete`
-                    self._steps.step()
-                else:
-                    step.finish(self._steps._update)
+            if self._step is None:
+                self._step = self._owner._begin(self._scale, by_loop=True)
+            step = self._step
+            if step.phase not in OVER:  # as it is where step() was called in the last pass
+                turn = step.next_pass()
+                if turn is not None:
+                    return turn
+                # The one place where a step calls step(). Schedulers, Accelerate and Lightning wrap that method of an
+                # instance and count its calls, so it must be the public one; it finds the step complete, and ends it.
+                self._owner.step()
         except BaseException as error:
             if not self.undo(error):
                 raise
         else:
             self.ended = True
-            if not step.over:
-                self._steps._leave(step, None)
+            if step.phase not in OVER:  # what wraps step() has not called it
+                self.undo()
         return None
 
     def undo(self, error: BaseException | None = None) -> bool:
         """Undo the step, if it is under way, because of ``error``; return True if that asks to skip it."""
         self.ended = True
-        return self._current is not None and self._steps._leave(self._current, error or GeneratorExit())
+        return self._step is not None and self._step.leave(None, error or GeneratorExit())
 
     def close(self, error: BaseException | None) -> None:
         """End what a context manager was put around."""
-        step = None if error is not None or self.ended else self._current
+        step = None if error is not None or self.ended else self._step
         if step is not None and step.in_last_pass and (self.is_done or step.has_gradient):
             self.next_pass()
         self.undo(error)
@@ -113,7 +95,7 @@ class PassDriver:
         Args:
             how: ``"end"`` if what is around it has ended, ``"break"``, ``"error"``, or None if it was left before now.
         """
-        step = self._current
+        step = self._step
         if self.ended or step is None:
             return
         is_done = step.in_last_pass and (how == "end" or (how == "break" and step.has_gradient))
@@ -124,7 +106,7 @@ class PassDriver:
             try:
                 self.next_pass()
             except Exception as error:  # nobody would see it raised in a finalizer
-                self._steps._fail_later(error)
+                self._owner._progress.fail_later(error, type(self._owner).__name__)
             return
         step.may_communicate = how is not None
         self.undo()

@@ -1,4 +1,13 @@
-"""One step in progress: the passes, the three buffers, and the way back.
+"""One step in progress: its phases, the three buffers, and the way back.
+
+A step is in one phase, and a loop over ``passes()``, a closure and ``step()`` alike drive it by four methods:
+
+    idle        made; nothing was done yet
+    pass        by ``next_pass``, again and again; which one it is, ``current`` says
+    complete    by ``next_pass`` or ``advance`` after the last pass (``advance`` alone takes gradients that are there)
+    updated     by ``finish``: from here on the step stands
+    taken       by ``leave`` after that
+    undone      by ``leave`` before it
 
 Notation: g0 … g3 are the gradients of the passes, θ the parameters at the start, u and m the two combinations of
 :mod:`gam_fast.recipes`. Only the backup of θ and at most two vectors are held besides the newest. A recipe of second
@@ -12,12 +21,14 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import hvp, sums
+from .active import StepSchedule
 from .amp import GivenScale, LossScale
 from .backends.base import Direction, FoldInto, Products, Scalar
 from .buffers import ForwardState
@@ -26,20 +37,24 @@ from .distributed import mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
 from .local_step import LocalSync
 from .models import OtherGradients
+from .options import Settings
 from .ownership import has_gradient
-from .parameters import ParameterBlock, StepParameters, clear_weight_caches
+from .parameters import StepParameters, clear_weight_caches
+from .radius import Difference
 from .recipes import Coefficients, Perturbation
 from .rng import ReplayRNG
-from .settings import Settings
 from .turn import Portion, Turn, some
+from .updates import Directions
 
 _RATE_OF = operator.methodcaller("get", "lr")
 
-Finish: TypeAlias = Callable[["list[tuple[ParameterBlock, Direction]]"], None]
+OVER = ("taken", "undone")  # the phases of a step that was left
+
+Phase: TypeAlias = Literal["idle", "pass", "complete", "updated", "taken", "undone"]
 
 
 class Step:
-    """The state of one step.
+    """The state of one step, and a context that takes or undoes it at its end.
 
     Args:
         settings: what the optimizer was constructed with.
@@ -47,7 +62,15 @@ class Step:
         coefficients: those of the recipe.
         participants: the parameters.
         scale: the loss scaling of this step.
+        when_left: is told of the step once it is over, and by which error.
         by_loop: whether a loop over ``passes()`` drives it, and not a closure.
+
+    Attributes:
+        phase: see the head of this module.
+        current: the pass that is under way, or the last one.
+        kept: numbers for the parameter groups, once the step is taken.
+        owed: tells the other processes that the step was undone; ``None`` where nobody waits for it.
+        may_communicate: whether that may be done when the step is left: not in the garbage collector.
     """
 
     def __init__(
@@ -56,29 +79,29 @@ class Step:
         groups: Sequence[dict[str, Any]],
         coefficients: Coefficients,
         participants: StepParameters,
-        scale: LossScale | GivenScale | None = None,
+        scale: LossScale | GivenScale | None,
+        when_left: Callable[[Step, BaseException | None], None],
         *,
-        by_loop: bool = False,
+        by_loop: bool,
     ) -> None:
         self.settings = settings
-        self.recipe = recipe = settings.recipe
+        self.recipe = settings.recipe
         self.groups = groups
-        self.plan = recipe.plan
         self.coefficients = coefficients
         self.portion = Portion(settings.ascent_share)
         self.blocks = participants
-        self.params = self.blocks.params
         self.by_loop = by_loop
-        self.complete = False
-        self.finished = False
+        self.phase: Phase = "idle"
+        self.current: Turn | None = None
+        self.kept: dict[str, float] = {}
+        self.may_communicate = True
+        self.owed: Callable[[], None] | None = None
         self.rates_moved = False
+        self._when_over = when_left
         self._losses: list[Tensor] = []
-        self.over = False
-        """True once the step was taken or undone."""
         self._newest = -1  # the index of the vector made last
-        self.at_end = False
-        """True once the last pass was made."""
-        self._device = self.params[0].device if self.params else torch.device("cpu")
+        params = participants.params
+        self._device = params[0].device if params else torch.device("cpu")
         self._local: LocalSync | None = None
         if settings.sync == "local" and LocalSync.is_needed():
             if self.blocks.sharded:
@@ -86,128 +109,124 @@ class Step:
                     "sync='local' with sharded parameters: no process has a gradient of its own for all of them; use "
                     "sync='global'"
                 )
-            self._local = LocalSync(settings.model, self._device, recipe.name)
-        self.watch = FiniteWatch(
-            recipe, settings.on_nonfinite, self._device, on_host=self.blocks.on_host, at_end=self._local is not None
-        )
+            self._local = LocalSync(settings.model, self._device, self.recipe.name)
+        is_local, on_host = self._local is not None, participants.on_host
+        self.watch = FiniteWatch(self.recipe, settings.on_nonfinite, self._device, on_host=on_host, at_end=is_local)
         if scale is not None:
             self.watch.use(scale)
         self._micro_batches: list[Any] | None = None
         self._first_square: Scalar | None = None  # ‖g0‖², where it is known
         self._squares: list[Scalar] = []  # of the lengths that the moves are divided by
-        self.relative_change: float | None = None
-        """‖g1 − g0‖/‖g0‖, once the step was taken, where that is wanted."""
-        self.current: Turn | None = None
-        """The pass that is under way."""
-        self.may_communicate = True
-        """Whether leaving the step may wait for other processes: not in the garbage collector."""
-        self.owed: Callable[[], None] | None = None
-        """What other processes have to be told before anything else."""
-        self._on_exit: contextlib.ExitStack | None = None
+        self._on_exit: list[Callable[[], object]] = []
         self._grad_enabled = torch.is_grad_enabled()
-        self._begun = False
         self._rng: ReplayRNG | None = None
         self.state = settings.forward_state or ForwardState()
         if settings.model is not None:
             self.blocks.named = settings.model.named_parameters()
         self._rates: list[Any] | None = None  # after the first of several passes
-        self._others = OtherGradients(settings.others, self.params)
+        self._others = OtherGradients(settings.others, params)
 
-    def leave(self, error: BaseException | None) -> bool:
-        """End the step, or undo it because of ``error``, once. Return True if the error asks to skip the step."""
-        if self.over:
+    def __enter__(self) -> Step:
+        return self
+
+    def leave(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> bool:
+        """End the step, once: undo it unless the update is done. Return True if ``error`` asks to skip the step.
+
+        A step that is updated stands, whatever a hook raises afterwards.
+        """
+        if self.phase in OVER:
             return False
-        # Once the update is done the step stands, whatever a hook raises afterwards.
-        undo = None if error is None or self.finished else type(error)
+        undone, idle = self.phase != "updated", self.phase == "idle"
         # A Ctrl-C inside no_grad() or set_grad_enabled() itself, here or before, would leave gradients switched off.
         # (Not so when a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
         stays = error is None or isinstance(error, GeneratorExit)
         grad_enabled = torch.is_grad_enabled() if stays else self._grad_enabled
         try:
-            if undo is not None:
-                self.restore()
+            if undone:
+                with torch.no_grad():
+                    self.blocks.restore()
         finally:
             try:
-                self._others.close(undone=undo is not None)
-                self.state.exit(undo=undo is not None)
+                self._others.close(undone=undone)
+                self.state.exit(undo=undone)
                 if self._rng is not None:
-                    self._rng.__exit__(undo, error, None)
+                    self._rng.__exit__(GeneratorExit if undone else None, error, None)
             finally:
                 torch._C._set_grad_enabled(grad_enabled)
-                self.over = True
+                self.phase = "undone" if undone else "taken"
                 self.current = None  # which refers to this object
                 clear_weight_caches()
                 self._losses.clear()
                 self._micro_batches = None
-                self.blocks.release(undone=undo is not None)
-                if self._on_exit is not None:
-                    self._on_exit.close()
-                if undo is not None:
-                    self._tell()
+                self.blocks.release(undone=undone)
+                if self._on_exit:
+                    with contextlib.ExitStack() as stack:
+                        for call in self._on_exit:
+                            stack.callback(call)
+                if undone:
+                    reshard(self.settings.model)  # of what was gathered nothing is kept
+                    if self._local is not None and not idle:
+                        self.owed = partial(self._local.give_up, len(self.blocks.params))
+                self._when_over(self, error)
         return isinstance(error, SkipStep)
 
-    def _tell(self) -> None:
-        """The step was undone: of what was gathered nothing is kept, and the other processes are told."""
-        reshard(self.settings.model)
-        if self._local is not None and self._begun:
-            self.owed = partial(self._local.give_up, len(self.params))
-            if self.may_communicate:
-                owed, self.owed = self.owed, None
-                # an error of the network would hide the one that the step is left by
-                with contextlib.suppress(RuntimeError):
-                    owed()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put θ back, bit for bit."""
-        self.blocks.restore()
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a pass was begun, and the step neither taken nor undone."""
-        return self._begun and not self.over
+    __exit__ = leave
 
     @property
     def perturbed(self) -> bool:
         """Whether a pass is under way whose weights are not those of the model."""
-        return self.under_way and not self.complete and any(block.leaves.saved for block in self.blocks.all)
+        return self.phase == "pass" and any(block.leaves.saved for block in self.blocks.all)
 
     @property
     def in_last_pass(self) -> bool:
         """Whether the last pass is under way."""
-        return self._begun and not self.complete and self._passes_left() == 1
+        return self.phase == "pass" and self.current is not None and self.current.last
 
     @property
     def has_gradient(self) -> bool:
         """Whether backward was called in the pass that is under way."""
-        return bool(self._losses) or any(map(has_gradient, self.params))
+        return bool(self._losses) or any(map(has_gradient, self.blocks.params))
 
-    def _passes_left(self) -> int:
-        return self.recipe.passes - self.recipe.passes_before[self._newest + 1]
+    def _start(self) -> None:
+        """Begin the first pass: from here on there is something to undo."""
+        settings, blocks, several = self.settings, self.blocks, self.recipe.passes > 1
+        capturing = not blocks.on_host and is_capturing(blocks.devices)
+        if capturing:
+            settings.check_capture(blocks.devices)
+        self.phase = "pass"
+        if settings.replay_rng is not None:
+            self._rng = settings.replay_rng
+            self._rng.start(blocks.devices, several=several, capturing=capturing)
+        if settings.freeze_running_statistics:
+            given = settings.model, blocks.params, blocks.flags, settings.moving_buffers
+            gradient = not self.recipe.second_order
+            self.state.enter(*given, several=several, by_gradient=gradient, capturing=capturing)
+        if self._local is not None:
+            self._on_exit.append(self._local.close)
+            self._local.begin()
+            self.state.start_anew()  # from those of rank 0
 
-    def begin(self, index: int) -> Turn:
-        """Begin a pass, the ``index``-th: no gradients, the same random numbers, and the parameters' versions noted.
+    def next_pass(self) -> Turn | None:
+        """Go on to the next pass, or return None if the one that is under way was the last: see :meth:`advance`.
+
+        Begin with no gradients, the same random numbers, and the parameters' versions noted.
 
         On a CPU, the memory of large gradients of the step before is kept for the backup: fresh memory would have to be
         paged in, which takes as long as the whole step. It would be taken up after the first pass at the latest, so the
         peak of a step does not grow.
         """
-        if not self._begun:
-            several, capturing = self.recipe.passes > 1, not self.blocks.on_host and is_capturing(self.blocks.devices)
-            if capturing:
-                self.settings.check_capture(self.blocks.devices)
-            self._begun = True
-            if self.settings.replay_rng is not None:
-                self._rng = self.settings.replay_rng
-                self._rng.start(self.blocks.devices, several=several, capturing=capturing)
-            if self.settings.freeze_running_statistics:
-                given = self.settings.model, self.params, self.blocks.flags, self.settings.moving_buffers
-                gradient = not self.recipe.second_order
-                self.state.enter(*given, several=several, by_gradient=gradient, capturing=capturing)
-            if self._local is not None:
-                self._when_left(self._local.close)
-                self._local.begin()
-                self.state.start_anew()  # from those of rank 0
+        index = 0 if self.current is None else self.current.index + 1
+        if self.phase == "pass":
+            self.advance()
+        else:
+            self._start()
+        if self.phase == "complete":
+            return None
         clear_weight_caches()
         blocks, state, portion = self.blocks, self.state, self.portion
         # whether passes see parts of the batch, as known by now: the last is then the one that counts
@@ -231,25 +250,9 @@ class Step:
         """``scaler.step(optimizer)`` was called in the last pass, or after it; whoever did will update the scaler.
 
         Raises:
-            RuntimeError: the scaler has unscaled the gradients of one of several passes; a local step, one of second
-                order, or one that decides by its first gradient.
+            RuntimeError: see :meth:`GivenScale.check_serves`.
         """
-        if self._local is not None or self.recipe.second_order:
-            what = f"of {self.recipe.name}" if self.recipe.second_order else "with sync='local'"
-            raise RuntimeError(
-                f"scaler.step(optimizer) in a step {what}: torch looks at the gradients of one pass on one process. "
-                "Leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
-            )
-        if self.settings.goes_on is not None:
-            raise RuntimeError(
-                "scaler.step(optimizer) in a step with a rule WhenSteep, which looks at the first gradient before the "
-                "scale is known: leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
-            )
-        if scale.unscaled and self.recipe.passes > 1:
-            raise RuntimeError(
-                f"scaler.unscale_ was called for one pass of {self.recipe.name}, and the gradients of the others are "
-                "scaled: leave it out; to clip, construct the optimizer with clip_grad_norm="
-            )
+        scale.check_serves(self.recipe, self.settings.schedule, is_local=self._local is not None)
         self.watch.use(scale)
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -261,22 +264,18 @@ class Step:
                 self._micro_batches = list(some(batches))
         elif self._rng is not None:
             self._rng.skip_reading()
-        share = 1.0 if self.in_last_pass else self.portion.share
+        share = 1.0 if self.current is None or self.current.last else self.portion.share
         return self._until_end(self.portion.batches(self._micro_batches, share))
 
     def _until_end(self, batches: Iterable[Any]) -> Iterator[Any]:
         found = without_last_sync(self.settings.model, batches)
-        self._when_left(found.close)  # its no_sync() ends with the step, however that ends
+        self._on_exit.append(found.close)  # its no_sync() ends with the step, however that ends
         return found
-
-    def _when_left(self, call: Callable[[], object]) -> None:
-        self._on_exit = self._on_exit or contextlib.ExitStack()
-        self._on_exit.callback(call)
 
     def backward(self, loss: Tensor) -> None:
         """See :meth:`gam_fast.turn.Turn.backward`."""
         if self.recipe.second_order:
-            if self.complete or not self._begun or self.over:
+            if self.phase != "pass":
                 raise RuntimeError(
                     f"turn.backward(loss) outside the pass of {self.recipe.name} that the turn belongs to"
                 )
@@ -288,7 +287,7 @@ class Step:
             scaled.backward()
 
     def advance(self) -> None:
-        """After a pass: take its gradient in, and go to the next point of the path, if there is one.
+        """After a pass: take its gradient in, and go to the next point of the path; complete the step at the last.
 
         Raises:
             RuntimeError: no parameter has a gradient, a parameter was written to during the pass, or, for a recipe of
@@ -308,20 +307,26 @@ class Step:
             graph = self._differentiate(index) if recipe.second_order else []
             if not self.blocks.take_all(index, keep=recipe.keeps[index]):
                 self._take_in(index)
-            self._newest, self.at_end = index, index == recipe.vectors - 1
+            self._newest = index
             if self.portion.weight != 1.0:
-                self._weigh(index, self.portion.weight, of_product=bool(graph))
-            if index == 0 and not self.at_end and self.settings.goes_on is not None and not self._goes_on():
+                self.coefficients.weigh(index, self.portion.weight)
+                if graph:  # of the product too
+                    self.coefficients.weigh(index + 1, self.portion.weight)
+            schedule = self.settings.schedule
+            if index == 0 and schedule is not None and recipe.vectors > 1 and not self._goes_on(schedule):
                 graph.clear()
                 self._stay()
             if graph:
                 self._multiply(index, graph)
+            goes_on = self._newest + 1 < self.recipe.vectors
             if self._rng is not None:
-                self._rng.end(goes_on=not self.at_end)
-            if not self.at_end:
+                self._rng.end(goes_on=goes_on)
+            if goes_on:
                 if self._rates is None:
                     self._rates = list(map(_RATE_OF, self.groups))
                 self._perturb()
+            else:
+                self.phase = "complete"
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
@@ -331,14 +336,8 @@ class Step:
         graph = hvp.differentiate(self.recipe, self.blocks, losses, index)
         return graph if index + 1 in self.recipe.products else []
 
-    def _weigh(self, index: int, weight: float, *, of_product: bool) -> None:
-        self.coefficients.weigh(index, weight)
-        if of_product:
-            self.coefficients.weigh(index + 1, weight)
-
-    def _goes_on(self) -> bool:
+    def _goes_on(self, schedule: StepSchedule) -> bool:
         """Ask whether the gradient at θ is such that the path is taken; waits for an accelerator."""
-        assert self.settings.goes_on is not None
         self._first_square = self.blocks.square_norm(0)
         square = float(self._first_square) * self.portion.weight**2
         if self.watch.scale is not None:
@@ -347,18 +346,16 @@ class Step:
             square = self._local.mean(self.blocks, square)
         else:
             square = mean_over_processes(square, self.settings.model, self._device)
-        return self.settings.goes_on(square)
+        found, self.kept = schedule.look(square, self.groups[0])
+        return found
 
     def _stay(self) -> None:
         """The step becomes one of the base optimizer, with the gradient there is, or with that of the whole batch."""
         self.recipe = self.recipe.plain
-        self.plan = self.recipe.plan
         self.coefficients = Coefficients(self.recipe, self.groups, [{} for _ in self.groups])
-        self.at_end = True
         if self.portion.share < 1.0 and self.portion.asked:
             self.blocks.drop(0)
             self._newest = -1
-            self.at_end = False
         else:
             self.blocks.give_back(0)
 
@@ -366,10 +363,10 @@ class Step:
         """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector."""
         total = self.blocks.square_norm(index)
         self.watch.check(total, {index}, last=False)
-        hvp.multiply(self.blocks, index, graph, total, keep=index in self.plan[index][1])
+        hvp.multiply(self.blocks, index, graph, total, keep=index in self.recipe.plan[index][1])
         if not self.blocks.take_all(index + 1, keep=self.recipe.keeps[index + 1]):
             self._take_in(index + 1)
-        self._newest, self.at_end = index + 1, index + 1 == self.recipe.vectors - 1
+        self._newest = index + 1
 
     def _take_in(self, index: int) -> None:
         """Take ``param.grad`` in as vector ``index``, where that is not as it mostly is."""
@@ -390,7 +387,7 @@ class Step:
             return
         move = self.recipe.path[index]
         assert isinstance(move, Perturbation)
-        fold, live = self.plan[index]
+        fold, live = self.recipe.plan[index]
         eta, minus = self.coefficients.eta, move.minus
         known = self._first_square if move.along == 0 and minus is None and eta is None else None
         total = self.blocks.square_norm(move.along, minus, eta) if known is None else known
@@ -421,19 +418,31 @@ class Step:
         if fold is not None:
             self.coefficients.folded(fold)
 
-    def finish(self, update: Finish) -> None:
+    def finish(self, update: Callable[[Directions], None]) -> None:
         """After the last pass: the direction of every block, to ``update``, which restores θ and takes the step."""
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            self._finish(update)
+            self.rates_moved = self._have_rates_moved()
+            directions = self._directions()
+            if self.state.active:
+                self.state.settle()
+            update(directions)
+            self.phase = "updated"
+            if self._others.params:
+                self._others.finish()
+            if self._local is None and self.settings.difference is not None:
+                self._keep_length(self.settings.difference, self._relative_change())
+            if self.watch.scale is not None:
+                self.watch.scale.report(True, self._device)
+            if self.recipe.second_order:  # what is there is no gradient of the loss
+                self.blocks.clear_gradients()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
-    def _finish(self, update: Finish) -> None:
-        self.rates_moved = self._have_rates_moved()
-        last = self.recipe.vectors - 1
-        gradients = [*(self.plan[-1][1] if self.plan else ()), last]
+    def _directions(self) -> Directions:
+        plan, last = self.recipe.plan, self.recipe.vectors - 1
+        gradients = [*(plan[-1][1] if plan else ()), last]
         if self.watch.scale is not None:
             self._unscale(gradients, self.watch.scale)
         u, m, p, q = self.coefficients.final(gradients)
@@ -444,13 +453,15 @@ class Step:
             products = self.blocks.inner_products(terms, u, m)
             self.watch.check(products, set(gradients), last=True)
         if self._local is not None:
-            if self.settings.measure_change:
-                self._measure_change()
-            self.relative_change = self._local.agree(self.blocks, self.watch, self.relative_change)
+            difference = self.settings.difference
+            change = None if difference is None else self._relative_change()
+            change = self._local.agree(self.blocks, self.watch, change)
+            if difference is not None:
+                self._keep_length(difference, change)
             # where another process has a gradient that this one lacks, there are zeros now
             terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
             limit = None  # what is clipped is the mean
-        directions = []
+        directions: Directions = []
         for block, own in terms:
             seen = products
             if isinstance(products, Tensor):
@@ -459,18 +470,7 @@ class Step:
         if self._local is not None:
             ceiling = self.settings.clip_grad_norm
             directions = self._local.averaged(self.blocks, directions, gammas, ceiling)
-        if self.state.active:
-            self.state.settle()
-        update(directions)
-        self.finished = True
-        if self._others.params:
-            self._others.finish()
-        if self._local is None and self.settings.measure_change:
-            self._measure_change()
-        if self.watch.scale is not None:
-            self.watch.scale.report(True, self._device)
-        if self.recipe.second_order:  # what is there is no gradient of the loss
-            self.blocks.clear_gradients()
+        return directions
 
     def _have_rates_moved(self) -> bool:
         """Return whether somebody has changed a learning rate since the first pass."""
@@ -480,11 +480,16 @@ class Step:
         pairs = zip(self._rates, now, strict=False)
         return any(isinstance(a, float) and isinstance(b, float) and a != b for a, b in pairs)
 
-    def _measure_change(self) -> None:
-        """Waits for an accelerator."""
-        if len(self._squares) > 1:
-            before, change = map(float, self._squares[:2])
-            self.relative_change = math.sqrt(change / before) if before > 0.0 and change >= 0.0 else math.nan
+    def _relative_change(self) -> float | None:
+        """Return ‖g1 − g0‖/‖g0‖, where it is known; waits for an accelerator."""
+        if len(self._squares) < 2:
+            return None
+        before, change = map(float, self._squares[:2])
+        return math.sqrt(change / before) if before > 0.0 and change >= 0.0 else math.nan
+
+    def _keep_length(self, difference: Difference, change: float | None) -> None:
+        if change is not None:
+            self.kept.update(difference.after(change))
 
     def _unscale(self, gradients: Sequence[int], scale: LossScale | GivenScale) -> None:
         """Take the loss scaling out of what the direction is combined from."""

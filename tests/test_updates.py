@@ -15,8 +15,8 @@ from torch import nn
 
 import gam_fast
 from gam_fast.backends.base import Block
+from gam_fast.options import Settings
 from gam_fast.parameters import ParameterBlock
-from gam_fast.settings import Settings
 from gam_fast.updates import fused, fused_step
 
 SGD_KINDS = [(0.0, 0.0, False), (0.0, 0.3, False), (0.9, 0.0, False), (0.9, 0.3, False), (0.9, 0.0, True)]
@@ -297,6 +297,6 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     else:
         with pytest.raises(RuntimeError, match=f"on_nonfinite='{policy}' looks at the norms.*on_nonfinite='ignore'"):
             settings.check_capture(cuda)
-    settings.goes_on = lambda square: True
+    settings.schedule = gam_fast.active.StepSchedule()
     with pytest.raises(RuntimeError, match="a rule WhenSteep looks at the norms.*without such rules and radii"):
         settings.check_capture(cuda)
