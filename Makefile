@@ -53,6 +53,11 @@ define install
 	@grep '^gam_fast:' build/core.log || true
 endef
 
+# INSTALLED=yes leaves what is installed as it is, for several commands at the same time.
+INSTALLED ?=
+ifdef INSTALLED
+setup-demo setup-test setup-lint setup-docs: ;
+else
 setup-demo: $(ENVIRONMENT)
 	$(call install,demo)
 
@@ -69,6 +74,7 @@ setup-lint: $(ENVIRONMENT)
 
 setup-docs: $(ENVIRONMENT)
 	$(call install,docs)
+endif
 
 demo: setup-demo  ## train on handwritten digits by SGD, SAM and GAM, and write a report (5 minutes)
 	$(PY) examples/digits.py $(ARGS)
@@ -78,10 +84,9 @@ test: setup-test  ## all tests and doctests; without ARGS those of the Triton ke
 	@$(if $(ARGS),,$(MAKE) --no-print-directory interpret)
 
 # A process of its own, because Triton decides when it is imported how kernels are run. Primitives and the short table of
-# the engine run on Triton here. SETUP= leaves what is installed as it is.
-SETUP ?= setup-test
+# the engine run on Triton here.
 INTERPRETED_TESTS ?= $(addprefix tests/,test_interpreted.py test_backends.py test_every_backend.py)
-interpret: $(SETUP)  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
+interpret: setup-test  ## the Triton kernels by Triton's interpreter, without a GPU (Linux)
 	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || { echo "Triton is for Linux: not tested"; exit 0; }; \
 	  $(PY) -c 'import sys, triton; sys.exit(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6))' || \
 	    { echo "the Triton of this torch is older than 3.6: its kernels are not tested"; exit 0; }; \

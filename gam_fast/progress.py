@@ -70,8 +70,8 @@ class Progress:
                 step.owed()
         if isinstance(error, SkipStep):
             self.skipped_steps += 1
-            for called in (optimizer, getattr(optimizer, "base", optimizer)):
-                called._opt_called = True  # for schedulers constructed on either: a skipped step was a call
+            for called in (optimizer, getattr(optimizer, "base", optimizer)):  # a skipped step was a call of either,
+                called._opt_called = True  # type: ignore[union-attr]  # for schedulers
         left = first_gradient(groups)
         if left is not None:
             left._gam_fast_left = version(left), CLOSED.steps  # type: ignore[attr-defined]

@@ -141,9 +141,13 @@ class Ranks:
         return answers
 
     def _where(self, late: list[int]) -> str:
+        """What the late ranks are doing, which a busy machine takes a while to write."""
         for rank in late:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
-        time.sleep(1)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not all(self._stacks(rank).read_text() for rank in late):
+            time.sleep(0.1)
+        time.sleep(0.5)  # the first lines are there, the others follow
         return "\n".join(f"rank {rank}:\n{self._stacks(rank).read_text()}" for rank in late)
 
     def close(self) -> None:

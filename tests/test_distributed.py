@@ -451,7 +451,7 @@ def test_others_get_an_error_when_a_rank_is_killed_and_the_checkpoint_resumes(tw
 def test_an_iterator_that_is_held_until_the_end_of_a_process_does_no_harm():
     program = """
 import gam_fast, torch
-from gam_fast.distributed import LocalSync
+from gam_fast.local_step import LocalSync
 from torch import distributed
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 LocalSync.is_needed = staticmethod(lambda: True)

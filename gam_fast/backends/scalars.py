@@ -55,7 +55,7 @@ def clip_factor(square: Scalar, limit: float) -> Scalar:
     """``min(1, limit / ‖d‖)``.
 
     >>> clip_factor(4.0, 3.0), clip_factor(36.0, 3.0)
-    (1.0, 0.4999999166666806)
+    (1.0, 0.4999999166666...)
     """
     factor = limit / (root(square) + CLIP_EPSILON)
     return factor.clamp_max(1.0) if isinstance(factor, Tensor) else 1.0 if factor > 1.0 else factor
