@@ -1,15 +1,12 @@
 // All that is no kernel as one source: torch's headers, which take most of the time to compile, are read once.
 
 #include "../../csrc/bindings.cpp"
-#include "../../csrc/call.cpp"
-#include "../../csrc/checks.cpp"
 #include "../../csrc/cuda/executor.cpp"
 #include "../../csrc/cuda/tables.cpp"
-#include "../../csrc/devices.cpp"
 #include "../../csrc/draws.cpp"
 #include "../../csrc/gradients.cpp"
-#include "../../csrc/lists.cpp"
 #include "../../csrc/ops.cpp"
 #include "../../csrc/plan.cpp"
+#include "../../csrc/tensors.cpp"
 #include "controls.cpp"
 #include "device.cpp"
