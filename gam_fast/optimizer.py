@@ -295,7 +295,7 @@ class SharpnessAwareOptimizer(AroundBase):
             GivenScale.drop(self)
             raise
         first = None
-        with self._begin(scale, by_loop=False) as step:
+        with self._begin(scale, by_loop=False) as step, step:  # twice: a Ctrl-C may interrupt the end of the first
             while (turn := step.next_pass()) is not None:
                 with torch.enable_grad():
                     loss = evaluate(turn)
@@ -338,7 +338,7 @@ class SharpnessAwareOptimizer(AroundBase):
                 "no scaler. Behind a loop over passes(), which has taken its step, leave step() out"
             )
         self._progress.check_not_taken(self.base.param_groups, type(self).__name__)
-        with self._open(scale) as step:
+        with self._open(scale) as step, step:
             step.advance()
             step.finish(self._update)
 
