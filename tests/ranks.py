@@ -47,12 +47,14 @@ def _free_port() -> int:
 
 def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR1, file=stacks.open("w"), all_threads=True)
+    log = stacks.open("w")  # noqa: SIM115  # faulthandler writes to it as long as the process lives
     while True:
         try:
             function, arguments, port, seconds = pipe.recv()
         except EOFError:
             return
+        faulthandler.unregister(signal.SIGUSR1)  # a framework may have taken the signal
+        faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
         if distributed.is_initialized():  # not sooner: a group that one rank leaves ends what another still connects
             distributed.destroy_process_group()
         os.environ.update(

@@ -7,9 +7,9 @@
 #include <exception>
 #include <vector>
 
-#include "cuda/launch.cuh"
-#include "cuda/moves.cuh"
-#include "cuda/sums.cuh"
+#include "cuda/moves.cu"
+#include "cuda/sums.cu"
+#include "cuemu.h"
 
 namespace {
 
