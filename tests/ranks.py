@@ -47,7 +47,7 @@ def _free_port() -> int:
 
 def _serve(rank: int, world: int, pipe: Connection, stacks: Path) -> None:
     torch.set_num_threads(1)
-    log = stacks.open("w")  # noqa: SIM115  # faulthandler writes to it as long as the process lives
+    log = stacks.open("w")  # faulthandler writes to it as long as the process lives
     while True:
         try:
             function, arguments, port, seconds = pipe.recv()
