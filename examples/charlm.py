@@ -27,7 +27,7 @@ import gam_fast
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(training_runs.Settings):
-    """What a run depends on, beside its text."""
+    """The settings of a run, beside its text."""
 
     layers: int = 4
     heads: int = 4

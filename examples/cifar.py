@@ -39,7 +39,7 @@ except ImportError as error:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(training_runs.Settings):
-    """What a run depends on, beside its images."""
+    """The settings of a run, beside its images."""
 
     dataset: str = "cifar10"
     network: str = "resnet18"

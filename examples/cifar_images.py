@@ -20,7 +20,7 @@ SIZE = 32
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-"""Of the pixels of CIFAR-10, by channel, between 0 and 1."""
+"""Mean and deviation of the pixels of CIFAR-10, by channel, between 0 and 1."""
 
 
 class DataError(Exception):

@@ -1,4 +1,4 @@
-"""What examples/cifar.py and examples/charlm.py share: settings on a command line, the optimizer, checkpoints."""
+"""Shared by examples/cifar.py and examples/charlm.py: settings on a command line, the optimizer, checkpoints."""
 
 from __future__ import annotations
 

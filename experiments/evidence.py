@@ -1,4 +1,4 @@
-"""What a sharpness-aware method buys at the size of a real task, at equal epochs and at equal time.
+"""Measure the gain of sharpness-aware methods at the size of a real task, at equal epochs and at equal time.
 
 python -m experiments.evidence --data cifar10.npz --results bench/results/evidence_cpu.json
 
@@ -84,7 +84,7 @@ TUNED = (
 
 @dataclass(frozen=True)
 class Task:
-    """What all arms share.
+    """The settings that all arms share.
 
     Attributes:
         settings: of :mod:`cifar`, without those of an arm.

@@ -169,7 +169,7 @@ class Surroundings:
         self.others: list[Tensor] = []
         """The parameters of the model that are in no parameter group."""
         self.has_bucket_views = False
-        """Whether the model is a DistributedDataParallel whose gradients are views of its buckets."""
+        """Return True for a DistributedDataParallel whose gradients are views of its buckets."""
         self._model: nn.Module | None = None
         self._seen: tuple[int, ...] = ()
         self._tables: list[dict[str, Any]] = []  # of parameters and submodules, by module

@@ -26,7 +26,7 @@ from .turn import frames_of_libraries
 
 @dataclass(eq=False)
 class Progress:
-    """What moves in every step; one object, so that wrappers with a copy of the optimizer's attributes see it move."""
+    """The state that moves in every step: one object, which copies of the attributes by wrappers share."""
 
     skipped_steps: int = 0
     step: Step | None = None
@@ -36,7 +36,7 @@ class Progress:
     begin_with: Callable[[], object] | None = None
     """Called before anything else in the next step: it raises an error, or tells other processes of one."""
     zeroes_in_place: bool = False
-    """Whether somebody zeroes gradients in place between steps."""
+    """True once somebody has zeroed gradients in place between steps."""
     warned_of_share: bool = False
     forward_state: ForwardState = field(default_factory=ForwardState)
     mode: str = ""

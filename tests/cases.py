@@ -238,7 +238,7 @@ EXACT: dict[str, Method] = {
     "exact": Method(gam_fast.ExactGAM, reference.exact_gam, {"rho": 0.2, "alpha": 0.4}),
     "exact_sam": Method(gam_fast.ExactGAM, reference.exact_gam, {"rho": 0.2, "alpha": 0.4, "sam_rho": 0.1}),
 }
-"""Of second order: the engine differentiates the loss that a pass hands over (``turn.backward``)."""
+"""A pass of second order: the engine differentiates the loss that a pass hands over (``turn.backward``)."""
 
 MULTIPASS = [name for name, method in METHODS.items() if method.passes > 1]
 

@@ -1,4 +1,4 @@
-"""What the tests of frameworks hold them against: a small network, its data, and the plain loop of GAM over both."""
+"""The reference of the tests of frameworks: a small network, its data, and the plain loop of GAM over both."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class Ranks:
         return answers
 
     def _where(self, late: list[int]) -> str:
-        """What the late ranks are doing, which a busy machine takes a while to write."""
+        """Return the stacks of the late ranks, which a busy machine takes a while to write."""
         for rank in late:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
         deadline = time.monotonic() + 20

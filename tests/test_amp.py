@@ -269,7 +269,7 @@ MISUSES = {
     "exact": (False, SCALER.step, r"step of ExactGAM.*passes\(scaler=scaler\)"),
     "a hook": (False, step_with_a_failing_hook, "of the hook"),
 }
-"""Whether the loop is given the scaler, and is not, or there is none; what is done in its pass 1, or its last."""
+"""True if the loop is given the scaler, False if not, None if there is none; and the call in pass 1 or the last."""
 
 
 @pytest.mark.parametrize("name", MISUSES)

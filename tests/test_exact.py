@@ -62,7 +62,7 @@ class Functional:
 
 
 def set_gradients(model, direction, sign, x, y):
-    """What the base optimizer is to step along, of those parameters that take part."""
+    """The direction of the base optimizer, for those parameters that take part."""
     trained = [p for p in model.parameters() if p.requires_grad]
     used = torch.autograd.grad(loss_of(model, x, y), trained, allow_unused=True)
     for p, d, g in zip(trained, direction, used, strict=True):

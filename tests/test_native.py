@@ -1,4 +1,4 @@
-"""What is special to the compiled core: threads, instruction sets, bad objects, processes, memory."""
+"""Tests of the compiled core alone: threads, instruction sets, bad objects, processes, memory."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
 
 
 def names():
-    """What a reader has: a model, its loss, and a loader of 8 batches."""
+    """Return the names that a reader has: a model, its loss, and a loader of 8 batches."""
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
     loader = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(8)]
     found = {"torch": torch, "model": model, "criterion": nn.CrossEntropyLoss(), "loader": loader, "epochs": 2}

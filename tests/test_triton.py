@@ -1,4 +1,4 @@
-"""What of the Triton backend needs neither a GPU nor the interpreter: selection and tables. `make aot` compiles."""
+"""Tests of the Triton backend that need neither a GPU nor the interpreter: selection and tables."""
 
 from __future__ import annotations
 

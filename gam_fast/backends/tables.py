@@ -35,7 +35,7 @@ DTYPES: dict[torch.dtype, str] = {getattr(torch, name): name for name in table.D
 _ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")  # its address is 0
 
 graph_memory: list[Tensor] = []
-"""What CUDA graphs read each time they are replayed: it is never used again, nor given back."""
+"""The memory that CUDA graphs read each time they are replayed: it is never used again, nor given back."""
 
 
 @dataclass(frozen=True)
