@@ -76,9 +76,7 @@ ARMS = (
 
 TUNED = (
     *(Arm(f"SAM, rho {rho}", "SAM", {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
-    *(Arm(f"SAM, rho {rho}, last .3", "SAM", {"rho": rho}, late=0.3) for rho in (0.05, 0.1, 0.2)),
     *(Arm(f"GAM, rho {rho}", "GAM", GAM | {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
-    *(Arm(f"GAM, rho {rho}, last .3", "GAM", GAM | {"rho": rho}, late=0.3) for rho in (0.05, 0.1, 0.2)),
 )
 
 
@@ -102,7 +100,7 @@ class Task:
     measured: int = 2000
 
 
-SMALL = cifar.Settings(network="small", train_images=10_000, lr=0.05, smoothing=0.0)
+SMALL = cifar.Settings(network="small", train_images=10_000, lr=0.05, smoothing=0.0, bf16=True)
 
 TASKS: Mapping[str, Task] = {
     "cpu": Task(SMALL, (10, 30)),
@@ -136,16 +134,18 @@ class Planned:
 
 
 def plan(task: Task, *, tune: bool = False) -> Iterator[Planned]:
-    """Yield the runs: all arms of a seed before the next seed, short ones before long ones."""
+    """Yield the runs: short ones before long ones, all arms of a seed before the next seed.
+
+    Settings are chosen with the shortest length and right labels.
+    """
     if tune:
         for seed in task.tuned_on:
-            for epochs in task.lengths:
-                for arm in (ARMS[0], *TUNED):
-                    yield Planned(arm, epochs, task.wrong_labels[0], seed, tune=True)
+            for arm in (ARMS[0], *TUNED):
+                yield Planned(arm, task.lengths[0], task.wrong_labels[0], seed, tune=True)
         return
-    for seed in task.seeds:
-        for epochs in task.lengths:
-            for wrong in task.wrong_labels:
+    for epochs in task.lengths:
+        for wrong in task.wrong_labels:
+            for seed in task.seeds:
                 for arm in ARMS:
                     yield Planned(arm, epochs, wrong, seed)
 
@@ -253,6 +253,11 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     return result
 
 
+def stored(results: Path) -> dict[str, Any]:
+    """Return the runs that are in the file."""
+    return json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--task", choices=TASKS, default="cpu", help="(default: %(default)s)")
     found.add_argument("--results", type=options.output, required=True, metavar="PATH", help="read, and added to")
     found.add_argument("--tune", action="store_true", help="the runs that settings are chosen by")
+    found.add_argument("--seed", type=int, help="only runs of this seed: for processes side by side")
     found.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--threads", type=options.positive, help="CPU threads of torch")
@@ -271,14 +277,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
     task, start = TASKS[given.task], time.monotonic()
-    runs: dict[str, Any] = json.loads(given.results.read_text(encoding="utf-8")) if given.results.exists() else {}
+    runs = stored(given.results)
     for planned in plan(task, tune=given.tune):
-        if planned.key in runs:
+        if planned.key in runs or given.seed not in (None, planned.seed):
             continue
         if time.monotonic() - start > given.seconds:
             break
         print(planned.key, file=sys.stderr)
-        runs[planned.key] = run(task, planned, given.data, torch.device(given.device))
+        found = run(task, planned, given.data, torch.device(given.device))
+        runs = stored(given.results) | {planned.key: found}  # with what others have added meanwhile
         write_json(given.results, runs)
     for table in tables(runs):
         print(f"### {table.title}\n\n{table.markdown()}\n")
