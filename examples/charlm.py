@@ -235,7 +235,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
         "--sample": {"type": int, "default": 0, "metavar": "LETTERS", "help": "let the model write, at the end"},
     }
     helps = {"warm_up": "steps in which the learning rate rises", "clip": "the largest norm of a direction"}
-    return training_runs.parse(argv, PRESETS, "AdamW", more, {}, helps)
+    return training_runs.parse(argv, PRESETS, ["AdamW"], more, {}, helps)
 
 
 def main(argv: Sequence[str] | None = None) -> Curve:

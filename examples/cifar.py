@@ -218,7 +218,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
         "ema": "decay of the average of weights that is tested; 0 for none",
     }
     choices = {"network": NETWORKS, "dataset": cifar_images.FOLDERS}
-    return training_runs.parse(argv, PRESETS, "SGD", more, choices, helps)
+    return training_runs.parse(argv, PRESETS, ["SGD"], more, choices, helps)
 
 
 def picture(path: Path, settings: Settings, curve: Curve) -> None:

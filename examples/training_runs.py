@@ -1,4 +1,4 @@
-"""Shared by examples/cifar.py and examples/charlm.py: settings on a command line, the optimizer, checkpoints."""
+"""Shared by cifar.py, imagenet.py and charlm.py: settings on a command line, the optimizer, checkpoints."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HELP = {
 def parse(
     argv: Sequence[str] | None,
     presets: Mapping[str, AnySettings],
-    base: str,
+    bases: Iterable[str],
     more: Mapping[str, Mapping[str, Any]],
     choices: Mapping[str, Iterable[str]],
     helps: Mapping[str, str],
@@ -55,7 +55,7 @@ def parse(
     """Return the arguments, and the settings: those of the preset, with what the command line says otherwise.
 
     Args:
-        base: the name of the base optimizer, as a method.
+        bases: the names of base optimizers, which stand for them alone as a method.
         more: arguments beside the settings, by their names.
         choices: what a setting may be.
         helps: about a setting.
@@ -70,7 +70,7 @@ def parse(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="written now and then, and gone on from")
     parser.add_argument("--json", type=Path, metavar="FILE", help="settings and figures, at the end")
-    choices = {**choices, "method": [base, *(name for name in gam_fast.recipes.RECIPES if name != "Base")]}
+    choices = {**choices, "method": [*bases, *(name for name in gam_fast.recipes.RECIPES if name != "Base")]}
     columns = [column for column in fields(next(iter(presets.values()))) if column.name != "hyper"]
     for column in columns:
         name = "--" + column.name.replace("_", "-")
@@ -111,7 +111,7 @@ def wrap(
         if settings.ascent_share < 1.0:
             options["ascent_share"] = settings.ascent_share
         if settings.late < 1.0:
-            options["active"] = gam_fast.active.Between(1.0 - settings.late, total_steps=total_steps)
+            options["active"] = gam_fast.active.Late(settings.late, total_steps=total_steps)
     options |= settings.hyper
     return method(params, base, model=model, backend=settings.backend, **options)
 

@@ -54,8 +54,8 @@ class Between(Activity):
     total_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.total_steps is not None and (not isinstance(self.total_steps, int) or self.total_steps < 1):
-            raise ValueError(f"total_steps must be a positive integer or None, got {self.total_steps!r}")
+        if self.total_steps is not None:
+            _check_total(self.total_steps)
         first, last = self._step("start", self.start), math.inf if self.stop is None else self._step("stop", self.stop)
         if last < first:
             raise ValueError(f"stop must not come before start, got start={self.start!r}, stop={self.stop!r}")
@@ -76,6 +76,42 @@ class Between(Activity):
     def before(self, step: int) -> bool:
         """Return whether the step is in the range."""
         return step >= self._step("start", self.start) and (self.stop is None or step < self._step("stop", self.stop))
+
+
+@dataclass(frozen=True)
+class Late(Activity):
+    """The last steps of a run, behind a phase of the base optimizer alone.
+
+    Args:
+        share: of the steps, from 0.0 to 1.0.
+        total_steps: steps of the run.
+
+    Raises:
+        ValueError: out of range.
+        TypeError: no number.
+
+    >>> rule = Late(0.3, total_steps=10)
+    >>> [step for step in range(10) if rule.before(step)]
+    [7, 8, 9]
+    """
+
+    share: float
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        _check_number("share", self.share)
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share must be from 0.0 to 1.0, got {self.share!r}")
+        _check_total(self.total_steps)
+
+    def before(self, step: int) -> bool:
+        """Return whether the step is one of the last."""
+        return step >= self.total_steps - round(self.share * self.total_steps)
+
+
+def _check_total(total_steps: object) -> None:
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(f"total_steps must be a positive integer, got {total_steps!r}")
 
 
 def _check_number(name: str, value: object) -> None:

@@ -111,14 +111,21 @@ class ConstantRadius(RadiusSchedule):
 
 
 class LinearRadius(RadiusSchedule):
-    r""":math:`ρ_t = ρ_0 + (ρ_T − ρ_0)\, t/T` up to ``t = total_steps``, then constant.
+    r""":math:`ρ_t = ρ_0 + (ρ_T − ρ_0)\, t/T` up to ``t = total_steps``, then constant. With ``start=0.0``, a warm-up.
 
     Args:
-        end: :math:`ρ_T`; with ``start`` the schedule begins there instead of at the group's value.
+        start: :math:`ρ_0`, by default the group's value.
+        end: :math:`ρ_T`, by default the group's value.
+
+    Raises:
+        ValueError: neither is given.
 
     >>> schedule = LinearRadius(_example(), total_steps=4, end=0.0)
     >>> schedule.step(); schedule.get_last_value()
     [0.15...]
+    >>> warm_up = LinearRadius(_example(), total_steps=4, start=0.0)
+    >>> warm_up.step(); warm_up.get_last_value()
+    [0.05]
     """
 
     def __init__(
@@ -127,17 +134,20 @@ class LinearRadius(RadiusSchedule):
         name: str = "rho",
         *,
         total_steps: int,
-        end: float,
+        end: float | None = None,
         start: float | None = None,
     ) -> None:
+        if start is None and end is None:
+            raise ValueError("LinearRadius needs start= or end=: what is not given is the value of the group")
         self.total_steps = self._positive_steps(total_steps)
-        self.end = self._checked("end", end)
+        self.end = None if end is None else self._checked("end", end)
         self.start = None if start is None else self._checked("start", start)
         super().__init__(optimizer, name)
 
     def value(self, initial: float, group: dict[str, Any]) -> float:
         start = initial if self.start is None else self.start
-        return start + (self.end - start) * min(self.count / self.total_steps, 1.0)
+        end = initial if self.end is None else self.end
+        return start + (end - start) * min(self.count / self.total_steps, 1.0)
 
 
 class CosineRadius(RadiusSchedule):

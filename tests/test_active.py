@@ -15,7 +15,7 @@ from snapshots import assert_close, assert_equal, assert_same, everything, throu
 from torch import nn
 
 import gam_fast
-from gam_fast.active import Activity, Between, Sometimes, WhenSteep
+from gam_fast.active import Activity, Between, Late, Sometimes, WhenSteep
 
 STEPS = 6
 
@@ -139,6 +139,9 @@ def test_interval_and_share_compose(form):
         (Between(0.25, 0.75, total_steps=6), [2, 3]),
         (Between(1, 0.5, total_steps=6), [1, 2]),
         (Between(3, 3), []),
+        (Late(0.3, total_steps=6), [4, 5]),
+        (Late(0.0, total_steps=6), []),
+        (Late(1.0, total_steps=6), [0, 1, 2, 3, 4, 5]),
         ([Between(1), lambda step: step % 2 == 0], [2, 4]),
     ],
 )
@@ -443,6 +446,9 @@ def test_interval_and_rules_may_be_set_between_steps():
         (lambda: {"active": Between(1.5, total_steps=9)}, ValueError, "start .*from 0.0 to 1.0, got 1.5"),
         (lambda: {"active": Between("1")}, TypeError, "start must be a step .*got '1'"),
         (lambda: {"active": Between(3, 2)}, ValueError, "stop must not come before start, got start=3, stop=2"),
+        (lambda: {"active": Late(1.5, 9)}, ValueError, "share must be from 0.0 to 1.0, got 1.5"),
+        (lambda: {"active": Late("1", 9)}, TypeError, "share must be a number, got '1'"),
+        (lambda: {"active": Late(0.5, 0.5)}, ValueError, "total_steps must be a positive integer, got 0.5"),
         (lambda: {"active": Between(total_steps=0)}, ValueError, "total_steps must be a positive integer"),
         (lambda: {"active": Sometimes(1.5)}, ValueError, "probability must be from 0 to 1, got 1.5"),
         (lambda: {"active": Sometimes("x")}, TypeError, "probability must be a number, got 'x'"),

@@ -29,6 +29,7 @@ def cosine(rho, t):
 SCHEDULES = {
     "constant": (ConstantRadius, lambda rho, t: rho),
     "linear": (lambda o: LinearRadius(o, total_steps=4, end=0.0), lambda rho, t: rho * (1 - min(t, 4) / 4)),
+    "warm-up": (lambda o: LinearRadius(o, total_steps=4, start=0.0), lambda rho, t: rho * min(t, 4) / 4),
     "from a start": (lambda o: LinearRadius(o, total_steps=2, start=0.0, end=0.5), lambda rho, t: min(t, 2) / 4),
     "cosine": (lambda o: CosineRadius(o, total_steps=3, end=0.1), cosine),
     "proportional": (lambda o: ProportionalRadius(o, min_value=0.05), lambda rho, t: 0.05 + (rho - 0.05) * 0.5**t),
@@ -173,6 +174,7 @@ def test_a_schedule_in_the_body_is_an_error():
         ),
         (lambda: ConstantRadius(optimizer(), "radius"), ValueError, "no hyper-parameter 'radius'; it has rho"),
         (lambda: CosineRadius(optimizer(), total_steps=0), ValueError, "total_steps must be a positive integer, got 0"),
+        (lambda: LinearRadius(optimizer(), total_steps=1), ValueError, "needs start= or end="),
         (lambda: LinearRadius(optimizer(), total_steps=1, end=-1.0), ValueError, "finite and not negative, got -1"),
         (lambda: ProportionalRadius(optimizer(), min_lr=0.1), ValueError, "min_lr must be below the learning rate 0.1"),
         (lambda: RadiusSchedule(optimizer()), TypeError, "RadiusSchedule is the base of the schedules"),
