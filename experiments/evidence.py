@@ -103,7 +103,7 @@ class Task:
 SMALL = cifar.Settings(network="small", train_images=10_000, lr=0.05, smoothing=0.0, bf16=True)
 
 TASKS: Mapping[str, Task] = {
-    "cpu": Task(SMALL, (10, 30)),
+    "cpu": Task(SMALL, (10, 30), measured=128),
     "gpu": Task(cifar.Settings(network="resnet18", smoothing=0.0, bf16=True), (10, 30, 100)),
     "quick": Task(
         replace(SMALL, train_images=64, batch=32),

@@ -12,7 +12,7 @@ from ._version import __version__
 
 require_torch()
 
-from . import active, backends, buffers, flatness, integrations, recipes, rng, schedules  # noqa: E402
+from . import active, backends, buffers, flatness, integrations, recipes, rng, schedules, subsets  # noqa: E402
 from .finite import NonFiniteGradientError  # noqa: E402
 from .hvp import SecondDerivativeError  # noqa: E402
 from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
@@ -43,4 +43,5 @@ __all__ = [
     "recipes",
     "rng",
     "schedules",
+    "subsets",
 ]

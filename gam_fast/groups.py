@@ -14,6 +14,7 @@ from .active import COUNTS
 from .bases import Given, build_base, filled, is_instance, left_behind, members
 from .hooks import Hooked
 from .options import check_arguments, check_keys, check_params
+from .parameters import PERTURB
 from .progress import Progress
 from .recipes import BASE, Recipe
 
@@ -142,7 +143,7 @@ class AroundBase(Hooked):
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        names = (*self._own_defaults, *self._kept())
+        names = (*self._own_defaults, *self._kept(), PERTURB)
         own = [{key: group[key] for key in names if key in group} for group in self.param_groups]
         groups, other = bases.merged(bases.groups_in(state_dict) or [], own, self.recipe.name, self._own_defaults)
         for group in groups:
@@ -188,13 +189,15 @@ class AroundBase(Hooked):
         self._check_hyper(group)
         check_params(group["params"])
         taken = (name for member in members(self.base) for name in member.defaults)
-        check_keys(type(self).__name__, tuple(self._keys.values()), taken, group)
+        check_keys(type(self).__name__, (*self._keys.values(), PERTURB), taken, group)
 
     def _check_hyper(self, group: dict[str, Any]) -> None:
         for name, key in self._keys.items():
             if key in group:
                 self.recipe.check(name, group[key])
                 radius.is_auto(group[key])
+        if not isinstance(group.get(PERTURB, True), bool):
+            raise TypeError(f"{PERTURB} of a parameter group must be True or False, got {group[PERTURB]!r}")
         for key in (*COUNTS, radius.LENGTH):
             value = group.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:

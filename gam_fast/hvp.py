@@ -237,7 +237,7 @@ def multiply(blocks: StepParameters, index: int, graph: list[Tensor | None], tot
     """
     units: dict[Tensor, Tensor] = {}
     for block in blocks.all:
-        scale = scalars.steps([1.0], sums.on(total, block.leaves.params[0].device))[0]
+        scale = scalars.steps([1.0 if block.perturbed else 0.0], sums.on(total, block.leaves.params[0].device))[0]
         units.update(zip(block.owners, scaled(list(block.grads[index]), scale), strict=True))
     pairs = [(param, grad) for param, grad in zip(blocks.params, graph, strict=True) if grad is not None]
     params = [param for param, _ in pairs]

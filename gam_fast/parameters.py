@@ -22,6 +22,11 @@ Select: TypeAlias = "Callable[[torch.device], Backend]"
 
 _PARAMS_OF = operator.itemgetter("params")
 
+PERTURB = "perturb"
+"""The key in ``param_groups`` whose value ``False`` leaves the group's parameters in place in every pass."""
+
+_IS_PERTURBED = operator.methodcaller("get", PERTURB, True)
+
 RECYCLE_BYTES = 1 << 16
 """From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Step.begin`)."""
 
@@ -33,8 +38,8 @@ NEVER = 1 << 62
 class ParameterBlock:
     """The leaves of one device, dtype, layout over processes and dtype of vectors, and the gradients held, by vector.
 
-    Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``.
-
+    Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``. Those that are
+    not perturbed (a group with ``perturb=False``) have no part in norms and no backup.
     """
 
     backend: Backend
@@ -43,6 +48,7 @@ class ParameterBlock:
     """The parameters as the user has them; the leaves are what this process holds of each."""
     layout: Layout | None = None
     kind: Kind | None = None
+    perturbed: bool = True
     grads: dict[int, TensorList] = field(default_factory=dict)
 
 
@@ -85,6 +91,8 @@ class StepParameters:
         self.all: list[ParameterBlock] = []
         self._spare: dict[Tensor, Tensor] = {}
         self.groups = groups
+        self._perturbed: list[bool] = list(map(_IS_PERTURBED, groups))
+        self._is_mixed = len(set(self._perturbed)) > 1
         self._select: Select | None = select  # during the step: it has a hold on the optimizer
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded
@@ -100,8 +108,8 @@ class StepParameters:
     ) -> StepParameters | None:
         """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
         lists = list(map(_PARAMS_OF, groups))
-        same_count = self._counts == list(map(len, lists))
-        if self.sharded or not same_count or not all(map(operator.is_, chain(*lists), self.params)):
+        same = self._counts == list(map(len, lists)) and self._perturbed == list(map(_IS_PERTURBED, groups))
+        if self.sharded or not same or not all(map(operator.is_, chain(*lists), self.params)):
             return None
         self._all = self._books.hold(self.params, self._all)
         if self._books.kinds(self._all) != self._kinds:
@@ -123,7 +131,8 @@ class StepParameters:
         """
         least = RECYCLE_BYTES if recycle and not self.all and not self.sharded else NEVER
         for i, grad in self._books.clear_gradients(self._all, least, self._keep_parts):
-            self._spare[self.params[i]] = grad
+            if self._perturbed[self._group[i]]:
+                self._spare[self.params[i]] = grad
         self._parts = list(map(local, self.params)) if self.sharded else []
         self._versions = self._books.versions(self._parts or self._all)
         self._each = [param._version for param in self._parts or self.params] if each else None
@@ -160,7 +169,7 @@ class StepParameters:
     def take_all(self, index: int, *, keep: bool) -> bool:
         """Fast path of :meth:`take_in`. Return False if it does not apply."""
         block = self.all[0] if self.all else self._whole
-        if self._versions is None or not self._is_usual:
+        if self._versions is None or not self._is_usual or self._is_mixed:
             return False
         if block is not None and block.leaves.params is not self._all:
             return False
@@ -210,19 +219,19 @@ class StepParameters:
 
     def activate(self, positions: Sequence[int]) -> None:
         """Let parameters take part from now on; in the passes before, their gradients count as zero."""
-        places: dict[tuple[Kind, Layout | None, torch.dtype | None], list[int]] = {}
+        places: dict[tuple[Kind, Layout | None, torch.dtype | None, bool], list[int]] = {}
         for i in positions:
             param = self.params[i]
             kind = self._kinds[0] if self._is_usual else kind_of(local(param))
             layout, wider = (layout_of(param), None) if self.sharded else (None, wider_dtype(param))
-            places.setdefault((kind, layout, wider), []).append(i)
+            places.setdefault((kind, layout, wider, self._perturbed[self._group[i]]), []).append(i)
         for key, chosen in places.items():
-            kind, layout, wider = key
-            block = next((b for b in self.all if (b.kind, b.layout, b.leaves.vectors) == key), None)
+            kind, layout, wider, perturbed = key
+            block = next((b for b in self.all if (b.kind, b.layout, b.leaves.vectors, b.perturbed) == key), None)
             if block is None:
                 assert self._select is not None
                 backend = self._select(kind[0]) if wider is None and kind[2] else EagerBackend()
-                block = ParameterBlock(backend, Block(vectors=wider), layout=layout, kind=kind)
+                block = ParameterBlock(backend, Block(vectors=wider), layout=layout, kind=kind, perturbed=perturbed)
                 block.grads = {index: [] for index in self.all[0].grads} if self.all else {}
                 self.all.append(block)
             self._add(block, chosen)
@@ -246,14 +255,16 @@ class StepParameters:
             self.flags[i] = 1
 
     def square_norm(self, vector: int, minus: int | None = None, eta: PerGroup | None = None) -> Scalar:
-        """‖T (g − g[minus])‖² of vectors that are held (see :meth:`Backend.square_norm`)."""
-        squares = []
-        for block in self.all:
+        """‖T (g − g[minus])‖² of vectors that are held (see :meth:`Backend.square_norm`), over what is perturbed."""
+        squares, blocks = [], self.all if not self._is_mixed else [block for block in self.all if block.perturbed]
+        for block in blocks:
             b = None if minus is None else block.grads[minus]
             squares.append(block.backend.square_norm(block.leaves, block.grads[vector], b, eta))
         if len(squares) == 1 and self.on_host and not self.sharded:
             return float(squares[0])
-        return sums.square_norm(self._over_processes(squares), self.on_host)
+        if not squares:  # nothing that is perturbed has a gradient
+            return 0.0 if self.on_host else torch.zeros((), dtype=torch.float64, device=self.devices[0])
+        return sums.square_norm(self._over_processes(squares, blocks), self.on_host)
 
     def inner_products(
         self,
@@ -269,10 +280,10 @@ class StepParameters:
         if len(tables) == 1 and self.on_host and not self.sharded:
             found: Products = tables[0].tolist()
             return found
-        return sums.inner_products(self._over_processes(tables), self.on_host)
+        return sums.inner_products(self._over_processes(tables, self.all), self.on_host)
 
-    def _over_processes(self, found: list[Tensor]) -> list[Tensor]:
-        return add_up_over_processes(found, [block.layout for block in self.all]) if self.sharded else found
+    def _over_processes(self, found: list[Tensor], blocks: Sequence[ParameterBlock]) -> list[Tensor]:
+        return add_up_over_processes(found, [block.layout for block in blocks]) if self.sharded else found
 
     def allocate_backup(self, block: ParameterBlock) -> TensorList:
         """Memory for θ of a block."""

@@ -393,26 +393,27 @@ class Step:
         total = self.blocks.square_norm(move.along, minus, eta) if known is None else known
         self.watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
         self._squares.append(total)
-        radius = self.coefficients.radius[index]
         for block in self.blocks.all:
-            if not block.leaves.saved:
-                block.leaves.backup = self.blocks.allocate_backup(block)
             into = None
             if fold is not None:
                 part = self.coefficients.u if fold.part == "u" else self.coefficients.m
                 into = FoldInto(block.grads[fold.into], block.grads[fold.other], part[fold.into], part[fold.other])
-            # to ask a tensor for its device takes a microsecond
-            square = total if self.blocks.on_host else sums.on(total, block.leaves.params[0].device)
-            block.backend.perturb(
-                block.leaves,
-                block.grads[move.along],
-                None if minus is None else block.grads[minus],
-                radius,
-                square,
-                from_start=move.from_start,
-                eta=eta,
-                fold=into,
-            )
+            if block.perturbed:
+                if not block.leaves.saved:
+                    block.leaves.backup = self.blocks.allocate_backup(block)
+                square = total if self.blocks.on_host else sums.on(total, block.leaves.params[0].device)
+                block.backend.perturb(
+                    block.leaves,
+                    block.grads[move.along],
+                    None if minus is None else block.grads[minus],
+                    self.coefficients.radius[index],
+                    square,
+                    from_start=move.from_start,
+                    eta=eta,
+                    fold=into,
+                )
+            elif into is not None:
+                block.backend.direction(block.leaves, Direction([into.into, into.other], [into.k, into.l]), into.into)
             for k in set(block.grads) - set(live):
                 del block.grads[k]
         if fold is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Vector = list[Tensor]
@@ -22,7 +23,9 @@ def per_parameter(value, theta: Vector) -> list[float]:
 
 
 def dot(a: Vector, b: Vector) -> Tensor:
-    return sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))
+    return sum(
+        ((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)), torch.zeros((), dtype=torch.float64)
+    )
 
 
 def norm(a: Vector) -> Tensor:
@@ -43,9 +46,10 @@ def combine(*terms: tuple[object, Vector]) -> Vector:
 
 
 def climb(origin: Vector, along: Vector, radius) -> Vector:
-    """origin + ρ v / (‖v‖ + ξ)"""
-    size = norm(along) + XI
-    return [o + r * v / size for o, v, r in zip(origin, along, per_parameter(radius, origin), strict=True)]
+    """origin + ρ v / (‖v‖ + ξ); what has None as its ρ stays in place, and is not in the norm."""
+    radii = per_parameter(radius, origin)
+    size = norm([v for v, r in zip(along, radii, strict=True) if r is not None]) + XI
+    return [o if r is None else o + r * v / size for o, v, r in zip(origin, along, radii, strict=True)]
 
 
 def project_out(m: Vector, u: Vector) -> Vector:
@@ -75,9 +79,11 @@ def sam(gradient: Gradient, theta: Vector, *, rho) -> Vector:
 def asam(gradient: Gradient, theta: Vector, *, rho, eta) -> Vector:
     g0 = gradient(theta)
     t = [w.abs() + e for w, e in zip(theta, per_parameter(eta, theta), strict=True)]
-    size = norm([a * b for a, b in zip(t, g0, strict=True)]) + XI
     radii = per_parameter(rho, theta)
-    return gradient([w + r * a * a * g / size for w, r, a, g in zip(theta, radii, t, g0, strict=True)])
+    size = norm([a * b for a, b, r in zip(t, g0, radii, strict=True) if r is not None]) + XI
+    return gradient(
+        [w if r is None else w + r * a * a * g / size for w, r, a, g in zip(theta, radii, t, g0, strict=True)]
+    )
 
 
 def gsam(gradient: Gradient, theta: Vector, *, rho, alpha) -> Vector:

@@ -37,7 +37,7 @@ LAYERS = [
     {"sums", "turn", "options"},
     {"finite", "bases"},
     {"parameters"},
-    {"updates", "hvp"},
+    {"updates", "hvp", "subsets"},
     {"local_step"},
     {"step"},
     {"progress"},

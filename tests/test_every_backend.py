@@ -20,6 +20,7 @@ import test_radius
 import test_random
 import test_restore
 import test_share
+import test_subsets
 import test_trajectories
 import test_updates
 import test_weight_caches
@@ -51,6 +52,9 @@ TABLE = {
         ("partly_used", "gam", "adamw_maximize", 0.5),
     ],
     test_share.test_exact_gam_differentiates_the_loss_of_the_same_rows: [(0.1, 0.25)],
+    test_subsets.test_agrees_with_the_plain_loops_in_fp64: [
+        (model, method, base, "matrices") for method, model, base in in_turn(EACH[1:], ["mlp", "partly_used"], BASES)
+    ],
     test_restore.test_two_hundred_steps_with_lr_zero_change_no_bit: MIXED,
     test_restore.test_a_step_that_is_left_leaves_no_trace_and_the_next_one_works: [
         ("gam", 2, "break"),
