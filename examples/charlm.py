@@ -124,13 +124,26 @@ class Run:
     def __init__(self, settings: Settings, text: Text, device: torch.device) -> None:
         self.settings, self.text, self.device = settings, text, device
         torch.manual_seed(settings.seed)
-        self.model = GPT(settings, len(text.letters)).to(device)
+        self.model = self.build().to(device)
         if settings.compile:
             self.model.compile()
-        self.optimizer = optimizer(settings, self.model)
+        self.optimizer = optimizer(settings, self.model, self.groups())
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
         self.curve = Curve()
         self.step = 0
+
+    def build(self) -> nn.Module:
+        return GPT(self.settings, len(self.text.letters))
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return parameter groups: matrices decay, and nothing else."""
+        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim >= 2]
+        rest = [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
+        return [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+
+    def scores(self, x: Tensor) -> Tensor:
+        found: Tensor = self.model(x)
+        return found
 
     def factor(self, step: int) -> float:
         """Return what the learning rate is multiplied by: it warms up, then falls to a tenth as a cosine."""
@@ -142,7 +155,7 @@ class Run:
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            scores = self.model(x)
+            scores = self.scores(x)
         return F.cross_entropy(scores.float().flatten(0, 1), y.flatten())
 
     def train(self, steps: int) -> float:
@@ -206,19 +219,17 @@ class Run:
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         tokens = self.text.test[:1].view(1, 1)
         for _ in range(letters):
-            chances = self.model(tokens[:, -self.settings.context :])[0, -1].float().softmax(0)
+            chances = self.scores(tokens[:, -self.settings.context :])[0, -1].float().softmax(0)
             tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator).view(1, 1)], 1)
         return "".join(self.text.letters[i] for i in tokens[0].tolist())
 
 
-def optimizer(settings: Settings, model: nn.Module) -> gam_fast.SharpnessAwareOptimizer:
-    """Return the method around AdamW, which lets matrices decay and nothing else."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    rest = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+def optimizer(settings: Settings, model: nn.Module, groups: list[dict[str, Any]]) -> gam_fast.SharpnessAwareOptimizer:
+    """Return the method around AdamW."""
     return training_runs.wrap(
         settings,
         model,
-        [{"params": matrices}, {"params": rest, "weight_decay": 0.0}],
+        groups,
         torch.optim.AdamW,
         total_steps=settings.steps,
         lr=settings.lr,

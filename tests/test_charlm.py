@@ -66,7 +66,7 @@ def test_it_learns_and_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path,
 
 def test_matrices_decay_and_nothing_else(text):
     _, settings = charlm.parse(["--data", str(text), *TINY])
-    groups = charlm.optimizer(settings, charlm.GPT(settings, 12)).param_groups
+    groups = charlm.Run(settings, charlm.Text(text, torch.device("cpu")), torch.device("cpu")).optimizer.param_groups
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups] == [(0.1, {2}), (0.0, {1})]
 
 
