@@ -58,7 +58,7 @@ class Arm:
 
 
 GAM = {"rho": 0.1, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}
-SAM = {"rho": 0.05}
+SAM = {"rho": 0.1}
 
 ARMS = (
     Arm("SGD", "SGD"),
