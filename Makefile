@@ -25,7 +25,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test interpret lint docs bench figures pareto sanitize sass ptx aot gpu setup-demo setup-test setup-lint setup-docs clean
+.PHONY: help demo test interpret lint docs bench figures pareto sanitize sass ptx aot gpu setup-demo setup-test setup-lint setup-docs setup-all clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -53,27 +53,37 @@ define install
 	@grep '^gam_fast:' build/core.log || true
 endef
 
+define install-triton
+	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || exit 0; \
+	  $(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --no-deps "$(TRITON)" || \
+	  { echo "$(TRITON) could not be installed: name another by TRITON=..."; exit 1; }
+endef
+
+comma := ,
+# The extras of the package that tests need: test-core is enough for those of the core and the engine.
+EXTRAS ?= demo,test
+
 # INSTALLED=yes leaves what is installed as it is, for several commands at the same time.
 INSTALLED ?=
 ifdef INSTALLED
-setup-demo setup-test setup-lint setup-docs: ;
+setup-demo setup-test setup-lint setup-docs setup-all: ;
 else
 setup-demo: $(ENVIRONMENT)
 	$(call install,demo)
 
 setup-test: $(ENVIRONMENT)
-	$(call install,demo)
-	$(call install,test)
-	@$(PY) -c 'import platform as p, sys; sys.exit(p.system() != "Linux")' || exit 0; \
-	  $(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install --quiet --no-deps "$(TRITON)" || \
-	  { echo "$(TRITON) could not be installed: name another by TRITON=..."; exit 1; }
+	$(call install,$(EXTRAS))
+	$(install-triton)
 
 setup-lint: $(ENVIRONMENT)
-	$(call install,demo)
-	$(call install,lint)
+	$(call install,demo$(comma)lint)
 
 setup-docs: $(ENVIRONMENT)
 	$(call install,docs)
+
+setup-all: $(ENVIRONMENT)
+	$(call install,demo$(comma)docs$(comma)lint$(comma)test)
+	$(install-triton)
 endif
 
 demo: setup-demo  ## train on handwritten digits by SGD, SAM and GAM, and write a report (5 minutes)
