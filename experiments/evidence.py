@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import gam_fast
 from bench import options
 from bench.report import Table, write_json
 from gam_fast import flatness
@@ -55,6 +56,13 @@ class Arm:
     share: float = 1.0
     interval: int = 1
     times: int = 1
+
+    @property
+    def gradients(self) -> float:
+        """Gradients of the run, divided by those of the base optimizer in one of the same length: the cost by count."""
+        passes: int = getattr(gam_fast, "Base" if self.method == "SGD" else self.method).recipe.passes
+        whole = (passes - 1) * self.share + 1
+        return self.times * (1 + self.late * (whole - 1) / self.interval)
 
 
 GAM = {"rho": 0.1, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}
@@ -214,42 +222,48 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Return a table for each length and share of wrong labels."""
+    """Return a table for each length and share of wrong labels, and before them those that settings are chosen by."""
     columns = {
         "arm": "",
         "seeds": "seeds",
-        "accuracy": "test accuracy, %",
-        "loss": "test loss",
+        "gradients": "gradients ÷ SGD",
+        "test_accuracy": "test accuracy, %",
+        "test_loss": "test loss",
+        "train_loss": "training loss",
         "lambda_max": "λmax",
         "trace": "trace",
         "r1": "R1",
         "time": "time ÷ SGD",
     }
-    tested = [found for found in runs.values() if not found["tune"]]
     result = []
-    for epochs, wrong in sorted({(found["epochs"], found["wrong_labels"]) for found in tested}):
-        mine = [found for found in tested if (found["epochs"], found["wrong_labels"]) == (epochs, wrong)]
+    kinds = sorted({(not run["tune"], run["epochs"], run["wrong_labels"]) for run in runs.values()})
+    for tested, epochs, wrong in kinds:
+        mine = [r for r in runs.values() if (not r["tune"], r["epochs"], r["wrong_labels"]) == (tested, epochs, wrong)]
         base = [found["seconds"] for found in mine if found["arm"] == ARMS[0].name]
         rows = []
-        for arm in ARMS:
+        for arm in ARMS if tested else (ARMS[0], *TUNED):
             of_arm = [found for found in mine if found["arm"] == arm.name]
             if not of_arm:
                 continue
             seconds = statistics.median(found["seconds"] for found in of_arm)
+            digits = {"test_accuracy": 2, "test_loss": 3, "train_loss": 3, "lambda_max": 1, "trace": 0, "r1": 3}
             rows.append(
                 {
                     "arm": arm.name,
                     "seeds": len(of_arm),
-                    "accuracy": spread([found["test_accuracy"] for found in of_arm]),
-                    "loss": spread([found["test_loss"] for found in of_arm], 3),
-                    "lambda_max": spread([found["lambda_max"] for found in of_arm], 1),
-                    "trace": spread([found["trace"] for found in of_arm], 0),
-                    "r1": spread([found["r1"] for found in of_arm], 3),
+                    "gradients": f"{arm.gradients:g}",
+                    **{
+                        name: spread([found[name] for found in of_arm], n)
+                        for name, n in digits.items()
+                        if name in columns and name in of_arm[0]
+                    },
                     "time": f"{seconds / statistics.median(base):.2f}" if base else "",
                 }
             )
         labels = f"{wrong:.0%} wrong labels" if wrong else "right labels"
-        result.append(Table(f"{epochs} epochs, {labels}", columns, rows))
+        chosen = "" if tested else ", images held out of the training set"
+        shown = {name: about for name, about in columns.items() if name in rows[0]}
+        result.append(Table(f"{epochs} epochs, {labels}{chosen}", shown, rows))
     return result
 
 
