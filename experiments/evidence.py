@@ -8,8 +8,8 @@ seeds. ``--seconds`` ends with the last run that fits. ``--tune`` runs the setti
 and images of their own: part of the training set, never a test image.
 
 Task ``cpu`` has 10,000 images, which its small network does not fit by heart in so short a training; ``few`` has 2,000,
-which it does. The networks and the training are those of ``examples/cifar.py``. The plain base optimizer also runs for twice and four
-times as long, which is what SAM and GAM cost: equal time is one row against another.
+which it does. The networks and the training are those of ``examples/cifar.py``. The plain base optimizer also runs for
+twice and four times as long, which is what SAM and GAM cost: equal time is one row against another.
 """
 
 from __future__ import annotations
@@ -181,8 +181,9 @@ def run(task: Task, planned: Planned, data: Path, device: torch.device) -> dict[
     """Train, and measure what was found."""
     training = cifar.Run(settings_of(task, planned), data, device)
     start, losses = time.perf_counter(), []
-    for training.epoch in range(training.settings.epochs):
+    while training.epoch < training.settings.epochs:
         losses.append(training.train())
+        training.epoch += 1
     seconds = time.perf_counter() - start
     test_loss, test_accuracy = training.test()  # once, as it takes longer than to train on few images
     found = {
