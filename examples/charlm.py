@@ -9,7 +9,6 @@ its last test when it is started again, and ends with the figures of one that ne
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -253,14 +252,9 @@ def main(argv: Sequence[str] | None = None) -> Curve:
     arguments, settings = parse(argv)
     device = torch.device(arguments.device)
     run = Run(settings, Text(arguments.data, device), device)
-    if arguments.checkpoint is not None and arguments.checkpoint.exists():
-        run.load(arguments.checkpoint)
-    curve = run.go_on(arguments.checkpoint)
+    curve: Curve = training_runs.carry_out(run, arguments)
     if arguments.sample:
         print(run.sample(arguments.sample))
-    if arguments.json is not None:
-        about = training_runs.machine(device)
-        arguments.json.write_text(json.dumps({**about, "settings": asdict(settings), **asdict(curve)}, indent=1))
     return curve
 
 

@@ -11,12 +11,10 @@ after its last whole epoch when it is started again, and ends with the figures o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ try:
     import training_runs
     from cifar_networks import NETWORKS
     from rich.progress import track
+    from training_runs import Curve
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -77,23 +76,13 @@ PRESETS: Mapping[str, Settings] = {
 """The settings of the GAM paper (arXiv 2303.03108, supplement); it gives none for WideResNets, which have ResNet's."""
 
 
-@dataclass
-class Curve:
-    """The figures of a run, an entry for each epoch.
-
-    ``train_loss`` is the mean over the batches, each before any perturbation. ``seconds`` are of training alone.
-    """
-
-    train_loss: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-
-class Run:
+class Run(training_runs.EpochRun):
     """A network in training, on one process of ``world``."""
 
+    settings: Settings
+
     def __init__(self, settings: Settings, data: Path, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        super().__init__()
         if settings.batch % world:
             raise SystemExit(f"--batch {settings.batch} must be a multiple of the {world} processes")
         self.settings, self.device, self.rank, self.world = settings, device, rank, world
@@ -121,8 +110,6 @@ class Run:
             weight_decay=settings.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.epochs)
-        self.curve = Curve()
-        self.epoch = 0
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
@@ -160,25 +147,10 @@ class Run:
             correct = correct + (scores.argmax(1) == part.labels).sum()
         return float(loss) / len(self.test_set), 100.0 * float(correct) / len(self.test_set)
 
-    def go_on(self, checkpoint: Path | None = None) -> Curve:
-        """Train all epochs that are left; write a checkpoint after each."""
-        while self.epoch < self.settings.epochs:
-            start = time.perf_counter()
-            loss = self.train()  # a number, for which the device has done all of the epoch
-            seconds = time.perf_counter() - start
-            test_loss, accuracy = self.test()
-            self.epoch += 1
-            curve = self.curve
-            for column, value in zip(fields(curve), (loss, test_loss, accuracy, seconds), strict=True):
-                getattr(curve, column.name).append(value)
-            if self.rank == 0:
-                print(f"epoch {self.epoch:3d}  loss {loss:.4f}  test accuracy {accuracy:.2f} %  {seconds:.1f} s")
-                if checkpoint is not None:
-                    self.save(checkpoint)
-        return self.curve
-
     def save(self, path: Path) -> None:
-        """Write all that the next epoch depends on."""
+        """Write all that the next epoch depends on; the first process does."""
+        if self.rank > 0:
+            return
         state = {name: getattr(self, name).state_dict() for name in ("plain", "tested", "optimizer", "schedule")}
         training_runs.save(path, self.settings, {"epoch": self.epoch, "curve": asdict(self.curve), **state})
 
@@ -239,22 +211,14 @@ def picture(path: Path, settings: Settings, curve: Curve) -> None:
 def main(argv: Sequence[str] | None = None) -> Curve:
     arguments, settings = parse(argv)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device = training_runs.device_of(arguments.device)
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         run = Run(settings, arguments.data, device, rank, world)
     except cifar_images.DataError as error:
         raise SystemExit(str(error)) from None
-    if arguments.checkpoint is not None and arguments.checkpoint.exists():
-        run.load(arguments.checkpoint)
-    curve = run.go_on(arguments.checkpoint)
-    if rank == 0 and arguments.json is not None:
-        about = training_runs.machine(device)
-        arguments.json.write_text(json.dumps({**about, "settings": asdict(settings), **asdict(curve)}, indent=1))
+    curve: Curve = training_runs.carry_out(run, arguments)
     if rank == 0 and arguments.picture is not None:
         picture(arguments.picture, settings, curve)
     if world > 1:

@@ -9,10 +9,9 @@ Without ``--model`` it is a small Llama with random weights, which reads bytes: 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +108,9 @@ def main(argv: Sequence[str] | None = None) -> charlm.Curve:
     arguments, settings = parse(argv)
     device = torch.device(arguments.device)
     run = Run(settings, Text(arguments.data, device, arguments.model), device, arguments.model)
-    if arguments.checkpoint is not None and arguments.checkpoint.exists():
-        run.load(arguments.checkpoint)
-    curve = run.go_on(arguments.checkpoint)
+    curve: charlm.Curve = training_runs.carry_out(run, arguments)
     if arguments.output is not None:
         run.model.save_pretrained(arguments.output)  # type: ignore[operator]  # of peft
-    if arguments.json is not None:
-        about = training_runs.machine(device)
-        arguments.json.write_text(json.dumps({**about, "settings": asdict(settings), **asdict(curve)}, indent=1))
     return curve
 
 

@@ -11,14 +11,12 @@ all processes together. ``--shard`` shards weights and state over the processes 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ try:
     import training_runs
     from rich.progress import track
     from timm.optim import param_groups_weight_decay
+    from training_runs import Curve
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -86,22 +85,15 @@ PRESETS: Mapping[str, Settings] = {
 }
 
 
-@dataclass
-class Curve:
-    """The figures of a run, an entry for each epoch; ``train_loss`` is of one process. ``seconds`` are of training."""
-
-    train_loss: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-
-class Run:
+class Run(training_runs.EpochRun):
     """A network in training, on one process of several or on the only one."""
+
+    settings: Settings
 
     def __init__(
         self, settings: Settings, data: Path, device: torch.device, *, shard: bool = False, workers: int = 8
     ) -> None:
+        super().__init__()
         self.settings, self.device, self.workers = settings, device, workers
         several = distributed.is_initialized()
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
@@ -128,8 +120,6 @@ class Run:
             self.model = DistributedDataParallel(model)
         self.optimizer = optimizer(settings, self.model, self.steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
-        self.curve = Curve()
-        self.epoch = 0
 
     def factor(self, step: int) -> float:
         """Return what the learning rate is multiplied by: it warms up, then falls to zero as a cosine."""
@@ -203,22 +193,6 @@ class Run:
             distributed.all_reduce(sums)
         loss, correct = (sums / len(self.test_set)).tolist()
         return loss, 100.0 * correct
-
-    def go_on(self, checkpoint: Path | None = None) -> Curve:
-        """Train all epochs that are left; write a checkpoint after each."""
-        while self.epoch < self.settings.epochs:
-            start = time.perf_counter()
-            loss = self.train()  # a number, for which the device has done all of the epoch
-            seconds = time.perf_counter() - start
-            test_loss, accuracy = self.test()
-            self.epoch += 1
-            for column, value in zip(fields(self.curve), (loss, test_loss, accuracy, seconds), strict=True):
-                getattr(self.curve, column.name).append(value)
-            if self.rank == 0:
-                print(f"epoch {self.epoch:3d}  loss {loss:.4f}  test accuracy {accuracy:.2f} %  {seconds:.1f} s")
-            if checkpoint is not None:
-                self.save(checkpoint)
-        return self.curve
 
     def save(self, path: Path) -> None:
         """Write all that the next epoch depends on, gathered from all processes, by the first."""
@@ -297,22 +271,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
 
 def main(argv: Sequence[str] | None = None) -> Curve:
     arguments, settings = parse(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device = training_runs.device_of(arguments.device)
     mine = not distributed.is_initialized() and "WORLD_SIZE" in os.environ
     if mine:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if arguments.shard and not distributed.is_initialized():
         raise SystemExit("--shard needs several processes: torchrun --nproc-per-node 8 examples/imagenet.py …")
     run = Run(settings, arguments.data, device, shard=arguments.shard, workers=arguments.workers)
-    if arguments.checkpoint is not None and arguments.checkpoint.exists():
-        run.load(arguments.checkpoint)
-    curve = run.go_on(arguments.checkpoint)
-    if run.rank == 0 and arguments.json is not None:
-        about = training_runs.machine(device)
-        arguments.json.write_text(json.dumps({**about, "settings": asdict(settings), **asdict(curve)}, indent=1))
+    curve: Curve = training_runs.carry_out(run, arguments)
     if mine:
         distributed.destroy_process_group()
     return curve

@@ -1,8 +1,11 @@
-"""Shared by cifar.py, imagenet.py and charlm.py: settings on a command line, the optimizer, checkpoints."""
+"""Shared by the examples that train: settings on a command line, the optimizer, the loop over epochs, checkpoints."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -140,3 +143,75 @@ def machine(device: torch.device) -> dict[str, str]:
     """Return what the figures of a run were made with."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"device": card, "torch": torch.__version__, "gam_fast": gam_fast.__version__}
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that this process works on: of several GPUs, the one that torchrun gives it."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return device
+
+
+@dataclass
+class Curve:
+    """The figures of a run, an entry for each epoch.
+
+    ``train_loss`` is the mean over the batches of one process, each before any perturbation. ``seconds`` are of
+    training alone.
+    """
+
+    train_loss: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+class EpochRun:
+    """Training in epochs, on one process of several or on the only one. A subclass trains, tests and saves."""
+
+    settings: Any
+    rank: int
+
+    def __init__(self) -> None:
+        self.curve, self.epoch = Curve(), 0
+
+    def train(self) -> float:
+        """Train for one epoch, and return the mean loss."""
+        raise NotImplementedError
+
+    def test(self) -> tuple[float, float]:
+        """Return the loss and the accuracy (in percent) on the images that are not trained on."""
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        """Write all that the next epoch depends on; every process calls it."""
+        raise NotImplementedError
+
+    def go_on(self, checkpoint: Path | None = None) -> Curve:
+        """Train all epochs that are left; write a checkpoint after each."""
+        while self.epoch < self.settings.epochs:
+            start = time.perf_counter()
+            loss = self.train()  # a number, for which the device has done all of the epoch
+            seconds = time.perf_counter() - start
+            test_loss, accuracy = self.test()
+            self.epoch += 1
+            for column, value in zip(fields(self.curve), (loss, test_loss, accuracy, seconds), strict=True):
+                getattr(self.curve, column.name).append(value)
+            if self.rank == 0:
+                print(f"epoch {self.epoch:3d}  loss {loss:.4f}  test accuracy {accuracy:.2f} %  {seconds:.1f} s")
+            if checkpoint is not None:
+                self.save(checkpoint)
+        return self.curve
+
+
+def carry_out(run: Any, arguments: argparse.Namespace) -> Any:
+    """Go on from the checkpoint, if there is one, to the end. Write the figures, and return them."""
+    if arguments.checkpoint is not None and arguments.checkpoint.exists():
+        run.load(arguments.checkpoint)
+    curve = run.go_on(arguments.checkpoint)
+    if arguments.json is not None and getattr(run, "rank", 0) == 0:
+        found = {**machine(run.device), "settings": asdict(run.settings), **asdict(curve)}
+        arguments.json.write_text(json.dumps(found, indent=1))
+    return curve

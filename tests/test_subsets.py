@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import BASES, DTYPES, METHODS, MULTIPASS, closure_of, in_turn, loss_of, make, pairwise
 from ranks import same_on_all_ranks
-from test_trajectories import few_where_slow, reference_step
+from test_trajectories import assert_same_steps
 from torch import nn
 
 import gam_fast
@@ -42,16 +42,7 @@ def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name,
         for name in RADII
         if name in method.hyper
     }
-    for k in range(few_where_slow(8)):
-        x, y = batches[k % len(batches)]
-        if k % 2:
-            optimizer.step(closure_of(ours, x, y))
-        else:
-            for _ in optimizer.passes():
-                loss_of(ours, x, y).backward()
-        reference_step(theirs, plain, method, {**method.hyper, **radii}, x, y)
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same_steps(optimizer, ours, plain, theirs, method, {**method.hyper, **radii}, batches)
 
 
 def test_exact_gam_takes_the_gradient_norm_of_what_is_perturbed():

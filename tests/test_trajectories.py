@@ -43,13 +43,8 @@ def reference_step(model, optimizer, method, hyper, x, y):
     optimizer.step()
 
 
-@pytest.mark.parametrize(("model_name", "method_name", "base_name"), pairwise(MODELS, METHODS, BASES))
-def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name):
-    method, build = METHODS[method_name], BASES[base_name]
-    ours, batches = make(model_name)
-    theirs = copy.deepcopy(ours)
-    optimizer = method.optimizer(ours.parameters(), build, model=ours, **method.hyper)
-    plain = build([p for p in theirs.parameters() if p.requires_grad])
+def assert_same_steps(optimizer, ours, plain, theirs, method, hyper, batches):
+    """Some steps of both, by a closure and by a loop in turns, end at the same parameters."""
     for k in range(few_where_slow(STEPS)):
         x, y = batches[k % len(batches)]
         if k % 2:
@@ -57,9 +52,19 @@ def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name)
         else:
             for _ in optimizer.passes():
                 loss_of(ours, x, y).backward()
-        reference_step(theirs, plain, method, method.hyper, x, y)
+        reference_step(theirs, plain, method, hyper, x, y)
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("model_name", "method_name", "base_name"), pairwise(MODELS, METHODS, BASES))
+def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name):
+    method, build = METHODS[method_name], BASES[base_name]
+    ours, batches = make(model_name)
+    theirs = copy.deepcopy(ours)
+    optimizer = method.optimizer(ours.parameters(), build, model=ours, **method.hyper)
+    plain = build([p for p in theirs.parameters() if p.requires_grad])
+    assert_same_steps(optimizer, ours, plain, theirs, method, method.hyper, batches)
 
 
 @pytest.mark.parametrize("method_name", METHODS)
