@@ -224,14 +224,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "perturb",
       [](gam::Plan& plan, py::object leaves, py::handle a, py::handle b, py::handle radius, py::handle square,
-         bool from_start, py::handle eta, py::handle fold) {
+         bool from_start, py::handle eta, py::handle fold, py::handle multiple) {
         gam::perturb(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
                      gam::unpack_numbers("radius", radius), sums_of("square", square), from_start,
-                     optional_numbers("eta", eta), optional_fold(fold));
+                     optional_numbers("eta", eta), optional_fold(fold), optional_numbers("multiple", multiple));
         leaves.attr("saved") = true;  // here, where no signal handler can come between
       },
       py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("radius"), py::arg("square"),
-      py::arg("from_start"), py::arg("eta"), py::arg("fold"), "Sets leaves.saved.");
+      py::arg("from_start"), py::arg("eta"), py::arg("fold"), py::arg("multiple") = py::none(), "Sets leaves.saved.");
 
   m.def(
       "inner_products",

@@ -283,7 +283,7 @@ at::Tensor square_norm(Plan& plan, const Block& leaves, const TensorList& a, con
 
 void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
              const Numbers& radius, const at::Tensor& square, bool from_start, const std::optional<Numbers>& eta,
-             const std::optional<FoldInto>& fold) {
+             const std::optional<FoldInto>& fold, const std::optional<Numbers>& multiple) {
   Call call(plan);
   Perturbation arguments;
   List* lists = arguments.lists;
@@ -299,10 +299,12 @@ void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::op
   if (b) lists[Perturbation::kB] = call.read_last(*b);
   arguments.radius = by_group(plan, radius, "radius");
   arguments.square = sums_of(plan, square, 1, "square");
+  if (multiple) arguments.multiple = by_group(plan, *multiple, "multiple");
   Numbers factors = radius;
   if (!plan.executor().on_device()) {
     const double scale = inverse_norm(*arguments.square);
     for (double& factor : factors) factor = scale * factor;
+    for (int g = 0; multiple && g < plan.groups(); ++g) factors[static_cast<size_t>(g)] += arguments.multiple[g];
     arguments.radius = factors.data();
   }
   if (eta) arguments.eta = by_group(plan, *eta, "eta");

@@ -40,7 +40,7 @@ at::Tensor square_norm(Plan& plan, const Block& leaves, const TensorList& a, con
 
 void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::optional<TensorList>& b,
              const Numbers& radius, const at::Tensor& square, bool from_start, const std::optional<Numbers>& eta,
-             const std::optional<FoldInto>& fold);
+             const std::optional<FoldInto>& fold, const std::optional<Numbers>& multiple);
 
 // `m`: the coefficients of m, by term, over the terms of u.
 at::Tensor inner_products(Plan& plan, const Direction& u, const std::optional<std::vector<Numbers>>& m, int64_t groups);

@@ -55,6 +55,7 @@ struct Perturbation {
   enum { kParams, kBackup, kA, kB, kInto, kOther, kLists };
   List lists[kLists] = {};                                             // b, and those of the fold, may be null
   PerGroup radius = nullptr, eta = nullptr, k = nullptr, l = nullptr;  // eta: null if not adaptive; k, l: with a fold
+  PerGroup multiple = nullptr;     // on a device, maybe null; the factor is radius / (√square + ξ) + multiple
   const double* square = nullptr;  // on a device; without it the radius is the factor
   bool save = false;               // copy the parameters to the backup first
   bool from_start = false;         // the origin is the backup

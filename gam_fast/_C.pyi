@@ -75,6 +75,7 @@ def perturb(
     from_start: bool,
     eta: PerGroup | None,
     fold: FoldInto | None,
+    multiple: PerGroup | None = None,
 ) -> None: ...
 def inner_products(
     plan: Plan, terms: Sequence[TensorList], p: Sequence[PerGroup], m: Sequence[PerGroup] | None, groups: int

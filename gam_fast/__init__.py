@@ -18,6 +18,19 @@ from .hvp import SecondDerivativeError  # noqa: E402
 from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
 from .optimizer import SharpnessAwareOptimizer  # noqa: E402
 from .turn import Turn, first_pass  # noqa: E402
+from .variants import (  # noqa: E402
+    CRSAM,
+    SAGM,
+    USAM,
+    WSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    PreviousGradientSAM,
+    RandomSAM,
+    StableSAM,
+    VaSSO,
+)
 
 __all__ = [
     "ASAM",
@@ -31,6 +44,17 @@ __all__ = [
     "GradientNormPenalty",
     "NonFiniteGradientError",
     "SAM",
+    "CRSAM",
+    "FriendlySAM",
+    "LookSAM",
+    "MomentumSAM",
+    "PreviousGradientSAM",
+    "RandomSAM",
+    "SAGM",
+    "StableSAM",
+    "USAM",
+    "VaSSO",
+    "WSAM",
     "SecondDerivativeError",
     "Turn",
     "__version__",

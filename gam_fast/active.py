@@ -257,9 +257,12 @@ class StepSchedule:
         fields: dict[str, float] = {} if self.is_always else {STEPS: 0}
         return fields if self.trigger is None else {**fields, LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
 
-    def wants(self, step: int) -> bool:
-        """Return whether step number ``step`` may take the whole recipe, before its first gradient is known."""
-        if self.interval != 1 and (step + 1) % self.interval != 0:
+    def wants(self, step: int, *, first: bool = False) -> bool:
+        """Return whether step number ``step`` may take the whole recipe, before its first gradient is known.
+
+        It is the last step of each interval that does, with ``first`` the first.
+        """
+        if self.interval != 1 and (step + (not first)) % self.interval != 0:
             return False
         return all(rule.before(step) for rule in self._rules)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .recipes import Recipe
+from .recipe import Recipe
 
 _NEEDED = ("scale", "unscale_", "update", "is_enabled")
 
@@ -67,11 +67,11 @@ class GivenScale:
         """Refuse a step that cannot wait with unscaling until ``scaler.step``.
 
         Raises:
-            RuntimeError: a local step, one of second order, or one that decides by its first gradient; the scaler has
-                unscaled the gradients of one of several passes.
+            RuntimeError: a local step, one of second order, one that needs the length of its first gradient, or one
+                that decides by that; the scaler has unscaled the gradients of one of several passes.
         """
-        if is_local or recipe.second_order:
-            kind = f"of {recipe.name}" if recipe.second_order else "with sync='local'"
+        if is_local or recipe.second_order or recipe.needs_lengths:
+            kind = "with sync='local'" if is_local else f"of {recipe.name}"
             raise RuntimeError(
                 f"scaler.step(optimizer) in a step {kind}: torch looks at the gradients of one pass on one process. "
                 "Leave scaler.step and scaler.update out, and call passes(scaler=scaler)"

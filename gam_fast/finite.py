@@ -11,7 +11,7 @@ import torch
 from . import sums
 from .amp import GivenScale, LossScale
 from .backends.base import Products, Scalar
-from .recipes import Recipe
+from .recipe import Recipe
 
 
 class NonFiniteGradientError(FloatingPointError):

@@ -13,10 +13,12 @@ from . import bases, radius
 from .active import COUNTS
 from .bases import Given, build_base, filled, is_instance, left_behind, members
 from .hooks import Hooked
+from .noise import DRAWS
 from .options import check_arguments, check_keys, check_params
 from .parameters import PERTURB
 from .progress import Progress
-from .recipes import BASE, Recipe
+from .recipe import Recipe
+from .recipes import BASE
 
 
 class AroundBase(Hooked):
@@ -198,7 +200,7 @@ class AroundBase(Hooked):
                 radius.is_auto(group[key])
         if not isinstance(group.get(PERTURB, True), bool):
             raise TypeError(f"{PERTURB} of a parameter group must be True or False, got {group[PERTURB]!r}")
-        for key in (*COUNTS, radius.LENGTH):
+        for key in (*COUNTS, radius.LENGTH, DRAWS):
             value = group.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{key} of a parameter group must be a number that is not negative, got {value!r}")

@@ -21,7 +21,7 @@ from .backends import scalars
 from .backends.base import Scalar
 from .ownership import as_like, may_be_part
 from .parameters import StepParameters
-from .recipes import Recipe
+from .recipe import Recipe
 
 Differentiable: TypeAlias = "Tensor | GradientEdge | None"
 """A gradient that can be differentiated: itself, its place in the graph, or ``None`` where nothing depends on it."""

@@ -18,6 +18,7 @@ from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend, select
 from .bases import Given, filled, members
 from .buffers import ForwardState
+from .coefficients import Coefficients
 from .distributed import SYNC, check_supported
 from .groups import AroundBase
 from .hooks import any_before, call_before
@@ -26,7 +27,7 @@ from .options import Settings, check_choice, check_clip, check_share, documented
 from .parameters import StepParameters
 from .passes import PassDriver, Passes
 from .progress import Progress
-from .recipes import Coefficients, fold_plan
+from .recipe import fold_plan
 from .rng import ReplayRNG
 from .step import Step
 from .turn import Loss, Turn, TurnClosure, evaluation
@@ -326,7 +327,7 @@ class SharpnessAwareOptimizer(AroundBase):
         return result
 
     def _step_without_closure(self, scale: LossScale | GivenScale | None) -> None:
-        if self.recipe.passes > 1:
+        if self.recipe.moves:
             if only_makes_state(self.base):
                 self.base.step()
                 return
@@ -413,9 +414,11 @@ class SharpnessAwareOptimizer(AroundBase):
         if not whole:
             if not schedule.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
                 self._complete_groups()
-            whole = schedule.wants(int(groups[0][STEPS]))
+            whole = schedule.wants(int(groups[0][STEPS]), first=self.recipe.between is not None)
         hyper = [
-            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()} if whole else {}
+            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()}
+            if whole or self.recipe.between
+            else {}
             for group in groups
         ]
         name, difference = self.recipe.difference if whole else None, None
@@ -446,7 +449,7 @@ class SharpnessAwareOptimizer(AroundBase):
             **self._options,
         )
         left = partial(progress.leave, self)
-        progress.step = Step(settings, groups, coefficients, participants, scale, left, by_loop=by_loop)
+        progress.step = Step(settings, self.base, coefficients, participants, scale, left, by_loop=by_loop)
         return progress.step
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .active import Rules, StepSchedule
 from .buffers import ForwardState
 from .capture import refuse_to_look
 from .radius import Difference
-from .recipes import Recipe
+from .recipe import Recipe
 from .rng import ReplayRNG
 
 OPTIONS = """\

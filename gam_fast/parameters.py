@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NoReturn, TypeAlias
 
@@ -219,6 +219,10 @@ class StepParameters:
 
     def activate(self, positions: Sequence[int]) -> None:
         """Let parameters take part from now on; in the passes before, their gradients count as zero."""
+        if self._whole is not None and not self.all and len(positions) == len(self.params):
+            self.flags[:] = b"\1" * len(self.flags)
+            self.all.append(self._whole)
+            return
         places: dict[tuple[Kind, Layout | None, torch.dtype | None, bool], list[int]] = {}
         for i in positions:
             param = self.params[i]
@@ -235,6 +239,32 @@ class StepParameters:
                 block.grads = {index: [] for index in self.all[0].grads} if self.all else {}
                 self.all.append(block)
             self._add(block, chosen)
+
+    def movable(self) -> list[int]:
+        """The positions of the parameters that are trained and perturbed."""
+        pairs = zip(self.params, self._group, strict=True)
+        return [i for i, (p, g) in enumerate(pairs) if p.requires_grad and self._perturbed[g] and not is_lazy(p)]
+
+    def put_back_unused(self) -> None:
+        """Parameters that were moved before the only pass, and have no gradient in it, go back and take no part."""
+        position = {param: i for i, param in enumerate(self.params)}
+        for block in list(self.all):
+            chosen = [i for i, owner in enumerate(block.owners) if owner.grad is not None]
+            if len(chosen) == len(block.owners):
+                continue
+            leaves = block.leaves
+            block.backend.restore(leaves)
+            for owner in block.owners:
+                self.flags[position[owner]] = owner.grad is not None
+            self.all[self.all.index(block)] = fresh = replace(
+                block,
+                leaves=Block([], [leaves.group[i] for i in chosen], vectors=leaves.vectors),
+                owners=[block.owners[i] for i in chosen],
+                grads={},
+            )
+            fresh.leaves.params = block.backend.bookkeeping.hold([leaves.params[i] for i in chosen])
+            if not chosen:
+                self.all.remove(fresh)
 
     def _add(self, block: ParameterBlock, positions: Sequence[int]) -> None:
         """A signal may come between any two of these assignments; restore() believes the last of them."""

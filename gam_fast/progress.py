@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .active import STEPS
 from .buffers import ForwardState
+from .coefficients import Coefficients
 from .distributed import local
 from .finite import SkipStep
 from .hooks import Call
 from .models import CLOSED, message_of_forgotten
 from .ownership import version
 from .parameters import StepParameters
-from .recipes import Coefficients
 from .step import OVER, Step
 from .turn import frames_of_libraries
 

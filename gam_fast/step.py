@@ -9,30 +9,28 @@ A step is in one phase, and a loop over ``passes()``, a closure and ``step()`` a
     taken       by ``leave`` after that
     undone      by ``leave`` before it
 
-Notation: g0 … g3 are the gradients of the passes, θ the parameters at the start, u and m the two combinations of
-:mod:`gam_fast.recipes`. Only the backup of θ and at most two vectors are held besides the newest. A recipe of second
-order counts its Hessian-vector products among the vectors, each after the gradient it is made of.
+What becomes of the gradients is in :mod:`gam_fast.path`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from . import hvp, sums
+from . import hvp
 from .active import StepSchedule
 from .amp import GivenScale, LossScale
-from .backends.base import Direction, FoldInto, Products, Scalar
 from .buffers import ForwardState
 from .capture import is_capturing
+from .coefficients import Coefficients
 from .distributed import mean_over_processes, reshard, without_last_sync
 from .finite import FiniteWatch, SkipStep
 from .local_step import LocalSync
@@ -40,8 +38,7 @@ from .models import OtherGradients
 from .options import Settings
 from .ownership import has_gradient
 from .parameters import StepParameters, clear_weight_caches
-from .radius import Difference
-from .recipes import Coefficients, Perturbation
+from .path import Path
 from .rng import ReplayRNG
 from .turn import Portion, Turn, some
 from .updates import Directions
@@ -58,7 +55,7 @@ class Step:
 
     Args:
         settings: what the optimizer was constructed with.
-        groups: the parameter groups.
+        base: the base optimizer.
         coefficients: those of the recipe.
         participants: the parameters.
         scale: the loss scaling of this step.
@@ -67,8 +64,8 @@ class Step:
 
     Attributes:
         phase: see the head of this module.
-        current: the pass that is under way, or the last one.
         kept: numbers for the parameter groups, once the step is taken.
+        current: the pass that is under way, or the last one.
         owed: tells the other processes that the step was undone; ``None`` where nobody waits for it.
         may_communicate: whether that may be done when the step is left: not in the garbage collector.
     """
@@ -76,7 +73,7 @@ class Step:
     def __init__(
         self,
         settings: Settings,
-        groups: Sequence[dict[str, Any]],
+        base: Optimizer,
         coefficients: Coefficients,
         participants: StepParameters,
         scale: LossScale | GivenScale | None,
@@ -85,21 +82,17 @@ class Step:
         by_loop: bool,
     ) -> None:
         self.settings = settings
-        self.recipe = settings.recipe
-        self.groups = groups
-        self.coefficients = coefficients
+        self.groups = base.param_groups
         self.portion = Portion(settings.ascent_share)
         self.blocks = participants
         self.by_loop = by_loop
         self.phase: Phase = "idle"
         self.current: Turn | None = None
-        self.kept: dict[str, float] = {}
         self.may_communicate = True
         self.owed: Callable[[], None] | None = None
         self.rates_moved = False
         self._when_over = when_left
         self._losses: list[Tensor] = []
-        self._newest = -1  # the index of the vector made last
         params = participants.params
         self._device = params[0].device if params else torch.device("cpu")
         self._local: LocalSync | None = None
@@ -109,14 +102,15 @@ class Step:
                     "sync='local' with sharded parameters: no process has a gradient of its own for all of them; use "
                     "sync='global'"
                 )
-            self._local = LocalSync(settings.model, self._device, self.recipe.name)
+            self._local = LocalSync(settings.model, self._device, settings.recipe.name)
         is_local, on_host = self._local is not None, participants.on_host
-        self.watch = FiniteWatch(self.recipe, settings.on_nonfinite, self._device, on_host=on_host, at_end=is_local)
+        self.watch = FiniteWatch(settings.recipe, settings.on_nonfinite, self._device, on_host=on_host, at_end=is_local)
         if scale is not None:
             self.watch.use(scale)
+        self.path = Path(settings, base, coefficients, participants, self.watch, self._local)
+        self.recipe = settings.recipe  # or what a rule puts in its place
+        self.kept = self.path.kept
         self._micro_batches: list[Any] | None = None
-        self._first_square: Scalar | None = None  # ‖g0‖², where it is known
-        self._squares: list[Scalar] = []  # of the lengths that the moves are divided by
         self._on_exit: list[Callable[[], object]] = []
         self._grad_enabled = torch.is_grad_enabled()
         self._rng: ReplayRNG | None = None
@@ -241,8 +235,13 @@ class Step:
             self._others.begin(keep_last=is_cut)
         if portion.asked:
             portion.begin()
-        blocks.begin_pass(recycle=self.recipe.passes > 1, each=state.active and state.moves_parameters)
-        left = self.recipe.passes - self.recipe.passes_before[self._newest + 1]
+        recipe, each = self.recipe, state.active and state.moves_parameters
+        blocks.begin_pass(recycle=recipe.moves, each=each)
+        if recipe.before is not None:
+            with torch.no_grad():
+                self.path.begin()
+            blocks.begin_pass(recycle=False, each=each)  # the versions are others now
+        left = recipe.passes - recipe.passes_before[self.path.newest + 1]
         self.current = Turn(index, index + left, 1.0 if left == 1 else portion.share, self.backward, portion)
         return self.current
 
@@ -299,7 +298,8 @@ class Step:
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # a tenth of the time of a context manager
         try:
-            index, recipe = self._newest + 1, self.recipe
+            path = self.path
+            index, recipe = path.newest + 1, path.recipe
             if index == 0 and self.state.active and (written := self.state.look()) and recipe.passes > 1:
                 self.blocks.refuse_write(written[0], f"pass 0 of {recipe.name}")
             if self.watch.scale is not None:
@@ -307,24 +307,24 @@ class Step:
             graph = self._differentiate(index) if recipe.second_order else []
             if not self.blocks.take_all(index, keep=recipe.keeps[index]):
                 self._take_in(index)
-            self._newest = index
+            path.newest = index
             if self.portion.weight != 1.0:
-                self.coefficients.weigh(index, self.portion.weight)
+                path.coefficients.weigh(index, self.portion.weight)
                 if graph:  # of the product too
-                    self.coefficients.weigh(index + 1, self.portion.weight)
+                    path.coefficients.weigh(index + 1, self.portion.weight)
             schedule = self.settings.schedule
             if index == 0 and schedule is not None and recipe.vectors > 1 and not self._goes_on(schedule):
                 graph.clear()
                 self._stay()
             if graph:
                 self._multiply(index, graph)
-            goes_on = self._newest + 1 < self.recipe.vectors
+            goes_on = path.newest + 1 < path.recipe.vectors
             if self._rng is not None:
                 self._rng.end(goes_on=goes_on)
             if goes_on:
                 if self._rates is None:
                     self._rates = list(map(_RATE_OF, self.groups))
-                self._perturb()
+                path.perturb()
             else:
                 self.phase = "complete"
         finally:
@@ -338,24 +338,25 @@ class Step:
 
     def _goes_on(self, schedule: StepSchedule) -> bool:
         """Ask whether the gradient at θ is such that the path is taken; waits for an accelerator."""
-        self._first_square = self.blocks.square_norm(0)
-        square = float(self._first_square) * self.portion.weight**2
+        self.path.first_square = self.blocks.square_norm(0)
+        square = float(self.path.first_square) * self.portion.weight**2
         if self.watch.scale is not None:
             square *= float(self.watch.scale.inverse(self._device)) ** 2
         if self._local is not None:
             square = self._local.mean(self.blocks, square)
         else:
             square = mean_over_processes(square, self.settings.model, self._device)
-        found, self.kept = schedule.look(square, self.groups[0])
+        found, kept = schedule.look(square, self.groups[0])
+        self.path.kept.update(kept)
         return found
 
     def _stay(self) -> None:
         """The step becomes one of the base optimizer, with the gradient there is, or with that of the whole batch."""
-        self.recipe = self.recipe.plain
-        self.coefficients = Coefficients(self.recipe, self.groups, [{} for _ in self.groups])
+        self.path.stay()
+        self.recipe = self.path.recipe
         if self.portion.share < 1.0 and self.portion.asked:
             self.blocks.drop(0)
-            self._newest = -1
+            self.path.newest = -1
         else:
             self.blocks.give_back(0)
 
@@ -366,7 +367,7 @@ class Step:
         hvp.multiply(self.blocks, index, graph, total, keep=index in self.recipe.plan[index][1])
         if not self.blocks.take_all(index + 1, keep=self.recipe.keeps[index + 1]):
             self._take_in(index + 1)
-        self._newest = index + 1
+        self.path.newest = index + 1
 
     def _take_in(self, index: int) -> None:
         """Take ``param.grad`` in as vector ``index``, where that is not as it mostly is."""
@@ -377,47 +378,10 @@ class Step:
             mend = "the loss does not depend on the parameters of this optimizer"
         elif self.recipe.passes == 1 and self._local is None:
             mend = None  # as torch's optimizers do nothing then
+        if self.recipe.before is not None:
+            self.blocks.put_back_unused()
         keep, where = self.recipe.keeps[index], f"pass {self.recipe.passes_before[index]} of {self.recipe.name}"
-        self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=self.recipe.passes == 1)
-
-    def _perturb(self) -> None:
-        """From the pass just made to the next point of the path, and fold what is no longer needed."""
-        index = self._newest
-        if index < 0:  # stay at θ
-            return
-        move = self.recipe.path[index]
-        assert isinstance(move, Perturbation)
-        fold, live = self.recipe.plan[index]
-        eta, minus = self.coefficients.eta, move.minus
-        known = self._first_square if move.along == 0 and minus is None and eta is None else None
-        total = self.blocks.square_norm(move.along, minus, eta) if known is None else known
-        self.watch.check(total, {move.along} if minus is None else {move.along, minus}, last=False)
-        self._squares.append(total)
-        for block in self.blocks.all:
-            into = None
-            if fold is not None:
-                part = self.coefficients.u if fold.part == "u" else self.coefficients.m
-                into = FoldInto(block.grads[fold.into], block.grads[fold.other], part[fold.into], part[fold.other])
-            if block.perturbed:
-                if not block.leaves.saved:
-                    block.leaves.backup = self.blocks.allocate_backup(block)
-                square = total if self.blocks.on_host else sums.on(total, block.leaves.params[0].device)
-                block.backend.perturb(
-                    block.leaves,
-                    block.grads[move.along],
-                    None if minus is None else block.grads[minus],
-                    self.coefficients.radius[index],
-                    square,
-                    from_start=move.from_start,
-                    eta=eta,
-                    fold=into,
-                )
-            elif into is not None:
-                block.backend.direction(block.leaves, Direction([into.into, into.other], [into.k, into.l]), into.into)
-            for k in set(block.grads) - set(live):
-                del block.grads[k]
-        if fold is not None:
-            self.coefficients.folded(fold)
+        self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=not self.recipe.moves)
 
     def finish(self, update: Callable[[Directions], None]) -> None:
         """After the last pass: the direction of every block, to ``update``, which restores θ and takes the step."""
@@ -425,53 +389,21 @@ class Step:
         torch._C._set_grad_enabled(False)
         try:
             self.rates_moved = self._have_rates_moved()
-            directions = self._directions()
+            directions = self.path.directions()
             if self.state.active:
                 self.state.settle()
             update(directions)
+            if self.recipe.keeps_first or self.settings.difference is not None:
+                self.path.end()
             self.phase = "updated"
             if self._others.params:
                 self._others.finish()
-            if self._local is None and self.settings.difference is not None:
-                self._keep_length(self.settings.difference, self._relative_change())
             if self.watch.scale is not None:
                 self.watch.scale.report(True, self._device)
             if self.recipe.second_order:  # what is there is no gradient of the loss
                 self.blocks.clear_gradients()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
-
-    def _directions(self) -> Directions:
-        plan, last = self.recipe.plan, self.recipe.vectors - 1
-        gradients = [*(plan[-1][1] if plan else ()), last]
-        if self.watch.scale is not None:
-            self._unscale(gradients, self.watch.scale)
-        u, m, p, q = self.coefficients.final(gradients)
-        gammas, limit = self.coefficients.gamma, self.settings.clip_grad_norm
-        terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
-        products: Products | None = None
-        if terms and (q is not None or limit is not None or self.watch.looks):
-            products = self.blocks.inner_products(terms, u, m)
-            self.watch.check(products, set(gradients), last=True)
-        if self._local is not None:
-            difference = self.settings.difference
-            change = None if difference is None else self._relative_change()
-            change = self._local.agree(self.blocks, self.watch, change)
-            if difference is not None:
-                self._keep_length(difference, change)
-            # where another process has a gradient that this one lacks, there are zeros now
-            terms = [(block, list(map(block.grads.__getitem__, gradients))) for block in self.blocks.all]
-            limit = None  # what is clipped is the mean
-        directions: Directions = []
-        for block, own in terms:
-            seen = products
-            if isinstance(products, Tensor):
-                seen = sums.products_on(products, block.leaves.params[0].device)
-            directions.append((block, Direction(own, p, q, seen, gammas, limit)))
-        if self._local is not None:
-            ceiling = self.settings.clip_grad_norm
-            directions = self._local.averaged(self.blocks, directions, gammas, ceiling)
-        return directions
 
     def _have_rates_moved(self) -> bool:
         """Return whether somebody has changed a learning rate since the first pass."""
@@ -480,21 +412,3 @@ class Step:
             return False
         pairs = zip(self._rates, now, strict=False)
         return any(isinstance(a, float) and isinstance(b, float) and a != b for a, b in pairs)
-
-    def _relative_change(self) -> float | None:
-        """Return ‖g1 − g0‖/‖g0‖, where it is known; waits for an accelerator."""
-        if len(self._squares) < 2:
-            return None
-        before, change = map(float, self._squares[:2])
-        return math.sqrt(change / before) if before > 0.0 and change >= 0.0 else math.nan
-
-    def _keep_length(self, difference: Difference, change: float | None) -> None:
-        if change is not None:
-            self.kept.update(difference.after(change))
-
-    def _unscale(self, gradients: Sequence[int], scale: LossScale | GivenScale) -> None:
-        """Take the loss scaling out of what the direction is combined from."""
-        for block in self.blocks.all:
-            inverse = scale.inverse(block.leaves.params[0].device)
-            for k in gradients:
-                torch._foreach_mul_(list(block.grads[k]), inverse)

@@ -25,6 +25,7 @@ RADIUS = tl.constexpr(host.PERTURB.index("radius"))
 ETA = tl.constexpr(host.PERTURB.index("eta"))
 K = tl.constexpr(host.PERTURB.index("k"))
 L = tl.constexpr(host.PERTURB.index("l"))
+MULTIPLE = tl.constexpr(host.PERTURB.index("multiple"))
 OF_PERTURB = tl.constexpr(len(host.PERTURB))
 
 
@@ -45,11 +46,11 @@ def perturb(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``params ← origin + radius / (√square + ξ) T² (a − b)``, with ``SAVE`` a copy of the parameters to the backup
+    """``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``, with ``SAVE`` a copy of the parameters to the backup
     first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. A launch that saves leaves a ticket."""
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * OF_PERTURB
-    factor = inverse_norm(tl.load(square)) * tl.load(group + RADIUS)
+    factor = inverse_norm(tl.load(square)) * tl.load(group + RADIUS) + tl.load(group + MULTIPLE)
     eta = tl.load(group + ETA)
     k = tl.load(group + K)
     l = tl.load(group + L)  # noqa: E741

@@ -39,7 +39,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 SUMS = 3
 """Numbers of a piece's products: ‖u‖², ⟨m,u⟩, ‖m‖²."""
 
-PERTURB = ("radius", "eta", "k", "l")
+PERTURB = ("radius", "eta", "k", "l", "multiple")
 TERM = ("p", "q", "used")
 """Names of the numbers of a group, in their order: of perturb, and of each term that follows those of a kernel."""
 

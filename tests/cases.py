@@ -214,6 +214,10 @@ class Method:
     def passes(self) -> int:
         return self.optimizer.recipe.passes
 
+    @property
+    def of_groups(self) -> list[str]:
+        return [name for name, value in self.hyper.items() if type(value) is float]
+
 
 METHODS: dict[str, Method] = {
     "base": Method(gam_fast.Base, reference.base),
@@ -233,6 +237,25 @@ METHODS: dict[str, Method] = {
 
 if INTERPRETED:  # which takes a second a step: every kernel, and every way to fold and to project, but not every table
     METHODS = {name: METHODS[name] for name in ("base", "sam", "asam", "gsam", "gam")}
+
+VARIANTS: dict[str, Method] = {
+    "friendly": Method(gam_fast.FriendlySAM, reference.friendly_sam, {"rho": 0.1, "sigma": 0.8, "lam": 0.6}),
+    "vasso": Method(gam_fast.VaSSO, reference.vasso, {"rho": 0.1, "theta": 0.4}),
+    "momentum_sam": Method(gam_fast.MomentumSAM, reference.momentum_sam, {"rho": 0.1}),
+    "previous_gradient": Method(gam_fast.PreviousGradientSAM, reference.previous_gradient_sam, {"rho": 0.1}),
+    "look": Method(gam_fast.LookSAM, reference.look_sam, {"rho": 0.1, "k": 3, "alpha": 0.7}),
+    "wsam": Method(gam_fast.WSAM, reference.wsam, {"rho": 0.1, "gamma": 0.6, "decouple": True}),
+    "wsam_coupled": Method(gam_fast.WSAM, reference.wsam, {"rho": 0.1, "gamma": 0.6, "decouple": False}),
+    "cr": Method(gam_fast.CRSAM, reference.cr_sam, {"rho": 0.1, "gamma": 0.2, "beta": 0.3}),
+    "sagm": Method(gam_fast.SAGM, reference.sagm, {"rho": 0.1, "alpha": 0.02}),
+    "usam": Method(gam_fast.USAM, reference.usam, {"rho": 0.1, "lam": 0.3}),
+    "stable": Method(gam_fast.StableSAM, reference.stable_sam, {"rho": 0.1}),
+}
+"""Methods whose references have a ``state``, as most of them keep something from step to step. They share their engine
+with those above, and are tested for what they have of their own."""
+
+if INTERPRETED:  # a perturbation by a multiple of the gradient
+    VARIANTS = {name: VARIANTS[name] for name in ("friendly", "sagm")}
 
 EXACT: dict[str, Method] = {
     "exact": Method(gam_fast.ExactGAM, reference.exact_gam, {"rho": 0.2, "alpha": 0.4}),
@@ -262,7 +285,7 @@ def setting(
     **options: Any,
 ) -> tuple[nn.Module, gam_fast.SharpnessAwareOptimizer, list[tuple[Tensor, Tensor]]]:
     """The model, an optimizer of the method over it, and batches."""
-    method = METHODS[method_name]
+    method = (METHODS | VARIANTS)[method_name]
     model, batches = make(model_name, dtype)
     options = {"model": model, **method.hyper, **options}
     return model, method.optimizer(model.parameters(), base, **options), batches

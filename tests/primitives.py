@@ -114,13 +114,14 @@ class Formulas:
     def square_norm(self, block, a, b=None, eta=None):
         return torch.stack([(v * v).sum() for v in self._weighted(block, a, b, eta, 1)]).sum()
 
-    def perturb(self, block, a, b, radius, square, *, from_start, eta=None, fold=None):
+    def perturb(self, block, a, b, radius, square, *, from_start, eta=None, fold=None, multiple=None):
         if not block.saved:
             block.backup, block.saved = [p.clone() for p in block.params], True
         moves = list(self._weighted(block, a, b, eta, 2))
         for i, (g, move) in enumerate(zip(block.group, moves, strict=True)):
             origin = block.backup[i] if from_start else block.params[i]
-            block.params[i].copy_(origin + radius[g] / (math.sqrt(square) + 1e-12) * move)
+            factor = radius[g] / (math.sqrt(square) + 1e-12) + (multiple[g] if multiple else 0.0)
+            block.params[i].copy_(origin + factor * move)
             if fold is not None:
                 fold.into[i].copy_(fold.k[g] * fold.into[i] + fold.l[g] * fold.other[i])
 
@@ -196,12 +197,13 @@ def square_norm(place, lists, difference, weighted, saved):
     return Found([place.backend.square_norm(lists.block(saved), lists(3), b, eta)])
 
 
-def perturb(place, lists, difference, weighted, folds, saved, from_start):
+def perturb(place, lists, difference, weighted, folds, saved, from_start, multiple):
     block, b, eta = lists.block(saved), lists(4) if difference else None, lists.by_group(*ETA) if weighted else None
     k, l = lists.by_group(0.5, 2.0, 1.0), lists.by_group(-1.0, 0.25, 0.5)  # noqa: E741
     fold = base.FoldInto(lists(5), lists(6), k, l) if folds else None
     radius, square = lists.by_group(0.5, -0.25, 1.0), place.sums(7.0)
-    place.backend.perturb(block, lists(3), b, radius, square, from_start=from_start, eta=eta, fold=fold)
+    more = {"multiple": lists.by_group(-0.25, 0.5, 0.0)} if multiple else {}
+    place.backend.perturb(block, lists(3), b, radius, square, from_start=from_start, eta=eta, fold=fold, **more)
     assert block.saved
     moved = [p.clone() for p in block.params]
     place.backend.restore(block)
@@ -297,7 +299,7 @@ def _by_flags(primitive, *flags):
 
 CASES: dict[str, Callable[[Place, Lists], Found]] = {
     **_by_flags(square_norm, "difference", "weighted", "saved"),
-    **_by_flags(perturb, "difference", "weighted", "folds", "saved", "from_start"),
+    **_by_flags(perturb, "difference", "weighted", "folds", "saved", "from_start", "multiple"),
     **{
         f"inner_products-of_{terms}{'-with_m' * with_m}": partial(inner_products, terms=terms, with_m=with_m)
         for terms in (1, 2, 3)

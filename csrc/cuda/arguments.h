@@ -25,7 +25,7 @@ struct PerturbArguments {
   Table table;
   const double* square = nullptr;
   bool save = false, from_start = false;
-  Numbers<double> radius, eta, k, l;
+  Numbers<double> radius, eta, k, l, multiple;
 };
 
 struct CopyArguments {

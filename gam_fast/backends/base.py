@@ -213,14 +213,15 @@ class Backend(Protocol):
         from_start: bool,
         eta: PerGroup | None = None,
         fold: FoldInto | None = None,
+        multiple: PerGroup | None = None,
     ) -> None:
-        r"""``params ← origin + radius / (√square + ξ) · T² (a − b)``, then the fold.
+        r"""``params ← origin + (radius / (√square + ξ) + multiple) · T² (a − b)``, then the fold.
 
-        ``square`` is what :meth:`square_norm` gave, summed over devices; ξ = 1e-12. The origin is θ with
-        ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the leaves are not yet saved,
-        the parameters are first copied to the backup. Reads 1 N for each of origin, a, b and (with ``eta``, unless it
-        is the origin) θ; writes 1 N, and 1 N more for the first backup. A fold reads at most 1 N and writes 1 N more
-        than the move it accompanies.
+        ``square`` is what :meth:`square_norm` gave, summed over devices; ξ = 1e-12; ``multiple=None`` is 0.
+        The origin is θ with ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the
+        leaves are not yet saved, the parameters are first copied to the backup. Reads 1 N for each of origin, a, b and
+        (with ``eta``, unless it is the origin) θ; writes 1 N, and 1 N more for the first backup. A fold reads at most
+        1 N and writes 1 N more than the move it accompanies.
         """
         ...
 

@@ -302,13 +302,14 @@ class EagerBackend:
         from_start: bool,
         eta: PerGroup | None = None,
         fold: FoldInto | None = None,
+        multiple: PerGroup | None = None,
     ) -> None:
         if not leaves.saved:
             copy_bits(leaves.backup, leaves.params)
             leaves.saved = True
         elif from_start:
             copy_bits(leaves.params, leaves.backup)
-        factor = scalars.steps(radius, square)
+        factor = scalars.steps(radius, square, multiple)
         for chunk in _each(leaves):
             step = chunk.difference(a, b)
             if eta is not None:

@@ -147,11 +147,12 @@ class NativeBackend:
         from_start: bool,
         eta: PerGroup | None = None,
         fold: FoldInto | None = None,
+        multiple: PerGroup | None = None,
     ) -> None:
         plan = leaves.prepared or self._plan_for(leaves)
         if self._device is not None:
             square = scalars.on_device(square, self._device)
-        self.core.perturb(plan, leaves, a, b, radius, square, from_start, eta, fold)
+        self.core.perturb(plan, leaves, a, b, radius, square, from_start, eta, fold, multiple)
 
     def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
         plan = leaves.prepared or self._plan_for(leaves)

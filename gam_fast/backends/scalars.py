@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,39 @@ def ratio(numerator: Scalar, square: Scalar) -> Scalar:
     return numerator / square if square > 0 else 0.0
 
 
+def length_ratio(square: Scalar, other: Scalar) -> Scalar:
+    """``‖v‖ / ‖w‖`` from their squares, and 0 where w is 0.
+
+    >>> length_ratio(9.0, 4.0), length_ratio(9.0, 0.0)
+    (1.5, 0.0)
+    """
+    return root(ratio(square, other))
+
+
+def given(kappa: Any, square: Any, groups: int) -> Products:
+    """Products from which a direction takes a κ of another formula, and ‖d‖² for clipping, if its γ are 0.
+
+    >>> given(0.5, 4.0, groups=2)
+    [[4.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    if isinstance(kappa, Tensor):
+        rows = torch.zeros(groups, 3, dtype=kappa.dtype, device=kappa.device)
+        rows[0, 0], rows[0, 1] = square, kappa * square
+        return rows
+    return [[square, kappa * square, 0.0], *([0.0] * 3 for _ in range(groups - 1))]
+
+
+def columns(products: Products) -> list[Sequence[Scalar]]:
+    """‖u‖², ⟨m,u⟩ and ‖m‖² by group.
+
+    >>> columns([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    [(1.0, 4.0), (2.0, 5.0), (3.0, 6.0)]
+    """
+    if isinstance(products, Tensor):
+        return [column.unbind() for column in products.unbind(1)]
+    return list(zip(*products, strict=True))
+
+
 def clip_factor(square: Scalar, limit: float) -> Scalar:
     """``min(1, limit / ‖d‖)``.
 
@@ -76,7 +110,7 @@ def factors(d: Direction) -> list[Sequence[Scalar]]:
         return rows
     assert d.products is not None
     kappa: Scalar = 0.0
-    uu, um, mm = _columns(d.products)
+    uu, um, mm = columns(d.products)
     if d.q is not None:
         kappa = ratio(sum(um), sum(uu))
         rows = [[kappa * y + x for x, y in zip(ps, qs, strict=True)] for ps, qs in zip(d.p, d.q, strict=True)]
@@ -92,21 +126,14 @@ def factors(d: Direction) -> list[Sequence[Scalar]]:
     return rows
 
 
-def _columns(products: Products) -> list[Sequence[Scalar]]:
-    """‖u‖², ⟨m,u⟩ and ‖m‖² by group."""
-    if isinstance(products, Tensor):
-        return [column.unbind() for column in products.unbind(1)]
-    return list(zip(*products, strict=True))
+def steps(radius: PerGroup, square: Scalar, multiple: PerGroup | None = None) -> list[Scalar]:
+    """``radius / (‖v‖ + ξ) + multiple`` by group, from ‖v‖².
 
-
-def steps(radius: PerGroup, square: Scalar) -> list[Scalar]:
-    """``radius / (‖v‖ + ξ)`` by group, from ‖v‖².
-
-    >>> steps([1.0, 2.0], 4.0)
-    [0.49999999999975, 0.9999999999995]
+    >>> steps([1.0, 2.0], 4.0), steps([1.0], 4.0, [0.5])
+    ([0.49999999999975, 0.9999999999995], [0.99999999999975])
     """
     scale = inverse_norm(square)
-    return [scale * r for r in radius]
+    return [scale * r + m for r, m in zip(radius, multiple or [0.0] * len(radius), strict=True)]
 
 
 def on_device(value: Scalar | Products, device: torch.device) -> Tensor:

@@ -157,6 +157,7 @@ class TritonBackend:
         from_start: bool,
         eta: PerGroup | None = None,
         fold: FoldInto | None = None,
+        multiple: PerGroup | None = None,
     ) -> None:
         with guard(leaves.params[0].device):
             tables = self._tables_for(leaves)
@@ -175,7 +176,7 @@ class TritonBackend:
                 lists += (Argument("into", fold.into, written=True), Argument("other", fold.other))
             zero = [0.0] * len(radius)
             k, l = (zero, zero) if fold is None else (fold.k, fold.l)  # noqa: E741
-            rows = zip(radius, eta or zero, k, l, strict=True)  # in the order of PERTURB
+            rows = zip(radius, eta or zero, k, l, multiple or zero, strict=True)  # in the order of PERTURB
             numbers = [x for row in rows for x in row]
             prepared = tables.prepare(lists, [numbers])
             constants: dict[str, Any] = {

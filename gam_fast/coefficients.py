@@ -1,0 +1,111 @@
+"""The numbers of one step: a recipe's table, evaluated for each parameter group."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from .recipe import MOMENTUM, NOISE, Coefficient, Fold, Perturbation, Recipe, Value, value_of
+
+Rows: TypeAlias = "list[list[float]]"
+"""By vector and parameter group."""
+
+BEFORE = -1
+"""Stands for the step before the first pass, where the steps of the path are numbered."""
+
+_MAXIMIZES = operator.methodcaller("get", "maximize", False)
+
+
+class Coefficients:
+    """The numbers of one step, by parameter group: the table evaluated, and changed as vectors are folded into others.
+
+    A base optimizer with ``maximize=True`` ascends L, that is, descends −L, whose gradients point the other way. The
+    norm of a gradient is the same for both, and so is its own gradient, a Hessian-vector product.
+
+    Attributes:
+        u, m: the coefficients of each vector, by group; zeros where the recipe has no m.
+        gamma: γ by group.
+        radius, multiple: of each perturbation by its place in the path, by group, negative in groups that ascend.
+        after: α of the step after that of the base, by group.
+        mix, update, add: the coefficients of the memory, by group.
+        weights: of vectors that are parts of what they stand for.
+        eta: η by group, ``None`` unless the recipe is adaptive.
+
+    >>> from gam_fast.recipes import GSAM
+    >>> found = Coefficients(GSAM, [{}], [{"rho": 0.1, "alpha": 0.5}])
+    >>> found.u, found.m, found.gamma, found.radius
+    ([[0.0], [1.0]], [[1.0], [0.0]], [0.5], {0: [0.1]})
+    """
+
+    def __init__(self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
+        self._made_of = recipe, list(hyper), list(map(_MAXIMIZES, groups))
+        found = [recipe.coefficients(h) for h in hyper]
+        sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
+        self.gamma = [gamma for _, _, gamma in found]
+        self._hyper = hyper
+        self._u = [[c[i] for c, _, _ in found] for i in range(recipe.vectors)]
+        self._m = [[d[i] if d else 0.0 for _, d, _ in found] for i in range(recipe.vectors)]
+        for i in recipe.products:
+            for part in (self._u, self._m):
+                part[i] = [s * x for s, x in zip(sign, part[i], strict=True)]
+        self.after = [s * x for s, x in zip(sign, self._by_group(recipe.after), strict=True)]
+        self.eta = [float(h[recipe.adaptive]) for h in hyper] if recipe.adaptive else None
+        self.radius: dict[int, list[float]] = {}
+        self.multiple: dict[int, list[float]] = {}
+        for i, move in ((BEFORE, recipe.before), *enumerate(recipe.path)):
+            if isinstance(move, Perturbation):
+                is_old = move.along in (MOMENTUM, NOISE) or move.along in recipe.products
+                signs = [1.0] * len(sign) if is_old else sign
+                size = Value(move.radius) if move.size is None else move.size
+                self.radius[i] = [s * x for s, x in zip(signs, self._by_group(size), strict=True)]
+                if move.multiple is not None:
+                    self.multiple[i] = [s * x for s, x in zip(signs, self._by_group(move.multiple), strict=True)]
+        memory = recipe.memory
+        self.mix = list(map(self._by_group, memory.mix or ())) if memory else []
+        self.update = list(map(self._by_group, memory.update or ())) if memory else []
+        self.add = self._by_group(memory.add) if memory else []
+        self._final: tuple[Rows, Rows | None, Rows, Rows | None] | None = None
+        self.u, self.m = list(self._u), list(self._m)
+        self.weights: dict[int, float] = {}
+
+    def _by_group(self, coefficient: Coefficient) -> list[float]:
+        return [value_of(coefficient, h) for h in self._hyper]
+
+    def again(
+        self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]
+    ) -> Coefficients | None:
+        """Return the same, as before the first fold, where it is made of the same; else ``None``."""
+        if self._made_of != (recipe, hyper, list(map(_MAXIMIZES, groups))):
+            return None
+        if self.weights:
+            self._final = None
+        self.u, self.m, self.weights = list(self._u), list(self._m), {}
+        return self
+
+    def weigh(self, vector: int, weight: float) -> None:
+        """The vector is a part of what it stands for, which is ``weight`` times as long."""
+        self.weights[vector], self._final = weight, None
+        for part in (self.u, self.m):
+            part[vector] = [weight * x for x in part[vector]]
+
+    def folded(self, fold: Fold) -> None:
+        """The vector that others were folded into has their coefficients and its own in it."""
+        (self.u if fold.part == "u" else self.m)[fold.into] = [1.0] * len(self.gamma)
+
+    def final(self, vectors: Sequence[int]) -> tuple[Rows, Rows | None, Rows, Rows | None]:
+        r"""Return the coefficients of what is left after the last fold, by vector and group: u, m, p, q.
+
+        :math:`u − γ (m − κ u) = Σ (p + κ q) X` with :math:`p = c − γ d` and :math:`q = γ c`; m and q are ``None``
+        without m.
+        """
+        if self._final is None:
+            u = [self.u[k] for k in vectors]
+            if not self._made_of[0].m:
+                self._final = u, None, u, None
+            else:
+                m = [self.m[k] for k in vectors]
+                rows = [list(zip(self.gamma, c, d, strict=True)) for c, d in zip(u, m, strict=True)]
+                p = [[c - gamma * d for gamma, c, d in row] for row in rows]
+                self._final = u, m, p, [[gamma * c for gamma, c, _ in row] for row in rows]
+        return self._final

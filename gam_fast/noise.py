@@ -1,0 +1,70 @@
+r"""Gaussian noise as a perturbation: for each element a normal number, times :math:`ρ ‖θ_l‖ / \sqrt{n_l}`.
+
+θ_l is the tensor of n_l elements that it belongs to. The numbers are drawn on the parameters' device, in chunks of
+scratch memory, by a generator of their own: those of a step depend on the seed and on the number of the step, which is
+in ``param_groups`` (``flat_draws``), and so in every ``state_dict``. Processes that hold the same parameters draw the
+same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import distributed
+
+from .backends.base import Block
+from .backends.eager import chunks, copy_bits
+from .capture import refuse_to_look
+from .parameters import StepParameters
+
+DRAWS = "flat_draws"
+"""The key in ``param_groups`` of the number of steps that have drawn noise."""
+
+SEED = "seed"
+
+
+def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[str, Any]) -> dict[str, float]:
+    """Save θ and add the noise of this step to what is perturbed.
+
+    Args:
+        blocks: the parameters.
+        radius: ρ by group.
+        group: the first, with the seed and the number of the step.
+
+    Returns what the groups keep when the step is taken.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would repeat the noise of one step.
+    """
+    refuse_to_look(["noise, which is another in each step"], blocks.devices)
+    draws = int(group.get(DRAWS, 0))
+    seed = random.Random(f"{group.get(SEED, 0)} {draws}").getrandbits(63)
+    if blocks.sharded:  # each process has other elements
+        seed = (seed + distributed.get_rank()) % (1 << 63)
+    generators = {device: torch.Generator(device).manual_seed(seed) for device in blocks.devices}
+    for block in blocks.all:
+        if not block.perturbed:
+            continue
+        leaves = block.leaves
+        wholes: Any = [owner.detach() for owner in block.owners]
+        sizes: Any = [whole.norm(dtype=torch.promote_types(whole.dtype, torch.float32)) for whole in wholes]
+        if block.layout is not None:
+            sizes = [size.full_tensor() for size in sizes]
+        leaves.backup = blocks.allocate_backup(block)
+        copy_bits(list(leaves.backup), list(leaves.params))
+        leaves.saved = True
+        factors = [radius[g] / max(whole.numel(), 1) ** 0.5 for whole, g in zip(wholes, leaves.group, strict=True)]
+        apart = Block(list(leaves.params), leaves.group, vectors=leaves.vectors)  # with chunks of its own
+        for chunk in chunks(apart):
+            chunk.arena.reset()
+            flat, noise = chunk.scratch()
+            flat.normal_(generator=generators[chunk.device])
+            torch._foreach_mul_(noise, [factors[piece.leaf] for piece in chunk.pieces])
+            torch._foreach_mul_(noise, [sizes[piece.leaf].to(chunk.opmath) for piece in chunk.pieces])
+            params = chunk.open(apart.params)
+            torch._foreach_add_(params, noise)
+            chunk.close(apart.params, params)
+    return {DRAWS: draws + 1}

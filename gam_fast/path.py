@@ -1,0 +1,341 @@
+"""The arithmetic of one step: the parameters on their way from pass to pass, and the direction at its end.
+
+Notation: g0 … g3 are the gradients of the passes, θ the parameters at the start, u and m the two combinations of
+:mod:`gam_fast.recipe`. Only the backup of θ and at most two vectors are held besides the newest. A recipe of second
+order counts its Hessian-vector products among the vectors, each after the gradient it is made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import stored, sums
+from .amp import GivenScale, LossScale
+from .backends import scalars
+from .backends.base import Block, Direction, FoldInto, PerGroup, Products, Scalar, TensorList
+from .bases import members
+from .coefficients import BEFORE, Coefficients, Rows
+from .finite import FiniteWatch
+from .local_step import LocalSync
+from .noise import add_noise
+from .options import Settings
+from .parameters import ParameterBlock, StepParameters
+from .recipe import MEMORY, NOISE, Fold, HessianProduct, Memory, Perturbation
+from .updates import Directions, fused
+
+
+class Path:
+    """The vectors of one step, and the places where they are taken.
+
+    Args:
+        settings: what the optimizer was constructed with.
+        base: the base optimizer, for its state.
+        coefficients: those of the recipe.
+        blocks: the parameters.
+        watch: is told of the sums.
+        local: the other processes of a local step.
+
+    Attributes:
+        newest: the index of the vector made last.
+        squares: of the lengths that the steps were divided by.
+        first_square: ‖g0‖², where it is known.
+        kept: numbers for the parameter groups, once the step is taken.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        base: Optimizer,
+        coefficients: Coefficients,
+        blocks: StepParameters,
+        watch: FiniteWatch,
+        local: LocalSync | None,
+    ) -> None:
+        self.settings = settings
+        self.recipe = settings.recipe
+        self.coefficients = coefficients
+        self.blocks = blocks
+        self.newest = -1
+        self.squares: list[Scalar] = []
+        self.first_square: Scalar | None = None
+        self.kept: dict[str, float] = {}
+        self._base = base
+        self._watch = watch
+        self._local = local
+        self._unscaled: set[int] = set()
+        self._next_memory: list[tuple[ParameterBlock, TensorList]] = []
+
+    def stay(self) -> None:
+        """The step becomes one of the base optimizer."""
+        groups = self._base.param_groups
+        self.recipe = self.recipe.plain
+        self.coefficients = Coefficients(self.recipe, groups, [{} for _ in groups])
+
+    def begin(self) -> None:
+        """Before the only pass: step along a vector that is older."""
+        move = self.recipe.before
+        assert move is not None
+        assert isinstance(move.along, str)
+        blocks, memory = self.blocks, self.recipe.memory
+        if move.along == NOISE:
+            if movable := blocks.movable():
+                blocks.activate(movable)
+            self.kept.update(add_noise(blocks, self.coefficients.multiple[BEFORE], self._base.param_groups[0]))
+            return
+        names = stored.MOMENTA if memory is None or move.along != MEMORY else (memory.name,)
+        state = self._base.state
+        known = [i for i in blocks.movable() if stored.find(blocks.params[i], names, state) is not None]
+        if not known:
+            if move.along != MEMORY and any(state.get(param) for param in blocks.params):
+                raise RuntimeError(
+                    f"{self.recipe.name} goes along the momentum of its base optimizer, and this "
+                    f"{' + '.join(type(member).__name__ for member in members(self._base))} has none in its state "
+                    f"({' or '.join(names)}): pass momentum=0.9, or a base optimizer such as AdamW"
+                )
+            return
+        blocks.activate(known)
+        for block in blocks.all:
+            block.grads[BEFORE] = stored.of_block(block, names, state).values
+        self.perturb(blocks.square_norm(BEFORE))
+
+    def perturb(self, square_of_older: Scalar | None = None) -> None:
+        """From the pass just made to the next point of the path, and fold what is no longer needed.
+
+        With ‖v‖² of an older vector v, which is :data:`BEFORE`: to the point of the only pass.
+        """
+        recipe, coefficients = self.recipe, self.coefficients
+        if square_of_older is not None:
+            index, along, minus, total = BEFORE, BEFORE, None, square_of_older
+            move: Perturbation | HessianProduct | None = recipe.before
+            fold: Fold | None = None
+            live: tuple[int, ...] = ()
+        else:
+            index = self.newest
+            if index < 0:  # stay at θ
+                return
+            move, (fold, live) = recipe.path[index], recipe.plan[index]
+            assert isinstance(move, Perturbation)
+            assert isinstance(move.along, int)
+            along, minus = move.along, move.minus
+            if self._watch.scale is not None and recipe.needs_lengths:
+                self._unscale([along], self._watch.scale)
+            if recipe.memory is not None and recipe.memory.mix is not None:
+                self._mix(recipe.memory)
+            is_first = along == 0 and minus is None and coefficients.eta is None
+            known = self.first_square if is_first else None
+            total = self.blocks.square_norm(along, minus, coefficients.eta) if known is None else known
+            if is_first:
+                self.first_square = total
+            self._watch.check(total, {along} if minus is None else {along, minus}, last=False)
+            self.squares.append(total)
+        assert isinstance(move, Perturbation)
+        multiple = coefficients.multiple.get(index)
+        if multiple is not None and along in coefficients.weights:
+            multiple = [coefficients.weights[along] * x for x in multiple]
+        for block in self.blocks.all:
+            into = None
+            if fold is not None:
+                part = coefficients.u if fold.part == "u" else coefficients.m
+                into = FoldInto(block.grads[fold.into], block.grads[fold.other], part[fold.into], part[fold.other])
+            if block.perturbed:
+                if not block.leaves.saved:
+                    block.leaves.backup = self.blocks.allocate_backup(block)
+                square = total if self.blocks.on_host else sums.on(total, block.leaves.params[0].device)
+                block.backend.perturb(
+                    block.leaves,
+                    block.grads[along],
+                    None if minus is None else block.grads[minus],
+                    coefficients.radius[index],
+                    square,
+                    from_start=move.from_start,
+                    eta=coefficients.eta,
+                    fold=into,
+                    multiple=multiple,
+                )
+            elif into is not None:
+                block.backend.direction(block.leaves, Direction([into.into, into.other], [into.k, into.l]), into.into)
+            for k in set(block.grads) - set(live):
+                del block.grads[k]
+        if fold is not None:
+            coefficients.folded(fold)
+
+    def _mix(self, memory: Memory) -> None:
+        """Make g0 the mixture of itself and the memory."""
+        a, b = self.coefficients.mix
+        weight = self.coefficients.weights.get(0, 1.0)
+        self.first_square = None
+        for block in self.blocks.all:
+            if not block.perturbed:
+                continue
+            own, gradient = stored.of_block(block, (memory.name,), self._base.state), block.grads[0]
+            if len(own.new) < len(gradient):
+                first = [gradient[i].clone() for i in own.new]
+                mixed = Direction([gradient, own.values], [[weight * x for x in a], b])
+                block.backend.direction(block.leaves, mixed, gradient)
+                if first:
+                    torch._foreach_copy_([gradient[i] for i in own.new], first)
+
+    # The end of a step
+
+    def directions(self) -> Directions:
+        """After the last pass: the direction of every block."""
+        recipe, watch, blocks, local = self.recipe, self._watch, self.blocks, self._local
+        vectors, last = list(recipe.terms), recipe.vectors - 1
+        if watch.scale is not None:
+            self._unscale(sorted({*vectors, last, *((0,) if recipe.keeps_first else ())}), watch.scale)
+        u, m, p, q = self.coefficients.final(vectors)
+        gammas, limit = self.coefficients.gamma, self.settings.clip_grad_norm
+        terms = [(block, list(map(block.grads.__getitem__, vectors))) for block in blocks.all]
+        products: Products | None = None
+        if terms and (q is not None or limit is not None or watch.looks or recipe.rescale):
+            if recipe.after is None:
+                products = blocks.inner_products(terms, u, m)
+            else:  # the newest gradient is no term, and is looked at all the same
+                none, one = [0.0] * len(gammas), [1.0] * len(gammas)
+                products = blocks.inner_products(self._terms([*vectors, last]), [*u, none], [*([none] * len(u)), one])
+            watch.check(products, {*vectors, last}, last=True)
+        if local is not None:
+            difference = self.settings.difference
+            change = local.agree(blocks, watch, None if difference is None else self._relative_change())
+            self._keep_length(change)
+            # where another process has a gradient that this one lacks, there are zeros now
+            terms = self._terms(vectors)
+            limit = None  # what is clipped is the mean
+        if recipe.rescale and products is not None:
+            p, q, products, gammas = self._rescaled(u, products)
+        elif recipe.memory is not None and recipe.memory.add is not None and terms:
+            terms, p, q, products, gammas = self._with_memory(terms, recipe.memory, limit)
+        directions: Directions = []
+        for block, own in terms:
+            seen = products
+            if isinstance(products, Tensor):
+                seen = sums.products_on(products, block.leaves.params[0].device)
+            directions.append((block, Direction(own, p, q, seen, gammas, limit)))
+        if local is not None:
+            directions = local.averaged(blocks, directions, gammas, self.settings.clip_grad_norm)
+        if recipe.keeps_first:
+            directions = self._prepare(directions)
+        return directions
+
+    def _terms(self, vectors: Sequence[int]) -> list[tuple[ParameterBlock, list[TensorList]]]:
+        return [(block, list(map(block.grads.__getitem__, vectors))) for block in self.blocks.all]
+
+    def _rescaled(self, u: Sequence[PerGroup], products: Products) -> tuple[Rows, Rows, Products, list[float]]:
+        """u at the length of g0, as p, q, products and γ of a direction."""
+        square = sum(scalars.columns(products)[0])
+        wanted = self.squares[0] * self.coefficients.weights.get(0, 1.0) ** 2 if self.squares else square
+        none = [0.0] * len(u[0])
+        kappa = scalars.length_ratio(wanted, square)
+        return [none] * len(u), list(map(list, u)), scalars.given(kappa, wanted, len(none)), none
+
+    def _with_memory(
+        self, terms: list[tuple[ParameterBlock, list[TensorList]]], memory: Memory, limit: float | None
+    ) -> tuple[list[tuple[ParameterBlock, list[TensorList]]], Rows, Rows, Products, list[float]]:
+        """The gradient and α ‖g‖/‖m‖ times the memory m, as terms, p, q, products and γ of a direction."""
+        add, state = self.coefficients.add, self._base.state
+        none, one = [0.0] * len(add), [1.0] * len(add)
+        terms = [(block, [*own, stored.of_block(block, (memory.name,), state).values]) for block, own in terms]
+        uu, um, mm = scalars.columns(self.blocks.inner_products(terms, [one, none], [none, one]))
+        kappa = scalars.length_ratio(sum(uu), sum(mm))
+        square: Scalar = 1.0
+        if limit is not None:
+            rows = zip(uu, um, mm, add, strict=True)
+            square = sum(a + 2.0 * x * kappa * b + (x * kappa) ** 2 * c for a, b, c, x in rows)
+        return terms, [one, none], [none, add], scalars.given(kappa, square, len(add)), none
+
+    def _prepare(self, directions: Directions) -> Directions:
+        """Make the next memory, before the base optimizer gets the gradients; it may write to them."""
+        recipe, last = self.recipe, self.recipe.vectors - 1
+        memory = recipe.memory
+        if recipe.after is not None and not all(map(fused, members(self._base))):
+            return [(block, replace(d, terms=list(map(_copies, d.terms)))) for block, d in directions]
+        if memory is None:
+            return directions
+        blocks = [block for block in self.blocks.all if block.perturbed or memory.orthogonal]
+        if memory.orthogonal:
+            none, one = ([x] * len(self.coefficients.gamma) for x in (0.0, 1.0))
+            minus = [-1.0] * len(one)
+            terms = self._terms([0, last])
+            products = self.blocks.inner_products(terms, [one, none], [none, one])
+            for block, own in terms:
+                seen = products
+                if isinstance(products, Tensor):
+                    seen = sums.products_on(products, block.leaves.params[0].device)
+                d = Direction(own, [none, one], [minus, none], seen, none)
+                block.backend.direction(_unmoved(block), d, own[0])
+        self._next_memory = [(block, block.grads[0]) for block in blocks]
+        if last == 0:  # the gradients that the base optimizer gets
+            self._next_memory = [(block, _copies(block.grads[0])) for block in blocks]
+        if self._local is not None:
+            place = {owner: x for block, xs in self._next_memory for owner, x in zip(block.owners, xs, strict=True)}
+            self._local.average([place[param] for param in self.blocks.params if param in place])
+        return directions
+
+    def end(self) -> None:
+        """After the step of the base optimizer: what follows it, and the memory of the next step."""
+        recipe, groups = self.recipe, self._base.param_groups
+        if recipe.after is not None:
+            steps = [-float(group["lr"]) * x for group, x in zip(groups, self.coefficients.after, strict=True)]
+            weight = self.coefficients.weights.get(0, 1.0)
+            for block in self.blocks.all:
+                first, newest = block.grads[0], block.grads[recipe.vectors - 1]
+                if weight != 1.0:
+                    torch._foreach_mul_(list(first), weight)
+                if not block.leaves.saved:
+                    block.leaves.backup = self.blocks.allocate_backup(block)
+                block.backend.perturb(
+                    block.leaves, newest, first, [0.0] * len(steps), 1.0, from_start=False, multiple=steps
+                )
+        for block, values in self._next_memory:
+            memory = recipe.memory
+            assert memory is not None
+            own = stored.of_block(block, (memory.name,), self._base.state)
+            new = [] if memory.orthogonal else own.new
+            if memory.update is not None and recipe.vectors > 1 and len(new) < len(values):
+                k, l = self.coefficients.update  # noqa: E741
+                first = [values[i] for i in new]
+                block.backend.direction(_unmoved(block), Direction([own.values, values], [k, l]), own.values)
+                if first:
+                    torch._foreach_copy_([own.values[i] for i in new], first)
+            else:
+                torch._foreach_copy_(list(own.values), list(values))
+            stored.put(block, memory.name, own, self._base.state)
+        if self._local is None and self.settings.difference is not None:
+            self._keep_length(self._relative_change())
+
+    def _relative_change(self) -> float | None:
+        """Return ‖g1 − g0‖/‖g0‖, where it is known; waits for an accelerator."""
+        if len(self.squares) < 2:
+            return None
+        before, change = map(float, self.squares[:2])
+        return math.sqrt(change / before) if before > 0.0 and change >= 0.0 else math.nan
+
+    def _keep_length(self, change: float | None) -> None:
+        if change is not None and self.settings.difference is not None:
+            self.kept.update(self.settings.difference.after(change))
+
+    def _unscale(self, vectors: Sequence[int], scale: LossScale | GivenScale) -> None:
+        """Take the loss scaling out of vectors, once."""
+        due = [k for k in vectors if k not in self._unscaled]
+        self._unscaled.update(due)
+        if 0 in due:
+            self.first_square = None
+        for block in self.blocks.all:
+            inverse = scale.inverse(block.leaves.params[0].device)
+            for k in due:
+                torch._foreach_mul_(list(block.grads[k]), inverse)
+
+
+def _copies(tensors: TensorList) -> TensorList:
+    return [x.clone(memory_format=torch.preserve_format) for x in tensors]
+
+
+def _unmoved(block: ParameterBlock) -> Block:
+    """The leaves for a primitive that is to leave the parameters where they are."""
+    return replace(block.leaves, backup=[], saved=False)

@@ -1,0 +1,65 @@
+"""Vectors that outlive a step: tensors in the base optimizer's state, as the leaves of a block have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .backends.base import TensorList
+from .distributed import local, spread
+from .ownership import lies_as
+from .parameters import ParameterBlock
+
+State: TypeAlias = "Mapping[Tensor, dict[str, Any]]"
+
+MOMENTA = ("momentum_buffer", "exp_avg")
+"""The keys of the momentum in the state of torch's optimizers, and of most others."""
+
+
+@dataclass
+class Stored:
+    """The vector of one block.
+
+    Attributes:
+        values: for each leaf its part, of the parameter's dtype and strides; zeros where there is none yet.
+        new: the places of those.
+        made: the tensors that the state does not have, by place.
+    """
+
+    values: TensorList
+    new: list[int] = field(default_factory=list)
+    made: dict[int, Tensor] = field(default_factory=dict)
+
+
+def find(param: Tensor, names: Sequence[str], state: State) -> Tensor | None:
+    """Return the first of the parameter's tensors that has one of the names."""
+    own = state.get(param, {})
+    return next((own[name] for name in names if isinstance(own.get(name), Tensor)), None)
+
+
+def of_block(block: ParameterBlock, names: Sequence[str], state: State) -> Stored:
+    """Return the vector of a block: what a step has left in the state, or a checkpoint."""
+    found, values = Stored([]), []
+    for i, (owner, part) in enumerate(zip(block.owners, block.leaves.params, strict=True)):
+        value = find(owner, names, state)
+        if value is None:
+            found.new.append(i)
+            found.made[i] = torch.zeros_like(owner, memory_format=torch.preserve_format, requires_grad=False)
+            value = found.made[i]
+        value = local(value)
+        if value.dtype is not part.dtype or value.device != part.device or not lies_as(value, part):
+            value = torch.empty_like(part, requires_grad=False).copy_(value)
+            found.made[i] = spread(value, owner)
+        values.append(value)
+    found.values = block.backend.bookkeeping.hold(values)
+    return found
+
+
+def put(block: ParameterBlock, name: str, stored: Stored, state: State) -> None:
+    """Let the state have what was made for it."""
+    for i, value in stored.made.items():
+        state[block.owners[i]][name] = value

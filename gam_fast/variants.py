@@ -1,0 +1,463 @@
+"""Methods between SAM and its cheaper, steadier or more careful relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from . import recipes
+from .bases import Given
+from .noise import DRAWS
+from .optimizer import SharpnessAwareOptimizer
+from .options import Options, OptionsWithAlpha, documented
+
+
+@documented
+class FriendlySAM(SharpnessAwareOptimizer):
+    r"""SAM without the part of the gradient that batches share. Two passes, and a memory of 1 N.
+
+    .. math:: v = g_0 - σ\, m, \qquad m ← λ\, m + (1-λ)\, g_0, \qquad d = g(θ + ρ\, v/‖v‖)
+
+    A parameter without m goes along its gradient, which becomes its m (``gradient_average`` in the state).
+
+    Source: Li, Zhou, He, Cheng, Huang, CVPR 2024, arXiv 2403.12350; the order is that of the authors' code. Errors:
+    :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        sigma: σ, how much of the average is taken away.
+        lam: λ, decay of the average, from 0 to 1.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = FriendlySAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.FRIENDLY_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.2,
+        sigma: float = 1.0,
+        lam: float = 0.6,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, sigma=sigma, lam=lam, **options)
+
+
+@documented
+class VaSSO(SharpnessAwareOptimizer):
+    r"""SAM along an average of gradients (variance-suppressed). Two passes, and a memory of 1 N.
+
+    .. math:: m ← (1-θ)\, m + θ\, g_0, \qquad d = g(w + ρ\, m/‖m‖)
+
+    θ is here the weight of the newest gradient, and w the parameters. A parameter without m has its gradient for it
+    (``gradient_average`` in the state).
+
+    Source: Li, Giannakis, NeurIPS 2023, arXiv 2309.15639. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        theta: θ, weight of the newest gradient, from 0 to 1.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = VaSSO([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.VASSO
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        theta: float = 0.4,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, theta=theta, **options)
+
+
+@documented
+class MomentumSAM(SharpnessAwareOptimizer):
+    r"""SAM along the momentum of the base optimizer: the cost of SGD. One pass.
+
+    .. math:: d = g(θ - ρ\, v/‖v‖), \qquad v = \text{the momentum after the last update}
+
+    v is SGD's ``momentum_buffer``, Adam's ``exp_avg``, or what another base optimizer keeps by one of these names. A
+    parameter that has none stays in place, so the first step is one of the base optimizer alone. Between the steps
+    parameters are at θ: nothing is to be done before a checkpoint or an evaluation.
+
+    Source: Becker, Altrock, Risse, arXiv 2401.12033; weight decay is that of θ, where the authors' code has that of the
+    perturbed parameters. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation; the paper has 0.3 for SGD and 1 for AdamW.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = MomentumSAM([weight], torch.optim.SGD, lr=0.25, momentum=0.5, rho=0.25)
+    >>> for step in range(2):
+    ...     for turn in optimizer.passes():
+    ...         weight.square().sum().backward()     # 2 at 1; then at 0.5 - 0.25
+    >>> weight.item()
+    0.125
+
+    Raises:
+        ValueError: the base optimizer has momentum=0 in all groups.
+        RuntimeError: the base optimizer keeps no momentum by a known name.
+    """
+
+    recipe = recipes.MOMENTUM_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.3,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **options)
+        if all(group.get("momentum") == 0 and "betas" not in group for group in self.param_groups):
+            raise ValueError(
+                f"MomentumSAM goes along the momentum of its base optimizer, and this {type(self.base).__name__} has "
+                "momentum=0: pass momentum=0.9, or a base optimizer such as AdamW"
+            )
+
+
+@documented
+class PreviousGradientSAM(SharpnessAwareOptimizer):
+    r"""SAM along the gradient of the step before (S²-SAM). One pass, and a memory of 1 N.
+
+    .. math:: d_t = g(θ_t + ρ\, d_{t-1}/‖d_{t-1}‖)
+
+    A parameter without a gradient of a step before (``previous_gradient`` in the state) stays in place.
+
+    Source: Ji et al., NeurIPS 2024. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = PreviousGradientSAM([weight], torch.optim.SGD, lr=0.25, rho=0.25)
+    >>> for step in range(2):
+    ...     for turn in optimizer.passes():
+    ...         weight.square().sum().backward()     # 2 at 1; then at 0.5 + 0.25
+    >>> weight.item()
+    0.125
+    """
+
+    recipe = recipes.PREVIOUS_GRADIENT_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **options)
+
+
+@documented
+class LookSAM(SharpnessAwareOptimizer):
+    r"""SAM in every k-th step, and what it found in the steps between. 1 + 1/k passes, and a memory of 1 N.
+
+    .. math::
+        \text{every k-th:}\quad & d = g_1, \quad m = g_1 - \frac{⟨g_1, g_0⟩}{‖g_0‖^2}\, g_0, \\
+        \text{between:}\quad & d = g_0 + α \frac{‖g_0‖}{‖m‖}\, m
+
+    Norms and products are over all parameters, as in the paper; m is ``sharpness_direction`` in the state.
+
+    Source: Liu, Mai, Chen, Hsieh, You, CVPR 2022, arXiv 2203.02714. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        k: the first of every k steps is one of SAM; it is the option ``interval`` of other methods.
+        alpha: α, weight of m.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = LookSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.LOOK_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        k: int = 5,
+        alpha: float = 0.7,
+        **options: Unpack[Options],
+    ) -> None:
+        if "interval" in options:
+            raise TypeError(f"LookSAM: interval is called k here, got interval={options['interval']!r}")
+        own: dict[str, Any] = {"rho": rho, "alpha": alpha, "interval": k}
+        super().__init__(params, base_optimizer, **own, **options)
+
+
+@documented
+class WSAM(SharpnessAwareOptimizer):
+    r"""SAM with the sharpness as a term of its own, as decay is in AdamW. Two passes.
+
+    .. math:: θ ← \text{base}(θ, g_0) - η\, \frac{γ}{1-γ}\, (g_1 - g_0)
+
+    η is the learning rate. With ``decouple=False`` the base optimizer gets :math:`g_0 + \\frac{γ}{1-γ} (g_1 - g_0)`.
+    ``clip_grad_norm`` bounds what the base optimizer gets.
+
+    Source: Yue, Jiang, Ye, Gao, Liu, Zhang, KDD 2023, arXiv 2305.15817. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        gamma: γ, weight of the sharpness, from 0 and below 1; 0.5 is SAM, if coupled.
+        decouple: whether the sharpness goes around the base optimizer.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = WSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, gamma=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.25
+
+    Raises:
+        ValueError: ``sync="local"`` with ``decouple``, or a state that is loaded with another ``decouple``.
+    """
+
+    recipe = recipes.WSAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        gamma: float = 0.9,
+        decouple: bool = True,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        if not decouple:
+            self.recipe = recipes.COUPLED_WSAM  # type: ignore[misc]  # of this instance
+        elif options.get("sync") == "local":
+            raise ValueError("WSAM: decouple=True with sync='local': pass decouple=False, or sync='global'")
+        super().__init__(params, base_optimizer, rho=rho, gamma=gamma, **options)
+
+
+@documented
+class CRSAM(SharpnessAwareOptimizer):
+    r"""SAM with a penalty on the curvature along the gradient. Three passes.
+
+    .. math:: g_± = g(θ ± ρ\, g_0/‖g_0‖), \qquad d = g_+ + γ\, (g_+ + g_- - 2 g_0) + β\, (g_+ - g_-)
+
+    Source: Wu, Luo, Wunsch, AAAI 2024, arXiv 2312.13555. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of both perturbations.
+        gamma: γ, weight of the second difference of gradients.
+        beta: β, weight of the first; the authors' script has 0.01.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = CRSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, beta=0.0)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, 3 at 1.5, 1 at 0.5
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.CR_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.1,
+        gamma: float = 0.1,
+        beta: float = 0.1,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, gamma=gamma, beta=beta, **options)
+
+
+@documented
+class SAGM(SharpnessAwareOptimizer):
+    r"""Sharpness-aware gradient matching, for domain generalization. Two passes.
+
+    .. math:: d = \tfrac{1}{2}\, (g_0 + g_1), \qquad g_1 = g\left(θ + \left(\tfrac{ρ}{‖g_0‖} - α\right) g_0\right)
+
+    Source: Wang, Zhang, Lei, Zhang, CVPR 2023, arXiv 2303.10353. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        alpha: α, step of the gradient that the perturbed loss is matched by.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = SAGM([weight], torch.optim.SGD, lr=0.25, rho=0.75, alpha=0.125)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.375
+    """
+
+    recipe = recipes.SAGM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        alpha: float = 0.001,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, alpha=alpha, **options)
+
+
+@documented
+class USAM(SharpnessAwareOptimizer):
+    r"""SAM whose perturbation grows with the gradient, or half so. Two passes.
+
+    .. math:: d = g\left(θ + ρ \left(1 - λ + \tfrac{λ}{‖g_0‖}\right) g_0\right)
+
+    λ = 0 is the perturbation that is not normalized, λ = 1 is SAM.
+
+    Source: Oikonomou, Loizou, ICLR 2025, arXiv 2503.02225. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, of the perturbation; with λ = 0 a multiple of the gradient.
+        lam: λ, from 0 to 1.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = USAM([weight], torch.optim.SGD, lr=0.25, rho=0.25)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.USAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        lam: float = 0.0,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, lam=lam, **options)
+
+
+@documented
+class StableSAM(SharpnessAwareOptimizer):
+    r"""SAM whose gradient is scaled to the length of the gradient at θ. Two passes.
+
+    .. math:: d = \frac{‖g_0‖}{‖g_1‖}\, g_1, \qquad g_1 = g(θ + ρ\, g_0/‖g_0‖)
+
+    Source: Tan, Zhang, Liu, Wang, Hao, JMLR 26, 2025, arXiv 2401.07250. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = StableSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1; 3 at 1.5, scaled to 2
+    >>> weight.item()
+    0.5
+    """
+
+    recipe = recipes.STABLE_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **options)
+
+
+@documented
+class RandomSAM(SharpnessAwareOptimizer):
+    r"""The gradient at a random point nearby (random weight perturbation). One pass.
+
+    .. math:: d = g(θ + ε), \qquad ε_l = ρ \frac{‖θ_l‖}{\sqrt{n_l}}\, z, \quad z ∼ N(0, 1)
+
+    for each tensor θ_l of n_l elements: the noise has ρ times the length of the tensor, in the mean. It is drawn by a
+    generator of its own, and costs no memory but the backup.
+
+    Source: Li, Yan, Lin, Bai, Wang, Huang, arXiv 2211.11489, which draws it by rows; by tensors as in Flat-LoRA, arXiv
+    2409.14396. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, length of the noise relative to that of the tensor.
+        seed: of the noise, the same on all ranks; that of a step depends on it and on the number of the step.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = RandomSAM([weight], torch.optim.SGD, lr=0.25, rho=0.0)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # no noise: the gradient at 1
+    >>> weight.item()
+    0.5
+    """
+
+    recipe = recipes.RANDOM_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.01,
+        seed: int = 0,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, seed=seed, **options)
+
+    def _kept(self) -> dict[str, float]:
+        return {DRAWS: 0, **super()._kept()}
