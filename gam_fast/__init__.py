@@ -16,21 +16,10 @@ from . import active, backends, buffers, flatness, integrations, recipes, rng, s
 from .finite import NonFiniteGradientError  # noqa: E402
 from .hvp import SecondDerivativeError  # noqa: E402
 from .methods import ASAM, FAD, GAM, GSAM, SAM, Base, CFlat, ExactGAM, GradientNormPenalty  # noqa: E402
+from .one_pass import FedLESAM, MomentumSAM, PreviousGradientSAM, RandomSAM  # noqa: E402
 from .optimizer import SharpnessAwareOptimizer  # noqa: E402
 from .turn import Turn, first_pass  # noqa: E402
-from .variants import (  # noqa: E402
-    CRSAM,
-    SAGM,
-    USAM,
-    WSAM,
-    FriendlySAM,
-    LookSAM,
-    MomentumSAM,
-    PreviousGradientSAM,
-    RandomSAM,
-    StableSAM,
-    VaSSO,
-)
+from .variants import CRSAM, SAGM, USAM, WSAM, FriendlySAM, LookSAM, StableSAM, VaSSO  # noqa: E402
 
 __all__ = [
     "ASAM",
@@ -45,6 +34,7 @@ __all__ = [
     "NonFiniteGradientError",
     "SAM",
     "CRSAM",
+    "FedLESAM",
     "FriendlySAM",
     "LookSAM",
     "MomentumSAM",

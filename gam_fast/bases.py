@@ -4,6 +4,7 @@ rest); and the parameter groups in the state dict of any of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .hooks import Hooked
+from .recipe import MEMORIES
 
 Given: TypeAlias = "Optimizer | list[Optimizer] | tuple[Optimizer, ...] | Callable[..., Optimizer]"
 """A base optimizer as the user gives it."""
@@ -71,6 +73,18 @@ def _check(base: Optimizer) -> None:
             f"{type(base).__name__} with overlap_with_ddp=True cannot be the base optimizer, because it steps in the "
             "backward pass; leave that out"
         )
+
+
+@contextlib.contextmanager
+def without_memories(state: MutableMapping[Any, dict[str, Any]]) -> Iterator[None]:
+    """Hide a state that holds nothing of the base optimizer's: it makes its own where it finds none."""
+    alone = [param for param, own in state.items() if own and own.keys() <= set(MEMORIES)]
+    hidden = {param: state.pop(param) for param in alone}
+    try:
+        yield
+    finally:
+        for param, own in hidden.items():
+            state[param].update(own)
 
 
 def filled(base: Optimizer) -> list[set[str]]:

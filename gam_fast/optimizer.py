@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 import torch
 from torch import nn
 
-from . import radius
+from . import radius, stored
 from .active import STEPS, Rules, StepSchedule
 from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend, select
@@ -330,6 +330,8 @@ class SharpnessAwareOptimizer(AroundBase):
         if self.recipe.moves:
             if only_makes_state(self.base):
                 self.base.step()
+                if self.recipe.memory is not None and self.recipe.memory.is_updated:
+                    stored.make(list(self._parameters()), self.recipe.memory.name, self.base.state)
                 return
             raise RuntimeError(
                 f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import stored, sums
+from .active import STEPS
 from .amp import GivenScale, LossScale
 from .backends import scalars
 from .backends.base import Block, Direction, FoldInto, PerGroup, Products, Scalar, TensorList
@@ -89,10 +90,10 @@ class Path:
             self.kept.update(add_noise(blocks, self.coefficients.multiple[BEFORE], self._base.param_groups[0]))
             return
         names = stored.MOMENTA if memory is None or move.along != MEMORY else (memory.name,)
-        state = self._base.state
+        state, groups = self._base.state, self._base.param_groups
         known = [i for i in blocks.movable() if stored.find(blocks.params[i], names, state) is not None]
         if not known:
-            if move.along != MEMORY and any(state.get(param) for param in blocks.params):
+            if move.along != MEMORY and groups and groups[0].get(STEPS):
                 raise RuntimeError(
                     f"{self.recipe.name} goes along the momentum of its base optimizer, and this "
                     f"{' + '.join(type(member).__name__ for member in members(self._base))} has none in its state "
@@ -254,7 +255,7 @@ class Path:
         recipe, last = self.recipe, self.recipe.vectors - 1
         memory = recipe.memory
         if recipe.after is not None and not all(map(fused, members(self._base))):
-            return [(block, replace(d, terms=list(map(_copies, d.terms)))) for block, d in directions]
+            return [(block, replace(d, terms=[_copied(block, x) for x in d.terms])) for block, d in directions]
         if memory is None:
             return directions
         blocks = [block for block in self.blocks.all if block.perturbed or memory.orthogonal]
@@ -271,7 +272,7 @@ class Path:
                 block.backend.direction(_unmoved(block), d, own[0])
         self._next_memory = [(block, block.grads[0]) for block in blocks]
         if last == 0:  # the gradients that the base optimizer gets
-            self._next_memory = [(block, _copies(block.grads[0])) for block in blocks]
+            self._next_memory = [(block, _copied(block, block.grads[0])) for block in blocks]
         if self._local is not None:
             place = {owner: x for block, xs in self._next_memory for owner, x in zip(block.owners, xs, strict=True)}
             self._local.average([place[param] for param in self.blocks.params if param in place])
@@ -304,7 +305,7 @@ class Path:
                 if first:
                     torch._foreach_copy_([own.values[i] for i in new], first)
             else:
-                torch._foreach_copy_(list(own.values), list(values))
+                _copy(block, values, own.values)
             stored.put(block, memory.name, own, self._base.state)
         if self._local is None and self.settings.difference is not None:
             self._keep_length(self._relative_change())
@@ -332,8 +333,18 @@ class Path:
                 torch._foreach_mul_(list(block.grads[k]), inverse)
 
 
-def _copies(tensors: TensorList) -> TensorList:
-    return [x.clone(memory_format=torch.preserve_format) for x in tensors]
+def _copied(block: ParameterBlock, tensors: TensorList) -> TensorList:
+    """Copies in memory of their own."""
+    if block.leaves.vectors is not None:
+        return [x.clone(memory_format=torch.preserve_format) for x in tensors]
+    out = block.backend.allocate(block.leaves.params)
+    _copy(block, tensors, out)
+    return out
+
+
+def _copy(block: ParameterBlock, tensors: TensorList, out: TensorList) -> None:
+    ones = [1.0] * (max(block.leaves.group) + 1)
+    block.backend.direction(_unmoved(block), Direction([tensors], [ones]), out)
 
 
 def _unmoved(block: ParameterBlock) -> Block:

@@ -91,6 +91,10 @@ class Perturbation:
     multiple: Coefficient = None
 
 
+MEMORIES = ("gradient_average", "previous_gradient", "sharpness_direction", "direction")
+"""The names that a :class:`Memory` may have: keys in the base optimizer's state that are not its own."""
+
+
 @dataclass(frozen=True)
 class Memory:
     r"""A vector m that outlives the step, in the base optimizer's state beside its own: as large as the parameters.
@@ -197,6 +201,8 @@ class Recipe:
             raise ValueError(f"recipe {self.name}: u needs {n} coefficients, the last not None, got {self.u!r}")
         if self.memory is not None and self.memory.mix and (self.passes != 2 or self.u[0] is not None or self.m):
             raise ValueError(f"recipe {self.name}: a memory is mixed into a g0 that serves one step of two passes")
+        if self.memory is not None and self.memory.name not in MEMORIES:
+            raise ValueError(f"recipe {self.name}: a memory is called {', '.join(MEMORIES)}, got {self.memory.name!r}")
         if self.before is not None and (self.path or not isinstance(self.before.along, str)):
             raise ValueError(
                 f"recipe {self.name}: a perturbation before the first pass is the only one, along an older vector"

@@ -221,6 +221,17 @@ PREVIOUS_GRADIENT_SAM = Recipe(
     memory=Memory("previous_gradient", update=(0.0, 1.0)),
 )
 
+FED_LESAM = Recipe(
+    name="FedLESAM",
+    citation="Fan, Hu, Yao, Tian, Zhang, Sugiyama, Wang, Locally Estimated Global Perturbations are Better than Local "
+    "Perturbations for Federated Sharpness-aware Minimization, ICML 2024, arXiv 2405.18890",
+    defaults={"rho": 0.01},
+    path=(),
+    u=(1.0,),
+    before=Perturbation(MEMORY, "rho"),
+    memory=Memory("direction"),
+)
+
 LOOK_SAM = Recipe(
     name="LookSAM",
     citation="Liu, Mai, Chen, Hsieh, You, Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022, "
@@ -312,7 +323,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         *(BASE, SAM, ASAM, GSAM, GRADIENT_NORM_PENALTY, GAM, EXACT_GAM, CFLAT, FAD),
         *(FRIENDLY_SAM, VASSO, MOMENTUM_SAM, PREVIOUS_GRADIENT_SAM, LOOK_SAM, WSAM, CR_SAM, SAGM, USAM, STABLE_SAM),
-        RANDOM_SAM,
+        *(RANDOM_SAM, FED_LESAM),
     )
 }
 """All recipes by name."""

@@ -37,7 +37,7 @@ class Stored:
 
 def find(param: Tensor, names: Sequence[str], state: State) -> Tensor | None:
     """Return the first of the parameter's tensors that has one of the names."""
-    own = state.get(param, {})
+    own = state[param] if param in state else {}  # noqa: SIM401 - get() of a chain would make an entry
     return next((own[name] for name in names if isinstance(own.get(name), Tensor)), None)
 
 
@@ -57,6 +57,13 @@ def of_block(block: ParameterBlock, names: Sequence[str], state: State) -> Store
         values.append(value)
     found.values = block.backend.bookkeeping.hold(values)
     return found
+
+
+def make(params: Sequence[Tensor], name: str, state: State) -> None:
+    """Let parameters that have a gradient have the vector: zeros, which a checkpoint is about to fill."""
+    for param in params:
+        if param.grad is not None and find(param, (name,), state) is None:
+            state[param][name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
 
 
 def put(block: ParameterBlock, name: str, stored: Stored, state: State) -> None:

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .backends.base import Backend, Block, Direction, TensorList
 from .backends.eager import EagerBackend
-from .bases import Chain, members
+from .bases import Chain, members, without_memories
 from .distributed import local, spread
 from .hooks import step_of_base
 from .ownership import lies_as, take_gradients
@@ -299,7 +299,7 @@ def _step_by_torch(base: Optimizer, directions: Directions) -> None:
     try:
         for block, direction in directions:
             _set_gradients(block, materialise(block, direction))
-        with torch.enable_grad():
+        with without_memories(base.state), torch.enable_grad():
             step_of_base(base)
     finally:
         for param, grad in grads:

@@ -46,7 +46,7 @@ LAYERS = [
     {"passes"},
     {"groups"},
     {"optimizer"},
-    {"methods", "variants"},
+    {"methods", "variants", "one_pass"},
     {"schedules"},
     {"integrations.lightning", "integrations.timm", "integrations.transformers"},
     {"integrations"},

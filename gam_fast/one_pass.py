@@ -1,0 +1,219 @@
+"""Relatives of SAM of one gradient a step: the perturbation is along a vector that is older than the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import recipes
+from .active import STEPS
+from .bases import Given
+from .noise import DRAWS
+from .optimizer import SharpnessAwareOptimizer
+from .options import OptionsWithAlpha, documented
+
+
+@documented
+class MomentumSAM(SharpnessAwareOptimizer):
+    r"""SAM along the momentum of the base optimizer: the cost of SGD. One pass.
+
+    .. math:: d = g(θ - ρ\, v/‖v‖), \qquad v = \text{the momentum after the last update}
+
+    v is SGD's ``momentum_buffer``, Adam's ``exp_avg``, or what another base optimizer keeps by one of these names. A
+    parameter that has none stays in place, so the first step is one of the base optimizer alone. Between the steps
+    parameters are at θ: nothing is to be done before a checkpoint or an evaluation.
+
+    Source: Becker, Altrock, Risse, arXiv 2401.12033; weight decay is that of θ, where the authors' code has that of the
+    perturbed parameters. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation; the paper has 0.3 for SGD and 1 for AdamW.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = MomentumSAM([weight], torch.optim.SGD, lr=0.25, momentum=0.5, rho=0.25)
+    >>> for step in range(2):
+    ...     for turn in optimizer.passes():
+    ...         weight.square().sum().backward()     # 2 at 1; then at 0.5 - 0.25
+    >>> weight.item()
+    0.125
+
+    Raises:
+        ValueError: the base optimizer has momentum=0 in all groups.
+        RuntimeError: the base optimizer keeps no momentum by a known name.
+    """
+
+    recipe = recipes.MOMENTUM_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.3,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **options)
+        if all(group.get("momentum") == 0 and "betas" not in group for group in self.param_groups):
+            raise ValueError(
+                f"MomentumSAM goes along the momentum of its base optimizer, and this {type(self.base).__name__} has "
+                "momentum=0: pass momentum=0.9, or a base optimizer such as AdamW"
+            )
+
+    def _kept(self) -> dict[str, float]:
+        return {STEPS: 0, **super()._kept()}  # from the second step on there is a momentum
+
+
+@documented
+class PreviousGradientSAM(SharpnessAwareOptimizer):
+    r"""SAM along the gradient of the step before (S²-SAM). One pass, and a memory of 1 N.
+
+    .. math:: d_t = g(θ_t + ρ\, d_{t-1}/‖d_{t-1}‖)
+
+    A parameter without a gradient of a step before (``previous_gradient`` in the state) stays in place.
+
+    Source: Ji et al., NeurIPS 2024. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = PreviousGradientSAM([weight], torch.optim.SGD, lr=0.25, rho=0.25)
+    >>> for step in range(2):
+    ...     for turn in optimizer.passes():
+    ...         weight.square().sum().backward()     # 2 at 1; then at 0.5 + 0.25
+    >>> weight.item()
+    0.125
+    """
+
+    recipe = recipes.PREVIOUS_GRADIENT_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.05,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **options)
+
+
+@documented
+class RandomSAM(SharpnessAwareOptimizer):
+    r"""The gradient at a random point nearby (random weight perturbation). One pass.
+
+    .. math:: d = g(θ + ε), \qquad ε_l = ρ \frac{‖θ_l‖}{\sqrt{n_l}}\, z, \quad z ∼ N(0, 1)
+
+    for each tensor θ_l of n_l elements: the noise has ρ times the length of the tensor, in the mean. It is drawn by a
+    generator of its own, and costs no memory but the backup.
+
+    Source: Li, Yan, Lin, Bai, Wang, Huang, arXiv 2211.11489, which draws it by rows; by tensors as in Flat-LoRA, arXiv
+    2409.14396. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, length of the noise relative to that of the tensor.
+        seed: of the noise, the same on all ranks; that of a step depends on it and on the number of the step.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = RandomSAM([weight], torch.optim.SGD, lr=0.25, rho=0.0)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # no noise: the gradient at 1
+    >>> weight.item()
+    0.5
+    """
+
+    recipe = recipes.RANDOM_SAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.01,
+        seed: int = 0,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, seed=seed, **options)
+
+    def _kept(self) -> dict[str, float]:
+        return {DRAWS: 0, **super()._kept()}
+
+
+@documented
+class FedLESAM(SharpnessAwareOptimizer):
+    r"""SAM along a direction that is set from outside, such as a client's way to the last global model. One pass.
+
+    .. math:: d = g(θ + ρ\, v/‖v‖)
+
+    v is what :meth:`set_direction` was given, ``direction`` in the state; a memory of 1 N. A parameter that has none
+    stays in place. In FedLESAM v is the global model that the client had before, less the one that it has got now, and
+    there is none in its first round.
+
+    Source: Fan, Hu, Yao, Tian, Zhang, Sugiyama, Wang, ICML 2024, arXiv 2405.18890, by its formulas; the default is
+    ours. Errors: :class:`SharpnessAwareOptimizer`.
+
+    Args:
+        params: as everywhere.
+        rho: ρ, radius of the perturbation.
+        options: those of every method.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = FedLESAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> optimizer.set_direction([torch.tensor([7.0])])
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 3 at 1.5
+    >>> weight.item()
+    0.25
+    """
+
+    recipe = recipes.FED_LESAM
+
+    def __init__(
+        self,
+        params: Iterable[Any] | None,
+        base_optimizer: Given = torch.optim.SGD,
+        *,
+        rho: float = 0.01,
+        **options: Unpack[OptionsWithAlpha],
+    ) -> None:
+        super().__init__(params, base_optimizer, rho=rho, **options)
+
+    def set_direction(self, direction: Sequence[Tensor]) -> None:
+        """Set the direction of the steps to come; the tensors are copied.
+
+        Args:
+            direction: a tensor for each parameter, in the order of the groups; none at all for no perturbation.
+
+        Raises:
+            ValueError: not one tensor for each parameter, or one of another shape; nothing is then changed.
+            RuntimeError: during a step.
+        """
+        self._refuse_nesting("set_direction()")
+        params, vectors = list(self._parameters()), list(direction)
+        if vectors and len(vectors) != len(params):
+            raise ValueError(
+                f"set_direction() needs a tensor for each of the {len(params)} parameters, in the order of the groups, "
+                f"got {len(vectors)}"
+            )
+        for i, (param, vector) in enumerate(zip(params, vectors, strict=False)):
+            if vector.shape != param.shape:
+                raise ValueError(
+                    f"set_direction(): tensor {i} must be of the shape of its parameter, {tuple(param.shape)}, got "
+                    f"{tuple(vector.shape)}"
+                )
+        for param in params if not vectors else ():
+            if param in self.state:
+                self.state[param].pop("direction", None)
+        for param, vector in zip(params, vectors, strict=False):
+            own = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+            self.state[param]["direction"] = own.copy_(vector.detach())
