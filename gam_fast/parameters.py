@@ -63,6 +63,7 @@ class StepParameters:
         sharded: whether any parameter is spread over processes.
         flags: for each parameter, whether it takes part.
         all: the blocks.
+        is_mixed: whether some parameters are perturbed and others are not.
         moved: the positions of parameters without a gradient that a pass was seen to move.
     """
 
@@ -92,7 +93,7 @@ class StepParameters:
         self._spare: dict[Tensor, Tensor] = {}
         self.groups = groups
         self._perturbed: list[bool] = list(map(_IS_PERTURBED, groups))
-        self._is_mixed = len(set(self._perturbed)) > 1
+        self.is_mixed = len(set(self._perturbed)) > 1
         self._select: Select | None = select  # during the step: it has a hold on the optimizer
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded
@@ -169,7 +170,7 @@ class StepParameters:
     def take_all(self, index: int, *, keep: bool) -> bool:
         """Fast path of :meth:`take_in`. Return False if it does not apply."""
         block = self.all[0] if self.all else self._whole
-        if self._versions is None or not self._is_usual or self._is_mixed:
+        if self._versions is None or not self._is_usual or self.is_mixed:
             return False
         if block is not None and block.leaves.params is not self._all:
             return False
@@ -185,13 +186,16 @@ class StepParameters:
         block.grads[index] = taken
         return True
 
-    def take_in(self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False) -> None:
+    def take_in(
+        self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False, put_back: bool = False
+    ) -> None:
         """Take ``param.grad`` in as vector ``index``, as the optimizer's own if it is to be kept.
 
         Those that have their first gradient take part from now on.
 
         Args:
-            may_write: whether the forward may have written to parameters, as in a step of one pass.
+            may_write: whether the forward may have written to parameters, as in a step of one pass at θ.
+            put_back: whether parameters were moved before they had a gradient, and go back where they have none.
 
         Raises:
             RuntimeError: a parameter was written to since :meth:`begin_pass`; no parameter has a gradient, and
@@ -200,6 +204,8 @@ class StepParameters:
         """
         if not may_write:
             self._check_versions(where)
+        if put_back:
+            self._put_back_unused()
         unflagged, any_gradient, sparse = self._books.survey_gradients(self._all, self.flags)
         if sparse >= 0:
             layout = getattr(self.params[sparse].grad, "layout", None)
@@ -245,7 +251,7 @@ class StepParameters:
         pairs = zip(self.params, self._group, strict=True)
         return [i for i, (p, g) in enumerate(pairs) if p.requires_grad and self._perturbed[g] and not is_lazy(p)]
 
-    def put_back_unused(self) -> None:
+    def _put_back_unused(self) -> None:
         """Parameters that were moved before the only pass, and have no gradient in it, go back and take no part."""
         position = {param: i for i, param in enumerate(self.params)}
         for block in list(self.all):
@@ -284,9 +290,15 @@ class StepParameters:
         for i in positions:
             self.flags[i] = 1
 
-    def square_norm(self, vector: int, minus: int | None = None, eta: PerGroup | None = None) -> Scalar:
-        """‖T (g − g[minus])‖² of vectors that are held (see :meth:`Backend.square_norm`), over what is perturbed."""
-        squares, blocks = [], self.all if not self._is_mixed else [block for block in self.all if block.perturbed]
+    def square_norm(
+        self, vector: int, minus: int | None = None, eta: PerGroup | None = None, *, whole: bool = False
+    ) -> Scalar:
+        """‖T (g − g[minus])‖² of vectors that are held (see :meth:`Backend.square_norm`), over what is perturbed.
+
+        With ``whole``: over all parameters.
+        """
+        moves = not self.is_mixed or whole
+        squares, blocks = [], self.all if moves else [block for block in self.all if block.perturbed]
         for block in blocks:
             b = None if minus is None else block.grads[minus]
             squares.append(block.backend.square_norm(block.leaves, block.grads[vector], b, eta))

@@ -70,6 +70,7 @@ class Path:
         self._watch = watch
         self._local = local
         self._unscaled: set[int] = set()
+        self._wanted_square: Scalar = 0.0
         self._next_memory: list[tuple[ParameterBlock, TensorList]] = []
 
     def stay(self) -> None:
@@ -133,6 +134,8 @@ class Path:
             total = self.blocks.square_norm(along, minus, coefficients.eta) if known is None else known
             if is_first:
                 self.first_square = total
+            if recipe.rescale:
+                self._wanted_square = self.blocks.square_norm(0, whole=True) if self.blocks.is_mixed else total
             self._watch.check(total, {along} if minus is None else {along, minus}, last=False)
             self.squares.append(total)
         assert isinstance(move, Perturbation)
@@ -200,7 +203,7 @@ class Path:
             else:  # the newest gradient is no term, and is looked at all the same
                 none, one = [0.0] * len(gammas), [1.0] * len(gammas)
                 products = blocks.inner_products(self._terms([*vectors, last]), [*u, none], [*([none] * len(u)), one])
-            watch.check(products, {*vectors, last}, last=True)
+            watch.check(products, recipe.combined, last=True)
         if local is not None:
             difference = self.settings.difference
             change = local.agree(blocks, watch, None if difference is None else self._relative_change())
@@ -230,7 +233,7 @@ class Path:
     def _rescaled(self, u: Sequence[PerGroup], products: Products) -> tuple[Rows, Rows, Products, list[float]]:
         """u at the length of g0, as p, q, products and γ of a direction."""
         square = sum(scalars.columns(products)[0])
-        wanted = self.squares[0] * self.coefficients.weights.get(0, 1.0) ** 2 if self.squares else square
+        wanted = self._wanted_square * self.coefficients.weights.get(0, 1.0) ** 2
         none = [0.0] * len(u[0])
         kappa = scalars.length_ratio(wanted, square)
         return [none] * len(u), list(map(list, u)), scalars.given(kappa, wanted, len(none)), none

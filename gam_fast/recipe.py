@@ -250,6 +250,13 @@ class Recipe:
         return self.after is not None or (self.memory is not None and self.memory.is_updated)
 
     @cached_property
+    def combined(self) -> set[int]:
+        """The vectors that are in the direction, folded or not, and the last."""
+        in_m = self.m or (None,) * self.vectors
+        used = {k for k, (c, d) in enumerate(zip(self.u, in_m, strict=True)) if c is not None or d is not None}
+        return used | {self.vectors - 1}
+
+    @cached_property
     def terms(self) -> tuple[int, ...]:
         """The vectors that the direction is made of when all are there."""
         live = (*(self.plan[-1][1] if self.plan else ()), self.vectors - 1)

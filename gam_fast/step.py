@@ -378,10 +378,9 @@ class Step:
             mend = "the loss does not depend on the parameters of this optimizer"
         elif self.recipe.passes == 1 and self._local is None:
             mend = None  # as torch's optimizers do nothing then
-        if self.recipe.before is not None:
-            self.blocks.put_back_unused()
-        keep, where = self.recipe.keeps[index], f"pass {self.recipe.passes_before[index]} of {self.recipe.name}"
-        self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=not self.recipe.moves)
+        recipe, put_back = self.recipe, self.recipe.before is not None
+        keep, where = recipe.keeps[index], f"pass {recipe.passes_before[index]} of {recipe.name}"
+        self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=not recipe.moves, put_back=put_back)
 
     def finish(self, update: Callable[[Directions], None]) -> None:
         """After the last pass: the direction of every block, to ``update``, which restores θ and takes the step."""

@@ -257,6 +257,11 @@ with those above, and are tested for what they have of their own."""
 if INTERPRETED:  # a perturbation by a multiple of the gradient
     VARIANTS = {name: VARIANTS[name] for name in ("friendly", "sagm")}
 
+ALL = METHODS | VARIANTS
+
+RANDOM = Method(gam_fast.RandomSAM, reference.base, {"rho": 0.1, "seed": 3})
+"""It is in no table: its trajectory is that of no loop."""
+
 EXACT: dict[str, Method] = {
     "exact": Method(gam_fast.ExactGAM, reference.exact_gam, {"rho": 0.2, "alpha": 0.4}),
     "exact_sam": Method(gam_fast.ExactGAM, reference.exact_gam, {"rho": 0.2, "alpha": 0.4, "sam_rho": 0.1}),
@@ -285,7 +290,7 @@ def setting(
     **options: Any,
 ) -> tuple[nn.Module, gam_fast.SharpnessAwareOptimizer, list[tuple[Tensor, Tensor]]]:
     """The model, an optimizer of the method over it, and batches."""
-    method = (METHODS | VARIANTS)[method_name]
+    method = ALL[method_name]
     model, batches = make(model_name, dtype)
     options = {"model": model, **method.hyper, **options}
     return model, method.optimizer(model.parameters(), base, **options), batches

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torchvision_operators  # noqa: F401  # a rank imports this module first
-from cases import BASES, METHODS
+from cases import ALL, BASES
 from torch import Tensor, distributed, nn
 
 SECONDS = 120
@@ -168,7 +168,7 @@ class Ranks:
 
 
 def optimizer_of(model: nn.Module, method_name: str, base_name: str = "sgd_nesterov", **options: Any) -> Any:
-    method = METHODS[method_name]
+    method = ALL[method_name]
     return method.optimizer(model.parameters(), BASES[base_name], model=model, **{**method.hyper, **options})
 
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from cases import METHODS, closure_of, in_turn, loss_of, make, pairwise, setting
+from cases import ALL, METHODS, closure_of, in_turn, loss_of, make, pairwise, setting
 from snapshots import assert_close
 from torch import nn
 
@@ -155,7 +155,7 @@ def test_an_error_in_the_body_undoes_the_step(body, error, message):
 
 def plain_or_inactive(method_name, params, **options):
     """A step of one pass: the base optimizer alone, as a method and as an inactive step of another."""
-    method = METHODS[method_name]
+    method = ALL[method_name]
     interval = 1 if method.passes == 1 else float("inf")
     return method.optimizer(params, torch.optim.SGD, interval=interval, **options, **method.hyper)
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import METHODS, closure_of, in_turn, loss_of, make
+from cases import ALL, METHODS, closure_of, in_turn, loss_of, make
 from schedule_free import Lookahead
 from snapshots import assert_close, through_a_file, unchanged
 from test_trajectories import reference_step
@@ -46,7 +46,7 @@ class OneAfterTheOther:
 
 
 def made(method_name="gam", pair="muon+adamw", model_name="mlp", **options):
-    method = METHODS[method_name]
+    method = ALL[method_name]
     model, batches = make(model_name)
     optimizer = method.optimizer(None, members_of(model, pair), model=model, **method.hyper, **options)
     return model, optimizer, batches
@@ -68,17 +68,17 @@ def test_the_trajectory_is_that_of_the_plain_loop(method_name, pair):
         else:
             for _ in optimizer.passes():
                 loss_of(model, x, y).backward()
-        reference_step(twin, plain, METHODS[method_name], METHODS[method_name].hyper, x, y)
+        reference_step(twin, plain, ALL[method_name], ALL[method_name].hyper, x, y)
     assert_close(model, twin, rtol=1e-8, atol=1e-9)  # Muon iterates in bfloat16
 
 
 @pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_without_a_radius_it_is_each_of_them_alone_bit_for_bit(method_name):
-    radii = {name: 0.0 for name in METHODS[method_name].hyper if name.startswith(("rho", "gamma"))}
+    radii = {name: 0.0 for name in ALL[method_name].hyper if name.startswith(("rho", "gamma"))}
     for pair in PAIRS:
         model, batches = make("mlp", torch.float32)
         twin = copy.deepcopy(model)
-        optimizer = METHODS[method_name].optimizer(None, members_of(model, pair), **radii)
+        optimizer = ALL[method_name].optimizer(None, members_of(model, pair), **radii)
         alone = [gam_fast.Base(None, member) for member in members_of(twin, pair)]
         plain = pair == "rmsprop+radam"  # which the engine leaves to torch
         for x, y in batches:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from cases import METHODS, WithDropout, closure_of, make
+from cases import ALL, RANDOM, WithDropout, closure_of, make
 
 import gam_fast
 
@@ -32,11 +32,17 @@ BASES = {
     "sam": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "asam": (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
     "gam_release": (torch.optim.RMSprop, {"lr": 1e-3}),
+    "friendly": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "vasso": (torch.optim.RMSprop, {"lr": 1e-3}),
+    "momentum_sam": (torch.optim.AdamW, {"lr": 1e-2}),
+    "previous_gradient": (torch.optim.AdamW, {"lr": 1e-2}),
+    "look": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "random": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
 }
 
 
 def build(name):
-    method, (base, options) = METHODS[name], BASES[name]
+    method, (base, options) = (ALL | {"random": RANDOM})[name], BASES[name]
     inner, batches = make("batchnorm_cnn", torch.float32)
     model = WithDropout(inner)
     optimizer = method.optimizer(model.parameters(), base, model=model, **options, **method.hyper)

@@ -11,7 +11,7 @@ from pathlib import Path
 import emulated
 import pytest
 import torch
-from cases import CAN_EMULATE, DTYPES, METHODS, pairwise
+from cases import CAN_EMULATE, DTYPES, METHODS, VARIANTS, pairwise
 from primitives import run_all, same_bits
 from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,6 +99,39 @@ def test_a_step_is_as_many_launches_as_its_table_says(core, monkeypatch, method_
     on_host = {"aten.stack.default", "aten.add.Tensor", "aten._foreach_add_.Scalar"}  # Adam's counters of steps
     assert set(dispatched.names) <= (on_host if base_name == "AdamW" else set())
     assert core.uploads() - uploads <= 4 * method.passes
+
+
+LAUNCHES = {
+    "friendly": 6,  # the mixture; a norm, a move; the update; the memory
+    "vasso": 6,
+    "momentum_sam": 4,
+    "previous_gradient": 6,  # the gradient is copied, and copied into the memory
+    "look": 8,  # of a step of SAM: two more for the products, one for the memory, one for its copy
+    "wsam": 5,  # a move after the update
+    "wsam_coupled": 4,
+    "cr": 5,  # one norm for two moves
+    "sagm": 4,
+    "usam": 4,
+    "stable": 6,  # the products
+}
+
+
+@pytest.mark.parametrize("method_name", VARIANTS)
+def test_a_step_of_a_relative_of_sam_is_few_launches(core, monkeypatch, method_name):
+    """Without looking for NaN. Only a method that needs the ratio of two lengths has kernels of torch's, of numbers."""
+    emulated.use(monkeypatch)
+    method = VARIANTS[method_name]
+    params = [torch.nn.Parameter(torch.randn(7)) for _ in range(5)]
+    optimizer = method.optimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9, on_nonfinite="ignore", **method.hyper)
+    for _ in range(4):  # the last is a step of SAM in LookSAM too
+        gradients = [torch.randn(7) for _ in range(3 * len(params))]
+        before, dispatched = core.launches(), Dispatched()
+        with dispatched:
+            for _ in optimizer.passes():
+                for param in params:
+                    param.grad = gradients.pop()
+    assert core.launches() - before == LAUNCHES[method_name]
+    assert method_name == "stable" or not dispatched.names, dispatched.names
 
 
 def test_a_thousand_tensors_are_one_launch_and_one_upload(core):

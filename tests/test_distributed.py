@@ -13,7 +13,7 @@ import warnings
 import pytest
 import reference
 import torch
-from cases import BASES, METHODS, closure_of, loss_of, make
+from cases import ALL, BASES, VARIANTS, closure_of, loss_of, make
 from ranks import RankError, assert_close, optimizer_of, same_on_all_ranks, share, shares, values
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
@@ -68,6 +68,11 @@ def train_global(rank, world, method_name, base_name, wrapper, model_name, backe
         ("gsam", "sgd_nesterov", "static_graph", "mlp", "auto"),
         ("gam", "sgd_nesterov", "find_unused", "partly_used", "eager"),
         ("gam", "sgd_nesterov", "small_buckets", "mlp", "auto"),
+        ("vasso", "adamw", "plain", "mlp", "auto"),
+        ("momentum_sam", "adamw", "bucket_view", "mlp", "auto"),
+        ("look", "sgd_nesterov", "plain", "mlp", "eager"),
+        ("wsam", "sgd_nesterov", "plain", "mlp", "auto"),
+        ("sagm", "sgd_nesterov", "static_graph", "mlp", "auto"),
     ],
     ids="-".join,
 )
@@ -124,7 +129,7 @@ def accumulate(rank, world):
                 for a, b in optimizer.micro_batches(iter(mine)):
                     turn.backward(loss_of(ddp, a, b) / 3)
         assert_close(values(model), values(alone))
-        assert len(counted) == METHODS[method_name].passes * len(batches)  # once a pass
+        assert len(counted) == ALL[method_name].passes * len(batches)  # once a pass
 
         def leave(optimizer=optimizer):
             for _ in optimizer.passes():
@@ -157,21 +162,32 @@ def gradient_at(params, loss):
 
 
 def train_local(rank, world, method_name, base_name, wrapper, clip):
-    method = METHODS[method_name]
+    method = ALL[method_name]
     (model, batches), (alone, _) = make("mlp"), make("mlp")
     wrapped = DistributedDataParallel(model, **WRAPPERS[wrapper]) if wrapper else model
     counted = reductions_of(wrapped) if wrapper else []
     optimizer = optimizer_of(wrapped, method_name, base_name, sync="local", clip_grad_norm=clip)
     params = list(alone.parameters())
     plain = BASES[base_name](params)
+    states = [{"step": 0, "used": lambda: [True] * len(params)} for _ in range(world)]
     for batch in batches:
         parts = [shares([batch], r, world)[0] for r in range(world)]
         optimizer.step(closure_of(wrapped, *parts[rank]))
         theta = values(alone)
         directions = [
-            method.reference(gradient_at(params, lambda part=part: loss_of(alone, *part)), theta, **method.hyper)
-            for part in parts
+            method.reference(
+                gradient_at(params, lambda part=part: loss_of(alone, *part)),
+                theta,
+                **({"state": state} if method_name in VARIANTS else {}),
+                **method.hyper,
+            )
+            for part, state in zip(parts, states, strict=True)
         ]
+        memories = [state["memory"] for state in states if state.get("memory", [None])[0] is not None]
+        for state in states:
+            state["step"] += 1
+            if memories:
+                state["memory"] = [sum(of_rank) / world for of_rank in zip(*memories, strict=True)]
         for p, value, *ds in zip(params, theta, *directions, strict=True):
             p.data.copy_(value)
             p.grad = sum(ds) / world
@@ -192,6 +208,11 @@ def train_local(rank, world, method_name, base_name, wrapper, clip):
         ("gam", "adamw", "find_unused", 0.05),
         ("gam", "sgd_nesterov", "small_buckets", None),
         ("gam", "sgd_nesterov", None, 0.05),
+        ("vasso", "adamw", "plain", None),
+        ("friendly", "rmsprop", "plain", None),
+        ("look", "sgd_nesterov", "plain", 0.05),
+        ("stable", "adamw", "plain", None),
+        ("previous_gradient", "adamw", "plain", None),
     ],
 )
 def test_a_local_step_is_the_mean_of_the_ranks_directions(two, method_name, base_name, wrapper, clip):

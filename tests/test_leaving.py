@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from cases import METHODS, closure_of, in_turn, loss_of, make, setting
+from cases import ALL, METHODS, closure_of, in_turn, loss_of, make, setting
 from snapshots import assert_close, assert_same, everything, unchanged
 
 import gam_fast
@@ -221,7 +221,7 @@ ENDS = [by_zip, by_islice, by_held_zip_in_a_context, by_next_in_a_context, by_br
 def test_a_loop_that_does_not_ask_again_takes_its_step(method_name, how):
     def train(how):
         model, optimizer, (x, y) = started(method_name)
-        how(optimizer, METHODS[method_name].passes, lambda turn: loss_of(model, x, y).backward())
+        how(optimizer, ALL[method_name].passes, lambda turn: loss_of(model, x, y).backward())
         assert optimizer.turn is None
         return tensors(model, optimizer)
 
@@ -270,7 +270,7 @@ def test_a_break_in_the_last_pass_undoes_the_step_and_says_so(method_name, how):
     model, optimizer, (x, y) = started(method_name)
     message = "left by break or return in its last pass: the step was undone"
     with unchanged(model, optimizer), pytest.warns(UserWarning, match=message):
-        how(optimizer, METHODS[method_name].passes, lambda turn: loss_of(model, x, y).backward())
+        how(optimizer, ALL[method_name].passes, lambda turn: loss_of(model, x, y).backward())
     optimizer.step(closure_of(model, x, y))
 
 
@@ -329,7 +329,7 @@ def test_step_behind_the_loop_is_refused(method_name):
     plain(optimizer.passes(), lambda turn: loss_of(model, x, y).backward())
     with unchanged(model, optimizer), pytest.raises(RuntimeError, match="leave step\\(\\) out|step\\(\\) out"):
         optimizer.step()
-    if METHODS[method_name].passes == 1:  # a gradient of the user's own is one for step()
+    if ALL[method_name].passes == 1:  # a gradient of the user's own is one for step()
         loss_of(model, x, y).backward()  # onto what the loop has left
         optimizer.step()
         model.zero_grad()
@@ -343,7 +343,7 @@ def test_step_behind_the_loop_is_refused(method_name):
 
 def two(method_name, model_name="mlp", known=(True, True)):
     """Over parts of a model; ``known``: which of them are given the model."""
-    method = METHODS[method_name]
+    method = ALL[method_name]
     model, batches = make(model_name)
     params = list(model.parameters())
     first, second = (
@@ -358,7 +358,7 @@ def test_two_optimizers_in_lockstep(method_name):
     """Each walks by the gradients of its own parameters, and clears those; both see the other's perturbation."""
 
     def by_hand(first, second):
-        for _ in range(METHODS[method_name].passes):
+        for _ in range(ALL[method_name].passes):
             yield next(first), next(second)
         assert next(first, None) is next(second, None) is None
 

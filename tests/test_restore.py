@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, EXACT, METHODS, WithDropout, closure_of, in_turn, loss_of, make, pairwise
+from cases import ALL, DTYPES, EXACT, METHODS, WithDropout, closure_of, in_turn, loss_of, make, pairwise
 from snapshots import assert_equal, assert_same, everything, unchanged
 from test_active import train
 
@@ -24,7 +24,7 @@ BASES = [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop]
 
 
 def setting(method_name, dtype=torch.float64, base=torch.optim.SGD, **options):
-    method = (METHODS | EXACT)[method_name]
+    method = (ALL | EXACT)[method_name]
     inner, batches = make("batchnorm_cnn", dtype)
     inner.net[0].weight.requires_grad_(False)
     inner.net[4].eval()
@@ -37,7 +37,7 @@ def setting(method_name, dtype=torch.float64, base=torch.optim.SGD, **options):
 
 @pytest.mark.parametrize(("method_name", "dtype"), MIXED)
 def test_two_hundred_steps_with_lr_zero_change_no_bit(method_name, dtype):
-    method = (METHODS | EXACT)[method_name]
+    method = (ALL | EXACT)[method_name]
     generator = torch.Generator().manual_seed(3)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in [(37,), (5, 7), ()]]
     start = [p.detach().clone() for p in params]
@@ -184,7 +184,7 @@ def test_an_error_in_a_post_hook_keeps_the_finished_step():
     in_turn(METHODS, [torch.float32, torch.bfloat16], [2, 2, 7, 7]),
 )
 def test_results_do_not_depend_on_the_number_of_threads(method_name, dtype, threads):
-    method = METHODS[method_name]
+    method = ALL[method_name]
     shapes = [(701, 523), (90_001,)] if sums.reads_are_free(torch.device("cpu")) else [(71, 53), (9_001,)]
 
     def run(n):

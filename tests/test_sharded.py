@@ -51,6 +51,12 @@ def train(rank, world, kind, method_name, base_name, options):
         ("gsam", "sgd_nesterov", {}),
         ("gam", "adamw", {}),
         ("gam", "sgd_nesterov", {"clip_grad_norm": 0.05}),
+        ("vasso", "adamw", {}),
+        ("momentum_sam", "adamw", {}),
+        ("previous_gradient", "rmsprop", {"backend": "eager"}),
+        ("look", "sgd_nesterov", {"clip_grad_norm": 0.05}),
+        ("wsam", "sgd_nesterov", {}),
+        ("stable", "adamw", {}),
     ],
 )
 def test_fully_shard_takes_the_steps_of_one_process(two, method_name, base_name, options):
@@ -180,20 +186,20 @@ def test_a_step_that_is_left_is_undone_on_all_ranks(two, how):
     two.run(undone, how)
 
 
-def save(rank, world, folder):
+def save(rank, world, folder, method_name="gam"):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     model, batches = make("mlp")
     shard(model, world)
-    optimizer = optimizer_of(model, "gam", "adamw")
+    optimizer = optimizer_of(model, method_name, "adamw")
     for x, y in shares(batches, rank, world):
         optimizer.step(closure_of(model, x, y))
     states = get_state_dict(model, optimizer)
     checkpoint.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
 
 
-def resume(rank, world, folder):
+def resume(rank, world, folder, method_name="gam"):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -202,7 +208,7 @@ def resume(rank, world, folder):
         for p in model.parameters():
             p.zero_()
     shard(model, world)
-    optimizer, single = optimizer_of(model, "gam", "adamw"), optimizer_of(alone, "gam", "adamw")
+    optimizer, single = (optimizer_of(each, method_name, "adamw") for each in (model, alone))
     optimizer.param_groups[0].update(rho=0.9, lr=7.0)
     states = get_state_dict(model, optimizer)
     wanted = {"model": states[0], "optimizer": states[1]}
@@ -219,9 +225,10 @@ def resume(rank, world, folder):
     assert_close(values(model), values(alone), 1e-9)
 
 
-def test_a_checkpoint_resumes_on_another_number_of_ranks(two, four, tmp_path):
-    four.run(save, str(tmp_path))
-    two.run(resume, str(tmp_path))
+@pytest.mark.parametrize("method_name", ["gam", "vasso"])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(two, four, tmp_path, method_name):
+    four.run(save, str(tmp_path), method_name)
+    two.run(resume, str(tmp_path), method_name)
 
 
 # ZeroRedundancyOptimizer

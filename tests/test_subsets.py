@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from cases import BASES, DTYPES, METHODS, MULTIPASS, closure_of, in_turn, loss_of, make, pairwise
+from cases import ALL, BASES, DTYPES, MULTIPASS, closure_of, in_turn, loss_of, make, pairwise
 from ranks import same_on_all_ranks
 from test_trajectories import assert_same_steps
 from torch import nn
@@ -31,7 +31,7 @@ def groups_of(model, choice):
     pairwise(["mlp", "batchnorm_cnn", "partly_used"], MULTIPASS, BASES, CHOICES),
 )
 def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name, choice):
-    method, build = METHODS[method_name], BASES[base_name]
+    method, build = ALL[method_name], BASES[base_name]
     ours, batches = make(model_name)
     theirs = copy.deepcopy(ours)
     optimizer = method.optimizer(groups_of(ours, choice), build, model=ours, **method.hyper)
@@ -71,7 +71,7 @@ def test_exact_gam_takes_the_gradient_norm_of_what_is_perturbed():
 
 @pytest.mark.parametrize(("method_name", "dtype"), in_turn(MULTIPASS, DTYPES))
 def test_what_is_not_perturbed_stays_and_an_undone_step_leaves_no_trace(method_name, dtype):
-    method = METHODS[method_name]
+    method = ALL[method_name]
     model, batches = make("mlp", dtype)
     start = copy.deepcopy(model.state_dict())
     optimizer = method.optimizer(groups_of(model, "matrices"), torch.optim.SGD, lr=0.1, momentum=0.9, **method.hyper)

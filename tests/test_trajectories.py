@@ -7,13 +7,12 @@ import copy
 import pytest
 import reference
 import torch
-from cases import BASES, DTYPES, METHODS, MODELS, VARIANTS, closure_of, loss_of, make, pairwise
+from cases import ALL, BASES, DTYPES, MODELS, VARIANTS, closure_of, loss_of, make, pairwise
 
 from gam_fast import sums
 from gam_fast.stored import MOMENTA
 
 STEPS = 8
-ALL = METHODS | VARIANTS
 
 
 def few_where_slow(steps):
@@ -38,8 +37,12 @@ def reference_step(model, optimizer, method, hyper, x, y):
 
     theta = [p.detach().clone() for p in params]
     if method in VARIANTS.values():
-        state = optimizer.__dict__.setdefault("state_of_reference", {"step": 0, "used": lambda: list(used)})
-        kept = [optimizer.state.get(p, {}) for p in params]
+        state = optimizer.__dict__.setdefault("state_of_reference", {"step": 0})
+        state["used"] = lambda: list(used)
+        kept = [
+            next((each.state[p] for each in getattr(optimizer, "members", [optimizer]) if p in each.state), {})
+            for p in params
+        ]
         state["momentum"] = [next((own[n] for n in MOMENTA if own.get(n) is not None), None) for own in kept]
         hyper = {**hyper, "state": state}
     direction = method.reference(gradient, theta, **hyper)

@@ -1,0 +1,475 @@
+"""What the relatives of SAM ask of the engine: memories, a perturbation before the only pass, laws of the radius.
+
+Their trajectories are in test_trajectories.py, on several processes in test_distributed.py and test_sharded.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import test_accumulation
+import test_amp
+import test_chain
+import test_hooks
+import test_restore
+import test_subsets
+import test_trajectories
+import torch
+from cases import ALL, BASES, DTYPES, MOMENTUM, RANDOM, VARIANTS, closure_of, in_turn, loss_of, make, setting
+from snapshots import assert_close, assert_equal, everything, through_a_file, unchanged
+from test_every_backend import rows_of
+from test_exact import Functional
+
+import gam_fast
+from gam_fast import recipe as language
+
+EACH = list(VARIANTS)
+WITH_MEMORY = ["friendly", "vasso", "previous_gradient", "look"]
+SGD = torch.optim.SGD
+PASSES = [(name, at) for name in EACH for at in range(VARIANTS[name].passes if name != "look" else 1)]
+
+TABLE = {
+    test_restore.test_two_hundred_steps_with_lr_zero_change_no_bit: in_turn(EACH, DTYPES),
+    test_restore.test_a_step_that_is_left_leaves_no_trace_and_the_next_one_works: [
+        (*of, how) for of, how in zip(PASSES, itertools.cycle(test_restore.HOW))
+    ],
+    test_restore.test_a_gradient_that_is_not_finite_undoes_the_step: [
+        (*of, base, math.nan)
+        for of, base in zip(PASSES, itertools.cycle(test_restore.BASES))
+        if of[0] != "cr" and (of[0] != "momentum_sam" or base is not torch.optim.RMSprop)
+    ],
+    test_restore.test_results_do_not_depend_on_the_number_of_threads: in_turn(EACH, [torch.float32], [2, 7]),
+    test_accumulation.test_micro_batches_take_the_step_of_the_large_batch: in_turn(EACH, test_accumulation.GIVEN),
+    test_chain.test_the_trajectory_is_that_of_the_plain_loop: in_turn(EACH, test_chain.PAIRS),
+    test_hooks.test_a_pre_hook_works_on_the_final_direction: [
+        (name, base if name != "momentum_sam" else "sgd") for name, base in in_turn(EACH, test_hooks.BASES)
+    ],
+    test_subsets.test_agrees_with_the_plain_loops_in_fp64: [
+        (model, method, base, choice)
+        for method, model, base, choice in in_turn(
+            EACH, ["mlp", "partly_used"], ["adamw", "sgd_nesterov", "rmsprop"], ["matrices", "biases"]
+        )
+    ],
+    test_amp.test_the_trajectory_is_that_without_a_scaler: in_turn(
+        EACH, [SGD, torch.optim.AdamW, SGD], ["turn", "closure", "scale"]
+    ),
+    test_amp.test_overflow_in_any_pass_undoes_the_step_and_lowers_the_scale: [
+        (*of, "raise", form) for of, form in zip(PASSES, itertools.cycle(["turn", "closure"]))
+    ],
+}
+
+
+@pytest.mark.parametrize(("test", "row"), rows_of(TABLE))
+def test_as_for_the_other_methods(test, row):
+    test(*row)
+
+
+@pytest.mark.usefixtures("_on_the_others")
+@pytest.mark.parametrize(
+    ("model_name", "method_name", "base_name"),
+    [(model, method, base) for method, model, base in in_turn(EACH, ["mlp", "partly_used"], BASES)],
+)
+def test_trajectories_on_the_other_backends(model_name, method_name, base_name):
+    test_trajectories.test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name)
+
+
+# What outlives a step
+
+
+@pytest.mark.parametrize("method_name", WITH_MEMORY)
+def test_a_memory_is_one_tensor_a_parameter_in_the_state_and_nothing_else_is_left(method_name):
+    model, optimizer, batches = setting(method_name, torch.optim.AdamW, lr=1e-2)
+    optimizer.step(closure_of(model, *batches[0]))
+    name = optimizer.recipe.memory.name
+    addresses = [optimizer.state[p][name].data_ptr() for p in model.parameters()]
+    for x, y in batches:
+        optimizer.step(closure_of(model, x, y))
+    for p, address in zip(model.parameters(), addresses, strict=True):
+        assert optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq", name}
+        memory = optimizer.state[p][name]
+        assert (memory.shape, memory.dtype, memory.data_ptr()) == (p.shape, p.dtype, address)
+
+
+@pytest.mark.parametrize("method_name", [name for name in EACH if name not in WITH_MEMORY])
+def test_other_methods_leave_nothing_in_the_state(method_name):
+    model, optimizer, batches = setting(method_name, torch.optim.AdamW, lr=1e-2)
+    for x, y in batches:
+        optimizer.step(closure_of(model, x, y))
+    assert {key for own in optimizer.state.values() for key in own} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("method_name", WITH_MEMORY)
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_a_state_goes_through_the_plain_base_optimizer_and_back(method_name, base):
+    model, optimizer, batches = setting(method_name, base, lr=1e-2)
+    for x, y in batches[:2]:
+        optimizer.step(closure_of(model, x, y))
+    twin, other, _ = setting(method_name, base, lr=1e-2)
+    twin.load_state_dict(model.state_dict())
+    plain = base(twin.parameters(), lr=1e-2)
+    plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    other.load_state_dict(plain.state_dict())
+    if optimizer._schedule.fields:
+        other.param_groups[0].update(optimizer._schedule.fields | {"flat_steps": 2})
+    for x, y in batches[2:]:
+        optimizer.step(closure_of(model, x, y))
+        other.step(closure_of(twin, x, y))
+    assert_equal(model, twin)
+    loss_of(twin, *batches[0]).backward()
+    plain.step()  # it does not mind what it does not know
+
+
+@pytest.mark.parametrize("method_name", [*WITH_MEMORY, "momentum_sam"])
+def test_a_parameter_that_joins_later_begins_its_memory_then(method_name):
+    model, batches = make("mlp")
+    layers = [model.net[0], model.net[2], model.net[4]]
+    for p in layers[0].parameters():
+        p.requires_grad_(False)
+    method = ALL[method_name]
+    twin = copy.deepcopy(model)
+    optimizer = method.optimizer(model.parameters(), MOMENTUM, model=model, **method.hyper)
+    late = list(twin.net[0].parameters())
+    plain = MOMENTUM([p for p in twin.parameters() if p.requires_grad])
+    steps = [batches[k % 4] for k in range(3)]
+    for x, y in steps:
+        optimizer.step(closure_of(model, x, y))
+        test_trajectories.reference_step(twin, plain, method, method.hyper, x, y)
+    for p in (*layers[0].parameters(), *late):
+        p.requires_grad_(True)
+    plain.add_param_group({"params": late})
+    state = plain.__dict__["state_of_reference"]
+    if "memory" in state:
+        state["memory"] = [None, None, *state["memory"]]
+    for x, y in steps:
+        optimizer.step(closure_of(model, x, y))
+        test_trajectories.reference_step(twin, plain, method, method.hyper, x, y)
+    assert_close(model, twin, rtol=1e-10, atol=1e-10)
+
+
+def test_a_parameter_that_moved_before_the_pass_and_got_no_gradient_is_left_alone():
+    first, second = (torch.nn.Parameter(torch.full((3,), 2.0)) for _ in range(2))
+    optimizer = gam_fast.PreviousGradientSAM([first, second], SGD, lr=0.25, momentum=0.5, rho=0.5)
+    optimizer.step(lambda: (first + second).square().sum().backward())
+    before = second.detach().clone(), {k: v.clone() for k, v in optimizer.state[second].items()}
+    for _ in optimizer.passes():
+        assert not torch.equal(second, before[0])
+        first.square().sum().backward()
+    assert torch.equal(second, before[0])
+    assert all(torch.equal(value, optimizer.state[second][key]) for key, value in before[1].items())
+    start = first.detach().clone()
+    for _ in optimizer.passes():
+        pass  # no gradient at all: nothing is done, as by torch's optimizers
+    assert torch.equal(first, start)
+
+
+def test_weights_are_not_those_of_the_model_in_the_only_pass():
+    model, optimizer, batches = setting("momentum_sam")
+    optimizer.step(closure_of(model, *batches[0]))
+    for _ in optimizer.passes():
+        with pytest.raises(RuntimeError, match=r"state_dict\(\) in a pass of MomentumSAM whose weights are perturbed"):
+            optimizer.state_dict()
+        loss_of(model, *batches[1]).backward()
+    loss_of(model, *batches[2]).backward()
+    with pytest.raises(RuntimeError, match="MomentumSAM takes 1 passes? a step: call step"):
+        optimizer.step()
+
+
+def test_a_forward_that_writes_to_a_perturbed_parameter_is_refused():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = gam_fast.PreviousGradientSAM([weight], SGD, lr=0.1)
+    optimizer.step(lambda: weight.square().sum().backward())
+
+    def writing():
+        with torch.no_grad():
+            weight.clamp_(max=0.5)
+        weight.square().sum().backward()
+
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError, match="parameter 0 .*was modified during pass 0 of PreviousGradientSAM"):
+        optimizer.step(writing)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("method_name", ["friendly", "vasso", "wsam", "cr", "sagm", "usam", "stable"])
+def test_a_share_of_the_batch_in_all_passes_but_the_last(method_name):
+    method = ALL[method_name]
+    model, batches = make("mlp")
+    twin = copy.deepcopy(model)
+    optimizer = method.optimizer(model.parameters(), MOMENTUM, ascent_share=0.5, **method.hyper)
+    params = list(twin.parameters())
+    plain, state = MOMENTUM(params), {"step": 0, "used": lambda: [True] * len(params)}
+    for x, y in batches:
+        for turn in optimizer.passes():
+            loss_of(model, *turn.rows(x, y)).backward()
+        part, whole = Functional(twin, x[:6], y[:6], 1.0), Functional(twin, x, y, 1.0)
+        losses = iter([part] * (method.passes - 1) + [whole])
+        theta = [p.detach().clone() for p in params]
+        direction = method.reference(
+            lambda values, them=losses: next(them).gradient(values), theta, state=state, **method.hyper
+        )
+        for p, value, d in zip(params, theta, direction, strict=True):
+            p.data.copy_(value)
+            p.grad = d
+        plain.step()
+        for p, w in zip(params, state.get("after") or [0.0] * len(params), strict=True):
+            p.data.sub_(0.1 * w)
+    assert_close(model, twin, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method_name", ["look", "stable", "wsam_coupled", "vasso"])
+def test_clipping_is_of_what_the_base_optimizer_gets(method_name):
+    model, optimizer, batches = setting(method_name, SGD, lr=1.0)
+    twin, clipped, _ = setting(method_name, SGD, lr=1.0, clip_grad_norm=0.05)
+    for x, y in batches:
+        twin.load_state_dict(model.state_dict())
+        before = [p.detach().clone() for p in model.parameters()]
+        rng = torch.get_rng_state()
+        optimizer.step(closure_of(model, x, y))
+        torch.set_rng_state(rng)
+        clipped.step(closure_of(twin, x, y))
+        whole = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+        cut = [b - p.detach() for b, p in zip(before, twin.parameters(), strict=True)]
+        scale = min(1.0, 0.05 / (float(torch.nn.utils.get_total_norm(whole)) + 1e-6))
+        for a, b in zip(whole, cut, strict=True):
+            torch.testing.assert_close(b, scale * a, rtol=1e-9, atol=1e-12)
+
+
+# Noise
+
+
+def noise_of(optimizer, params):
+    """What a step adds to the parameters, by its only pass."""
+    start = [p.detach().clone() for p in params]
+    found = []
+    for _ in optimizer.passes():
+        found = [p.detach() - s for p, s in zip(params, start, strict=True)]
+        sum(p.square().sum() for p in params).backward()
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_has_the_length_of_its_tensor_times_rho_and_is_another_in_each_step(dtype):
+    params = [
+        torch.nn.Parameter((torch.ones(shape) * size).to(dtype)) for shape, size in (((300, 70), 3.0), ((9000,), 0.5))
+    ]
+    params.append(torch.nn.Parameter(torch.zeros(4, dtype=dtype)))
+    optimizer = RANDOM.optimizer(params, SGD, lr=0.0, rho=0.1, seed=1)
+    first, second = noise_of(optimizer, params), noise_of(optimizer, params)
+    for p, a, b in zip(params[:2], first, second, strict=False):
+        length = float(p.detach().double().norm())
+        assert float(a.double().norm()) == pytest.approx(0.1 * length, rel=0.05)
+        assert abs(float(a.double().mean())) < 5 * 0.1 * length / p.numel()
+        assert abs(float((a.double() * b.double()).sum())) < 0.05 * (0.1 * length) ** 2
+    assert not first[2].any()  # a tensor of zeros has no scale
+    assert optimizer.param_groups[0]["flat_draws"] == 2
+
+
+def test_noise_follows_from_the_seed_and_the_step_alone():
+    def run(seed, drawn=0):
+        params = [torch.nn.Parameter(torch.ones(50)), torch.nn.Parameter(torch.ones(7, 3))]
+        optimizer = gam_fast.RandomSAM(params, SGD, lr=0.0, rho=0.1, seed=seed)
+        torch.rand(drawn)
+        return [noise_of(optimizer, params) for _ in range(2)]
+
+    before = torch.get_rng_state()
+    one = run(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    for ours, same, other in zip(one, run(1, drawn=5), run(2), strict=True):
+        for a, b, c in zip(ours, same, other, strict=True):
+            assert torch.equal(a, b)
+            assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("how", ["exception", "nan", "taken"])
+def test_a_step_with_noise_is_undone_bit_for_bit(how):
+    model, batches = make("batchnorm_cnn", torch.bfloat16)
+    optimizer = gam_fast.RandomSAM(model.parameters(), MOMENTUM, model=model, rho=0.1)
+    optimizer.step(closure_of(model, *batches[0]))
+    before = everything(model, optimizer)
+
+    def closure():
+        loss = loss_of(model, *batches[1])
+        (loss * math.nan if how == "nan" else loss).backward()
+        if how == "exception":
+            raise KeyError
+
+    if how == "taken":
+        optimizer.step(closure)
+        assert optimizer.param_groups[0]["flat_draws"] == 2
+        return
+    with unchanged(model, optimizer), pytest.raises((KeyError, gam_fast.NonFiniteGradientError)):
+        optimizer.step(closure)
+    assert before[4] == everything(model, optimizer)[4]
+
+
+def test_noise_spares_what_is_not_perturbed():
+    still, moved = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
+    optimizer = gam_fast.RandomSAM([{"params": [still], "perturb": False}, {"params": [moved]}], SGD, lr=0.0, rho=0.1)
+    noise = noise_of(optimizer, [still, moved])
+    assert not noise[0].any()
+    assert noise[1].all()
+
+
+# A direction that the user sets
+
+
+def test_a_direction_set_from_outside():
+    model, batches = make("mlp")
+    twin = copy.deepcopy(model)
+    optimizer = gam_fast.FedLESAM(model.parameters(), torch.optim.RMSprop, lr=1e-2, rho=0.3)
+    plain = torch.optim.RMSprop(twin.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    way = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in model.parameters()]
+    for k, (x, y) in enumerate(batches):
+        if k in (1, 3):  # none in the first round, another in the last
+            optimizer.set_direction([k * w for w in way])
+        theta = [p.detach().clone() for p in twin.parameters()]
+        length = torch.nn.utils.get_total_norm(way)
+        with torch.no_grad():
+            for p, w in zip(twin.parameters(), way, strict=True):
+                p.add_(w, alpha=0.3 / float(length) if k else 0.0)
+        plain.zero_grad()
+        loss_of(twin, x, y).backward()
+        with torch.no_grad():
+            for p, value in zip(twin.parameters(), theta, strict=True):
+                p.copy_(value)
+        plain.step()
+        optimizer.step(closure_of(model, x, y))
+    assert_close(model, twin, rtol=1e-9, atol=1e-10)
+    optimizer.set_direction([])
+    assert not any("direction" in own for own in optimizer.state.values())
+
+
+def test_a_wrong_direction_is_refused_and_changes_nothing():
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    optimizer = gam_fast.FedLESAM(params, SGD, lr=0.1)
+    optimizer.set_direction([torch.ones(3), torch.ones(2, 2)])
+    with pytest.raises(ValueError, match=r"a tensor for each of the 2 parameters.*got 1"):
+        optimizer.set_direction([torch.zeros(3)])
+    with pytest.raises(ValueError, match=r"tensor 1 must be of the shape of its parameter, \(2, 2\), got \(4,\)"):
+        optimizer.set_direction([torch.zeros(3), torch.zeros(4)])
+    assert all(optimizer.state[p]["direction"].all() for p in params)
+    for _ in optimizer.passes():
+        with pytest.raises(RuntimeError, match=r"set_direction\(\) while a step"):
+            optimizer.set_direction([])
+        sum(p.sum() for p in params).backward()
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_the_step_of_looksam_that_is_one_of_sam_leaves_no_trace_either(at):
+    model, optimizer, batches = setting("look")
+    for done in range(4):
+        if done in (0, 3):  # the first, and the one after two between
+            with unchanged(model, optimizer), pytest.raises(KeyError):
+                leave(optimizer, model, batches[0], at)
+        optimizer.step(closure_of(model, *batches[done]))
+        assert optimizer.param_groups[0]["flat_steps"] == done + 1
+
+
+def leave(optimizer, model, batch, at):
+    for turn in optimizer.passes():
+        loss_of(model, *batch).backward()
+        if turn.index == at:
+            raise KeyError
+
+
+def test_a_gradient_that_is_folded_unseen_is_among_the_suspects():
+    model, optimizer, batches = setting("cr")
+
+    def spoiled(turn):
+        loss = loss_of(model, *batches[0])
+        (loss * math.nan if turn.index == 1 else loss).backward()
+
+    with unchanged(model, optimizer), pytest.raises(gam_fast.NonFiniteGradientError, match="pass 1 or 2 of CRSAM"):
+        optimizer.step(spoiled)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make_it", "error", "match"),
+    [
+        (
+            lambda p: gam_fast.FriendlySAM(p, SGD, lr=0.1, lam=1.5),
+            ValueError,
+            "FriendlySAM: lam must be from 0 to 1, got 1.5",
+        ),
+        (lambda p: gam_fast.VaSSO(p, SGD, lr=0.1, theta=-0.1), ValueError, "theta must be from 0 to 1, got -0.1"),
+        (lambda p: gam_fast.USAM(p, SGD, lr=0.1, lam=2), ValueError, "lam must be from 0 to 1, got 2"),
+        (lambda p: gam_fast.WSAM(p, SGD, lr=0.1, gamma=1.0), ValueError, "gamma must be from 0 and below 1, got 1.0"),
+        (lambda p: gam_fast.WSAM(p, SGD, lr=0.1, sync="local"), ValueError, "sync='local': pass decouple=False"),
+        (lambda p: gam_fast.RandomSAM(p, SGD, lr=0.1, rho=-1.0), ValueError, "rho must not be negative, got -1.0"),
+        (lambda p: gam_fast.LookSAM(p, SGD, lr=0.1, interval=3), TypeError, "interval is called k here"),
+        (lambda p: gam_fast.LookSAM(p, SGD, lr=0.1, k=0), ValueError, "interval must be at least 1, got 0"),
+        (lambda p: gam_fast.MomentumSAM(p, SGD, lr=0.1), ValueError, "SGD has momentum=0: pass momentum=0.9"),
+        (lambda p: gam_fast.MomentumSAM(p, torch.optim.RMSprop), ValueError, "RMSprop has momentum=0"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(make_it, error, match):
+    with pytest.raises(error, match=match):
+        make_it([torch.nn.Parameter(torch.ones(2))])
+
+
+def test_a_base_that_keeps_no_momentum_by_a_known_name_is_told_of():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.MomentumSAM([weight], torch.optim.Adagrad, lr=0.1)
+    optimizer.step(lambda: weight.square().sum().backward())
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError, match="this Adagrad has none in its state .*pass momentum=0.9"):
+        optimizer.step(lambda: weight.square().sum().backward())
+    assert torch.equal(weight, before)
+
+
+def test_a_scaler_that_steps_by_itself_comes_too_late_for_a_method_that_needs_lengths():
+    model, optimizer, batches = setting("vasso")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def loop():
+        for turn in optimizer.passes():
+            scaler.scale(loss_of(model, *batches[0])).backward()
+            if turn.last:
+                scaler.step(optimizer)
+
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match=r"step of VaSSO.*passes\(scaler=scaler\)"):
+        loop()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"memory": language.Memory("mine", update=(0.0, 1.0))}, "a memory is called .*, got 'mine'"),
+        ({"before": language.Perturbation(language.MEMORY, "rho")}, "before the first pass is the only one"),
+        ({"path": (language.Perturbation(language.MEMORY, "rho"),)}, "goes along a gradient that is not taken yet"),
+        ({"u": (0.5, 1.0), "memory": language.Memory("direction", mix=(0.5, 0.5))}, "mixed into a g0 that serves one"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(change, match):
+    given = {"path": (language.Perturbation(0, "rho"),), "u": (None, 1.0), **change}
+    with pytest.raises(ValueError, match=match):
+        language.Recipe("Mine", "", {"rho": 0.1}, **given)
+
+
+def test_a_method_of_ones_own_is_a_recipe_and_a_class():
+    """An average of gradients, taken off: as FriendlySAM, along its negative."""
+
+    class Against(gam_fast.SharpnessAwareOptimizer):
+        recipe = language.Recipe(
+            name="Against",
+            citation="this test",
+            defaults={"rho": 0.1, "keep": 0.5},
+            path=(language.Perturbation(0, "rho", size=language.Value("rho", -1.0)),),
+            u=(None, 1.0),
+            memory=language.Memory("gradient_average", update=(language.Value("keep"), 1.0)),
+        )
+
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = Against([weight], SGD, lr=0.5, rho=1.0)
+    for x, average in ((2.0, 4.0), (1.0, 4.0)):  # the gradient is 2x; then at x − 1
+        assert weight.item() == x
+        optimizer.step(lambda: weight.square().sum().backward())
+        assert optimizer.state[weight]["gradient_average"].item() == average
+    assert weight.item() == 1.0
