@@ -1,8 +1,8 @@
 """Which steps take the whole recipe, and which are plain steps of the base optimizer.
 
 Every decision follows from the number of steps taken and, for :class:`WhenSteep`, from a running mean and variance:
-these are in ``param_groups`` (``flat_steps``, ``flat_mean``, ``flat_variance``), and so in every ``state_dict``. A step
-that was undone counts for nothing.
+these are in ``param_groups`` (``flat_steps``, ``flat_mean``, ``flat_variance``), and so in every ``state_dict``. So is
+the threshold of :class:`AboveThreshold`. A step that was undone counts for nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ STEPS = "flat_steps"
 LOOKS, MEAN, VARIANCE = "flat_looks", "flat_mean", "flat_variance"
 """The keys of how often :class:`WhenSteep` has looked at ‖g0‖², and of its running mean and variance."""
 
-COUNTS = (STEPS, LOOKS, MEAN, VARIANCE)
+HEIGHT = "flat_height"
+"""The key of A of :class:`AboveThreshold`."""
+
+COUNTS = (STEPS, LOOKS, MEAN, VARIANCE, HEIGHT)
 
 
 class Activity:
@@ -151,18 +154,34 @@ class Sometimes(Activity):
         return random.Random((self.seed << 64) | step).random() < self.probability
 
 
+class Looking(Activity):
+    """A rule that looks at the gradient at θ before it decides.
+
+    Where the answer is no, the step is one of the base optimizer along :math:`g_0`; if that was of a share of the
+    batch, another pass gets the gradient of all of it. The loop over ``passes()`` ends by itself.
+
+    Needs the gradient's norm on the host: on an accelerator the first pass is waited for, so a CUDA graph cannot
+    capture such a step. Processes of data parallelism decide by the mean of their ‖g0‖².
+    """
+
+    @property
+    def start(self) -> dict[str, float]:
+        """What is kept in each parameter group, as it is before the first step."""
+        raise NotImplementedError
+
+    def decide(self, square: float, kept: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
+        """Return the answer to ‖g0‖², and what is to be kept of that when the step was taken."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class WhenSteep(Activity):
+class WhenSteep(Looking):
     r"""Where the gradient at θ is large for what it has been: :math:`‖g_0‖² ≥ μ + c\,σ`.
 
     .. math:: μ ← δ μ + (1−δ) ‖g_0‖², \qquad σ² ← δ σ² + (1−δ) (‖g_0‖² − μ)²
 
     at every step that other rules allow, from the first gradient on (μ is its square, and σ is 0: the first such step
-    takes the whole recipe). Where the answer is no, the step is one of the base optimizer along :math:`g_0`; if that
-    was of a share of the batch, another pass gets the gradient of all of it. The loop over ``passes()`` ends by itself.
-
-    Needs the gradient's norm on the host: on an accelerator the first pass is waited for, so a CUDA graph cannot
-    capture such a step. Processes of data parallelism decide by the mean of their ‖g0‖².
+    takes the whole recipe). What follows from the answer, and what looking costs: :class:`Looking`.
 
     Source: Jiang, Yang, Zhang, Kwok, *An Adaptive Policy to Employ Sharpness-Aware Minimization*, ICLR 2023, arXiv
     2304.14647, where c goes from 1 to −1 in the course of the run; here it stays.
@@ -196,6 +215,67 @@ class WhenSteep(Activity):
         mean = self.decay * mean + (1.0 - self.decay) * square
         variance = self.decay * variance + (1.0 - self.decay) * (square - mean) ** 2
         return square >= mean + self.deviations * math.sqrt(variance), mean, variance
+
+    @property
+    def start(self) -> dict[str, float]:
+        return {LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
+
+    def decide(self, square: float, kept: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
+        looks = int(kept[LOOKS])
+        found, mean, variance = self.look(square, looks, float(kept[MEAN]), float(kept[VARIANCE]))
+        return found, {LOOKS: looks + 1, MEAN: mean, VARIANCE: variance}
+
+
+@dataclass(frozen=True)
+class AboveThreshold(Looking):
+    r"""Where the gradient at θ is as long as a threshold that rises in the course of the run, by C-Flat++.
+
+    .. math:: E_t = \frac{A}{1 + e^{-k (t - t_0)}} - ‖g_0‖, \qquad A ← A - c\, E_t
+
+    The recipe is taken where :math:`E_t ≤ 0`; t counts the looks from 1. What follows from the answer, and what looking
+    costs: :class:`Looking`.
+
+    Source: Li, Yuan, Zhao, Zhu, Lu, Feng, Sun, C-Flat++, arXiv 2508.18860, by the authors' code, whose defaults these
+    are. There each process decides by its own gradient.
+
+    Args:
+        height: A at the start.
+        slope: k.
+        middle: :math:`t_0`.
+        rate: c, from 0 to 1.
+
+    Raises:
+        ValueError, TypeError: out of range, or no numbers.
+
+    >>> rule = AboveThreshold(height=4.0, slope=0.0, rate=0.5)
+    >>> rule.decide(9.0, rule.start)     # the threshold is 2, the length 3
+    (True, {'flat_looks': 1, 'flat_height': 4.5})
+    """
+
+    height: float = 5.0
+    slope: float = 0.01
+    middle: float = 80.0
+    rate: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            _check_number(name, value)
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value!r}")
+        if self.height < 0.0:
+            raise ValueError(f"height must not be negative, got {self.height!r}")
+        if not 0.0 <= self.rate <= 1.0:
+            raise ValueError(f"rate must be from 0.0 to 1.0, got {self.rate!r}")
+
+    @property
+    def start(self) -> dict[str, float]:
+        return {LOOKS: 0, HEIGHT: float(self.height)}
+
+    def decide(self, square: float, kept: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
+        looks, height = int(kept[LOOKS]) + 1, float(kept[HEIGHT])
+        share = 0.5 * (1.0 + math.tanh(0.5 * self.slope * (looks - self.middle)))  # the logistic function
+        excess = height * share - math.sqrt(square)
+        return excess <= 0.0, {LOOKS: looks, HEIGHT: height - self.rate * excess}
 
 
 @dataclass(frozen=True)
@@ -241,9 +321,10 @@ class StepSchedule:
         self.interval = interval
         self.active = active
         self._rules = _rules(active)
-        triggers = [rule for rule in self._rules if isinstance(rule, WhenSteep)]
+        triggers = [rule for rule in self._rules if isinstance(rule, Looking)]
         if len(triggers) > 1:
-            raise ValueError(f"active must have one WhenSteep at most, got {len(triggers)}")
+            names = ", ".join(type(rule).__name__ for rule in triggers)
+            raise ValueError(f"active must have one rule at most that looks at the gradient, got {names}")
         self.trigger = triggers[0] if triggers else None
         self.is_always = interval == 1 and not self._rules
 
@@ -255,7 +336,7 @@ class StepSchedule:
     def fields(self) -> dict[str, float]:
         """What it keeps in each parameter group, as it is before the first step."""
         fields: dict[str, float] = {} if self.is_always else {STEPS: 0}
-        return fields if self.trigger is None else {**fields, LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
+        return fields if self.trigger is None else {**fields, **self.trigger.start}
 
     def wants(self, step: int, *, first: bool = False) -> bool:
         """Return whether step number ``step`` may take the whole recipe, before its first gradient is known.
@@ -271,9 +352,7 @@ class StepSchedule:
         assert self.trigger is not None
         if not math.isfinite(square):  # the step will see to it
             return True, {}
-        looks = int(group[LOOKS])
-        found, mean, variance = self.trigger.look(square, looks, float(group[MEAN]), float(group[VARIANCE]))
-        return found, {LOOKS: looks + 1, MEAN: mean, VARIANCE: variance}
+        return self.trigger.decide(square, group)
 
 
 def _rules(active: Rules) -> list[Activity]:

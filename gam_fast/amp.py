@@ -78,8 +78,8 @@ class GivenScale:
             )
         if schedule is not None:
             raise RuntimeError(
-                "scaler.step(optimizer) in a step with a rule WhenSteep, which looks at the first gradient before the "
-                "scale is known: leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
+                "scaler.step(optimizer) in a step with a rule such as WhenSteep, which looks at the first gradient "
+                "before the scale is known: leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
             )
         if self.unscaled and recipe.passes > 1:
             raise RuntimeError(

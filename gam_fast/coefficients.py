@@ -29,6 +29,7 @@ class Coefficients:
         radius, multiple: of each perturbation by its place in the path, by group, negative in groups that ascend.
         after: α of the step after that of the base, by group.
         mix, update, add: the coefficients of the memory, by group.
+        hyper: the hyper-parameters by group, which all this is made of.
         weights: of vectors that are parts of what they stand for.
         eta: η by group, ``None`` unless the recipe is adaptive.
 
@@ -43,7 +44,7 @@ class Coefficients:
         found = [recipe.coefficients(h) for h in hyper]
         sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
         self.gamma = [gamma for _, _, gamma in found]
-        self._hyper = hyper
+        self.hyper = hyper
         self._u = [[c[i] for c, _, _ in found] for i in range(recipe.vectors)]
         self._m = [[d[i] if d else 0.0 for _, d, _ in found] for i in range(recipe.vectors)]
         for i in recipe.products:
@@ -70,7 +71,7 @@ class Coefficients:
         self.weights: dict[int, float] = {}
 
     def _by_group(self, coefficient: Coefficient) -> list[float]:
-        return [value_of(coefficient, h) for h in self._hyper]
+        return [value_of(coefficient, h) for h in self.hyper]
 
     def again(
         self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]

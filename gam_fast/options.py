@@ -157,7 +157,7 @@ class Settings:
         """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
         looking = [f"on_nonfinite={self.on_nonfinite!r}"] if self.on_nonfinite != "ignore" else []
         if self.schedule is not None:
-            looking.append("a rule WhenSteep")
+            looking.append("a rule such as WhenSteep")
         refuse_to_look(looking, devices)
 
 

@@ -75,9 +75,8 @@ class Path:
 
     def stay(self) -> None:
         """The step becomes one of the base optimizer."""
-        groups = self._base.param_groups
         self.recipe = self.recipe.plain
-        self.coefficients = Coefficients(self.recipe, groups, [{} for _ in groups])
+        self.coefficients = Coefficients(self.recipe, self._base.param_groups, self.coefficients.hyper)
 
     def begin(self) -> None:
         """Before the only pass: step along a vector that is older."""
@@ -85,6 +84,11 @@ class Path:
         assert move is not None
         assert isinstance(move.along, str)
         blocks, memory = self.blocks, self.recipe.memory
+        if self.settings.schedule is not None:
+            raise ValueError(
+                f"active={self.settings.schedule.trigger} of {self.recipe.name} would look at the gradient at θ, which "
+                "this method does not take: choose its steps by another rule of gam_fast.active"
+            )
         if move.along == NOISE:
             if movable := blocks.movable():
                 blocks.activate(movable)

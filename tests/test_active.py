@@ -15,7 +15,7 @@ from snapshots import assert_close, assert_equal, assert_same, everything, throu
 from torch import nn
 
 import gam_fast
-from gam_fast.active import Activity, Between, Late, Sometimes, WhenSteep
+from gam_fast.active import AboveThreshold, Activity, Between, Late, Sometimes, WhenSteep
 
 STEPS = 6
 
@@ -205,6 +205,56 @@ def test_steep_steps_take_the_recipe_and_others_the_base(method_name, share):
         assert train(ours, optimizer, [(x, y)]) == [passes]
         assert_equal(ours, theirs)
     assert 2 <= sum(kinds) <= 10
+
+
+def test_the_rule_of_c_flat_plus_plus():
+    """By the authors' code: E = A/(1 + exp(−k (t − t0))) − ‖g0‖, C-Flat where E ≤ 0, then A ← A − c E."""
+    model, batches = make("mlp")
+    rule = AboveThreshold(height=1.2, slope=0.4, middle=4.0, rate=0.1)
+    optimizer = gam_fast.CFlat(model.parameters(), torch.optim.SGD, lr=0.3, active=rule)
+    height, kinds = 1.2, []
+    for t, (x, y) in enumerate(data(batches, 12), 1):
+        norm = math.sqrt(
+            sum(float(g.square().sum()) for g in torch.autograd.grad(loss_of(model, x, y), model.parameters()))
+        )
+        excess = height / (1.0 + math.exp(-0.4 * (t - 4.0))) - norm
+        height -= 0.1 * excess
+        kinds.append(excess <= 0.0)
+        assert train(model, optimizer, [(x, y)]) == [4 if kinds[-1] else 1]
+        assert optimizer.param_groups[0]["flat_height"] == pytest.approx(height, rel=1e-9)
+    assert len(set(kinds)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"height": -1.0}, ValueError, "height must not be negative, got -1.0"),
+        ({"rate": 1.5}, ValueError, "rate must be from 0.0 to 1.0, got 1.5"),
+        ({"slope": math.inf}, ValueError, "slope must be finite, got inf"),
+        ({"middle": "80"}, TypeError, "middle must be a number, got '80'"),
+    ],
+)
+def test_a_threshold_out_of_range_is_refused(options, error, match):
+    with pytest.raises(error, match=match):
+        AboveThreshold(**options)
+
+
+def test_a_method_without_a_gradient_at_the_start_takes_no_rule_that_looks_at_it():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.PreviousGradientSAM([weight], torch.optim.SGD, lr=0.1, active=WhenSteep())
+    with pytest.raises(
+        ValueError, match=r"active=WhenSteep.* would look at the gradient at θ, which this method does not"
+    ):
+        optimizer.step(lambda: weight.square().sum().backward())
+
+
+def test_a_step_of_looksam_that_is_not_steep_is_one_between():
+    model, batches = make("mlp")
+    twin = copy.deepcopy(model)
+    steep = gam_fast.LookSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=1, active=WhenSteep(deviations=1e9))
+    plain = gam_fast.LookSAM(twin.parameters(), torch.optim.SGD, lr=0.1, k=100)
+    assert train(model, steep, batches) == train(twin, plain, batches) == [2, 1, 1, 1]
+    assert_equal(model, twin)
 
 
 def test_after_a_step_that_is_not_steep_the_gradient_is_that_at_the_start():
@@ -440,7 +490,11 @@ def test_interval_and_rules_may_be_set_between_steps():
         (lambda: {"active": "always"}, TypeError, "active must be a rule .*got 'always'"),
         (lambda: {"active": 0.5}, TypeError, "active must be a rule .*got 0.5"),
         (lambda: {"active": Between}, TypeError, "got the class Between: construct it"),
-        (lambda: {"active": [WhenSteep(), WhenSteep()]}, ValueError, "one WhenSteep at most, got 2"),
+        (
+            lambda: {"active": [WhenSteep(), WhenSteep()]},
+            ValueError,
+            "one rule at most that looks at the gradient, got WhenSteep, WhenSteep",
+        ),
         (lambda: {"active": Between(-1)}, ValueError, "start must not be negative, got -1"),
         (lambda: {"active": Between(0.5)}, ValueError, "start=0.5 is a fraction of the run: give total_steps="),
         (lambda: {"active": Between(1.5, total_steps=9)}, ValueError, "start .*from 0.0 to 1.0, got 1.5"),

@@ -297,5 +297,5 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
         with pytest.raises(RuntimeError, match=f"on_nonfinite='{policy}' looks at the norms.*on_nonfinite='ignore'"):
             settings.check_capture(cuda)
     settings.schedule = gam_fast.active.StepSchedule()
-    with pytest.raises(RuntimeError, match="a rule WhenSteep looks at the norms.*without such rules and radii"):
+    with pytest.raises(RuntimeError, match="a rule such as WhenSteep looks at the norms.*without such rules and radii"):
         settings.check_capture(cuda)
