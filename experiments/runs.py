@@ -20,9 +20,6 @@ from gam_fast import flatness
 
 from .tasks import Task
 
-PASSES = {"base": 1, "SAM": 2, "GAM": 4}
-
-
 @dataclass(frozen=True)
 class Contender:
     """A method, the share of the batch that its ascent sees, and how often it ascends."""
@@ -40,7 +37,15 @@ class Contender:
     @property
     def ascents(self) -> float:
         """Passes besides the last, for each step."""
-        return (PASSES[self.method] - 1) / self.interval
+        return (self.kind.recipe.passes - 1) / self.interval
+
+    @property
+    def kind(self) -> type[gam_fast.SharpnessAwareOptimizer]:
+        """The class."""
+        found: type[gam_fast.SharpnessAwareOptimizer] = getattr(
+            gam_fast, "Base" if self.method == "base" else self.method
+        )
+        return found
 
     def optimizer(self, model: torch.nn.Module, task: Task) -> gam_fast.SharpnessAwareOptimizer:
         """For a model, around the base optimizer of a task."""
@@ -48,11 +53,8 @@ class Contender:
         if self.share < 1:
             own["ascent_share"] = self.share
         if self.interval > 1:
-            own["interval"] = self.interval
-        method: type[gam_fast.SharpnessAwareOptimizer] = getattr(
-            gam_fast, "Base" if self.method == "base" else self.method
-        )
-        return method(model.parameters(), task.base, model=model, **task.hyper, **own)
+            own["k" if self.method == "LookSAM" else "interval"] = self.interval
+        return self.kind(model.parameters(), task.base, model=model, **task.hyper, **own)
 
 
 CONTENDERS: Mapping[str, Contender] = {
@@ -71,6 +73,12 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("GAM", 0.5, interval=3),
         Contender("GAM", 0.33, interval=2),
         Contender("GAM", 0.25, interval=2),
+        Contender("MomentumSAM"),
+        Contender("PreviousGradientSAM"),
+        Contender("RandomSAM"),
+        Contender("LookSAM", interval=5),
+        Contender("FriendlySAM"),
+        Contender("VaSSO"),
     )
 }
 

@@ -308,7 +308,7 @@ def test_loss_scaling_changes_no_decision(share):
             if turn.last:
                 scaler.step(optimizer)
 
-    message = r"a rule WhenSteep.*call passes\(scaler=scaler\)"
+    message = r"a rule such as WhenSteep.*call passes\(scaler=scaler\)"
     with unchanged(ours, optimizer), pytest.raises(RuntimeError, match=message):
         step()
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import test_accumulation
@@ -25,6 +27,7 @@ from test_exact import Functional
 
 import gam_fast
 from gam_fast import recipe as language
+from gam_fast.backends.native import NativeBackend
 
 EACH = list(VARIANTS)
 WITH_MEMORY = ["friendly", "vasso", "previous_gradient", "look"]
@@ -473,3 +476,87 @@ def test_a_method_of_ones_own_is_a_recipe_and_a_class():
         optimizer.step(lambda: weight.square().sum().backward())
         assert optimizer.state[weight]["gradient_average"].item() == average
     assert weight.item() == 1.0
+
+
+# What each costs
+
+
+class Counted:
+    """Reads and writes of the native backend in units of N, as backends/base.py gives them, and allocations."""
+
+    def __init__(self, monkeypatch):
+        self.traffic = self.allocated = 0
+        for name in ("allocate", "square_norm", "perturb", "inner_products", "direction", "update"):
+            monkeypatch.setattr(NativeBackend, name, self._counting(name, getattr(NativeBackend, name)))
+
+    def _counting(self, name, original):
+        def counting(backend, *args, **options):
+            self.traffic += getattr(self, f"_{name}")(*args, **options)
+            return original(backend, *args, **options)
+
+        return counting
+
+    def _allocate(self, like):
+        self.allocated += 1
+        return 0
+
+    def _square_norm(self, leaves, a, b=None, eta=None):
+        return 1 + (b is not None)
+
+    def _perturb(self, leaves, a, b, radius, square, *, from_start, eta=None, fold=None, multiple=None):
+        folded = 0 if fold is None else 1 + sum(all(x is not y for y in (a, b)) for x in (fold.into, fold.other))
+        return 3 + (b is not None) + (not leaves.saved) + folded
+
+    def _used(self, d):
+        return sum(any(p) or bool(d.q and any(d.q[t])) for t, p in enumerate(d.p))
+
+    def _inner_products(self, leaves, u, m, groups):
+        return sum(any(p) or bool(m and any(m.p[t])) for t, p in enumerate(u.p))
+
+    def _direction(self, leaves, d, out):
+        return self._used(d) + 1 + 2 * leaves.saved
+
+    def _update(self, leaves, d, *rest):
+        return self._used(d) - 1  # the first takes the place of the gradient
+
+
+def documented_costs():
+    """The table of docs/methods.md: for each class between, in a step, and the traffic of its steps."""
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    for names, _, *numbers in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE):
+        for name, coupled in re.findall(r"`(\w+)`( coupled)?", names):
+            yield name + coupled, [[int(n) for n in re.findall(r"(\d+)(?: N|$)", number)] for number in numbers]
+
+
+COSTS = dict(documented_costs())
+CASES = {
+    type_.optimizer.recipe.name: name for name, type_ in ALL.items() if name not in ("base", "asam", "gam_release")
+}
+CASES |= {"WSAM": "wsam", "WSAM coupled": "wsam_coupled"}
+
+
+def test_every_method_has_its_cost_on_the_page():
+    assert COSTS.keys() == {*CASES, "RandomSAM", "FedLESAM"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_and_traffic_are_those_of_the_page(name, monkeypatch):
+    method = ALL[CASES[name]]
+    params = [torch.nn.Parameter(torch.randn(40)) for _ in range(3)]
+    optimizer = method.optimizer(params, SGD, lr=0.01, momentum=0.9, **method.hyper)
+
+    counted = Counted(monkeypatch)
+    held, traffic = 0, []
+    for _ in range(7):
+        counted.traffic = 0
+        for _ in optimizer.passes():
+            for block in optimizer._progress.current.blocks.all:
+                held = max(held, block.leaves.saved + len(block.grads))
+            before = counted.allocated
+            sum(p.square().sum() for p in params).backward()
+        if optimizer.recipe.passes == 1:
+            held = max(held, 1 + counted.allocated - before)  # copies at the end
+        traffic.append(counted.traffic)
+    found = sorted({*traffic[3:]}) if name == "LookSAM" else traffic[-1:]
+    between = optimizer.recipe.memory is not None
+    assert COSTS[name] == [[int(between)], [held], found]
