@@ -25,7 +25,7 @@ import test_trajectories
 import test_updates
 import test_weight_caches
 import torch
-from cases import BASES, DTYPES, METHODS, in_turn
+from cases import BASES, DTYPES, METHODS, VARIANTS, in_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
 
@@ -36,7 +36,9 @@ NAN, INF = float("nan"), float("inf")
 
 TABLE = {
     test_trajectories.test_agrees_with_the_plain_loops_in_fp64: [
-        (model, method, base) for method, model, base in in_turn(EACH, ["mlp", "partly_used"], BASES)
+        (model, method, base)
+        for methods in (EACH, list(VARIANTS))
+        for method, model, base in in_turn(methods, ["mlp", "partly_used"], BASES)
     ],
     test_trajectories.test_groups_may_differ_in_every_hyper_parameter: [("gam",)],
     test_trajectories.test_one_step_in_low_precision_stays_within_the_derived_bound: [

@@ -1,6 +1,7 @@
 """What the relatives of SAM ask of the engine: memories, a perturbation before the only pass, laws of the radius.
 
-Their trajectories are in test_trajectories.py, on several processes in test_distributed.py and test_sharded.py.
+Their trajectories are in test_trajectories.py and test_every_backend.py, on several processes in test_distributed.py
+and test_sharded.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import test_restore
 import test_subsets
 import test_trajectories
 import torch
-from cases import ALL, BASES, DTYPES, MOMENTUM, RANDOM, VARIANTS, closure_of, in_turn, loss_of, make, setting
+from cases import ALL, DTYPES, MOMENTUM, RANDOM, VARIANTS, closure_of, in_turn, loss_of, make, setting
 from snapshots import assert_close, assert_equal, everything, through_a_file, unchanged
 from test_every_backend import rows_of
 from test_exact import Functional
@@ -68,15 +69,6 @@ TABLE = {
 @pytest.mark.parametrize(("test", "row"), rows_of(TABLE))
 def test_as_for_the_other_methods(test, row):
     test(*row)
-
-
-@pytest.mark.usefixtures("_on_the_others")
-@pytest.mark.parametrize(
-    ("model_name", "method_name", "base_name"),
-    [(model, method, base) for method, model, base in in_turn(EACH, ["mlp", "partly_used"], BASES)],
-)
-def test_trajectories_on_the_other_backends(model_name, method_name, base_name):
-    test_trajectories.test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name)
 
 
 # What outlives a step
