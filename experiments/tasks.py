@@ -46,7 +46,7 @@ class Task:
         about: a sentence on data and network.
         build: the network with the weights of a seed.
         base: class of the base optimizer, and ``hyper`` its arguments; the learning rate falls along a cosine.
-        methods: hyper-parameters of SAM and GAM.
+        methods: hyper-parameters of each.
         own: what a method has of its own at a share of the batch and an interval, in place of what ``methods`` says.
         radius: ρ of R1.
         measured: examples of the training set on which λmax and R1 are measured, which takes longer than training.
@@ -123,7 +123,15 @@ def digits(wrong_labels: bool = True) -> Task:
         hyper={"lr": setting.lr, "momentum": setting.momentum},
         epochs=setting.epochs,
         batch=setting.batch_size,
-        methods={method.name: method.hyper for method in demo.METHODS if method.name in ("SAM", "GAM")},
+        methods={
+            **{method.name: method.hyper for method in demo.METHODS if method.name in ("SAM", "GAM")},
+            "MomentumSAM": {"rho": 0.4},
+            "PreviousGradientSAM": {"rho": 0.07},
+            "RandomSAM": {"rho": 0.2},
+            "LookSAM": {"rho": 0.1, "alpha": 0.3},
+            "FriendlySAM": {"rho": 0.1},
+            "VaSSO": {"rho": 0.05},
+        },
         own={
             ("GAM", 0.15, 1): {"alpha": 0.15},
             # at every step SAM fails to train with so large a radius

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeAlias
 
+from .recipe import Recipe
+
 STEPS = "flat_steps"
 """The key in ``param_groups`` of the number of steps taken, where steps differ."""
 
@@ -343,8 +345,17 @@ class StepSchedule:
 
         It is the last step of each interval that does, with ``first`` the first.
         """
-        if self.interval != 1 and (step + (not first)) % self.interval != 0:
-            return False
+        return (self.interval == 1 or (step + (not first)) % self.interval == 0) and self.allows(step)
+
+    def choose(self, recipe: Recipe, step: int) -> Recipe:
+        """Return the recipe of the step: the whole one, the one for the steps between, or the base optimizer alone."""
+        between = recipe.between
+        if self.wants(step, first=between is not None):
+            return recipe
+        return between if between is not None and self.allows(step) else recipe.plain
+
+    def allows(self, step: int) -> bool:
+        """Return whether the rules allow the step, whatever the interval."""
         return all(rule.before(step) for rule in self._rules)
 
     def look(self, square: float, group: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:

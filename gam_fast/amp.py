@@ -72,8 +72,11 @@ class GivenScale:
         """
         if is_local or recipe.second_order or recipe.needs_lengths:
             kind = "with sync='local'" if is_local else f"of {recipe.name}"
+            why = "torch looks at the gradients of one pass on one process"
+            if recipe.needs_lengths and not is_local:
+                why = "the method needs the length of the first gradient, which is not known before the scale is"
             raise RuntimeError(
-                f"scaler.step(optimizer) in a step {kind}: torch looks at the gradients of one pass on one process. "
+                f"scaler.step(optimizer) in a step {kind}: {why}. "
                 "Leave scaler.step and scaler.update out, and call passes(scaler=scaler)"
             )
         if schedule is not None:

@@ -78,13 +78,27 @@ def _check(base: Optimizer) -> None:
 @contextlib.contextmanager
 def without_memories(state: MutableMapping[Any, dict[str, Any]]) -> Iterator[None]:
     """Hide a state that holds nothing of the base optimizer's: it makes its own where it finds none."""
-    alone = [param for param, own in state.items() if own and own.keys() <= set(MEMORIES)]
+    alone = [key for key, own in state.items() if isinstance(own, dict) and own and own.keys() <= set(MEMORIES)]
     hidden = {param: state.pop(param) for param in alone}
     try:
         yield
     finally:
         for param, own in hidden.items():
             state[param].update(own)
+
+
+def ascends(base: Optimizer) -> bool:
+    """Return whether a base maximizes by an attribute of its own, as those of pytorch-optimizer do."""
+    return any(getattr(member, "maximize", False) is True for member in members(base))
+
+
+def with_signs(base: Optimizer) -> list[dict[str, Any]]:
+    """The parameter groups, each with ``maximize`` as its optimizer has it."""
+    return [
+        {"maximize": getattr(member, "maximize", False) is True, **group}
+        for member in members(base)
+        for group in member.param_groups
+    ]
 
 
 def filled(base: Optimizer) -> list[set[str]]:

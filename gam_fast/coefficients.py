@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from .recipe import MOMENTUM, NOISE, Coefficient, Fold, Perturbation, Recipe, Value, value_of
+from .recipe import MEMORY, MOMENTUM, NOISE, Coefficient, Fold, Perturbation, Recipe, Value, value_of
 
 Rows: TypeAlias = "list[list[float]]"
 """By vector and parameter group."""
@@ -29,7 +29,6 @@ class Coefficients:
         radius, multiple: of each perturbation by its place in the path, by group, negative in groups that ascend.
         after: α of the step after that of the base, by group.
         mix, update, add: the coefficients of the memory, by group.
-        hyper: the hyper-parameters by group, which all this is made of.
         weights: of vectors that are parts of what they stand for.
         eta: η by group, ``None`` unless the recipe is adaptive.
 
@@ -41,10 +40,13 @@ class Coefficients:
 
     def __init__(self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
         self._made_of = recipe, list(hyper), list(map(_MAXIMIZES, groups))
+        for name in recipe.bounds:  # they may have changed since
+            for h in hyper:
+                recipe.check(name, h[name])
         found = [recipe.coefficients(h) for h in hyper]
         sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
         self.gamma = [gamma for _, _, gamma in found]
-        self.hyper = hyper
+        self._hyper = hyper
         self._u = [[c[i] for c, _, _ in found] for i in range(recipe.vectors)]
         self._m = [[d[i] if d else 0.0 for _, d, _ in found] for i in range(recipe.vectors)]
         for i in recipe.products:
@@ -56,7 +58,8 @@ class Coefficients:
         self.multiple: dict[int, list[float]] = {}
         for i, move in ((BEFORE, recipe.before), *enumerate(recipe.path)):
             if isinstance(move, Perturbation):
-                is_old = move.along in (MOMENTUM, NOISE) or move.along in recipe.products
+                given = move.along == MEMORY and recipe.memory is not None and not recipe.memory.is_updated
+                is_old = given or move.along in (MOMENTUM, NOISE) or move.along in recipe.products
                 signs = [1.0] * len(sign) if is_old else sign
                 size = Value(move.radius) if move.size is None else move.size
                 self.radius[i] = [s * x for s, x in zip(signs, self._by_group(size), strict=True)]
@@ -71,7 +74,7 @@ class Coefficients:
         self.weights: dict[int, float] = {}
 
     def _by_group(self, coefficient: Coefficient) -> list[float]:
-        return [value_of(coefficient, h) for h in self.hyper]
+        return [value_of(coefficient, h) for h in self._hyper]
 
     def again(
         self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import bases, radius
 from .active import COUNTS
-from .bases import Given, build_base, filled, is_instance, left_behind, members
+from .bases import Given, ascends, build_base, filled, is_instance, left_behind, members
 from .hooks import Hooked
 from .noise import DRAWS
 from .options import check_arguments, check_keys, check_params
@@ -28,6 +28,7 @@ class AroundBase(Hooked):
     """
 
     recipe: ClassVar[Recipe] = BASE
+    _ascends: bool = False  # by an attribute of the base, and not by its groups
     _progress: Progress
 
     def _build(
@@ -46,6 +47,7 @@ class AroundBase(Hooked):
             radius.is_auto(value)
         check_arguments(type(self).__name__, tuple(own), params, base_optimizer, hyper)
         self.base = build_base(params, base_optimizer, hyper)
+        self._ascends = ascends(self.base)
         prefix = self.recipe.name.lower()
         taken = {name for member in members(self.base) for name in member.defaults}
         self._keys = {name: f"{prefix}_{name}" if name in taken else name for name in own}
@@ -125,7 +127,8 @@ class AroundBase(Hooked):
             )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self.base.state_dict()
+        with bases.without_memories(self.base.state):  # the base optimizer alone could not go on with these
+            state_dict = self.base.state_dict()
         groups = bases.groups_in(state_dict) or []
         state_dict = bases.with_groups(state_dict, [{**group, bases.METHOD: self.recipe.name} for group in groups])
         for post_hook in self._optimizer_state_dict_post_hooks.values():

@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import recipes
-from .active import STEPS
 from .bases import Given
 from .noise import DRAWS
 from .optimizer import SharpnessAwareOptimizer
@@ -59,14 +58,16 @@ class MomentumSAM(SharpnessAwareOptimizer):
         **options: Unpack[OptionsWithAlpha],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, **options)
+        if type(self.base).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "MomentumSAM: a ZeroRedundancyOptimizer has on each process the momentum of some parameters only, and "
+                "processes would go to different points: use fully_shard (FSDP2)"
+            )
         if all(group.get("momentum") == 0 and "betas" not in group for group in self.param_groups):
             raise ValueError(
                 f"MomentumSAM goes along the momentum of its base optimizer, and this {type(self.base).__name__} has "
                 "momentum=0: pass momentum=0.9, or a base optimizer such as AdamW"
             )
-
-    def _kept(self) -> dict[str, float]:
-        return {STEPS: 0, **super()._kept()}  # from the second step on there is a momentum
 
 
 @documented
@@ -121,7 +122,8 @@ class RandomSAM(SharpnessAwareOptimizer):
     Args:
         params: as everywhere.
         rho: ρ, length of the noise relative to that of the tensor.
-        seed: of the noise, the same on all ranks; that of a step depends on it and on the number of the step.
+        seed: of the noise, the same on all ranks; that of a step depends on it and on the number of the step. That of
+            the first group counts.
         options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -143,10 +145,20 @@ class RandomSAM(SharpnessAwareOptimizer):
         seed: int = 0,
         **options: Unpack[OptionsWithAlpha],
     ) -> None:
+        self._check_seed(seed)
         super().__init__(params, base_optimizer, rho=rho, seed=seed, **options)
 
     def _kept(self) -> dict[str, float]:
         return {DRAWS: 0, **super()._kept()}
+
+    def _check_hyper(self, group: dict[str, Any]) -> None:
+        super()._check_hyper(group)
+        self._check_seed(group.get("seed", 0))
+
+    @staticmethod
+    def _check_seed(seed: object) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"RandomSAM: seed must be an integer that is not negative, got {seed!r}")
 
 
 @documented
@@ -157,7 +169,7 @@ class FedLESAM(SharpnessAwareOptimizer):
 
     v is what :meth:`set_direction` was given, ``direction`` in the state; a memory of 1 N. A parameter that has none
     stays in place. In FedLESAM v is the global model that the client had before, less the one that it has got now, and
-    there is none in its first round.
+    there is none in its first round. A checkpoint has it from the first step on that was taken with it.
 
     Source: Fan, Hu, Yao, Tian, Zhang, Sugiyama, Wang, ICML 2024, arXiv 2405.18890, by its formulas; the default is
     ours. Errors: :class:`SharpnessAwareOptimizer`.
@@ -195,7 +207,7 @@ class FedLESAM(SharpnessAwareOptimizer):
             direction: a tensor for each parameter, in the order of the groups; none at all for no perturbation.
 
         Raises:
-            ValueError: not one tensor for each parameter, or one of another shape; nothing is then changed.
+            ValueError: not one finite tensor for each parameter, or one of another shape; nothing is then changed.
             RuntimeError: during a step.
         """
         self._refuse_nesting("set_direction()")
@@ -206,6 +218,8 @@ class FedLESAM(SharpnessAwareOptimizer):
                 f"got {len(vectors)}"
             )
         for i, (param, vector) in enumerate(zip(params, vectors, strict=False)):
+            if not isinstance(vector, Tensor) or not bool(vector.isfinite().all()):
+                raise ValueError(f"set_direction(): tensor {i} must be a finite tensor, got {vector!r:.60}")
             if vector.shape != param.shape:
                 raise ValueError(
                     f"set_direction(): tensor {i} must be of the shape of its parameter, {tuple(param.shape)}, got "

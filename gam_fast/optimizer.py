@@ -16,7 +16,7 @@ from . import radius, stored
 from .active import STEPS, Rules, StepSchedule
 from .amp import GivenScale, LossScale, check_not_forgotten, now
 from .backends import Backend, select
-from .bases import Given, filled, members
+from .bases import Given, ascends, filled, members, with_signs
 from .buffers import ForwardState
 from .coefficients import Coefficients
 from .distributed import SYNC, check_supported
@@ -173,7 +173,7 @@ class SharpnessAwareOptimizer(AroundBase):
 
     @property
     def interval(self) -> float:
-        """Every how many steps the whole recipe is taken; may be set between steps, which then count anew."""
+        """Every how many steps the whole recipe is taken; may be set between steps."""
         return self._schedule.interval
 
     @interval.setter
@@ -250,10 +250,10 @@ class SharpnessAwareOptimizer(AroundBase):
         A closure whose one required argument is called ``turn`` gets the :class:`~gam_fast.Turn`, for
         ``turn.rows(x, y)``. For ``ExactGAM`` it returns the loss and does not call backward.
 
-        Returns what the closure returned in the first pass: the loss at θ, before any perturbation (``None`` when it
-        returns nothing). Without a closure, a recipe of one pass uses the gradients there are, as any torch optimizer,
-        and does nothing where there are none; the others refuse. Without one in the last pass of a loop over
-        :meth:`passes`, it takes that step there and then, and the loop ends.
+        Returns what the closure returned in the first pass (``None`` when it returns nothing): the loss at θ, or, of a
+        method whose only gradient is at another point, the loss there. Without a closure, ``Base`` uses the gradients
+        there are, as any torch optimizer, and does nothing where there are none; others refuse. Without one in the last
+        pass of a loop over :meth:`passes`, it takes that step there and then, and the loop ends.
 
         Args:
             closure: evaluates the loss, by ``scaler.scale(loss).backward()`` where there is a ``scaler``.
@@ -331,11 +331,14 @@ class SharpnessAwareOptimizer(AroundBase):
             if only_makes_state(self.base):
                 self.base.step()
                 if self.recipe.memory is not None and self.recipe.memory.is_updated:
-                    stored.make(list(self._parameters()), self.recipe.memory.name, self.base.state)
+                    made = stored.make(self._parameters(), self.recipe.memory.name, self.base.state)
+                    self._progress.begin_with = partial(stored.forget, made, self.recipe.memory.name, self.base)
                 return
+            several = self.recipe.passes > 1
+            what = f"{self.recipe.passes} passes a step" if several else "its gradient at another point"
             raise RuntimeError(
-                f"{type(self).__name__} takes {self.recipe.passes} passes a step: call step(closure), which is "
-                "called once a pass, or run forward and backward in `for turn in optimizer.passes():`. Where a "
+                f"{type(self).__name__} takes {what}: call step(closure), which is called once a pass, or run forward "
+                "and backward in `for turn in optimizer.passes():`. Where a "
                 "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning's "
                 "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
                 "no scaler. Behind a loop over passes(), which has taken its step, leave step() out"
@@ -372,7 +375,7 @@ class SharpnessAwareOptimizer(AroundBase):
             )
         return step.micro_batches(batches)
 
-    def _update(self, directions: Directions) -> None:
+    def _update(self, directions: Directions) -> Sequence[torch.Tensor]:
         """End a step: call the hooks before it, and update the parameters."""
         progress = self._progress
         step = progress.step
@@ -383,8 +386,9 @@ class SharpnessAwareOptimizer(AroundBase):
         call = progress.call or ((self,), {})
         before = partial(call_before, self, call) if any_before(self) else None
         # of one pass, param.grad is what the hooks leave there, as with any torch optimizer
-        apply(self.base, directions, before, copy=step.recipe.passes > 1)
+        left_alone = apply(self.base, directions, before, copy=step.recipe.passes > 1)
         progress.updated = call
+        return left_alone
 
     def _loss_scale(self, scaler: Any) -> LossScale | None:
         scale = LossScale(scaler, self)
@@ -412,28 +416,21 @@ class SharpnessAwareOptimizer(AroundBase):
         if own_gradients:
             progress.warn_of_unused_gradients(self.base.param_groups, type(self).__name__)
         groups, schedule = self.base.param_groups, self._schedule
-        whole = schedule.is_always or not groups
-        if not whole:
+        recipe, coefficients = self.recipe, progress.coefficients
+        if groups and not schedule.is_always:
             if not schedule.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
                 self._complete_groups()
-            whole = schedule.wants(int(groups[0][STEPS]), first=self.recipe.between is not None)
-        hyper = [
-            {name: group.get(key, self._own_defaults[key]) for name, key in self._keys.items()}
-            if whole or self.recipe.between
-            else {}
-            for group in groups
-        ]
-        name, difference = self.recipe.difference if whole else None, None
+            recipe = schedule.choose(recipe, int(groups[0][STEPS]))
+        keys = self._keys if recipe.defaults else {}
+        hyper = [{name: group.get(key, self._own_defaults[key]) for name, key in keys.items()} for group in groups]
+        name, difference = recipe.difference, None
         for h in hyper:
             if name is not None and isinstance(h[name], str):
                 difference = radius.Difference.of(groups, hyper, name)
                 break
-        recipe, coefficients = self.recipe if whole else self.recipe.plain, progress.coefficients
-        if coefficients is not None:
-            coefficients = coefficients.again(recipe, groups, hyper)
-        if coefficients is None:
-            coefficients = Coefficients(recipe, groups, hyper)
-        progress.coefficients = coefficients
+        signed = with_signs(self.base) if self._ascends else groups
+        coefficients = coefficients and coefficients.again(recipe, signed, hyper)
+        progress.coefficients = coefficients = coefficients or Coefficients(recipe, signed, hyper)
         around = self._surroundings.look(self._model, groups)
         keep, participants = not around.has_bucket_views, progress.participants
         if participants is not None:
@@ -470,6 +467,7 @@ class SharpnessAwareOptimizer(AroundBase):
         super().__setstate__({name: value for name, value in state.items() if name not in ("skipped_steps", "filled")})
         for keys, known in zip(filled(self.base), state.get("filled", []), strict=False) if "base" in state else ():
             keys |= known
+        self._ascends = "base" in state and ascends(self.base)
         if hasattr(self, "_options"):
             self._options.setdefault("ascent_share", 1.0)  # of a pickle from before there was one
             if isinstance(self._options["replay_rng"], bool):  # of 0.7.0 and before

@@ -8,15 +8,15 @@ order counts its Hessian-vector products among the vectors, each after the gradi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import stored, sums
-from .active import STEPS
 from .amp import GivenScale, LossScale
 from .backends import scalars
 from .backends.base import Block, Direction, FoldInto, PerGroup, Products, Scalar, TensorList
@@ -27,7 +27,7 @@ from .local_step import LocalSync
 from .noise import add_noise
 from .options import Settings
 from .parameters import ParameterBlock, StepParameters
-from .recipe import MEMORY, NOISE, Fold, HessianProduct, Memory, Perturbation
+from .recipe import MEMORY, MOMENTUM, NOISE, Fold, HessianProduct, Memory, Perturbation
 from .updates import Directions, fused
 
 
@@ -71,12 +71,14 @@ class Path:
         self._local = local
         self._unscaled: set[int] = set()
         self._wanted_square: Scalar = 0.0
+        self._rates: list[float] = []
         self._next_memory: list[tuple[ParameterBlock, TensorList]] = []
 
     def stay(self) -> None:
         """The step becomes one of the base optimizer."""
         self.recipe = self.recipe.plain
-        self.coefficients = Coefficients(self.recipe, self._base.param_groups, self.coefficients.hyper)
+        groups = self._base.param_groups
+        self.coefficients = Coefficients(self.recipe, groups, [{} for _ in groups])
 
     def begin(self) -> None:
         """Before the only pass: step along a vector that is older."""
@@ -95,10 +97,12 @@ class Path:
             self.kept.update(add_noise(blocks, self.coefficients.multiple[BEFORE], self._base.param_groups[0]))
             return
         names = stored.MOMENTA if memory is None or move.along != MEMORY else (memory.name,)
-        state, groups = self._base.state, self._base.param_groups
-        known = [i for i in blocks.movable() if stored.find(blocks.params[i], names, state) is not None]
+        state, movable = self._base.state, blocks.movable()
+        known = [i for i in movable if stored.find(blocks.params[i], names, state) is not None]
         if not known:
-            if move.along != MEMORY and groups and groups[0].get(STEPS):
+            owned = [param for param in blocks.params if state.get(param)]
+            found = any(stored.find(param, names, state) is not None for param in owned)
+            if move.along == MOMENTUM and movable and owned and not found:
                 raise RuntimeError(
                     f"{self.recipe.name} goes along the momentum of its base optimizer, and this "
                     f"{' + '.join(type(member).__name__ for member in members(self._base))} has none in its state "
@@ -140,6 +144,7 @@ class Path:
                 self.first_square = total
             if recipe.rescale:
                 self._wanted_square = self.blocks.square_norm(0, whole=True) if self.blocks.is_mixed else total
+                self._watch.check(self._wanted_square, {0}, last=False)
             self._watch.check(total, {along} if minus is None else {along, minus}, last=False)
             self.squares.append(total)
         assert isinstance(move, Perturbation)
@@ -182,9 +187,11 @@ class Path:
             if not block.perturbed:
                 continue
             own, gradient = stored.of_block(block, (memory.name,), self._base.state), block.grads[0]
+            if weight != 1.0:
+                torch._foreach_mul_(list(gradient), weight)
             if len(own.new) < len(gradient):
                 first = [gradient[i].clone() for i in own.new]
-                mixed = Direction([gradient, own.values], [[weight * x for x in a], b])
+                mixed = Direction([gradient, own.values], [a, b])
                 block.backend.direction(block.leaves, mixed, gradient)
                 if first:
                     torch._foreach_copy_([gradient[i] for i in own.new], first)
@@ -201,13 +208,15 @@ class Path:
         gammas, limit = self.coefficients.gamma, self.settings.clip_grad_norm
         terms = [(block, list(map(block.grads.__getitem__, vectors))) for block in blocks.all]
         products: Products | None = None
-        if terms and (q is not None or limit is not None or watch.looks or recipe.rescale):
-            if recipe.after is None:
+        is_orthogonal = recipe.memory is not None and recipe.memory.orthogonal
+        other = last if recipe.after is not None else 0 if is_orthogonal else None
+        if terms and (q is not None or limit is not None or watch.looks or recipe.rescale or is_orthogonal):
+            if other is None:
                 products = blocks.inner_products(terms, u, m)
-            else:  # the newest gradient is no term, and is looked at all the same
+            else:  # it is no term, and is looked at all the same
                 none, one = [0.0] * len(gammas), [1.0] * len(gammas)
-                products = blocks.inner_products(self._terms([*vectors, last]), [*u, none], [*([none] * len(u)), one])
-            watch.check(products, recipe.combined, last=True)
+                products = blocks.inner_products(self._terms([*vectors, other]), [*u, none], [*([none] * len(u)), one])
+            watch.check(products, recipe.combined if other is None else {0, last}, last=True)
         if local is not None:
             difference = self.settings.difference
             change = local.agree(blocks, watch, None if difference is None else self._relative_change())
@@ -228,7 +237,7 @@ class Path:
         if local is not None:
             directions = local.averaged(blocks, directions, gammas, self.settings.clip_grad_norm)
         if recipe.keeps_first:
-            directions = self._prepare(directions)
+            directions = self._prepare(directions, products)
         return directions
 
     def _terms(self, vectors: Sequence[int]) -> list[tuple[ParameterBlock, list[TensorList]]]:
@@ -257,25 +266,31 @@ class Path:
             square = sum(a + 2.0 * x * kappa * b + (x * kappa) ** 2 * c for a, b, c, x in rows)
         return terms, [one, none], [none, add], scalars.given(kappa, square, len(add)), none
 
-    def _prepare(self, directions: Directions) -> Directions:
-        """Make the next memory, before the base optimizer gets the gradients; it may write to them."""
+    def _prepare(self, directions: Directions, products: Products | None) -> Directions:
+        """Make what follows, before the base optimizer gets the gradients; it may write to them.
+
+        Args:
+            directions: what the base optimizer gets.
+            products: those of the newest gradient and g0, where the memory is orthogonal.
+        """
         recipe, last = self.recipe, self.recipe.vectors - 1
         memory = recipe.memory
-        if recipe.after is not None and not all(map(fused, members(self._base))):
-            return [(block, replace(d, terms=[_copied(block, x) for x in d.terms])) for block, d in directions]
+        if recipe.after is not None:
+            self._rates = [_rate(group, recipe.name) for group in self._base.param_groups]
+            if not all(map(fused, members(self._base))):
+                return [(block, replace(d, terms=[_copied(block, x) for x in d.terms])) for block, d in directions]
         if memory is None:
             return directions
         blocks = [block for block in self.blocks.all if block.perturbed or memory.orthogonal]
-        if memory.orthogonal:
+        if memory.orthogonal and products is not None:
             none, one = ([x] * len(self.coefficients.gamma) for x in (0.0, 1.0))
-            minus = [-1.0] * len(one)
-            terms = self._terms([0, last])
-            products = self.blocks.inner_products(terms, [one, none], [none, one])
-            for block, own in terms:
-                seen = products
-                if isinstance(products, Tensor):
-                    seen = sums.products_on(products, block.leaves.params[0].device)
-                d = Direction(own, [none, one], [minus, none], seen, none)
+            _, um, mm = map(sum, scalars.columns(products))
+            along = scalars.given(scalars.ratio(um, mm), 1.0, len(one))
+            for block, own in self._terms([0, last]):
+                seen = along
+                if isinstance(along, Tensor):
+                    seen = sums.products_on(along, block.leaves.params[0].device)
+                d = Direction(own, [none, one], [[-1.0] * len(one), none], seen, none)
                 block.backend.direction(_unmoved(block), d, own[0])
         self._next_memory = [(block, block.grads[0]) for block in blocks]
         if last == 0:  # the gradients that the base optimizer gets
@@ -285,11 +300,15 @@ class Path:
             self._local.average([place[param] for param in self.blocks.params if param in place])
         return directions
 
-    def end(self) -> None:
-        """After the step of the base optimizer: what follows it, and the memory of the next step."""
-        recipe, groups = self.recipe, self._base.param_groups
+    def end(self, left_alone: Sequence[Tensor]) -> None:
+        """After the step of the base optimizer: what follows it, and the memory of the next step.
+
+        Args:
+            left_alone: the parameters that hooks have taken out of the step.
+        """
+        recipe = self.recipe
         if recipe.after is not None:
-            steps = [-float(group["lr"]) * x for group, x in zip(groups, self.coefficients.after, strict=True)]
+            steps = [-rate * x for rate, x in zip(self._rates, self.coefficients.after, strict=True)]
             weight = self.coefficients.weights.get(0, 1.0)
             for block in self.blocks.all:
                 first, newest = block.grads[0], block.grads[recipe.vectors - 1]
@@ -300,6 +319,10 @@ class Path:
                 block.backend.perturb(
                     block.leaves, newest, first, [0.0] * len(steps), 1.0, from_start=False, multiple=steps
                 )
+                if left_alone:
+                    triples = zip(block.owners, block.leaves.params, block.leaves.backup, strict=True)
+                    for param, theta in [(p, t) for owner, p, t in triples if any(owner is one for one in left_alone)]:
+                        param.copy_(theta)
         for block, values in self._next_memory:
             memory = recipe.memory
             assert memory is not None
@@ -338,6 +361,21 @@ class Path:
             inverse = scale.inverse(block.leaves.params[0].device)
             for k in due:
                 torch._foreach_mul_(list(block.grads[k]), inverse)
+
+
+def _rate(group: Mapping[str, Any], name: str) -> float:
+    """Return the learning rate of a group.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    rate = group.get("lr")
+    if not isinstance(rate, int | float | Tensor):
+        raise TypeError(
+            f"{name} with decouple=True takes the sharpness off by the learning rate of the base optimizer, and lr of "
+            f"a parameter group is {rate!r}: pass decouple=False"
+        )
+    return float(rate)
 
 
 def _copied(block: ParameterBlock, tensors: TensorList) -> TensorList:

@@ -169,7 +169,7 @@ class Recipe:
         after: α of :math:`θ ← θ - η α (g - g_0)`, with η the learning rate and g the newest gradient, when the base
             optimizer has stepped.
         between: the recipe of the steps that an interval leaves out, in place of the base optimizer alone; the first of
-            all steps then takes the whole recipe.
+            all steps then takes the whole recipe. (A rule, ``active=``, leaves the base alone.)
         bounds: the ranges of hyper-parameters that have one.
 
     Raises:
@@ -240,8 +240,7 @@ class Recipe:
     @cached_property
     def needs_lengths(self) -> bool:
         """Whether gradients count by their length before the last is there, so that a loss must not be scaled."""
-        moves = (*self.perturbations, *([self.before] if self.before else []))
-        lengths = any(move.multiple is not None for move in moves) or self.rescale
+        lengths = any(move.multiple is not None for move in self.perturbations) or self.rescale
         return lengths or (self.memory is not None and self.memory.mix is not None)
 
     @cached_property
@@ -289,13 +288,13 @@ class Recipe:
 
     @cached_property
     def plain(self) -> Recipe:
-        """The step where an interval or a rule leaves this recipe out: the base optimizer alone, unless it has another.
+        """The base optimizer alone, in the name of this recipe: the step where an interval or a rule leaves it out.
 
         >>> from gam_fast.recipes import GAM
         >>> GAM.plain.name, GAM.plain.passes
         ('GAM', 1)
         """
-        return self.between or Recipe(self.name, "the base optimizer alone, one pass", {}, path=(), u=(1.0,))
+        return Recipe(self.name, "the base optimizer alone, one pass", {}, path=(), u=(1.0,))
 
     @cached_property
     def products(self) -> tuple[int, ...]:

@@ -274,7 +274,7 @@ COUPLED_WSAM = Recipe(
 CR_SAM = Recipe(
     name="CRSAM",
     citation="Wu, Luo, Wunsch, CR-SAM: Curvature Regularized Sharpness-Aware Minimization, AAAI 2024, arXiv 2312.13555",
-    defaults={"rho": 0.1, "gamma": 0.1, "beta": 0.1},
+    defaults={"rho": 0.1, "gamma": 0.1, "beta": 0.01},
     path=(Perturbation(0, "rho"), Perturbation(0, "rho", from_start=True, size=Value("rho", -1.0))),
     u=(Value("gamma", -2.0), _cr_plus, _cr_minus),
 )

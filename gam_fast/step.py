@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -382,7 +382,7 @@ class Step:
         keep, where = recipe.keeps[index], f"pass {recipe.passes_before[index]} of {recipe.name}"
         self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=not recipe.moves, put_back=put_back)
 
-    def finish(self, update: Callable[[Directions], None]) -> None:
+    def finish(self, update: Callable[[Directions], Sequence[Tensor]]) -> None:
         """After the last pass: the direction of every block, to ``update``, which restores θ and takes the step."""
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
@@ -391,9 +391,9 @@ class Step:
             directions = self.path.directions()
             if self.state.active:
                 self.state.settle()
-            update(directions)
+            left_alone = update(directions)
             if self.recipe.keeps_first or self.settings.difference is not None:
-                self.path.end()
+                self.path.end(left_alone)
             self.phase = "updated"
             if self._others.params:
                 self._others.finish()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .backends.base import TensorList
 from .distributed import local, spread
-from .ownership import lies_as
+from .ownership import lies_as, version
 from .parameters import ParameterBlock
 
 State: TypeAlias = "Mapping[Tensor, dict[str, Any]]"
@@ -50,6 +51,11 @@ def of_block(block: ParameterBlock, names: Sequence[str], state: State) -> Store
             found.new.append(i)
             found.made[i] = torch.zeros_like(owner, memory_format=torch.preserve_format, requires_grad=False)
             value = found.made[i]
+        if value.shape != owner.shape:
+            raise RuntimeError(
+                f"the state has a {' or '.join(names)} of shape {tuple(value.shape)} for a parameter of shape "
+                f"{tuple(owner.shape)}: it was loaded from another model"
+            )
         value = local(value)
         if value.dtype is not part.dtype or value.device != part.device or not lies_as(value, part):
             value = torch.empty_like(part, requires_grad=False).copy_(value)
@@ -59,11 +65,25 @@ def of_block(block: ParameterBlock, names: Sequence[str], state: State) -> Store
     return found
 
 
-def make(params: Sequence[Tensor], name: str, state: State) -> None:
-    """Let parameters that have a gradient have the vector: zeros, which a checkpoint is about to fill."""
+def make(params: Iterable[Tensor], name: str, state: State) -> dict[Tensor, tuple[Tensor, int]]:
+    """Let parameters that have a gradient have the vector: zeros, which a checkpoint is about to fill.
+
+    Returns these, with their versions.
+    """
+    made = {}
     for param in params:
         if param.grad is not None and find(param, (name,), state) is None:
-            state[param][name] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+            value = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+            state[param][name] = value
+            made[param] = value, version(local(value))
+    return made
+
+
+def forget(made: Mapping[Tensor, tuple[Tensor, int]], name: str, base: Optimizer) -> None:
+    """Take away what was made and no checkpoint has filled."""
+    for param, (value, then) in made.items():
+        if find(param, (name,), base.state) is value and version(local(value)) == then:
+            del base.state[param][name]
 
 
 def put(block: ParameterBlock, name: str, stored: Stored, state: State) -> None:

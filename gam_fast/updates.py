@@ -196,7 +196,7 @@ def fused(base: Optimizer) -> Fused | None:
 
 def apply(
     base: Optimizer, directions: Directions, before: Callable[[], None] | None = None, *, copy: bool = True
-) -> None:
+) -> Sequence[Tensor]:
     """Restore θ and let the base optimizer step along the directions, one a device.
 
     Args:
@@ -205,10 +205,12 @@ def apply(
         before: hooks, which find the direction in ``param.grad`` and leave there what is taken in its place; a
             parameter without a gradient is then left alone.
         copy: whether ``param.grad`` is afterwards as it was, whatever ``before`` does; else it is what that left.
+
+    Returns the parameters that have a direction and were left alone.
     """
     if before is None:
         _step(base, directions)
-        return
+        return ()
     grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
     done = False
     try:
@@ -224,9 +226,10 @@ def apply(
             _step(base, left)
         else:
             for member in members(base):
-                with torch.enable_grad():
+                with without_memories(member.state), torch.enable_grad():
                     step_of_base(member)
         done = True
+        return [owner for block, _ in directions for owner in block.owners if owner.grad is None]
     finally:
         if copy or not done:
             for param, grad in grads:

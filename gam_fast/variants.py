@@ -135,6 +135,8 @@ class LookSAM(SharpnessAwareOptimizer):
     ) -> None:
         if "interval" in options:
             raise TypeError(f"LookSAM: interval is called k here, got interval={options['interval']!r}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"LookSAM: k must be a positive integer, got {k!r}")
         own: dict[str, Any] = {"rho": rho, "alpha": alpha, "interval": k}
         super().__init__(params, base_optimizer, **own, **options)
 
@@ -145,7 +147,8 @@ class WSAM(SharpnessAwareOptimizer):
 
     .. math:: θ ← \text{base}(θ, g_0) - η\, \frac{γ}{1-γ}\, (g_1 - g_0)
 
-    η is the learning rate. With ``decouple=False`` the base optimizer gets :math:`g_0 + \\frac{γ}{1-γ} (g_1 - g_0)`.
+    η is the learning rate of the base optimizer, whose steps should be proportional to it. With ``decouple=False`` the
+    base optimizer gets :math:`g_0 + \frac{γ}{1-γ} (g_1 - g_0)`.
     ``clip_grad_norm`` bounds what the base optimizer gets.
 
     Source: Yue, Jiang, Ye, Gao, Liu, Zhang, KDD 2023, arXiv 2305.15817. Errors: :class:`SharpnessAwareOptimizer`.
@@ -165,7 +168,8 @@ class WSAM(SharpnessAwareOptimizer):
     0.25
 
     Raises:
-        ValueError: ``sync="local"`` with ``decouple``, or a state that is loaded with another ``decouple``.
+        ValueError: ``sync="local"`` with ``decouple``.
+        TypeError: with ``decouple``, a base optimizer whose ``lr`` is no number.
     """
 
     recipe = recipes.WSAM
@@ -199,7 +203,7 @@ class CRSAM(SharpnessAwareOptimizer):
         params: as everywhere.
         rho: ρ, radius of both perturbations.
         gamma: γ, weight of the second difference of gradients.
-        beta: β, weight of the first; the authors' script has 0.01.
+        beta: β, weight of the first; with β = γ nothing is left of g₋.
         options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -219,7 +223,7 @@ class CRSAM(SharpnessAwareOptimizer):
         *,
         rho: float = 0.1,
         gamma: float = 0.1,
-        beta: float = 0.1,
+        beta: float = 0.01,
         **options: Unpack[OptionsWithAlpha],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, gamma=gamma, beta=beta, **options)

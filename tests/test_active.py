@@ -248,12 +248,13 @@ def test_a_method_without_a_gradient_at_the_start_takes_no_rule_that_looks_at_it
         optimizer.step(lambda: weight.square().sum().backward())
 
 
-def test_a_step_of_looksam_that_is_not_steep_is_one_between():
+@pytest.mark.parametrize("rule", [WhenSteep(deviations=1e9), Between(0, 1)])
+def test_a_step_that_a_rule_takes_from_looksam_is_one_of_the_base_alone(rule):
     model, batches = make("mlp")
     twin = copy.deepcopy(model)
-    steep = gam_fast.LookSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=1, active=WhenSteep(deviations=1e9))
-    plain = gam_fast.LookSAM(twin.parameters(), torch.optim.SGD, lr=0.1, k=100)
-    assert train(model, steep, batches) == train(twin, plain, batches) == [2, 1, 1, 1]
+    ruled = gam_fast.LookSAM(model.parameters(), torch.optim.SGD, lr=0.1, k=1 + isinstance(rule, Between), active=rule)
+    plain = gam_fast.SAM(twin.parameters(), torch.optim.SGD, lr=0.1, active=Between(0, 1))
+    assert train(model, ruled, batches) == train(twin, plain, batches) == [2, 1, 1, 1]
     assert_equal(model, twin)
 
 

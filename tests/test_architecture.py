@@ -18,8 +18,8 @@ PACKAGE = ROOT / "gam_fast"
 
 LAYERS = [
     {"capture"},
-    {"_version", "_torch_version", "recipe", "distributed", "rows", "active", "radius", "places"},
-    {"recipes", "coefficients"},
+    {"_version", "_torch_version", "recipe", "distributed", "rows", "radius", "places"},
+    {"recipes", "coefficients", "active"},
     {"ownership"},
     {"models"},
     {"kernels.table"},

@@ -55,7 +55,8 @@ def reference_step(model, optimizer, method, hyper, x, y):
         rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         with torch.no_grad():
             for p, w in zip(params, state.get("after") or [0.0] * len(params), strict=True):
-                p.sub_(rates[p] * w)
+                if p.grad is not None:  # a hook has not taken it out
+                    p.sub_(rates[p] * w)
         state["step"] += 1
 
 

@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_weights_are_not_those_of_the_model_in_the_only_pass():
             optimizer.state_dict()
         loss_of(model, *batches[1]).backward()
     loss_of(model, *batches[2]).backward()
-    with pytest.raises(RuntimeError, match="MomentumSAM takes 1 passes? a step: call step"):
+    with pytest.raises(RuntimeError, match="MomentumSAM takes its gradient at another point: call step"):
         optimizer.step()
 
 
@@ -344,6 +345,8 @@ def test_a_wrong_direction_is_refused_and_changes_nothing():
     optimizer.set_direction([torch.ones(3), torch.ones(2, 2)])
     with pytest.raises(ValueError, match=r"a tensor for each of the 2 parameters.*got 1"):
         optimizer.set_direction([torch.zeros(3)])
+    with pytest.raises(ValueError, match=r"tensor 0 must be a finite tensor, got 'net'"):
+        optimizer.set_direction(["net", torch.zeros(2, 2)])
     with pytest.raises(ValueError, match=r"tensor 1 must be of the shape of its parameter, \(2, 2\), got \(4,\)"):
         optimizer.set_direction([torch.zeros(3), torch.zeros(4)])
     assert all(optimizer.state[p]["direction"].all() for p in params)
@@ -399,8 +402,10 @@ def test_a_gradient_that_is_folded_unseen_is_among_the_suspects():
         (lambda p: gam_fast.WSAM(p, SGD, lr=0.1, sync="local"), ValueError, "sync='local': pass decouple=False"),
         (lambda p: gam_fast.RandomSAM(p, SGD, lr=0.1, rho=-1.0), ValueError, "rho must not be negative, got -1.0"),
         (lambda p: gam_fast.LookSAM(p, SGD, lr=0.1, interval=3), TypeError, "interval is called k here"),
-        (lambda p: gam_fast.LookSAM(p, SGD, lr=0.1, k=0), ValueError, "interval must be at least 1, got 0"),
+        (lambda p: gam_fast.LookSAM(p, SGD, lr=0.1, k=0), ValueError, "k must be a positive integer, got 0"),
         (lambda p: gam_fast.MomentumSAM(p, SGD, lr=0.1), ValueError, "SGD has momentum=0: pass momentum=0.9"),
+        (lambda p: gam_fast.LookSAM(p, SGD, lr=0.1, k=math.inf), ValueError, "k must be a positive integer, got inf"),
+        (lambda p: gam_fast.RandomSAM(p, SGD, lr=0.1, seed=1.5), ValueError, "seed must be an integer"),
         (lambda p: gam_fast.MomentumSAM(p, torch.optim.RMSprop), ValueError, "RMSprop has momentum=0"),
     ],
 )
@@ -412,11 +417,148 @@ def test_what_cannot_be_is_refused_at_once(make_it, error, match):
 def test_a_base_that_keeps_no_momentum_by_a_known_name_is_told_of():
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = gam_fast.MomentumSAM([weight], torch.optim.Adagrad, lr=0.1)
-    optimizer.step(lambda: weight.square().sum().backward())
     before = weight.detach().clone()
     with pytest.raises(RuntimeError, match="this Adagrad has none in its state .*pass momentum=0.9"):
         optimizer.step(lambda: weight.square().sum().backward())
     assert torch.equal(weight, before)
+
+
+def test_who_keeps_no_momentum_yet_is_no_error():
+    frozen, other, still = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = gam_fast.MomentumSAM([{"params": [frozen, other]}, {"params": [still], "perturb": False}], MOMENTUM)
+    optimizer.step(lambda: None)  # no gradient at all
+    frozen.requires_grad_(False)
+    optimizer.step(lambda: (other + still).sum().backward())
+    frozen.requires_grad_(True)
+    other.requires_grad_(False)
+    optimizer.step(lambda: frozen.sum().backward())
+    optimizer.state.clear()
+    optimizer.step(lambda: frozen.sum().backward())
+
+
+def test_a_base_whose_state_is_not_all_by_parameter():
+    """MADGRAD counts its steps in the state; LookSAM's memory is there beside."""
+    from pytorch_optimizer import MADGRAD
+
+    model, batches = make("mlp", torch.float32)
+    optimizer = gam_fast.LookSAM(model.parameters(), MADGRAD, lr=1e-3, k=2)
+    for x, y in batches:
+        optimizer.step(closure_of(model, x, y))
+    assert optimizer.base.state["k"] is not None
+
+
+def test_wsam_needs_a_learning_rate():
+    weight = torch.nn.Parameter(torch.ones(2))
+    base = SGD([weight], lr=0.1, momentum=0.9)
+    optimizer = gam_fast.WSAM(None, base)
+    base.param_groups[0]["lr"] = None
+    before = weight.detach().clone()
+    with pytest.raises(TypeError, match="lr of a parameter group is None: pass decouple=False"):
+        optimizer.step(lambda: weight.square().sum().backward())
+    assert torch.equal(weight, before)
+    assert not base.state
+
+
+@pytest.mark.parametrize("method", [gam_fast.FriendlySAM, gam_fast.VaSSO])
+def test_the_first_memory_is_of_the_whole_gradient_where_a_pass_sees_a_share(method):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = method([weight], SGD, lr=0.0, ascent_share=0.5)
+    for _ in range(2):
+        for _ in optimizer.passes():
+            for b in optimizer.micro_batches([1.0] * 4):
+                (weight * b).sum().backward()
+        assert optimizer.state[weight]["gradient_average"].item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("method", [gam_fast.StableSAM, gam_fast.LookSAM])
+def test_nan_in_the_first_gradient_of_what_is_not_perturbed_is_seen(method):
+    moved, still = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = method([{"params": [moved]}, {"params": [still], "perturb": False}], SGD, lr=0.1)
+
+    def spoiled(turn):
+        (moved + still).square().sum().backward()
+        if turn.index == 0:
+            still.grad.fill_(math.nan)
+
+    with pytest.raises(gam_fast.NonFiniteGradientError):
+        optimizer.step(spoiled)
+    assert torch.equal(moved, torch.ones(2))
+
+
+def test_maximize_turns_gradients_around_and_not_a_direction_of_the_users():
+    seen = []
+    for maximize in (False, True):
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = gam_fast.FedLESAM([weight], SGD, lr=0.0, rho=0.5, maximize=maximize)
+        optimizer.set_direction([torch.ones(1)])
+        for _ in optimizer.passes():
+            seen.append(weight.item())
+            weight.sum().backward()
+    assert seen == [1.5, 1.5]
+
+
+def test_a_base_that_maximizes_by_an_attribute_of_its_own():
+    from pytorch_optimizer import Lion
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = gam_fast.SAM([weight], partial(Lion, maximize=True), lr=0.1, rho=0.5)
+    seen = []
+    for _ in optimizer.passes():
+        seen.append(weight.item())
+        (-weight.square()).sum().backward()  # whose maximum is at 0: the worst is outwards
+    assert seen == [1.0, 1.5]
+
+
+def test_asking_for_a_state_before_training_changes_no_step():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, optimizer, batches = setting("friendly", torch.optim.AdamW, lr=1e-2)
+    twin, other, _ = setting("friendly", torch.optim.AdamW, lr=1e-2)
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    assert all("gradient_average" in own for own in state.values())
+    for p in model.parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):  # which torch's own way of asking has moved
+            optimizer.state[p][key].zero_()
+    for x, y in batches[:2]:
+        optimizer.step(closure_of(model, x, y))
+        other.step(closure_of(twin, x, y))
+    assert_equal(model, twin)
+
+
+def test_a_hook_that_takes_a_parameter_out_of_the_step_takes_it_out_of_all_of_it():
+    kept, out = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.WSAM([kept, out], SGD, lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: setattr(out, "grad", None))
+    optimizer.step(lambda: (kept + out).square().sum().backward())
+    assert torch.equal(out, torch.ones(2))
+    assert not torch.equal(kept, torch.ones(2))
+
+
+def test_a_direction_is_not_in_a_checkpoint_that_the_base_could_not_go_on_with():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = gam_fast.FedLESAM([weight], torch.optim.AdamW, lr=0.1)
+    optimizer.set_direction([torch.ones(1)])
+    assert optimizer.state_dict()["state"] == {}
+    assert "direction" in optimizer.state[weight]
+    optimizer.step(lambda: weight.square().sum().backward())
+    assert "direction" in optimizer.state_dict()["state"][0]
+
+
+def test_a_memory_of_another_shape_is_refused():
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = gam_fast.VaSSO([weight], SGD, lr=0.1)
+    optimizer.state[weight]["gradient_average"] = torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"gradient_average of shape \(3,\) for a parameter of shape \(3, 3\)"):
+        optimizer.step(lambda: weight.sum().backward())
+    assert torch.equal(weight, torch.ones(3, 3))
+
+
+def test_a_bound_holds_when_a_group_is_changed_too():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.WSAM([weight], SGD, lr=0.1)
+    optimizer.param_groups[0]["gamma"] = 1.0
+    with pytest.raises(ValueError, match="gamma must be from 0 and below 1, got 1.0"):
+        optimizer.step(lambda: weight.sum().backward())
 
 
 def test_a_scaler_that_steps_by_itself_comes_too_late_for_a_method_that_needs_lengths():
@@ -429,7 +571,8 @@ def test_a_scaler_that_steps_by_itself_comes_too_late_for_a_method_that_needs_le
             if turn.last:
                 scaler.step(optimizer)
 
-    with unchanged(model, optimizer), pytest.raises(RuntimeError, match=r"step of VaSSO.*passes\(scaler=scaler\)"):
+    match = r"step of VaSSO: the method needs the length.*passes\(scaler=scaler\)"
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match=match):
         loop()
 
 
