@@ -20,6 +20,7 @@ from gam_fast import flatness
 
 from .tasks import Task
 
+
 @dataclass(frozen=True)
 class Contender:
     """A method, the share of the batch that its ascent sees, and how often it ascends."""
