@@ -46,8 +46,8 @@ def perturb(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``, with ``SAVE`` a copy of the parameters to the
-    backup first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. A launch that saves leaves a
+    """``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``, with ``SAVE`` a copy of the parameters to
+    the backup first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. A launch that saves leaves a
     ticket."""
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * OF_PERTURB
