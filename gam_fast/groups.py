@@ -15,7 +15,7 @@ from .bases import Given, ascends, build_base, filled, is_instance, left_behind,
 from .hooks import Hooked
 from .noise import DRAWS
 from .options import check_arguments, check_keys, check_params
-from .parameters import PERTURB
+from .parameters import ADAPTIVE, PERTURB
 from .progress import Progress
 from .recipe import Recipe
 from .recipes import BASE
@@ -148,7 +148,7 @@ class AroundBase(Hooked):
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        names = (*self._own_defaults, *self._kept(), PERTURB)
+        names = (*self._own_defaults, *self._kept(), PERTURB, ADAPTIVE)
         own = [{key: group[key] for key in names if key in group} for group in self.param_groups]
         groups, other = bases.merged(bases.groups_in(state_dict) or [], own, self.recipe.name, self._own_defaults)
         for group in groups:
@@ -194,15 +194,23 @@ class AroundBase(Hooked):
         self._check_hyper(group)
         check_params(group["params"])
         taken = (name for member in members(self.base) for name in member.defaults)
-        check_keys(type(self).__name__, (*self._keys.values(), PERTURB), taken, group)
+        check_keys(
+            type(self).__name__,
+            (*self._keys.values(), PERTURB, *((ADAPTIVE,) if self.recipe.adaptive else ())),
+            taken,
+            group,
+        )
 
     def _check_hyper(self, group: dict[str, Any]) -> None:
         for name, key in self._keys.items():
             if key in group:
                 self.recipe.check(name, group[key])
                 radius.is_auto(group[key])
-        if not isinstance(group.get(PERTURB, True), bool):
-            raise TypeError(f"{PERTURB} of a parameter group must be True or False, got {group[PERTURB]!r}")
+        for key in (PERTURB, ADAPTIVE):
+            if not isinstance(group.get(key, True), bool):
+                raise TypeError(f"{key} of a parameter group must be True or False, got {group[key]!r}")
+        if not group.get(ADAPTIVE, True) and self.recipe.adaptive is None:
+            raise ValueError(f"a parameter group has {ADAPTIVE}=False, which is for ASAM; {self.recipe.name} has no T")
         for key in (*COUNTS, radius.LENGTH, DRAWS):
             value = group.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:

@@ -25,7 +25,11 @@ _PARAMS_OF = operator.itemgetter("params")
 PERTURB = "perturb"
 """The key in ``param_groups`` whose value ``False`` leaves the group's parameters in place in every pass."""
 
+ADAPTIVE = "adaptive"
+"""The key whose value ``False`` makes T = 1 for the group's parameters in an adaptive recipe."""
+
 _IS_PERTURBED = operator.methodcaller("get", PERTURB, True)
+_IS_ADAPTIVE = operator.methodcaller("get", ADAPTIVE, True)
 
 RECYCLE_BYTES = 1 << 16
 """From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Step.begin`)."""
@@ -39,7 +43,8 @@ class ParameterBlock:
     """The leaves of one device, dtype, layout over processes and dtype of vectors, and the gradients held, by vector.
 
     Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``. Those that are
-    not perturbed (a group with ``perturb=False``) have no part in norms and no backup.
+    not perturbed (a group with ``perturb=False``) have no part in norms and no backup; those that are not adaptive have
+    T = 1.
     """
 
     backend: Backend
@@ -49,7 +54,13 @@ class ParameterBlock:
     layout: Layout | None = None
     kind: Kind | None = None
     perturbed: bool = True
+    adaptive: bool = True
     grads: dict[int, TensorList] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Kind | None, Layout | None, torch.dtype | None, bool, bool]:
+        """What its parameters have in common."""
+        return self.kind, self.layout, self.leaves.vectors, self.perturbed, self.adaptive
 
 
 class StepParameters:
@@ -63,7 +74,7 @@ class StepParameters:
         sharded: whether any parameter is spread over processes.
         flags: for each parameter, whether it takes part.
         all: the blocks.
-        is_mixed: whether some parameters are perturbed and others are not.
+        is_mixed: whether groups differ in whether they are perturbed, or adaptive.
         moved: the positions of parameters without a gradient that a pass was seen to move.
     """
 
@@ -93,7 +104,8 @@ class StepParameters:
         self._spare: dict[Tensor, Tensor] = {}
         self.groups = groups
         self._perturbed: list[bool] = list(map(_IS_PERTURBED, groups))
-        self.is_mixed = len(set(self._perturbed)) > 1
+        self._adaptive: list[bool] = list(map(_IS_ADAPTIVE, groups))
+        self.is_mixed = len(set(self._perturbed)) > 1 or len(set(self._adaptive)) > 1
         self._select: Select | None = select  # during the step: it has a hold on the optimizer
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded
@@ -110,6 +122,7 @@ class StepParameters:
         """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
         lists = list(map(_PARAMS_OF, groups))
         same = self._counts == list(map(len, lists)) and self._perturbed == list(map(_IS_PERTURBED, groups))
+        same = same and self._adaptive == list(map(_IS_ADAPTIVE, groups))
         if self.sharded or not same or not all(map(operator.is_, chain(*lists), self.params)):
             return None
         self._all = self._books.hold(self.params, self._all)
@@ -229,19 +242,20 @@ class StepParameters:
             self.flags[:] = b"\1" * len(self.flags)
             self.all.append(self._whole)
             return
-        places: dict[tuple[Kind, Layout | None, torch.dtype | None, bool], list[int]] = {}
+        places: dict[tuple[Kind, Layout | None, torch.dtype | None, bool, bool], list[int]] = {}
         for i in positions:
             param = self.params[i]
             kind = self._kinds[0] if self._is_usual else kind_of(local(param))
             layout, wider = (layout_of(param), None) if self.sharded else (None, wider_dtype(param))
-            places.setdefault((kind, layout, wider, self._perturbed[self._group[i]]), []).append(i)
+            g = self._group[i]
+            places.setdefault((kind, layout, wider, self._perturbed[g], self._adaptive[g]), []).append(i)
         for key, chosen in places.items():
-            kind, layout, wider, perturbed = key
-            block = next((b for b in self.all if (b.kind, b.layout, b.leaves.vectors, b.perturbed) == key), None)
+            kind, layout, wider, perturbed, adaptive = key
+            block = next((b for b in self.all if b.key == key), None)
             if block is None:
                 assert self._select is not None
                 backend = self._select(kind[0]) if wider is None and kind[2] else EagerBackend()
-                block = ParameterBlock(backend, Block(vectors=wider), layout=layout, kind=kind, perturbed=perturbed)
+                block = ParameterBlock(backend, Block(vectors=wider), [], layout, kind, perturbed, adaptive)
                 block.grads = {index: [] for index in self.all[0].grads} if self.all else {}
                 self.all.append(block)
             self._add(block, chosen)
@@ -301,7 +315,9 @@ class StepParameters:
         squares, blocks = [], self.all if moves else [block for block in self.all if block.perturbed]
         for block in blocks:
             b = None if minus is None else block.grads[minus]
-            squares.append(block.backend.square_norm(block.leaves, block.grads[vector], b, eta))
+            squares.append(
+                block.backend.square_norm(block.leaves, block.grads[vector], b, eta if block.adaptive else None)
+            )
         if len(squares) == 1 and self.on_host and not self.sharded:
             return float(squares[0])
         if not squares:  # nothing that is perturbed has a gradient

@@ -167,7 +167,7 @@ class Path:
                     coefficients.radius[index],
                     square,
                     from_start=move.from_start,
-                    eta=coefficients.eta,
+                    eta=coefficients.eta if block.adaptive else None,
                     fold=into,
                     multiple=multiple,
                 )

@@ -78,7 +78,8 @@ def sam(gradient: Gradient, theta: Vector, *, rho) -> Vector:
 
 def asam(gradient: Gradient, theta: Vector, *, rho, eta) -> Vector:
     g0 = gradient(theta)
-    t = [w.abs() + e for w, e in zip(theta, per_parameter(eta, theta), strict=True)]
+    etas = per_parameter(eta, theta)  # None for T = 1
+    t = [torch.ones_like(w) if e is None else w.abs() + e for w, e in zip(theta, etas, strict=True)]
     radii = per_parameter(rho, theta)
     size = norm([a * b for a, b, r in zip(t, g0, radii, strict=True) if r is not None]) + XI
     return gradient(
