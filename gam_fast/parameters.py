@@ -85,6 +85,9 @@ class StepParameters:
         self.sharded = any(map(is_sharded, self.params))
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
         self._counts = [len(group["params"]) for group in groups]
+        self._perturbed: list[bool] = list(map(_IS_PERTURBED, groups))
+        self._adaptive: list[bool] = list(map(_IS_ADAPTIVE, groups))
+        self.is_mixed = len(set(self._perturbed)) > 1 or len(set(self._adaptive)) > 1
         self._whole: ParameterBlock | None = None  # of all parameters, if the step before had it
         self._books: Bookkeeping = ownership
         if self.params and not self.sharded:
@@ -103,9 +106,6 @@ class StepParameters:
         self.all: list[ParameterBlock] = []
         self._spare: dict[Tensor, Tensor] = {}
         self.groups = groups
-        self._perturbed: list[bool] = list(map(_IS_PERTURBED, groups))
-        self._adaptive: list[bool] = list(map(_IS_ADAPTIVE, groups))
-        self.is_mixed = len(set(self._perturbed)) > 1 or len(set(self._adaptive)) > 1
         self._select: Select | None = select  # during the step: it has a hold on the optimizer
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded

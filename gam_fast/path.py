@@ -137,20 +137,22 @@ class Path:
                 self._unscale([along], self._watch.scale)
             if recipe.memory is not None and recipe.memory.mix is not None:
                 self._mix(recipe.memory)
-            is_first = along == 0 and minus is None and coefficients.eta is None
-            known = self.first_square if is_first else None
+            known = None
+            if along == 0 and minus is None and coefficients.eta is None:
+                known = self.first_square
+                if known is None:
+                    self.first_square = known = self.blocks.square_norm(0)
             total = self.blocks.square_norm(along, minus, coefficients.eta) if known is None else known
-            if is_first:
-                self.first_square = total
             if recipe.rescale:
                 self._wanted_square = self.blocks.square_norm(0, whole=True) if self.blocks.is_mixed else total
                 self._watch.check(self._wanted_square, {0}, last=False)
             self._watch.check(total, {along} if minus is None else {along, minus}, last=False)
             self.squares.append(total)
         assert isinstance(move, Perturbation)
-        multiple = coefficients.multiple.get(index)
+        multiple = coefficients.multiple.get(index) if coefficients.multiple else None
         if multiple is not None and along in coefficients.weights:
             multiple = [coefficients.weights[along] * x for x in multiple]
+        eta = coefficients.eta
         for block in self.blocks.all:
             into = None
             if fold is not None:
@@ -167,7 +169,7 @@ class Path:
                     coefficients.radius[index],
                     square,
                     from_start=move.from_start,
-                    eta=coefficients.eta if block.adaptive else None,
+                    eta=eta if block.adaptive else None,
                     fold=into,
                     multiple=multiple,
                 )
