@@ -38,9 +38,10 @@ QUICK = 100
 
 
 def measure(task: Task, contenders: list[Contender], seeds: list[int]) -> tuple[dict[str, Any], list[Run]]:
-    """A task with its rows, and the runs that they are made of."""
+    """A task with its rows, and the runs that they are made of; without contenders that have no settings there."""
     from rich.console import Console
 
+    contenders = [contender for contender in contenders if contender.method in ("base", *task.methods)]
     shares = sorted({1.0, *(contender.share for contender in contenders)}, reverse=True)
     with Console(stderr=True).status("") as status:
         timed = gradient_ms(task, shares)

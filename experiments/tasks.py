@@ -46,7 +46,7 @@ class Task:
         about: a sentence on data and network.
         build: the network with the weights of a seed.
         base: class of the base optimizer, and ``hyper`` its arguments; the learning rate falls along a cosine.
-        methods: hyper-parameters of each.
+        methods: hyper-parameters of each that runs.
         own: what a method has of its own at a share of the batch and an interval, in place of what ``methods`` says.
         radius: ρ of R1.
         measured: examples of the training set on which λmax and R1 are measured, which takes longer than training.
@@ -180,6 +180,9 @@ def names() -> Task:
         methods={
             "SAM": {"rho": 0.01},
             "GAM": {"rho": 0.02, "rho_prime": 0.005, "alpha": 0.3, "beta": 0.3, "gamma": 0.03},
+            "MomentumSAM": {"rho": 0.1},
+            "PreviousGradientSAM": {"rho": 0.02},
+            "RandomSAM": {"rho": 0.2},
         },
         own={("GAM", 0.15, 1): {"alpha": 0.15}},
         radius=0.02,

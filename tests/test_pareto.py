@@ -36,6 +36,8 @@ def test_contenders_are_called_by_what_they_spare_and_timed_by_the_medians_of_bo
         (Contender("SAM", 0.5), 1.5),
         (Contender("GAM", interval=4), 1.75),  # (3 · 1 + 4) / 4
         (Contender("GAM", 0.5, interval=2), 1.75),  # (1 + 2.5) / 2
+        (Contender("MomentumSAM"), 1.0),
+        (Contender("LookSAM", interval=4), 1.25),
     ],
     ids=lambda value: value.name if isinstance(value, Contender) else "",
 )
