@@ -76,6 +76,7 @@ ARMS = (
     Arm("SAM", "SAM", SAM),
     Arm("SAM, last .3", "SAM", SAM, late=0.3),
     Arm("SAM, last .5", "SAM", SAM, late=0.5),
+    Arm("MomentumSAM", "MomentumSAM", {"rho": 0.3}),
     Arm("GAM", "GAM", GAM),
     Arm("GAM, last .3", "GAM", GAM, late=0.3),
     Arm("GAM, last .5", "GAM", GAM, late=0.5),
