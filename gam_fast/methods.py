@@ -78,8 +78,8 @@ class SAM(SharpnessAwareOptimizer):
 class ASAM(SharpnessAwareOptimizer):
     r"""Adaptive SAM: the gradient at :math:`θ + ρ\, T^2 g_0/‖T g_0‖` with :math:`T = |θ| + η` elementwise. Two passes.
 
-    A parameter group with ``adaptive=False`` has T = 1. The authors' code has that for all but the parameters called
-    ``weight``: ``ASAM([{"params": weights}, {"params": rest, "adaptive": False}], …, eta=0.01)``.
+    A parameter group with ``adaptive_radius=False`` has T = 1. The authors' code has that for all but the parameters
+    called ``weight``: ``ASAM([{"params": weights}, {"params": rest, "adaptive_radius": False}], …, eta=0.01)``.
 
     Source: Kwon, Kim, Park, Choi, ICML 2021, arXiv 2102.11600. Errors: :class:`SharpnessAwareOptimizer`.
 

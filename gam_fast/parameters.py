@@ -25,7 +25,7 @@ _PARAMS_OF = operator.itemgetter("params")
 PERTURB = "perturb"
 """The key in ``param_groups`` whose value ``False`` leaves the group's parameters in place in every pass."""
 
-ADAPTIVE = "adaptive"
+ADAPTIVE = "adaptive_radius"
 """The key whose value ``False`` makes T = 1 for the group's parameters in an adaptive recipe."""
 
 _IS_PERTURBED = operator.methodcaller("get", PERTURB, True)

@@ -166,7 +166,7 @@ def test_test_images_are_left_alone_where_some_are_set_apart(packed):
 
 
 def test_an_experiment_runs_what_it_has_not_run_yet(packed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evidence, "ARMS", [evidence.ARMS[0], evidence.ARMS[7]])
+    monkeypatch.setattr(evidence, "ARMS", [arm for arm in evidence.ARMS if arm.name in ("SGD", "GAM, last .3")])
     monkeypatch.setattr(evidence, "TUNED", evidence.TUNED[:1])
     results = tmp_path / "results.json"
     command = ["--data", str(packed), "--task", "quick", "--device", "cpu", "--results", str(results)]

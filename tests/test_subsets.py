@@ -239,7 +239,7 @@ def test_asam_with_weights_adaptive_and_the_rest_not_as_the_authors_have_it(mode
     theirs = copy.deepcopy(ours)
     weights = [p for p in ours.parameters() if p.ndim > 1]
     rest = [p for p in ours.parameters() if p.ndim == 1]
-    groups = [{"params": weights}, {"params": rest, "adaptive": False, "perturb": perturbed}]
+    groups = [{"params": weights}, {"params": rest, "adaptive_radius": False, "perturb": perturbed}]
     optimizer = gam_fast.ASAM(groups, BASES[base_name], model=ours, rho=0.4, eta=0.01)
     plain = BASES[base_name](theirs.parameters())
     is_weight = [p.ndim > 1 for p in theirs.parameters()]
@@ -248,12 +248,14 @@ def test_asam_with_weights_adaptive_and_the_rest_not_as_the_authors_have_it(mode
         "eta": [0.01 if w else None for w in is_weight],
     }
     assert_same_steps(optimizer, ours, plain, theirs, ALL["asam"], hyper, batches)
-    assert optimizer.state_dict()["param_groups"][1]["adaptive"] is False
+    assert optimizer.state_dict()["param_groups"][1]["adaptive_radius"] is False
 
 
 def test_adaptive_is_for_asam():
     weight = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="a parameter group has adaptive=False, which is for ASAM; SAM has no T"):
-        gam_fast.SAM([{"params": [weight], "adaptive": False}], torch.optim.SGD, lr=0.1)
-    with pytest.raises(TypeError, match="adaptive of a parameter group must be True or False, got 0"):
-        gam_fast.ASAM([{"params": [weight], "adaptive": 0}], torch.optim.SGD, lr=0.1)
+    with pytest.raises(
+        ValueError, match="group has adaptive_radius=False, which is for ASAM; SAM has no T"
+    ):
+        gam_fast.SAM([{"params": [weight], "adaptive_radius": False}], torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match="adaptive_radius of a parameter group must be True or False, got 0"):
+        gam_fast.ASAM([{"params": [weight], "adaptive_radius": 0}], torch.optim.SGD, lr=0.1)
