@@ -253,9 +253,7 @@ def test_asam_with_weights_adaptive_and_the_rest_not_as_the_authors_have_it(mode
 
 def test_adaptive_is_for_asam():
     weight = nn.Parameter(torch.ones(2))
-    with pytest.raises(
-        ValueError, match="group has adaptive_radius=False, which is for ASAM; SAM has no T"
-    ):
+    with pytest.raises(ValueError, match="group has adaptive_radius=False, which is for ASAM; SAM has no T"):
         gam_fast.SAM([{"params": [weight], "adaptive_radius": False}], torch.optim.SGD, lr=0.1)
     with pytest.raises(TypeError, match="adaptive_radius of a parameter group must be True or False, got 0"):
         gam_fast.ASAM([{"params": [weight], "adaptive_radius": 0}], torch.optim.SGD, lr=0.1)
