@@ -46,6 +46,7 @@ void Executor::perturb(const Perturbation& arguments) {
   launched.eta = tables_.by_group(arguments.eta);
   launched.k = tables_.by_group(arguments.k);
   launched.l = tables_.by_group(arguments.l);
+  launched.multiplied = arguments.multiple != nullptr;
   launched.multiple = tables_.by_group(arguments.multiple);
   launched.table = tables_.finish();
   const bool difference = arguments.lists[Perturbation::kB] != nullptr;
