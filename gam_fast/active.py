@@ -168,7 +168,7 @@ class Looking(Activity):
 
     @property
     def start(self) -> dict[str, float]:
-        """What is kept in each parameter group, as it is before the first step."""
+        """The numbers kept in each parameter group, as they are before the first step."""
         raise NotImplementedError
 
     def decide(self, square: float, kept: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:

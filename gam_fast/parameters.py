@@ -59,7 +59,7 @@ class ParameterBlock:
 
     @property
     def key(self) -> tuple[Kind | None, Layout | None, torch.dtype | None, bool, bool]:
-        """What its parameters have in common."""
+        """The properties that its parameters share."""
         return self.kind, self.layout, self.leaves.vectors, self.perturbed, self.adaptive
 
 

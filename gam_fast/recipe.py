@@ -115,7 +115,7 @@ class Memory:
 
     @property
     def is_updated(self) -> bool:
-        """Whether a step changes it."""
+        """True if a step changes it."""
         return self.orthogonal or self.update is not None
 
 
@@ -229,7 +229,7 @@ class Recipe:
 
     @cached_property
     def moves(self) -> bool:
-        """Whether any pass is at another point than θ."""
+        """True if any pass is at another point than θ."""
         return bool(self.perturbations) or self.before is not None
 
     @cached_property
@@ -239,13 +239,13 @@ class Recipe:
 
     @cached_property
     def needs_lengths(self) -> bool:
-        """Whether gradients count by their length before the last is there, so that a loss must not be scaled."""
+        """True if the length of a gradient counts before the last is there: it is then unscaled at once."""
         lengths = any(move.multiple is not None for move in self.perturbations) or self.rescale
         return lengths or (self.memory is not None and self.memory.mix is not None)
 
     @cached_property
     def keeps_first(self) -> bool:
-        """Whether g0 is needed when all vectors are there, for something else than the direction."""
+        """True if g0 is needed at the end of the step, for something else than the direction."""
         return self.after is not None or (self.memory is not None and self.memory.is_updated)
 
     @cached_property
@@ -303,7 +303,7 @@ class Recipe:
 
     @cached_property
     def second_order(self) -> bool:
-        """Whether the loss is differentiated twice."""
+        """True if the loss is differentiated twice."""
         return bool(self.products)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What the relatives of SAM ask of the engine: memories, a perturbation before the only pass, laws of the radius.
+"""Relatives of SAM: memories, a perturbation before the only pass, laws of the radius.
 
 Their trajectories are in test_trajectories.py and test_every_backend.py, on several processes in test_distributed.py
 and test_sharded.py.
@@ -237,7 +237,7 @@ def test_clipping_is_of_what_the_base_optimizer_gets(method_name):
 
 
 def noise_of(optimizer, params):
-    """What a step adds to the parameters, by its only pass."""
+    """Return what a step adds to the parameters before its only pass."""
     start = [p.detach().clone() for p in params]
     found = []
     for _ in optimizer.passes():
