@@ -87,6 +87,7 @@ ARMS = (
 TUNED = (
     *(Arm(f"SAM, rho {rho}", "SAM", {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
     *(Arm(f"GAM, rho {rho}", "GAM", GAM | {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
+    *(Arm(f"MomentumSAM, rho {rho}", "MomentumSAM", {"rho": rho}) for rho in (0.1, 0.3, 1.0)),
 )
 
 
@@ -114,7 +115,7 @@ SMALL = cifar.Settings(network="small", train_images=10_000, lr=0.05, smoothing=
 
 TASKS: Mapping[str, Task] = {
     "cpu": Task(SMALL, (10, 30), measured=128),
-    "few": Task(replace(SMALL, train_images=2_000), (60,), measured=128),
+    "few": Task(replace(SMALL, train_images=2_000), (60, 30, 100), wrong_labels=(0.2, 0.0), measured=128),
     "gpu": Task(cifar.Settings(network="resnet18", smoothing=0.0, bf16=True), (10, 30, 100)),
     "quick": Task(
         replace(SMALL, train_images=64, batch=32),
@@ -145,9 +146,9 @@ class Planned:
 
 
 def plan(task: Task, *, tune: bool = False) -> Iterator[Planned]:
-    """Yield the runs: short ones before long ones, all arms of a seed before the next seed.
+    """Yield the runs: all arms of a seed before the next seed.
 
-    Settings are chosen with the shortest length and right labels.
+    Settings are chosen with the task's first length and first share of wrong labels.
     """
     if tune:
         for seed in task.tuned_on:
