@@ -79,8 +79,8 @@ class Perturbation:
     (ASAM) the norm is ``‖T v‖`` and the step ``radius · T² v / (‖T v‖ + ξ)`` with ``T = |θ| + eta``, elementwise.
 
     Another law of the radius: the step is ``(size / (‖v‖ + ξ) + multiple) v``, where ``size`` is the radius if it is
-    not given. ``along`` is a vector of the step, or the name of one that is older: :data:`MOMENTUM`, :data:`MEMORY`,
-    :data:`NOISE`.
+    not given; with ``cap`` it is ``min(size / (‖v‖ + offset), cap) v``. ``along`` is a vector of the step, or the name
+    of one that is older: :data:`MOMENTUM`, :data:`MEMORY`, :data:`NOISE`.
     """
 
     along: int | str
@@ -89,6 +89,8 @@ class Perturbation:
     from_start: bool = False
     size: Coefficient = None
     multiple: Coefficient = None
+    offset: Coefficient = None
+    cap: Coefficient = None
 
 
 MEMORIES = ("gradient_average", "previous_gradient", "sharpness_direction", "direction")
@@ -214,6 +216,8 @@ class Recipe:
                 if i in self.products:
                     raise ValueError(f"recipe {self.name}: step {i} would differentiate a Hessian-vector product")
                 continue
+            if move.cap is None and move.offset is not None:
+                raise ValueError(f"recipe {self.name}: an offset belongs to a cap: {move}")
             taken = not isinstance(move.along, str) and 0 <= move.along <= i
             if not taken or (move.minus is not None and not 0 <= move.minus <= i):
                 raise ValueError(f"recipe {self.name}: move {i} goes along a gradient that is not taken yet: {move}")
@@ -240,7 +244,8 @@ class Recipe:
     @cached_property
     def needs_lengths(self) -> bool:
         """True if the length of a gradient counts before the last is there: it is then unscaled at once."""
-        lengths = any(move.multiple is not None for move in self.perturbations) or self.rescale
+        laws = [x for move in self.perturbations for x in (move.multiple, move.cap)]
+        lengths = any(x is not None for x in laws) or self.rescale
         return lengths or (self.memory is not None and self.memory.mix is not None)
 
     @cached_property

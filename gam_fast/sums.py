@@ -56,11 +56,11 @@ def reads_are_free(device: torch.device) -> bool:
 
 
 def on(value: Scalar, device: torch.device) -> Scalar:
-    """The scalar for a backend on ``device``: a number on a CPU."""
+    """Return the scalar, or one per group, for a backend on ``device``: a single one is a number on a CPU."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(device)
-    return float(value) if reads_are_free(device) else value
+    return float(value) if reads_are_free(device) and value.numel() == 1 else value
 
 
 def products_on(products: Tensor, device: torch.device) -> Products:

@@ -29,12 +29,13 @@ MULTIPLE = tl.constexpr(host.PERTURB.index("multiple"))
 OF_PERTURB = tl.constexpr(len(host.PERTURB))
 
 
-@triton.jit(do_not_specialize=["ticket"])
+@triton.jit(do_not_specialize=["stride", "ticket"])
 def perturb(
     pieces,
     table,
     numbers,
     square,
+    stride,
     mark,
     ticket,
     TYPE: tl.constexpr,
@@ -47,11 +48,12 @@ def perturb(
     BLOCK: tl.constexpr,
 ):
     """``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``, with ``SAVE`` a copy of the parameters to
-    the backup first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. A launch that saves leaves a
-    ticket."""
+    the backup first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. There is one square, or one
+    per group with a stride of 1. A launch that saves leaves a ticket."""
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
-    group = numbers + tl.load(row + GROUP) * OF_PERTURB
-    factor = inverse_norm(tl.load(square)) * tl.load(group + RADIUS) + tl.load(group + MULTIPLE)
+    place = tl.load(row + GROUP)
+    group = numbers + place * OF_PERTURB
+    factor = inverse_norm(tl.load(square + place * stride)) * tl.load(group + RADIUS) + tl.load(group + MULTIPLE)
     eta = tl.load(group + ETA)
     k = tl.load(group + K)
     l = tl.load(group + L)  # noqa: E741

@@ -163,7 +163,7 @@ def test_objects_of_other_types_are_refused():
         (lambda: _C.direction(plan, block, None, a), TypeError, "d must be a Direction"),
         (lambda: _C.direction(plan, block, d, [None] * 2), TypeError, r"out\[0\] must be a tensor, got NoneType"),
         (products(torch.ones(2, 3)), ValueError, "products must be a contiguous float64 tensor on cpu of three"),
-        (products([[1.0]]), ValueError, "products must be .* of three numbers a parameter group"),
+        (products([[1.0]]), ValueError, "products must be .* of three numbers per parameter group"),
         (update("rmsprop"), ValueError, "formula must be one of sgd, adam, lion, assign, got rmsprop"),
         (update(groups=[(None, *rows[0][1:])] * 2), TypeError, r"groups\[0\]\[0\] must be one of the numbers"),
         (update(option=[0, 1]), ValueError, r"option must have .* the index of one of 1 options, got \[0, 1\]"),

@@ -25,6 +25,7 @@ struct PerturbArguments {
   Table table;
   const double* square = nullptr;
   bool save = false, from_start = false;
+  bool by_group = false;    // one square per group
   bool multiplied = false;  // whether there are multiples: of many groups, no number is read that is not there
   Numbers<double> radius, eta, k, l, multiple;
 };

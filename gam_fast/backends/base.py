@@ -217,7 +217,8 @@ class Backend(Protocol):
     ) -> None:
         r"""``params ← origin + (radius / (√square + ξ) + multiple) · T² (a − b)``, then the fold.
 
-        ``square`` is what :meth:`square_norm` gave, summed over devices; ξ = 1e-12; ``multiple=None`` is 0.
+        ``square`` is what :meth:`square_norm` gave, summed over devices, or a float64 tensor of one number per group;
+        ξ = 1e-12; ``multiple=None`` is 0.
         The origin is θ with ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the
         leaves are not yet saved, the parameters are first copied to the backup. Reads 1 N for each of origin, a, b and
         (with ``eta``, unless it is the origin) θ; writes 1 N, and 1 N more for the first backup. A fold reads at most

@@ -190,7 +190,8 @@ class TritonBackend:
             self._ticket += 1
             if save:  # an interrupt may come before the launch, or after it: restore() finds out
                 leaves.ticket = self._ticket
-            launch(kernels().moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, **constants)
+            stride = int(total.numel() > 1)
+            launch(kernels().moves.perturb, prepared, *prepared.numbers, total, stride, mark, self._ticket, **constants)
             leaves.saved = True
             after(lists, a, b)
 
