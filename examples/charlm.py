@@ -40,6 +40,7 @@ class Settings(training_runs.Settings):
     weight_decay: float = 0.1
     clip: float = 1.0
     test_every: int = 250
+    train_letters: int = 0
 
 
 PRESETS: Mapping[str, Settings] = {
@@ -49,14 +50,24 @@ PRESETS: Mapping[str, Settings] = {
 
 
 class Text:
-    """A text as numbers of its letters: the first nine tenths to train on, the rest to test on."""
+    """A text as numbers of its letters: the first nine tenths to train on, the rest to test on.
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    Args:
+        path: of the text, in UTF-8.
+        device: where the numbers are.
+        train_letters: train on so many letters, the last before the rest; 0: on all of the nine tenths.
+        validation: test on so many letters before these in place of the rest, to choose settings by.
+    """
+
+    def __init__(self, path: Path, device: torch.device, train_letters: int = 0, validation: int = 0) -> None:
         text = path.read_text(encoding="utf-8")
         self.letters = sorted(set(text))
         numbers = {letter: i for i, letter in enumerate(self.letters)}
         tokens = torch.tensor([numbers[letter] for letter in text], device=device)
         self.train, self.test = tokens.tensor_split([len(tokens) * 9 // 10])
+        before, self.train = self.train[:-train_letters], self.train[-train_letters:]
+        if validation:
+            self.test = before[-validation:]
 
     def batch(self, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
         """Return pieces of the text, and the letter after each of theirs, that depend on the seed and the step alone.
@@ -244,14 +255,18 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
         "--data": {"type": Path, "required": True, "help": "a text in UTF-8"},
         "--sample": {"type": int, "default": 0, "metavar": "LETTERS", "help": "let the model write, at the end"},
     }
-    helps = {"warm_up": "steps in which the learning rate rises", "clip": "the largest norm of a direction"}
+    helps = {
+        "warm_up": "steps in which the learning rate rises",
+        "clip": "the largest norm of a direction",
+        "train_letters": "train on so many letters, 0: on all of the first nine tenths",
+    }
     return training_runs.parse(argv, PRESETS, ["AdamW"], more, {}, helps)
 
 
 def main(argv: Sequence[str] | None = None) -> Curve:
     arguments, settings = parse(argv)
     device = torch.device(arguments.device)
-    run = Run(settings, Text(arguments.data, device), device)
+    run = Run(settings, Text(arguments.data, device, settings.train_letters), device)
     curve: Curve = training_runs.carry_out(run, arguments)
     if arguments.sample:
         print(run.sample(arguments.sample))
