@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
+import pickle
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -41,6 +44,14 @@ def through_a_file(value, weights_only=True):
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": partial(through_a_file, weights_only=False),
+}
+"""Ways to copy a model with its optimizer."""
 
 
 def assert_same(before, after):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import pickle
 import random
 
 import pytest
 import torch
 from cases import BASES, DTYPES, EXACT, METHODS, in_turn, loss_of, make
-from snapshots import assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
+from snapshots import COPIES, assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
 import gam_fast
@@ -362,8 +361,7 @@ def test_resuming_within_an_interval_has_the_same_bits(rule, how):
         second.load_state_dict(saved[1])
     else:
         first.model = None
-        pair = (model, first)
-        model, second = pickle.loads(pickle.dumps(pair)) if how == "pickle" else copy.deepcopy(pair)
+        model, second = COPIES[how]((model, first))
     assert train(model, second, data(batches, 10)[4:]) == counts[4:]
     assert_equal(model, through)
 

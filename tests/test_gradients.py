@@ -476,16 +476,6 @@ def test_a_local_step_does_not_write_into_gradients(two, method_name, large, bit
 # Gradients that are not used
 
 
-@pytest.mark.parametrize("method_name", SOME)
-def test_accumulation_by_hand_is_noticed(method_name):
-    model, optimizer, [(x, y), *_] = setting(method_name)
-    optimizer.step(closure_of(model, x, y))
-    optimizer.step(closure_of(model, x, y))  # nothing came between
-    loss_of(model, x, y).backward()
-    with pytest.warns(UserWarning, match=r"gradients that were there before this step .* are not used"):
-        optimizer.step(closure_of(model, x, y))
-
-
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 def test_gradients_zeroed_in_place_are_no_accumulation(flat):
     model, optimizer, [(x, y), *_] = setting("gam")

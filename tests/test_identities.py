@@ -108,18 +108,9 @@ def test_h0_approaches_the_exact_hessian_vector_product_at_first_order():
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)
 
 
-class WithDropout(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 3))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 @pytest.mark.parametrize("replay", [True, False])
 def test_dropout_masks_are_the_same_in_all_passes_unless_switched_off(replay):
-    model = WithDropout().double()
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 3)).double()
     x, y = torch.randn(16, 6, dtype=torch.float64), torch.randint(3, (16,))
     start = torch.get_rng_state()
     h0, g0 = h0_of_the_engine(model, x, y, 1e-3, replay_rng=replay)
