@@ -9,6 +9,7 @@ import pickle
 from contextlib import contextmanager
 from functools import partial
 
+import pytest
 import torch
 
 
@@ -32,6 +33,18 @@ def unchanged(model, optimizer):
     before = everything(model, optimizer)
     yield
     assert_same(before, everything(model, optimizer))
+
+
+def leave(optimizer, body, index, error=KeyError):
+    """A step that an error ends in pass ``index``, after its body."""
+
+    def closure(turn):
+        body()
+        if turn.index == index:
+            raise error
+
+    with pytest.raises(error):
+        optimizer.step(closure)
 
 
 def assert_close(ours, theirs, rtol=0.0, atol=0.0):

@@ -238,15 +238,6 @@ def test_a_threshold_out_of_range_is_refused(options, error, match):
         AboveThreshold(**options)
 
 
-def test_a_method_without_a_gradient_at_the_start_takes_no_rule_that_looks_at_it():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = gam_fast.PreviousGradientSAM([weight], torch.optim.SGD, lr=0.1, active=WhenSteep())
-    with pytest.raises(
-        ValueError, match=r"active=WhenSteep.* would look at the gradient at θ, which this method does not"
-    ):
-        optimizer.step(lambda: weight.square().sum().backward())
-
-
 @pytest.mark.parametrize("rule", [WhenSteep(deviations=1e9), Between(0, 1)])
 def test_a_step_that_a_rule_takes_from_looksam_is_one_of_the_base_alone(rule):
     model, batches = make("mlp")

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, closure_of, loss_of, make
+from cases import METHODS, MULTIPASS, closure_of, loss_of, make
+from snapshots import assert_equal
 from torch import nn
 
 import gam_fast
@@ -47,7 +48,7 @@ def test_methods_that_coincide(what):
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].passes > 1])
+@pytest.mark.parametrize("name", MULTIPASS)
 def test_with_all_radii_zero_every_method_is_the_base(name):
     method = METHODS[name]
     radii = {move.radius: 0.0 for move in method.optimizer.recipe.path}
@@ -69,8 +70,7 @@ def test_base_with_sgd_is_torch_sgd_bit_for_bit():
         plain.zero_grad()
         loss_of(theirs, x, y).backward()
         plain.step()
-    for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(p, q)
+    assert_equal(ours, theirs)
 
 
 def gradient_at(model, x, y, create_graph=False):
