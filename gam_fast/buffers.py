@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -49,24 +48,24 @@ def modules_of(model: nn.Module | None) -> list[nn.Module]:
 class ForwardState:
     """Keeps what the first pass made of a model's buffers, and of parameters that are not being trained.
 
-    As a context manager it spans one step: call :meth:`enter` (``with`` does it for ``model`` alone) and then
-    :meth:`begin` at the start of each pass. All passes see what was there at entry. On leaving, it is what the first
-    pass made of that, bit for bit (or, with ``begin(keep_last=True)``, what the last pass made of it); when the block
-    raises, what was there at entry. Buffers that are written to in place stay the same tensors, at the same address,
-    and modules are not switched, so that a compiled model is not compiled again. One object serves many steps: the
-    first finds out which buffers move.
+    A step lasts from :meth:`enter` to :meth:`exit`, with :meth:`begin` at the start of each pass. All passes see what
+    was there at entry. On leaving, it is what the first pass made of that, bit for bit (or, with
+    ``begin(keep_last=True)``, what the last pass made of it); of a step that is undone, what was there at entry.
+    Buffers that are written to in place stay the same tensors, at the same address, and modules are not switched, so
+    that a compiled model is not compiled again. One object serves many steps: the first finds out which buffers move.
 
     >>> model = nn.BatchNorm1d(2)
-    >>> with ForwardState(model) as state:
-    ...     for scale in (1.0, 100.0):
-    ...         state.begin()
-    ...         _ = model(scale * torch.ones(4, 2))
+    >>> state = ForwardState()
+    >>> state.enter(model)
+    >>> for scale in (1.0, 100.0):
+    ...     state.begin()
+    ...     _ = model(scale * torch.ones(4, 2))
+    >>> state.exit(undo=False)
     >>> model.running_mean, int(model.num_batches_tracked)
     (tensor([0.1000, 0.1000]), 1)
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._given = model
+    def __init__(self) -> None:
         self._layout: Any = None
         self._modules: list[nn.Module] = []
         self._places: list[Place] = []  # first those of buffers, then those of parameters
@@ -81,15 +80,6 @@ class ForwardState:
     def moves_parameters(self) -> bool:
         """Whether a parameter of the optimizer is known to move without being trained, or may: in the first step."""
         return self._learning or any(place.moves for place in self._places[self._buffers :])
-
-    def __enter__(self) -> ForwardState:
-        self.enter(self._given)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.exit(undo=kind is not None)
 
     def enter(
         self,

@@ -62,11 +62,11 @@ class SecondDerivativeError(RuntimeError):
         )
 
 
-def check_loss(loss: Tensor, method: str) -> Tensor:
-    """``loss``, if it is a tensor of one element that depends on something.
+def check_loss(loss: Tensor, method: str) -> None:
+    """Refuse a loss that is no tensor of one element, or does not depend on anything.
 
     Raises:
-        TypeError, RuntimeError: it is not.
+        TypeError, RuntimeError: it is such a loss.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -76,7 +76,6 @@ def check_loss(loss: Tensor, method: str) -> Tensor:
             f"the loss given to {method} does not depend on a parameter that requires a gradient: it must not be "
             "detached, nor computed under torch.no_grad()"
         )
-    return loss
 
 
 def gradient(losses: Sequence[Tensor], params: Sequence[Tensor], *, twice: bool) -> list[Tensor | None]:

@@ -13,28 +13,16 @@ from .backends.base import Products, Scalar, accumulate_dtype
 
 
 def add_up(values: Sequence[Tensor]) -> Tensor:
-    """Sum over devices, on the first of them, in their order."""
+    """Sum over devices, on the first of them, in their order.
+
+    >>> import torch
+    >>> float(add_up([torch.tensor(9.0), torch.tensor(16.0)]))
+    25.0
+    """
     total = values[0]
     for value in values[1:]:
         total = total + value.to(total.device, accumulate_dtype(total.device))
     return total
-
-
-def square_norm(values: Sequence[Tensor], on_host: bool) -> Scalar:
-    """The sum of 0-dim tensors, one a device; a plain number when all parameters are on a CPU.
-
-    >>> import torch
-    >>> square_norm([torch.tensor(9.0), torch.tensor(16.0)], on_host=True)
-    25.0
-    """
-    total = add_up(values)
-    return float(total) if on_host else total
-
-
-def inner_products(values: Sequence[Tensor], on_host: bool) -> Products:
-    """The sum of tables of products, one a device; plain numbers when all parameters are on a CPU."""
-    total = add_up(values)
-    return total.tolist() if on_host else total
 
 
 def is_finite(values: Sequence[Scalar | Products]) -> bool:

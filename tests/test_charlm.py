@@ -12,26 +12,8 @@ import torch
 
 from experiments import evidence
 
-TINY = [
-    "--layers",
-    "1",
-    "--heads",
-    "2",
-    "--width",
-    "16",
-    "--context",
-    "8",
-    "--batch",
-    "8",
-    "--steps",
-    "40",
-    "--test-every",
-    "20",
-    "--warm-up",
-    "4",
-    "--lr",
-    "0.01",
-]
+TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "8", "--batch", "8", "--steps", "40"]
+TINY += ["--test-every", "20", "--warm-up", "4", "--lr", "0.01"]
 
 
 @pytest.fixture

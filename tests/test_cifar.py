@@ -146,18 +146,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, packed, optio
         cifar.main([*arguments, "--lr", "0.3", "--checkpoint", str(checkpoint)])
 
 
-def test_a_late_phase_is_plain_before(packed):
-    arguments = ["--data", str(packed), *TINY]
-    passes = []
-    for late in ("0", "1"):
-        _, settings = cifar.parse([*arguments, "--method", "GAM", "--late", late])
-        run = cifar.Run(settings, packed, torch.device("cpu"))
-        passes.append(run.train())
-    _, plain = cifar.parse([*arguments, "--method", "SGD"])
-    assert passes[0] == cifar.Run(plain, packed, torch.device("cpu")).train()
-    assert passes[0] != passes[1]
-
-
 def test_test_images_are_left_alone_where_some_are_set_apart(packed):
     _, settings = cifar.parse(["--data", str(packed), *TINY, "--train-images", "0", "--validation", "16"])
     train, held = cifar.split(settings, packed)

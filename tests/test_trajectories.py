@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from cases import ALL, BASES, DTYPES, INTERPRETED, MODELS, VARIANTS, closure_of, loss_of, make, pairwise
+from snapshots import assert_close
 
 from gam_fast.stored import MOMENTA
 
@@ -69,8 +70,7 @@ def assert_same_steps(optimizer, ours, plain, theirs, method, hyper, batches):
             for _ in optimizer.passes():
                 loss_of(ours, x, y).backward()
         reference_step(theirs, plain, method, hyper, x, y)
-    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("model_name", "method_name", "base_name"), pairwise(MODELS, ALL, BASES))
@@ -110,8 +110,7 @@ def test_groups_may_differ_in_every_hyper_parameter(method_name):
         x, y = batches[k % len(batches)]
         optimizer.step(closure_of(ours, x, y))
         reference_step(theirs, plain, method, {**method.hyper, **each}, x, y)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def quadratic(dtype):
