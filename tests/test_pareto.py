@@ -172,7 +172,7 @@ def test_bad_arguments_are_named(arguments, message, capsys):
 
 def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pareto, "QUICK", 24)
-    files = {name: tmp_path / f"figures.{name}" for name in ("json", "png", "markdown")}
+    files = {name: tmp_path / f"figures.{name}" for name in ("json", "pictures", "markdown")}
     paths = [f"--{name}={path}" for name, path in files.items()]
     assert pareto.main(["--quick", "--task", "digits", "--contenders", ",".join(front.needed()), *paths]) == 0
     figures = json.loads(files["json"].read_text(encoding="utf-8"))
@@ -192,7 +192,9 @@ def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, mon
     advice = f"`{front.CLOSE}` against `GAM`"
     for words in ("A quick run: its figures mean nothing", "## digits", "## Which to take", advice):
         assert words in text
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    drawn = {path.name for path in tmp_path.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
+    assert drawn == {"figures.pictures_digits_accuracy.png", "figures.pictures_digits_lambda_max.png"}
+    assert "](../pareto_digits_lambda_max.png)" in text
 
     capsys.readouterr()
     again = tmp_path / "again.md"
