@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.data import DataError
-from experiments import census, front, pareto, pareto_page, runs, tasks
+from experiments import census, front, pareto, pareto_page, radius, runs, tasks
 from experiments.runs import CONTENDERS, Contender, Run
 
 # raised inside a dependency of curvlinops
@@ -209,3 +209,18 @@ def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, mon
     with pytest.raises(SystemExit, match="2"):
         pareto.main(["--read", str(files["json"]), "--check"])
     assert "figures.json has no 'SAM' on the digits" in capsys.readouterr().err
+
+
+def test_radii_are_compared_and_shown_again(tmp_path, capsys):
+    path, drawn = tmp_path / "radius.json", tmp_path / "radius.png"
+    assert radius.main(["--quick", "--seeds", "3", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["method"], row["rho"]) for row in rows] == [
+        ("base", None),
+        *((method, rho) for method in ("SAM", "GAM") for rho in radius.RADII[:2]),
+    ]
+    assert len({row["loss"][0] for row in rows}) == 5
+    first = capsys.readouterr().out
+    assert radius.main(["--read", str(path), "--picture", str(drawn)]) == 0
+    assert capsys.readouterr().out == first
+    assert drawn.read_bytes().startswith(b"\x89PNG")
