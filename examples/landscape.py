@@ -50,12 +50,13 @@ def look(name: str, data: digits.Digits, epochs: int, seed: int, points: int) ->
         trainer.epoch()
     loss = flatness.Loss(trainer.model.eval(), nn.CrossEntropyLoss(), [(data.train_x, data.train_y)])
     found = flatness.hessian_eigenvalues(loss, 2)
+    first, second = found.vectors
     line = spaced(REACH, points)
     return Around(
         found.values[0],
-        flatness.slice_1d(loss, found.vectors[0], spaced(REACH, 2 * points - 1)),
+        flatness.slice_1d(loss, first, spaced(REACH, 2 * points - 1)),
         flatness.slice_1d(loss, flatness.filter_normalised_direction(loss, seed), spaced(1.0, 2 * points - 1)),
-        flatness.slice_2d(loss, *found.vectors, (line, line)),
+        flatness.slice_2d(loss, first, second, (line, line)),
     )
 
 
