@@ -56,20 +56,26 @@ def picture(rows: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
-    labels = {"accuracy": "test accuracy, %", "loss": "training loss at the end"}
+    labels = {"error": "test error, %", "loss": "training loss at the end"}
+    rows = [{**row, "error": [100.0 - accuracy for accuracy in row["accuracy"]]} for row in rows]
     for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
         base = next(row for row in rows if row["rho"] is None)
-        axes.axhline(means(base)[key], color=COLORS["base"], linestyle="--", label="SGD")
+        axes.axhline(statistics.mean(base[key]), color=COLORS["base"], linestyle="--", label="SGD")
         for method in METHODS:
             own = [row for row in rows if row["method"] == method]
             radii = [row["rho"] for row in own]
-            axes.plot(radii, [means(row)[key] for row in own], color=COLORS[method], label=method, linewidth=2)
+            axes.plot(
+                radii, [statistics.mean(row[key]) for row in own], color=COLORS[method], label=method, linewidth=2
+            )
             for row in own:
                 axes.plot([row["rho"]] * len(row[key]), row[key], ".", color=COLORS[method], alpha=0.6)
-        axes.set_xscale("log")
+        axes.set(xscale="log", yscale="log" if key == "error" else "linear")
         axes.xaxis.set_major_locator(FixedLocator(sorted({row["rho"] for row in rows if row["rho"] is not None})[::2]))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        for axis in (axes.xaxis, axes.yaxis) if key == "error" else (axes.xaxis,):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        if key == "error":
+            axes.yaxis.set_major_locator(FixedLocator([5, 7, 10, 20, 50, 90]))
         axes.set_xlabel("rho", fontsize=11)
         axes.set_title(label, loc="left", fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
