@@ -37,6 +37,8 @@ from bench import options
 from bench.report import Table, write_json
 from gam_fast import flatness
 
+from .picture import Point, against_cost
+
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT / "examples") not in sys.path:
     sys.path.append(str(ROOT / "examples"))
@@ -362,6 +364,27 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     return result
 
 
+def gains(runs: Mapping[str, Mapping[str, Any]], epochs: int, wrong_labels: float) -> list[Point]:
+    """Return the accuracy of each arm above that of the base optimizer from the same seed; errors are standard errors.
+
+    Seeds differ by more than methods do, so that the spread of the accuracies themselves says little.
+    """
+    accuracy: dict[str, dict[int, float]] = {}
+    for run in runs.values():
+        if (run["tune"], run["epochs"], run["wrong_labels"]) == (False, epochs, wrong_labels):
+            accuracy.setdefault(run["arm"], {})[run["seed"]] = run["test_accuracy"]
+    base = accuracy.get(ARMS[0].name, {})
+    found = []
+    for arm in ARMS:
+        own = accuracy.get(arm.name, {})
+        apart = [own[seed] - base[seed] for seed in own if seed in base]
+        if apart:
+            error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None
+            method = "base" if arm.method == "SGD" else arm.method
+            found.append(Point(arm.name, method, arm.gradients, statistics.mean(apart), error))
+    return found
+
+
 def stored(results: Path) -> dict[str, Any]:
     """Return the runs that are in the file."""
     return json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
@@ -376,6 +399,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tune", action="store_true", help="the runs that settings are chosen by")
     found.add_argument("--seed", type=int, help="only runs of this seed: for processes side by side")
     found.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
+    drawn = "draw accuracy against the count of gradients, of the first length and share of wrong labels, to PATH"
+    found.add_argument("--picture", type=options.output, metavar="PATH", help=drawn)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--threads", type=options.positive, help="CPU threads of torch")
     return found
@@ -398,6 +423,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(given.results, runs)
     for table in tables(runs):
         print(f"### {table.title}\n\n{table.markdown()}\n")
+    if given.picture:
+        epochs, wrong = task.lengths[0], task.wrong_labels[0]
+        quality = f"{100 * wrong:g} % wrong labels" if wrong else "right labels"
+        title = f"{task.settings.train_images:,} images, {epochs} epochs, {quality}"
+        labels = "gradients ÷ those of SGD", "test accuracy, points above SGD"
+        given.picture.write_bytes(against_cost(gains(runs, epochs, wrong), *labels, title))
     return 0
 
 

@@ -177,6 +177,22 @@ def test_an_experiment_runs_what_it_has_not_run_yet(packed, tmp_path, capsys, mo
     out = capsys.readouterr().out
     assert "### 1 epochs, 20% wrong labels" in out
     assert "| GAM, last .3 | 1 |" in out
+    picture = tmp_path / "picture.png"
+    assert evidence.main([*command, "--seconds", "0", "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_gains_are_over_the_base_of_the_same_seed():
+    def run(arm, seed, accuracy, tune=False):
+        return {
+            "arm": arm, "seed": seed, "test_accuracy": accuracy, "tune": tune, "epochs": 60, "wrong_labels": 0.2
+        }  # fmt: skip
+
+    runs = [run("SGD", 0, 50.0), run("SGD", 1, 40.0), run("SAM", 0, 52.0), run("SAM", 1, 43.0), run("GAM", 2, 60.0)]
+    runs += [run("SAM", 0, 0.0, tune=True)]
+    sgd, sam = evidence.gains(dict(enumerate(runs)), 60, 0.2)
+    assert (sgd.name, sgd.cost, sgd.value, sgd.error) == ("SGD", 1.0, 0.0, 0.0)
+    assert (sam.name, sam.cost, sam.value, sam.error) == ("SAM", 2.0, 2.5, 0.5)
 
 
 def on_two(rank, world, path):

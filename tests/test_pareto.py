@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench.data import DataError
-from experiments import census, front, pareto, pareto_page, runs, tasks
+from experiments import census, front, pareto, pareto_page, radius, runs, tasks
 from experiments.runs import CONTENDERS, Contender, Run
 
 # raised inside a dependency of curvlinops
@@ -110,7 +110,7 @@ def test_bad_arguments_are_named(arguments, message, capsys):
 
 def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pareto, "QUICK", 24)
-    files = {name: tmp_path / f"figures.{name}" for name in ("json", "png", "markdown")}
+    files = {name: tmp_path / f"figures.{name}" for name in ("json", "pictures", "markdown")}
     paths = [f"--{name}={path}" for name, path in files.items()]
     assert pareto.main(["--quick", "--task", "digits", "--contenders", ",".join(front.needed()), *paths]) == 0
     figures = json.loads(files["json"].read_text(encoding="utf-8"))
@@ -130,7 +130,9 @@ def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, mon
     advice = f"`{front.CLOSE}` against `GAM`"
     for words in ("A quick run: its figures mean nothing", "## digits", "## Which to take", advice):
         assert words in text
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    drawn = {path.name for path in tmp_path.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
+    assert drawn == {"figures.pictures_digits_accuracy.png", "figures.pictures_digits_lambda_max.png"}
+    assert "](../pareto_digits_lambda_max.png)" in text
 
     capsys.readouterr()
     again = tmp_path / "again.md"
@@ -145,3 +147,18 @@ def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, mon
     with pytest.raises(SystemExit, match="2"):
         pareto.main(["--read", str(files["json"]), "--check"])
     assert "figures.json has no 'SAM' on the digits" in capsys.readouterr().err
+
+
+def test_radii_are_compared_and_shown_again(tmp_path, capsys):
+    path, drawn = tmp_path / "radius.json", tmp_path / "radius.png"
+    assert radius.main(["--quick", "--seeds", "3", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["method"], row["rho"]) for row in rows] == [
+        ("base", None),
+        *((method, rho) for method in ("SAM", "GAM") for rho in radius.RADII[:2]),
+    ]
+    assert len({row["loss"][0] for row in rows}) == 5
+    first = capsys.readouterr().out
+    assert radius.main(["--read", str(path), "--picture", str(drawn)]) == 0
+    assert capsys.readouterr().out == first
+    assert drawn.read_bytes().startswith(b"\x89PNG")
