@@ -364,23 +364,25 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     return result
 
 
-def gains(runs: Mapping[str, Mapping[str, Any]], epochs: int, wrong_labels: float) -> list[Point]:
-    """Return the accuracy of each arm above that of the base optimizer from the same seed; errors are standard errors.
+def gains(task: Task, runs: Mapping[str, Mapping[str, Any]], length: int, wrong_labels: float) -> list[Point]:
+    """Return the test accuracy of each arm above that of the base optimizer from the same seed, with standard errors.
 
-    Seeds differ by more than methods do, so that the spread of the accuracies themselves says little.
+    Of a text, return the test loss below that of the base optimizer. Seeds differ by more than methods do, so that the
+    spread of the figures themselves says little.
     """
-    accuracy: dict[str, dict[int, float]] = {}
+    unit, figure, sign = ("steps", "test_loss", -1.0) if task.is_text else ("epochs", "test_accuracy", 1.0)
+    figures: dict[str, dict[int, float]] = {}
     for run in runs.values():
-        if (run["tune"], run["epochs"], run["wrong_labels"]) == (False, epochs, wrong_labels):
-            accuracy.setdefault(run["arm"], {})[run["seed"]] = run["test_accuracy"]
-    base = accuracy.get(ARMS[0].name, {})
+        if (run["tune"], run[unit], run["wrong_labels"]) == (False, length, wrong_labels):
+            figures.setdefault(run["arm"], {})[run["seed"]] = sign * run[figure]
+    base = figures.get(task.arms[0].name, {})
     found = []
-    for arm in ARMS:
-        own = accuracy.get(arm.name, {})
+    for arm in task.arms:
+        own = figures.get(arm.name, {})
         apart = [own[seed] - base[seed] for seed in own if seed in base]
         if apart:
             error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None
-            method = "base" if arm.method == "SGD" else arm.method
+            method = "base" if arm.method in BASES else arm.method
             found.append(Point(arm.name, method, arm.gradients, statistics.mean(apart), error))
     return found
 
@@ -399,7 +401,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tune", action="store_true", help="the runs that settings are chosen by")
     found.add_argument("--seed", type=int, help="only runs of this seed: for processes side by side")
     found.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
-    drawn = "draw accuracy against the count of gradients, of the first length and share of wrong labels, to PATH"
+    drawn = "draw the gain against the count of gradients, of the first length and share of wrong labels, to PATH"
     found.add_argument("--picture", type=options.output, metavar="PATH", help=drawn)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--threads", type=options.positive, help="CPU threads of torch")
@@ -424,11 +426,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for table in tables(runs):
         print(f"### {table.title}\n\n{table.markdown()}\n")
     if given.picture:
-        epochs, wrong = task.lengths[0], task.wrong_labels[0]
-        quality = f"{100 * wrong:g} % wrong labels" if wrong else "right labels"
-        title = f"{task.settings.train_images:,} images, {epochs} epochs, {quality}"
-        labels = "gradients ÷ those of SGD", "test accuracy, points above SGD"
-        given.picture.write_bytes(against_cost(gains(runs, epochs, wrong), *labels, title))
+        length, wrong, base = task.lengths[0], task.wrong_labels[0], task.arms[0].name
+        if isinstance(task.settings, charlm.Settings):
+            title = f"{task.settings.train_letters:,} letters, {length:,} steps"
+            gain = f"test loss in nats per letter, below {base}"
+        else:
+            quality = f"{100 * wrong:g} % wrong labels" if wrong else "right labels"
+            title = f"{task.settings.train_images:,} images, {length} epochs, {quality}"
+            gain = f"test accuracy, points above {base}"
+        labels = f"gradients ÷ those of {base}", gain
+        given.picture.write_bytes(against_cost(gains(task, runs, length, wrong), *labels, title))
     return 0
 
 

@@ -80,7 +80,9 @@ def test_the_experiment_on_a_text(text, tmp_path, capsys, monkeypatch):
     results = tmp_path / "results.json"
     command = ["--data", str(text), "--task", "quick-text", "--device", "cpu", "--results", str(results)]
     assert evidence.main([*command, "--tune"]) == 0
-    assert evidence.main(command) == 0
+    drawn = tmp_path / "gains.png"
+    assert evidence.main([*command, "--picture", str(drawn)]) == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     runs = json.loads(results.read_text())
     assert [(found["arm"], found["tune"]) for found in runs.values()] == [
         ("AdamW", True),

@@ -190,7 +190,7 @@ def test_gains_are_over_the_base_of_the_same_seed():
 
     runs = [run("SGD", 0, 50.0), run("SGD", 1, 40.0), run("SAM", 0, 52.0), run("SAM", 1, 43.0), run("GAM", 2, 60.0)]
     runs += [run("SAM", 0, 0.0, tune=True)]
-    sgd, sam = evidence.gains(dict(enumerate(runs)), 60, 0.2)
+    sgd, sam = evidence.gains(evidence.TASKS["few"], dict(enumerate(runs)), 60, 0.2)
     assert (sgd.name, sgd.cost, sgd.value, sgd.error) == ("SGD", 1.0, 0.0, 0.0)
     assert (sam.name, sam.cost, sam.value, sam.error) == ("SAM", 2.0, 2.5, 0.5)
 
