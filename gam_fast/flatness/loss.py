@@ -1,4 +1,4 @@
-"""What is measured: a loss as a function of the parameters, with its gradient and Hessian-vector products."""
+"""The measured loss as a function of the parameters, with its gradient and Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -29,32 +29,33 @@ from .vectors import Vector, norm, scaled, wide
 MODES = ("eval", "frozen")
 Params: TypeAlias = "Iterable[Any] | Mapping[str, Iterable[Tensor]] | None"
 Terms: TypeAlias = "Callable[[], Iterator[tuple[Callable[[], Tensor], float]]]"
-"""For each batch its loss, not yet computed, and what it is multiplied by before the sum."""
+"""For each batch, a function that computes its loss, and the loss's weight in the sum."""
 
 
 class Loss:
     r"""The mean loss over a whole data set, :math:`L(θ) = \sum_b n_b L_b(θ) / \sum_b n_b`, read batch by batch.
 
-    The measures of :mod:`gam_fast.flatness` take it as their first argument. They leave parameters, gradients, running
-    statistics, modes of modules and random state as they were, bit for bit, whatever happens.
+    The measures of :mod:`gam_fast.flatness` take it as their first argument. They always leave parameters, gradients,
+    running statistics, modes of modules and random state as they were, bit for bit, also after an error.
 
     Args:
         model: called with the inputs of a batch: ``model(x)``; ``model(*x)`` for a tuple or list, ``model(**x)`` for a
             mapping. Batches are moved to its device.
-        loss_fn: ``loss_fn(output, target)``, a tensor of one element. Its attribute ``reduction`` is heeded, as torch's
-            losses have it.
+        loss_fn: ``loss_fn(output, target)``, a tensor of one element. Its attribute ``reduction`` counts, as in torch's
+            losses.
         data: an iterable of pairs ``(x, target)`` that can be read again and again: a list, a ``DataLoader``. Each
             reading starts from the same random state, so that a shuffling loader gives the same batches.
-        params: what L is a function of: parameters (default: those of ``model`` that require a gradient), named
-            parameters, the ``param_groups`` of an optimizer, or a mapping of names to parameters. The latter two make
+        params: the variables of L: parameters (default: those of ``model`` that require a gradient), named
+            parameters, the ``param_groups`` of an optimizer, or a mapping of names to parameters. The latter two define
             groups, which :meth:`by_group` measures one by one.
-        mode: of the modules: ``"eval"``, or ``"frozen"``: as they are, so that in train mode BatchNorm normalises by
-            the batch and dropout draws the same masks each time, but running statistics do not move.
+        mode: the mode of the modules. ``"eval"``; or ``"frozen"``: the mode they are in. In train mode BatchNorm then
+            normalises by the batch and dropout draws the same masks each time, but running statistics do not move.
         reduction: ``"mean"`` or ``"sum"`` over the examples of a batch; ``None``: that of ``loss_fn``, or ``"mean"``.
-        count: :math:`n_b` of a batch; ``None``: the length of its target, but for ``CrossEntropyLoss`` and ``NLLLoss``,
-            what they divide by: the classes of the target that are not ``ignore_index``, each with its ``weight``. Any
-            other loss that divides by something else than examples needs it.
-        seed: of the random state in which each reading of the data starts.
+        count: a function of the batch that returns :math:`n_b`. ``None``: the length of the target; for
+            ``CrossEntropyLoss`` and ``NLLLoss``, the number they divide by: the targets that are not ``ignore_index``,
+            each with its class's ``weight``. Give it for any other loss that divides by a number other than that of the
+            examples.
+        seed: seed of the random state in which each reading of the data starts.
 
     Raises:
         TypeError: data that can be read once only; complex parameters.
