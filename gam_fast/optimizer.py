@@ -41,7 +41,7 @@ class SharpnessAwareOptimizer(AroundBase):
     Each class of :mod:`gam_fast.methods` (GAM, SAM, …) is this class with one recipe. To try a recipe of your own,
     derive from this class and set ``recipe``. A step is either ``optimizer.step(closure)``, which calls the closure
     once per pass, or the loop ``for turn in optimizer.passes(): loss_fn(model(x), y).backward()``. Several backward
-    calls in one pass add up. A step that does not finish (an exception, a ``break``, a KeyboardInterrupt, a non-finite gradient)
+    calls in one pass add up. A step that does not finish (exception, ``break``, KeyboardInterrupt, non-finite gradient)
     leaves parameters, running statistics and random state as they were, bit for bit.
 
     During a step the gradients belong to the optimizer: it clears them before each pass, and afterwards ``param.grad``

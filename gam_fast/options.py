@@ -49,9 +49,9 @@ active: further restricts the steps that take the whole recipe: a rule of :mod:`
     step number, or a list of these, which must all agree.
 clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
 sync: for data parallelism. ``"global"``: each pass averages its gradient, as DistributedDataParallel does, and all
-        processes go to the same points. ``"local"``: each process perturbs along its own gradients (m-sharpness), and
-        only the final direction is averaged; pass the DistributedDataParallel as ``model``. The processes agree on the
-        parameters that take part, and on whether to take the step.
+    processes go to the same points. ``"local"``: each process perturbs along its own gradients (m-sharpness), and
+    only the final direction is averaged; pass the DistributedDataParallel as ``model``. The processes agree on the
+    parameters that take part, and on whether to take the step.
 on_nonfinite: ``"raise"`` raises :class:`~gam_fast.NonFiniteGradientError`, ``"skip"`` counts the step in
     :attr:`skipped_steps`; both undo it. ``"ignore"`` does not check, like torch's optimizers. On an accelerator the
     check costs one wait for the device at the end of a step, and a norm of the last gradient.

@@ -42,7 +42,7 @@ NEVER = 1 << 62
 class ParameterBlock:
     """The parameters of one device, dtype, layout and vector dtype, and the gradients held for them, by vector.
 
-    If they are not dense in memory, or their vectors have another dtype, ``eager`` processes them. Without ``perturbed``
+    If they are not dense in memory, or their vectors have another dtype, ``eager`` processes them. If not ``perturbed``
     (a group with ``perturb=False``) they are not in norms and have no backup. Without ``adaptive`` they have T = 1.
     """
 

@@ -1,4 +1,4 @@
-"""The sums of a step over the devices that the parameters are on, and the one look at whether they are finite."""
+"""Add up the sums of a step over devices, and check them for finiteness in one place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .backends.base import Products, Scalar, accumulate_dtype
 
 
 def add_up(values: Sequence[Tensor]) -> Tensor:
-    """Sum over devices, on the first of them, in their order."""
+    """Sum over devices in their order, on the first of them."""
     total = values[0]
     for value in values[1:]:
         total = total + value.to(total.device, accumulate_dtype(total.device))
@@ -21,7 +21,7 @@ def add_up(values: Sequence[Tensor]) -> Tensor:
 
 
 def square_norm(values: Sequence[Tensor], on_host: bool) -> Scalar:
-    """The sum of 0-dim tensors, one a device; a plain number when all parameters are on a CPU.
+    """Return the sum of 0-dim tensors, one per device; a Python number if all parameters are on a CPU.
 
     >>> import torch
     >>> square_norm([torch.tensor(9.0), torch.tensor(16.0)], on_host=True)
@@ -32,13 +32,13 @@ def square_norm(values: Sequence[Tensor], on_host: bool) -> Scalar:
 
 
 def inner_products(values: Sequence[Tensor], on_host: bool) -> Products:
-    """The sum of tables of products, one a device; plain numbers when all parameters are on a CPU."""
+    """Return the sum of tables of products, one per device; Python numbers if all parameters are on a CPU."""
     total = add_up(values)
     return total.tolist() if on_host else total
 
 
 def is_finite(values: Sequence[Scalar | Products]) -> bool:
-    """Return whether all are finite; waits for an accelerator, by a copy of each and no kernel.
+    """Return whether all values are finite. On an accelerator this copies each, without a kernel, and waits.
 
     >>> is_finite([1.0, [[2.0, 3.0, 4.0]]]), is_finite([float("inf")])
     (True, False)
@@ -51,12 +51,12 @@ def is_finite(values: Sequence[Scalar | Products]) -> bool:
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Return whether a tensor there can be read without waiting: norms and products then become numbers."""
+    """Return whether tensors on ``device`` are read without waiting; norms and products then become numbers."""
     return device.type == "cpu"
 
 
 def on(value: Scalar, device: torch.device) -> Scalar:
-    """The scalar for a backend on ``device``: a number on a CPU."""
+    """Return the scalar for a backend on ``device``: a number on a CPU."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(device)
@@ -64,6 +64,6 @@ def on(value: Scalar, device: torch.device) -> Scalar:
 
 
 def products_on(products: Tensor, device: torch.device) -> Products:
-    """The products for a backend on ``device``: numbers on a CPU."""
+    """Return the products for a backend on ``device``: numbers on a CPU."""
     products = products.to(device)
     return products.tolist() if reads_are_free(device) else products
