@@ -222,10 +222,10 @@ def test_what_is_no_sum_is_refused(core):
             core.perturb(plan, leaves, values, None, [1.0], square, True, None, None)
     for products in (torch.ones(4, dtype=double), torch.ones(1, 3), torch.ones(3, 2, dtype=double).T[:1]):
         d = base.Direction([values], [[1.0]], [[1.0]], products, [0.1])
-        with pytest.raises(ValueError, match="products must be .* three numbers a parameter group"):
+        with pytest.raises(ValueError, match="products must be .* three numbers per parameter group"):
             core.direction(plan, leaves, d, [torch.empty(3)])
     d = base.Direction([values], [[1.0]], None, torch.ones(2, 3, dtype=torch.float64), [0.1], 1.0)
-    with pytest.raises(ValueError, match="gamma must have one number a row of products, that is 2, got 1"):
+    with pytest.raises(ValueError, match="gamma must have one number per row of products, that is 2, got 1"):
         core.direction(plan, leaves, d, [torch.empty(3)])
 
 
