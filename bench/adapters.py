@@ -1,4 +1,4 @@
-"""pytorch-optimizer's SAM and GSAM behind the closure of gam_fast; what differs is said in :mod:`bench.peers`."""
+"""Adapters of pytorch-optimizer's SAM and GSAM to gam_fast's closures; :mod:`bench.peers` lists the differences."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gam_fast.backends.scalars import XI
 
 
 def missing_package() -> str | None:
+    """Return why pytorch-optimizer cannot be imported, or None."""
     try:
         importlib.import_module("pytorch_optimizer")
     except ImportError as error:
@@ -31,6 +32,7 @@ class PytorchOptimizerSAM:
         self.optimizer = SAM(params, base, rho=rho, perturb_eps=XI, **base_options)
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Take both gradients and the step of SAM; return the first loss."""
         self.optimizer.zero_grad()
         loss = closure()
         self.optimizer.first_step(zero_grad=True)
@@ -41,16 +43,17 @@ class PytorchOptimizerSAM:
 
 @dataclass(frozen=True)
 class Constant:
-    """A scheduler of GSAM's radius that stays."""
+    """A constant scheduler of GSAM's radius."""
 
     rho: float
 
     def step(self) -> float:
+        """Return the radius."""
         return self.rho
 
 
 class PytorchOptimizerGSAM:
-    """Adapter of pytorch-optimizer's GSAM, whose closure clears gradients and returns outputs beside the loss."""
+    """Adapter of pytorch-optimizer's GSAM, whose closure clears gradients and returns outputs with the loss."""
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class PytorchOptimizerGSAM:
         self.optimizer = GSAM(groups, instance, model, Constant(rho), alpha=alpha, perturb_eps=XI)
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Take a step of GSAM; return the first loss."""
+
         def forward_backward() -> tuple[None, Tensor]:
             self.optimizer.base_optimizer.zero_grad()
             with torch.enable_grad():

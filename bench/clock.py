@@ -1,7 +1,7 @@
-"""Time on a device: marks in its stream of work, and the seconds between two of them.
+"""Time on a device: marks in its stream of work, and the seconds between two marks.
 
-A GPU is timed by events, with other work to do first, so that the launches of what is timed queue up: what counts is
-its own time. What the host needs to prepare the launches is a figure of its own.
+A GPU is timed by events. It first gets other work, so that the timed launches queue up and the events measure the
+device's own time. The host's time to prepare the launches is measured separately.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 
 
 def synchronize(device: str) -> None:
-    """Wait until a GPU has done what it was given; a CPU has."""
+    """Wait until a GPU has finished its work; a CPU always has."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def now(device: str) -> float:
-    """Seconds of the host's clock, when the device has done all it was given."""
+    """Return the host's clock in seconds, after the device has finished its work."""
     synchronize(device)
     return time.perf_counter()
 
@@ -30,17 +30,17 @@ CYCLES_PER_SECOND = 2e9
 
 
 def keep_busy(device: str, seconds: float) -> None:
-    """Give a GPU that much to do, so that the host is ahead of it, as in training."""
+    """Give a GPU work for ``seconds``, so that the host runs ahead of it, as in training."""
     if device == "cuda":
         torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
 
 
 CALLS = 10
-"""Calls that are timed together on a GPU."""
+"""Number of calls that are timed together on a GPU."""
 
 
 def time_call(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """Return the seconds that one call takes the device, and those that it takes the host."""
+    """Return the seconds of the device, and of the host, for one call."""
     start = now(device)
     run()
     host = time.perf_counter() - start
@@ -61,35 +61,39 @@ class Clock(Protocol):
     """Marks moments of a run without making the host wait for the device."""
 
     def mark(self) -> Any:
-        """A moment: after what the device was given before, and before what it is given next."""
+        """Mark the present point in the device's stream of work."""
 
     def seconds(self, start: Any, end: Any) -> float:
-        """From one mark to a later one; waits for the device to come to that."""
+        """Return the seconds between two marks; wait until the device has reached the second."""
 
 
 class HostClock:
-    """For a CPU, where work is done when its call returns."""
+    """The clock of a CPU, where work is done when its call returns."""
 
     def mark(self) -> float:
+        """Return the host's time."""
         return time.perf_counter()
 
     def seconds(self, start: float, end: float) -> float:
+        """Return the difference of two marks."""
         return end - start
 
 
 class CudaClock:
-    """By events in the current stream."""
+    """The clock of a GPU, by events in the current stream."""
 
     def mark(self) -> torch.cuda.Event:
+        """Record an event."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """Wait for the second event, and return the time between the two."""
         end.synchronize()
         return 1e-3 * float(start.elapsed_time(end))
 
 
 def clock(device: str) -> Clock:
-    """The clock of a device."""
+    """Return the clock of a device."""
     return CudaClock() if device == "cuda" else HostClock()

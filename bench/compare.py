@@ -1,4 +1,4 @@
-"""Two runs of one benchmark: what has changed by more than the spread of both."""
+"""Compare two runs of a benchmark: find changes that exceed the spread of both."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .report import Row, Table
 from .spread import Spread
 
 KEYS = ("model", "method")
-"""What tells rows apart."""
+"""Keys that identify a row."""
 
 TIMES = {"step_ms": "step", "optimizer_ms": "optimizer"}
 
 
 class ShapeError(ValueError):
-    """A file that is not of this benchmark; the message says what is wrong with it."""
+    """A file is not a result of this benchmark; the message says why."""
 
 
 def load(path: Path, benchmark: str) -> dict[str, Any]:
-    """Figures of an earlier run.
+    """Load the figures of an earlier run.
 
     Raises:
-        ShapeError: there are none, or they are of another benchmark or another shape.
+        ShapeError: there are none, or they belong to another benchmark or have another shape.
     """
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def load(path: Path, benchmark: str) -> dict[str, Any]:
 
 
 def compare(old: Row, new: Row) -> Table:
-    """The ratio new ÷ old of the times of each row that both have: a change where their ranges do not meet."""
+    """Return the ratio new ÷ old of the times of each common row. It is a change if the ranges do not overlap."""
     before = {_key(row): row for row in old["rows"]}
     rows = []
     for row in new["rows"]:
@@ -87,7 +87,7 @@ def _change(old: Spread, new: Spread) -> dict[str, Any]:
 
 
 def _differences(old: Row, new: Row) -> list[str]:
-    """What else was not the same, rows that only one has among it."""
+    """Return the other differences of two runs, including rows that only one has."""
     facts = {key for key in old.keys() & new.keys() if isinstance(old[key], str | int | float)}
     pairs = [(key, old[key], new[key]) for key in sorted(facts)]
     names = sorted(old["setting"].keys() | new["setting"].keys())

@@ -1,4 +1,4 @@
-"""The eager backend, each primitive through ``torch.compile``, and GAM on it."""
+"""The eager backend with each primitive through ``torch.compile``, and GAM on this backend."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from gam_fast.backends import EagerBackend
 from gam_fast.backends.base import Block, Direction
 
 MOST_COMPILED = 16
-"""Parameters that the compiled peer takes: on two cores so many small ones compile for two minutes."""
+"""Most parameters for the compiled peer: on two cores, this many small ones compile for two minutes."""
 
 MOST_COMPILED_ELEMENTS = 1 << 22
-"""And elements: 3.7 million, in six parameters, compile for more than two minutes. Both are unrolled."""
+"""Most elements: 3.7 million, in six parameters, compile for more than two minutes. Both are unrolled."""
 
 _numbers = itertools.count()
 
 
 def _traced(name: str) -> Callable[..., Any]:
-    """A primitive whose :class:`Block` are made within the trace, so that its scratch memory never leaves it.
+    """Return a primitive that makes its :class:`Block` within the trace, so that scratch memory never leaves it.
 
-    It has a code object of its own: the compiler limits how many variants it makes of one.
+    Each primitive has its own code object, because the compiler limits the number of variants per code object.
     """
     primitive = getattr(EagerBackend(), name)
 
@@ -43,7 +43,7 @@ def _traced(name: str) -> Callable[..., Any]:
 
 
 def _as_input(argument: Any) -> Any:
-    """Norms and inner products as tensors: a number is a constant to the compiler, which would compile every value."""
+    """Convert norms and products to tensors: the compiler treats a number as a constant and compiles every value."""
     if isinstance(argument, float):
         return torch.tensor(argument, dtype=torch.float64)
     if isinstance(argument, Direction) and argument.products is not None:
@@ -54,8 +54,8 @@ def _as_input(argument: Any) -> Any:
 class Compiled(EagerBackend):
     """The eager backend, each primitive through ``torch.compile``.
 
-    Chunks, tensors and the parts of norms are unrolled: seconds for one tensor of one chunk, minutes and more for
-    models. A new value of a hyper-parameter, such as a learning rate, compiles anew.
+    Chunks, tensors and the parts of norms are unrolled. Compilation takes seconds for one tensor of one chunk, and
+    minutes or more for models. A new value of a hyper-parameter, such as a learning rate, compiles again.
     """
 
     name = "compile"
@@ -78,6 +78,7 @@ class Compiled(EagerBackend):
 
 
 def missing_compiler() -> str | None:
+    """Return why there is no C++ compiler, or None."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
         return f"torch.compile needs a C++ compiler, and {compiler} is not found: install it, or name another by CXX="
@@ -87,11 +88,11 @@ def missing_compiler() -> str | None:
 def compiled_gam(
     model: nn.Module, params: Any, base: type[Optimizer], base_options: dict[str, Any], **hyper: Any
 ) -> gam_fast.GAM:
-    """GAM on the compiled eager backend.
+    """Return GAM on the compiled eager backend.
 
     Raises:
-        ValueError: a base other than SGD (Adam's count of steps is a constant to the compiler, and each step would
-            compile anew); more than :data:`MOST_COMPILED` parameters, or than :data:`MOST_COMPILED_ELEMENTS` elements.
+        ValueError: a base other than SGD (Adam's step count is a constant to the compiler, so each step would compile
+            again); more than :data:`MOST_COMPILED` parameters or :data:`MOST_COMPILED_ELEMENTS` elements.
     """
     backend = Compiled()
 

@@ -1,4 +1,4 @@
-"""Optimizers that take turns within one run, and the time of their steps without that of the closure."""
+"""Optimizers that take turns within one run, and the time of their steps without the closure."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ FLOOR = {
     "SGD": {"torch": 5, "Base": 5, "SAM": 10, "GSAM": 13, "GAM": 27},
     "AdamW": {"torch": 7, "Base": 7, "SAM": 12, "GSAM": 15, "GAM": 29},
 }
-"""Reads and writes of every element in one fully fused step, by base optimizer and method."""
+"""Reads and writes per element of a fully fused step, by base optimizer and method."""
 
 
 class Contender:
-    """One optimizer over its own parameters, and the milliseconds its steps took.
+    """One optimizer over its own parameters, and the milliseconds of its steps.
 
-    On a GPU these are the device's own, by events: it is kept busy before each, so that launches queue up. Gradients
-    that are not finite are let through there, because to look at them waits for the device.
+    On a GPU these are the device's own, by events; the device gets work before each step, so that launches queue up.
+    Non-finite gradients are ignored there, because checking them waits for the device.
 
     Args:
         method: a class of gam_fast, a key of :data:`bench.peers.PEERS`, or ``"torch"`` for the base optimizer of torch
@@ -61,7 +61,7 @@ class Contender:
         self.device = device
         self.params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
         self.source = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-        self.optimizer: Any  # torch's annotation of closures does not allow a tensor
+        self.optimizer: Any  # torch's annotation does not allow closures that return a tensor
         base_class = getattr(torch.optim, base)
         if method == "torch":
             self.optimizer = base_class(self.params, **HYPER[base], fused=True)
@@ -75,10 +75,9 @@ class Contender:
         self._last_on_host = 10.0
 
     def step(self) -> None:
-        """One step; appends its milliseconds without those of the closure, which hands over fresh gradients.
+        """Take one step, and append its milliseconds without those of the closure, which provides fresh gradients.
 
-        Autograd makes them, so that they are as those of training: they belong to the parameters alone, and Python has
-        no object for them.
+        Autograd makes the gradients, as in training: only the parameters own them, and no Python object refers to them.
         """
         own, busy = clock(self.device), 1.5e-3 * self._last_on_host
         marks, moments = [], []
@@ -91,7 +90,7 @@ class Contender:
             mark()
             for param in self.params:
                 param.grad = None
-            torch.autograd.backward(self.params, self.source)  # copies them, as somebody has the source
+            torch.autograd.backward(self.params, self.source)  # copies them, because the source is still referenced
             keep_busy(self.device, busy)
             mark()
             return torch.zeros(())
@@ -108,17 +107,17 @@ class Contender:
 
     @property
     def median(self) -> float:
-        """Milliseconds."""
+        """The median step in milliseconds."""
         return statistics.median(self.ms)
 
     @property
     def spread(self) -> Spread:
-        """Milliseconds, and their range."""
+        """The median and range of the steps in milliseconds."""
         return Spread.of(self.ms)
 
 
 def measure(contenders: list[Contender], repeats: int) -> None:
-    """Rounds in which every contender takes one step, see :func:`bench.rounds.rounds`."""
+    """Run rounds in which every contender takes one step (see :func:`bench.rounds.rounds`)."""
     for i in rounds(repeats):
         for contender in contenders:
             contender.step()
@@ -128,7 +127,7 @@ def measure(contenders: list[Contender], repeats: int) -> None:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were measured on and with."""
+    """Return the machine and software versions of a measurement."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     return {
         "device": name,
@@ -144,7 +143,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The model of the CPU, as the system calls it."""
+    """Return the system's name of the CPU model."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

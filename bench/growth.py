@@ -1,10 +1,10 @@
-"""How the cost of a step of GAM grows with parameters, tensors and threads, beside the plain loop and torch's own step.
+"""Measure how the cost of a GAM step grows with parameters, tensors and threads, against a plain loop and torch's step.
 
-Time of the optimizer's part: the closure hands over fresh gradients, and its own time is taken off, copies and all.
-Contenders take turns; times are medians with their spread. Python's garbage collector stays on, see
-:func:`bench.rounds.rounds`. The lines are power laws, fitted on logarithms over the range that the table names.
-The plain loop is first held against gam_fast in fp64. About three minutes on two cores; sizes that do not fit into
-memory are left out, which is said.
+The time is that of the optimizer: the closure provides fresh gradients, and its own time, copies included, is
+subtracted. Contenders take turns; times are medians with their spread. Python's garbage collector stays on (see
+:func:`bench.rounds.rounds`). The lines are power laws, fitted on logarithms over the range that the table names. The
+plain loop is first compared with gam_fast in fp64. The run takes about three minutes on two cores. Sizes that do not
+fit into memory are left out, with a note.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .report import Table, conditions, panels, png, write_json
 from .sweeps import PLAIN, SWEEPS, Setting, Sweep
 
 MOST_TENSORS = 10_000
-"""At which the cost of a tensor is judged."""
+"""Number of tensors at which the cost per tensor is judged."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure, and the range that it must be in.
+    """A figure and its allowed range.
 
     Attributes:
-        what: the figure, in words.
-        value: ``None`` where it could not be measured, for want of memory.
-        low, high: the range.
+        what: the name of the figure.
+        value: ``None`` if it could not be measured for lack of memory.
+        low, high: the allowed range.
     """
 
     what: str
@@ -44,7 +44,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether it is measured, and in the range."""
+        """Whether the figure was measured and is in the range."""
         return self.value is not None and self.low <= self.value <= self.high
 
     def __str__(self) -> str:
@@ -54,13 +54,13 @@ class Target:
 
 
 def fits(sweep: Sweep) -> dict[str, PowerLaw]:
-    """The power law of each contender that has points enough."""
+    """Return the power law of each contender with enough points."""
     found = {label: fit(*sweep.of(label), sweep.low, sweep.high) for label in sweep.labels}
     return {label: law for label, law in found.items() if law is not None}
 
 
 def targets(sweep: Sweep, setting: Setting) -> list[Target]:
-    """The figures that a full sweep must show."""
+    """Return the targets of a full sweep."""
     gam = setting.gam
     if sweep.name == "parameters":
         law = fits(sweep).get(gam)
@@ -77,7 +77,7 @@ def targets(sweep: Sweep, setting: Setting) -> list[Target]:
 
 
 def table(sweep: Sweep) -> Table:
-    """One sweep: milliseconds, slopes, and what a tensor costs, fitted and at the last point."""
+    """Return the table of a sweep: milliseconds, slopes, and the cost per tensor, fitted and at the last point."""
     labels, laws = sweep.labels, fits(sweep)
     title = f"{sweep.name} {sweep.what}: ms ± %"
     if laws:
@@ -98,7 +98,7 @@ def table(sweep: Sweep) -> Table:
 
 
 def draw(sweeps: list[Sweep], facts: dict[str, Any]) -> bytes:
-    """A log-log panel for each sweep: points, and the fitted lines with their slopes."""
+    """Draw a log-log panel for each sweep: points, and fitted lines with their slopes."""
     figure, axes = panels(len(sweeps), 4.2, facts)
     for sweep, axis in zip(sweeps, axes, strict=True):
         laws = fits(sweep)
@@ -120,7 +120,7 @@ def draw(sweeps: list[Sweep], facts: dict[str, Any]) -> bytes:
 
 
 def figures_of(sweep: Sweep) -> dict[str, Any]:
-    """What the JSON holds of a sweep."""
+    """Return the JSON entry of a sweep."""
     found = {**asdict(sweep), "fits": {label: asdict(law) for label, law in fits(sweep).items()}}
     if sweep.name == "tensors":
         found["us_each"] = {label: 1e3 * cost_of_each(*sweep.of(label)) for label in sweep.labels}
@@ -128,7 +128,7 @@ def figures_of(sweep: Sweep) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="bench.growth", description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_common(parser, rounds=7, files=("json", "png"))
     options.add_backend(parser)
@@ -137,13 +137,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "float64", "bfloat16"), help="default: float32"
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it works")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
     return parser
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and the names of the sweeps."""
+    """Return the arguments, and the names of the sweeps."""
     command = parser()
     arguments = options.parse(command, argv)
     names = options.listed(command, "--sweep", arguments.sweep or ",".join(SWEEPS), SWEEPS)
@@ -162,6 +162,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
     arguments, names = parse(argv)
     setting = Setting(
         arguments.device,

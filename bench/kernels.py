@@ -1,9 +1,9 @@
 """Each primitive and whole steps, against the speed of memory: time, bytes, GB/s, and the ratio to a plain copy.
 
-Bytes are those of a fully fused primitive (see gam_fast.backends.base), whatever a backend really moves. In the same
-run, taking turns: a copy, and a sum that only reads. A ratio of 1.00 means that the bytes took as long as torch needs
-to copy as many. Whole steps stand against torch's own fused SGD and AdamW. On a GPU times are the device's, by events
-while launches queue up; "host" is what one call takes the processor.
+Bytes are those of a fully fused primitive (see gam_fast.backends.base), whatever a backend really moves. A copy, and a
+sum that only reads, take turns in the same run. A ratio of 1.00 means that the primitive moves its bytes as fast as
+torch's copy. Whole steps are compared with torch's own fused SGD and AdamW. On a GPU times are the device's, by events
+while launches queue up; "host" is the host's time of one call.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ STEP_COLUMNS = {
 
 @dataclass
 class Row:
-    """One thing that is timed: ``units`` reads and writes of every element."""
+    """One timed operation, with ``units`` reads and writes per element."""
 
     name: str
     backend: str
@@ -72,17 +72,18 @@ class Row:
     on_host: list[float] = field(default_factory=list)
 
     def time(self, device: str) -> None:
+        """Time one call on device and host."""
         for times, found in zip((self.seconds, self.on_host), time_call(self.run, device), strict=True):
             times.append(found)
 
 
 class Primitives:
-    """Tensors of one model, and every primitive on them as a step of GAM calls it."""
+    """Tensors of one model, and every primitive on them, as in a step of GAM."""
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         self.device = torch.device(device)
-        # as the engine hands a norm over: a number on a CPU
+        # as the engine passes a norm: a number on a CPU
         self.one: Tensor | float = 1.0 if device == "cpu" else torch.ones((), dtype=torch.float64, device=device)
 
         def tensors() -> list[Tensor]:
@@ -97,14 +98,14 @@ class Primitives:
         self.copied = torch.empty_like(self.flat)
 
     def references(self) -> list[Row]:
-        """The speed of memory: torch's copy, and a sum, which only reads."""
+        """Return the references for the speed of memory: torch's copy, and a sum, which only reads."""
         return [
             Row("copy", "torch", 2, lambda: self.copied.copy_(self.flat)),
             Row("sum", "torch", 1, lambda: self.flat.sum()),
         ]
 
     def rows(self, name: str) -> list[Row]:
-        """All primitives on the backend called ``name``."""
+        """Return all primitives on the backend called ``name``."""
         backend: Any = Compiled() if name == "compile" else backends.select(name, self.device)
         n = len(self.params)
         option = [0] * n
@@ -145,12 +146,12 @@ class Primitives:
 
 
 def time_in_turns(rows: list[Row], repeats: int, device: str) -> dict[str, str]:
-    """Warm up, then let every row run once a round; a row that raises is taken out, and its error returned."""
+    """Warm up, then run every row once per round. Drop rows that raise, and return their errors."""
     failed = {}
     for row in list(rows):
         try:
             row.run()
-        except Exception as error:  # whatever torch.compile meets is a result here
+        except Exception as error:  # any error of torch.compile is a result here
             failed[f"{row.backend}: {row.name}"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
             rows.remove(row)
     for _ in range(repeats):
@@ -160,7 +161,7 @@ def time_in_turns(rows: list[Row], repeats: int, device: str) -> dict[str, str]:
 
 
 def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: int, device: str) -> list[dict[str, Any]]:
-    """Measured rows of one model."""
+    """Return the measured rows of one model."""
     model = Primitives(shapes, dtype, device)
     rows = [*model.references(), *(row for name in names for row in model.rows(name))]
     failed = time_in_turns(rows, repeats, device)
@@ -186,7 +187,7 @@ def primitives(shapes: Shapes, dtype: torch.dtype, names: list[str], repeats: in
 
 
 def steps(shapes: Shapes, names: list[str], repeats: int, device: str) -> list[dict[str, Any]]:
-    """Whole steps without forward and backward, all in turns."""
+    """Measure whole steps without forward and backward, all in turns."""
     contenders = []
     for method, optimizer, dtype in STEPS:
         for name in ["torch"] if method == "torch" else [n for n in names if n != "compile"]:
@@ -210,14 +211,14 @@ def steps(shapes: Shapes, names: list[str], repeats: int, device: str) -> list[d
 
 
 def show(title: str, columns: dict[str, str], rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """A table of what was measured; of what failed, why."""
+    """Print a table of the measurements, and the reasons of failures."""
     measured = [row for row in rows if "failed" not in row]
     failed = [f"{row['primitive']}: {row['failed']}" for row in rows if "failed" in row]
     Table(title, columns, measured, [*failed, conditions(facts)]).show()
 
 
 def draw(models: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> bytes:
-    """Bars of GB/s by primitive and backend, one panel a model, with the copy of the same run as a line."""
+    """Draw bars of GB/s by primitive and backend, one panel per model, with the run's copy as a line."""
     figure, axes = panels(len(models), 2.7, facts)
     for (model, rows), axis in zip(models.items(), axes, strict=True):
         measured = [row for row in rows if "failed" not in row and row["backend"] != "torch"]
@@ -237,6 +238,7 @@ def draw(models: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> byte
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_common(parser, files=("json", "png"))
     parser.add_argument("--models", default="resnet50,vit_small,small,single", help="comma-separated (default: all)")
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         "--backends", "--backend", default="eager,native", help=f"of {', '.join(BACKENDS)} (default: eager,native)"
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
-    parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements, to check that it works")
     arguments = options.parse(parser, argv)
     names = options.listed(parser, "--backends", arguments.backends, BACKENDS)
     models = options.listed(parser, "--models", arguments.models, MODELS)

@@ -1,4 +1,4 @@
-"""Kernels that a GPU is given, by torch's profiler."""
+"""Count kernel launches by torch's profiler."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 TRANSFERS = ("Memcpy", "Memset")
-"""How events begin that occupy a GPU and are no kernels."""
+"""Prefixes of GPU events that are not kernels."""
 
 
 def count(events: Iterable[Any]) -> int:
-    """Kernels among events of the profiler: on a GPU, and neither a copy, a fill nor a label of the user's."""
+    """Count the profiler's events that are kernels: on a GPU, and not a copy, a fill or a user's label."""
     return sum(
         event.device_type.name == "CUDA"
         and not event.name.startswith(TRANSFERS)
@@ -22,7 +22,7 @@ def count(events: Iterable[Any]) -> int:
 
 
 def launches(run: Callable[[], object]) -> int:
-    """How many kernels ``run`` gives the GPU."""
+    """Return how many kernels ``run`` launches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         run()

@@ -1,10 +1,10 @@
-"""Peak memory of training with each method, in sizes of the model: what beside the weights has to fit.
+"""Peak memory of training with each method, in sizes of the model, besides the weights.
 
-Two steps of each method in a process of its own: on 100 million parameters, and on a deep model. The size is the peak
-of the process above what it had with the weights and the batch loaded, before there was an optimizer (on a GPU, of
-torch's allocator; otherwise Linux is needed), over the bytes of the parameters: gradients, the state of the base
-optimizer, the buffers of the engine and activations. The engine may hold three buffers of the size of the model: where
-a method takes more than three sizes above torch's own optimizer, this exits with status 1.
+Each method takes two steps in its own process: on 100 million parameters, and on a deep model. The size is the peak of
+the process above its use with weights and batch loaded and no optimizer, divided by the bytes of the parameters (on a
+GPU, of torch's allocator; otherwise Linux is needed). It includes gradients, the state of the base optimizer, the
+engine's buffers and activations. The engine may hold three buffers of the size of the model: if a method takes more
+than three sizes above torch's own optimizer, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from .contenders import HYPER, machine
 from .report import write_json
 
 BUFFERS = 3
-"""That the engine may hold beside the base optimizer's memory: the backup of the weights, u and m."""
+"""Buffers that the engine may hold besides the base optimizer's memory: the backup of the weights, u and m."""
 
 SLACK = 8 << 20
-"""Bytes for what is not a buffer: tables, pages of the allocator."""
+"""Bytes allowed for everything else: tables, pages of the allocator."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a method, a model, and what is done to need less.
+    """A row: a method, a model, and measures to save memory.
 
     Attributes:
         method: a class of gam_fast, or ``"torch"`` for torch's own base optimizer.
-        batch: examples of a step.
-        micro_batches: in how many parts they are taken.
-        checkpointed: whether activations are computed again in the backward pass.
-        dtype: of weights, gradients and buffers.
-        width, layers: of the model.
+        batch: examples per step.
+        micro_batches: number of micro-batches per step.
+        checkpointed: whether activations are recomputed in the backward pass.
+        dtype: dtype of weights, gradients and buffers.
+        width, layers: dimensions of the model.
     """
 
     method: str
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """The name in the table."""
         extra = [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
         extra += ["checkpointed"] if self.checkpointed else []
         extra += [self.dtype] if self.dtype != "float32" else []
@@ -70,28 +70,28 @@ class Case:
 
     @property
     def setting(self) -> str:
-        """What rows have in common."""
+        """The setting that groups rows."""
         return f"{self.parameters / 1e6:.1f} M parameters in {self.layers} layers, batch {self.batch}"
 
     @property
     def parameters(self) -> int:
-        """Elements of the model."""
+        """The number of elements of the model."""
         return self.layers * self.width * (self.width + 1)
 
     @property
     def limit(self) -> float:
-        """What the method may take above torch's own optimizer, in sizes of the model."""
+        """The memory allowed above torch's own optimizer, in sizes of the model."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return BUFFERS + SLACK / (self.parameters * dtype.itemsize)
 
     @property
     def by_torch(self) -> Case:
-        """The same without gam_fast."""
+        """The same case without gam_fast."""
         return replace(self, method="torch")
 
 
 LARGE = [Case(method, 16) for method in ("torch", "Base", "SAM", "GSAM", "GAM")]
-"""100 million parameters and a small batch: the peak is that of gradients, state and buffers."""
+"""100 million parameters and a small batch: gradients, state and buffers dominate the peak."""
 
 DEEP = [
     Case(method, 1024, micro_batches, checkpointed, dtype, width=512, layers=96)
@@ -107,14 +107,14 @@ DEEP = [
         ("GAM", 8, False, "bfloat16"),
     )
 ]
-"""A narrow and deep model and a large batch, where activations count: what helps."""
+"""A narrow and deep model with a large batch, where activations dominate, and the measures that help."""
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0"}
-"""For glibc: what is freed goes back to the system at once, so that the peak is of what is in use."""
+"""Settings of glibc: freed memory returns to the system at once, so that the peak counts memory in use."""
 
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what a container may take."""
+"""The folder in which Linux shows a container's memory limit."""
 
 
 class Stack(nn.Module):
@@ -126,16 +126,18 @@ class Stack(nn.Module):
         self.checkpointed = checkpointed
 
     def block(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Apply one residual block."""
         return torch.add(x, F.gelu(layer(x)), alpha=1.0 / len(self.layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply all blocks."""
         for layer in self.layers:
             x = checkpoint(self.block, layer, x, use_reentrant=False) if self.checkpointed else self.block(layer, x)
         return x
 
 
 def allocated(device: str, entry: str) -> int:
-    """Bytes in use: now (``VmRSS``), or at most since the process began (``VmHWM``)."""
+    """Return the bytes in use now (``VmRSS``), or at most since the process began (``VmHWM``)."""
     if device == "cuda":
         return torch.cuda.memory_allocated() if entry == "VmRSS" else torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -144,7 +146,7 @@ def allocated(device: str, entry: str) -> int:
 
 @contextmanager
 def exact_allocator() -> Iterator[None]:
-    """Processes that start in it have :data:`ALLOCATOR`."""
+    """Set :data:`ALLOCATOR` for processes that start within the block."""
     before = {name: os.environ.get(name) for name in ALLOCATOR}
     os.environ.update(ALLOCATOR)
     try:
@@ -158,7 +160,7 @@ def exact_allocator() -> Iterator[None]:
 
 
 def available(device: str) -> int:
-    """Bytes that can be taken without swapping, by this process' control group too; on a GPU, that are free."""
+    """Return the bytes available without swapping, also within the control group; on a GPU, the free bytes."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -170,19 +172,19 @@ def available(device: str) -> int:
 
 
 def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
-    """What ``measure`` finds in a process that has done nothing else."""
+    """Return the result of ``measure`` in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *arguments).result()
 
 
 def peak(case: Case, base: str, device: str, threads: int, backend: str) -> float:
-    """The peak of two steps of a case, in sizes of the model."""
+    """Return the peak of two steps of a case, in sizes of the model."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
     model = Stack(case.width, case.layers, checkpointed=case.checkpointed).to(device, dtype)
     x = torch.randn(case.batch, case.width, device=device, dtype=dtype)
-    model(x[:1]).sum().backward()  # what the first use of anything costs
+    model(x[:1]).sum().backward()  # pays for first uses
     model.zero_grad()
     before = allocated(device, "VmRSS")
     optimizer: Any
@@ -208,6 +210,7 @@ def peak(case: Case, base: str, device: str, threads: int, backend: str) -> floa
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_common(parser, rounds=None)
     options.add_backend(parser)

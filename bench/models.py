@@ -1,4 +1,4 @@
-"""Shapes of the parameters of models that the benchmarks stand in for; no model is built."""
+"""Parameter shapes of the models that the benchmarks represent; no model is built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Shapes: TypeAlias = "list[tuple[int, ...]]"
 
 
 def resnet50() -> Shapes:
-    """The 161 parameters of torchvision's resnet50, 25.6 million elements."""
+    """Return the 161 parameters of torchvision's resnet50, 25.6 million elements."""
     shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
     width_in = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -24,7 +24,7 @@ def resnet50() -> Shapes:
 
 
 def vit_small() -> Shapes:
-    """The 152 parameters of a ViT-S/16 for 224 x 224 images and 1000 classes, 22.1 million elements."""
+    """Return the 152 parameters of a ViT-S/16 for 224 x 224 images and 1000 classes, 22.1 million elements."""
     width = 384
     shapes: Shapes = [(1, 1, width), (1, 197, width), (width, 3, 16, 16), (width,)]
     for _ in range(12):
@@ -34,12 +34,12 @@ def vit_small() -> Shapes:
 
 
 def small() -> Shapes:
-    """300 small tensors, 0.4 million elements: what a call costs beside its bytes."""
+    """Return 300 small tensors, 0.4 million elements, which show the cost of a call besides its bytes."""
     return [shape for _ in range(100) for shape in ((64, 64), (64,), (64,))]
 
 
 def single() -> Shapes:
-    """One tensor of 100 million elements."""
+    """Return one tensor of 100 million elements."""
     return [(100_000_000,)]
 
 
@@ -47,14 +47,14 @@ MODELS: dict[str, Callable[[], Shapes]] = {f.__name__: f for f in (resnet50, vit
 
 
 def numel(shapes: Shapes) -> int:
-    """Elements of all tensors together."""
+    """Return the number of elements of all tensors together."""
     return sum(math.prod(shape) for shape in shapes)
 
 
 def like_resnet(elements: int, tensors: int = 100) -> Shapes:
-    """So many elements in so many vectors, whose sizes are to one another as those in a ResNet-50.
+    """Return ``tensors`` vectors with ``elements`` elements in total, in the size ratios of a ResNet-50's tensors.
 
-    Every vector has an element at least, and the largest takes what rounding leaves.
+    Every vector has at least one element, and the largest takes the remainder of rounding.
     """
     source = resnet50()
     shares = [math.prod(source[i * len(source) // tensors]) for i in range(tensors)]
@@ -64,5 +64,5 @@ def like_resnet(elements: int, tensors: int = 100) -> Shapes:
 
 
 def quick(shapes: Shapes) -> Shapes:
-    """About a sixteenth of the elements, in as many tensors: to see that a benchmark works."""
+    """Return shapes with about a sixteenth of the elements in as many tensors, to check that a benchmark works."""
     return [tuple(max(1, n // 4) if i < 2 else n for i, n in enumerate(shape)) for shape in shapes]

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
-    """Attention by operations that have second derivatives; fused attention has none."""
+    """Use attention with second derivatives; fused attention has none."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -23,7 +23,7 @@ class Block(nn.Module):
     Args:
         width: of each position.
         heads: of the attention.
-        causal: whether a position attends to none after it.
+        causal: whether a position attends only to itself and earlier ones.
     """
 
     def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
@@ -34,6 +34,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply attention and MLP."""
         n, t, width = x.shape
         q, k, v = self.qkv(self.first_norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
@@ -54,6 +55,7 @@ class VisionTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores."""
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
         y: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
@@ -61,7 +63,7 @@ class VisionTransformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A causal language model; its head is its embedding."""
+    """A causal language model whose head shares the embedding's weights."""
 
     def __init__(self, vocabulary: int, context: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the scores of the next token at every position."""
         hidden = self.tokens(x) + self.positions.weight[: x.shape[1]]
         return F.linear(self.norm(self.blocks(hidden)), self.tokens.weight)
 
@@ -87,22 +90,23 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(*convolution(width_in, width, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 
 def convolution(width_in: int, width: int, size: int, stride: int) -> list[nn.Module]:
-    """A convolution that keeps the size of an image (over the stride), and its BatchNorm."""
+    """Return a convolution that keeps the size of an image (up to the stride), and its BatchNorm."""
     return [nn.Conv2d(width_in, width, size, stride, size // 2, bias=False), nn.BatchNorm2d(width)]
 
 
 def basic(width_in: int, width: int, stride: int) -> Residual:
-    """The block of ResNet-18: two convolutions of 3 x 3."""
+    """Return a block of ResNet-18: two convolutions of 3 x 3."""
     body = [*convolution(width_in, width, 3, stride), nn.ReLU(), *convolution(width, width, 3, 1)]
     return Residual(body, width_in, width, stride)
 
 
 def bottleneck(width_in: int, width: int, stride: int) -> Residual:
-    """The block of ResNet-50, whose outputs are four times as wide as its convolution of 3 x 3."""
+    """Return a block of ResNet-50, whose outputs are four times as wide as its convolution of 3 x 3."""
     inner = width // 4
     body = [*convolution(width_in, inner, 1, 1), nn.ReLU(), *convolution(inner, inner, 3, stride), nn.ReLU()]
     return Residual([*body, *convolution(inner, width, 1, 1)], width_in, width, stride)
@@ -111,7 +115,7 @@ def bottleneck(width_in: int, width: int, stride: int) -> Residual:
 def resnet(
     stem: list[nn.Module], block: Callable[[int, int, int], Residual], width: int, depths: list[int], classes: int
 ) -> nn.Module:
-    """Stages of ``depths`` blocks, each twice as wide as the one before; the first takes 64 channels of the stem."""
+    """Return stages of ``depths`` blocks, each twice as wide as the last; the stem has 64 channels."""
     layers, width_in = list(stem), 64
     for stage, depth in enumerate(depths):
         for i in range(depth):
@@ -121,34 +125,34 @@ def resnet(
 
 
 def resnet18() -> nn.Module:
-    """The ResNet-18 for 32 x 32 images, 11.2 million parameters."""
+    """Return the ResNet-18 for 32 x 32 images, 11.2 million parameters."""
     return resnet([*convolution(3, 64, 3, 1), nn.ReLU()], basic, 64, [2, 2, 2, 2], 100)
 
 
 def resnet50() -> nn.Module:
-    """The ResNet-50 for 224 x 224 images, 25.6 million parameters; strides are in the 3 x 3, as in torchvision."""
+    """Return the ResNet-50 for 224 x 224 images, 25.6 million parameters, strides in the 3 x 3 as in torchvision."""
     stem = [*convolution(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     return resnet(stem, bottleneck, 256, [3, 4, 6, 3], 1000)
 
 
 def mlp() -> nn.Module:
-    """Three layers, 3.7 million parameters."""
+    """Return a perceptron of three layers, 3.7 million parameters."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(3072, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 100)
     )
 
 
 def missing_timm() -> str | None:
-    """Why timm cannot be used here, if it cannot."""
+    """Return why timm cannot be used here, or None."""
     try:
         import timm  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that is not for this torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision does not fit this torch
         return f"timm cannot be imported ({error})"
     return None
 
 
 def vit(name: str, width: int, heads: int) -> nn.Module:
-    """timm's model called ``name``, with random weights; where there is no timm, one of the same shapes."""
+    """Return timm's model called ``name`` with random weights; without timm, one of the same shapes."""
     if missing_timm() is not None:
         return VisionTransformer(width, heads)
     import timm
@@ -158,28 +162,28 @@ def vit(name: str, width: int, heads: int) -> nn.Module:
 
 
 def vit_tiny() -> nn.Module:
-    """The ViT-Ti/16 for 224 x 224 images, 5.7 million parameters."""
+    """Return the ViT-Ti/16 for 224 x 224 images, 5.7 million parameters."""
     return vit("vit_tiny_patch16_224", 192, 3)
 
 
 def vit_small() -> nn.Module:
-    """The ViT-S/16 for 224 x 224 images, 22.1 million parameters."""
+    """Return the ViT-S/16 for 224 x 224 images, 22.1 million parameters."""
     return vit("vit_small_patch16_224", 384, 6)
 
 
 def gpt() -> nn.Module:
-    """Four blocks of width 256 over 128 positions and 8192 tokens, 5.3 million parameters."""
+    """Return a GPT of four blocks of width 256 over 128 positions and 8192 tokens, 5.3 million parameters."""
     return GPT(8192, 128, 256, 4, 4)
 
 
 @dataclass(frozen=True)
 class Network:
-    """A module with what it takes.
+    """A module with the description of its inputs.
 
     Attributes:
-        build: makes it, from torch's random state.
-        shape: of one input: channels, height and width of an image, or positions of a text.
-        classes: that it tells apart; of a text, the tokens there are.
+        build: makes the module, from torch's random state.
+        shape: shape of one input: channels, height and width of an image, or positions of a text.
+        classes: number of classes; for a text, of tokens.
     """
 
     build: Callable[[], nn.Module]
@@ -192,7 +196,7 @@ class Network:
         return len(self.shape) == 1
 
     def batch(self, n: int) -> tuple[Tensor, Tensor]:
-        """``n`` random inputs and their targets: of a text, the next token at every position."""
+        """Return ``n`` random inputs and their targets; for a text, the next token at every position."""
         if self.takes_tokens:
             tokens = torch.randint(self.classes, (n, self.shape[0] + 1))
             return tokens[:, :-1], tokens[:, 1:]
@@ -200,7 +204,7 @@ class Network:
 
     @staticmethod
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        """The mean cross entropy over inputs, and over the positions of texts."""
+        """Return the mean cross entropy over inputs, and over the positions of texts."""
         return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 

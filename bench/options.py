@@ -1,4 +1,4 @@
-"""Options of the command line that the benchmarks share."""
+"""Command-line options that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .spread import LEAST
 
 
 def repeats(text: str) -> int:
-    """Rounds that are measured."""
+    """Parse the number of measured rounds."""
     if not text.isdigit() or int(text) < LEAST:
         raise argparse.ArgumentTypeError(f"must be at least {LEAST} for a median to mean something, got {text}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A number of things."""
+    """Parse a positive integer."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
     return int(text)
 
 
 def seeds(text: str) -> list[int]:
-    """Seeds with commas between."""
+    """Parse seeds separated by commas."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
@@ -39,7 +39,7 @@ def seeds(text: str) -> list[int]:
 
 
 def output(text: str) -> Path:
-    """A file to be written, whose folder is there: found missing now, and not after minutes."""
+    """Parse a file to write. Check now that its folder exists, and not after minutes."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder of {text} does not exist: create it, or name another")
@@ -47,7 +47,7 @@ def output(text: str) -> Path:
 
 
 def listed(parser: argparse.ArgumentParser, option: str, text: str, known: Collection[str]) -> list[str]:
-    """The names in a list with commas; an error of the parser where one is unknown or named twice."""
+    """Split a list of names at commas; fail by the parser if a name is unknown or given twice."""
     names = text.split(",")
     if not set(names) <= set(known):
         parser.error(f"{option} must be of {', '.join(known)}, got {text}")
@@ -57,7 +57,7 @@ def listed(parser: argparse.ArgumentParser, option: str, text: str, known: Colle
 
 
 def add_common(parser: argparse.ArgumentParser, *, rounds: int | None = 9, files: Iterable[str] = ("json",)) -> None:
-    """Device, backend, threads, repeats (``rounds`` if not given; without, none) and files to write."""
+    """Add device, threads, repeats (default ``rounds``; ``None`` leaves the option out) and files to write."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--threads", type=positive, default=2, help="CPU threads of torch (default: 2)")
     if rounds is not None:
@@ -69,12 +69,12 @@ def add_common(parser: argparse.ArgumentParser, *, rounds: int | None = 9, files
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    """The backend of gam_fast."""
+    """Add the backend of gam_fast."""
     parser.add_argument("--backend", default="auto", help="backend of gam_fast (default: auto)")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; an error of the parser where the device or the backend is not there."""
+    """Return the arguments; fail by the parser if the device or the backend is missing."""
     given = parser.parse_args(argv)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch, or use --device cpu")

@@ -1,9 +1,8 @@
 """Time of a step without forward and backward, for each method, against torch's own step of the base optimizer.
 
-The closure hands over fresh gradients, and its own time is taken off: what remains is what the optimizer does between
-the passes. On a GPU that is the device's time, by events, and the host's apart from it. Methods take turns within one
-run; the table gives medians and their ratio to torch's step, beside the ratio of bytes that a fully fused step would
-move.
+The closure provides fresh gradients, and its own time is subtracted: the rest is the optimizer's work between the
+passes. On a GPU it is the device's time, by events, with the host's time separately. Methods take turns within one run.
+The table gives medians and their ratio to torch's step, next to the ratio of the bytes of a fully fused step.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from .report import Table, conditions, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_common(parser)
     options.add_backend(parser)
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--base", default="SGD", choices=tuple(FLOOR), help="base optimizer (default: SGD)")
     parser.add_argument("--model", default="resnet50", choices=tuple(MODELS), help="default: resnet50")
-    parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements, to check that it works")
     arguments = options.parse(parser, argv)
     torch.set_num_threads(arguments.threads)
     shapes = MODELS[arguments.model]()
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     size = f"{len(shapes)} tensors, {numel(shapes) / 1e6:.1f} M elements"
     columns = {"method": "method", "ms": "ms", "host_ms": "host, ms", "ratio": "÷ torch", "floor": "floor"}
     if arguments.device == "cpu":
-        del columns["host_ms"]  # the same
+        del columns["host_ms"]  # the same as the device's
     Table(f"{arguments.base}: {size}, {arguments.dtype}", columns, rows, [conditions(facts)]).show()
     figures = {**facts, "base": arguments.base, "dtype": arguments.dtype, "elements": numel(shapes), "rows": rows}
     write_json(arguments.json, figures)

@@ -1,13 +1,13 @@
-"""What users have instead of gam_fast: plain loops, pytorch-optimizer, ``torch.compile``; timed only where they agree.
+"""Alternatives to gam_fast: plain loops, pytorch-optimizer, ``torch.compile``; timed only if their results agree.
 
-- *plain* SAM and GAM are the formulas as one writes them by hand: a loop over parameters, operations of torch, in place
-  where that is natural. Nothing is fused or batched, dropout draws anew in each pass, and the running statistics of
-  BatchNorm move in each.
+- *plain* SAM and GAM are the formulas as one writes them by hand: loops over parameters and operations of torch, in
+  place where that is natural. Nothing is fused or batched, dropout draws anew in each pass, and the running statistics
+  of BatchNorm move in each.
 - *pytorch-optimizer*'s SAM and GSAM compute the same formulas with the same ξ = 1e-12. Their norms are rounded to
-  fp32, whatever the parameters are, so in fp64 a trajectory agrees to some 1e-8, and is held to 1e-6. Their GSAM has
-  one radius, from a scheduler, which is a constant here, and freezes the running statistics in the second pass; their
-  SAM does not.
-- *compiled* is gam_fast on the eager backend, each primitive through ``torch.compile`` (:mod:`bench.compiled`).
+  fp32 for any parameters, so in fp64 a trajectory agrees to about 1e-8, and must agree to 1e-6. Their GSAM takes one
+  radius from a scheduler, which is constant here, and freezes the running statistics in the second pass; their SAM
+  does not.
+- *compiled* is gam_fast on the eager backend with each primitive through ``torch.compile`` (:mod:`bench.compiled`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .compiled import compiled_gam, missing_compiler
 
 
 class Stepper(Protocol):
-    """An optimizer whose closure computes the loss, calls backward and returns the loss; it is called once a pass."""
+    """An optimizer whose closure computes the loss, calls backward and returns the loss; it is called once per pass."""
 
     def step(self, closure: Callable[[], Tensor]) -> Any:
-        """One step, which clears gradients itself; returns the loss before any perturbation."""
+        """Clear gradients and take one step; return the loss before any perturbation."""
         ...
 
 
 class Plain(Optimizer):
-    """What plain loops share: the base optimizer, and gradients as lists."""
+    """Base class of plain loops: the base optimizer, and gradients as lists."""
 
     def __init__(self, params: Any, base: type[Optimizer], base_options: dict[str, Any], **hyper: Any) -> None:
         super().__init__(params, hyper)
@@ -48,24 +48,25 @@ class Plain(Optimizer):
         self.state = self.base.state
 
     def evaluate(self, closure: Callable[[], Tensor]) -> Tensor:
-        """The loss, with fresh gradients."""
+        """Return the loss, after computing fresh gradients."""
         self.zero_grad(set_to_none=True)
         with torch.enable_grad():
             loss: Tensor = closure()
         return loss
 
     def participants(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """The parameters that have a gradient, and the group of each."""
+        """Return the parameters that have a gradient, and the group of each."""
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         return [p for p, _ in pairs], [group for _, group in pairs]
 
 
 def gradients(params: list[Tensor]) -> list[Tensor]:
+    """Return the gradients that exist."""
     return [p.grad for p in params if p.grad is not None]
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of all tensors together, from that of each."""
+    """Return the norm of all tensors together, from the norm of each."""
     norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
     return norm
 
@@ -78,6 +79,7 @@ class PlainSAM(Plain):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """Perturb along the gradient, and step with the gradient there; return the first loss."""
         loss = self.evaluate(closure)
         params, groups = self.participants()
         theta = [p.clone() for p in params]
@@ -113,6 +115,7 @@ class PlainGAM(Plain):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """Take the four gradients of GAM, and step along its direction; return the first loss."""
         loss = self.evaluate(closure)
         params, groups = self.participants()
         theta = [p.clone() for p in params]
@@ -153,19 +156,19 @@ class PlainGAM(Plain):
 
 
 def nothing_missing() -> None:
-    """Of a peer that needs torch alone."""
+    """Return None: the peer needs only torch."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Something that does the work of one method of gam_fast.
+    """An alternative implementation of one method of gam_fast.
 
     Attributes:
-        name: what tables call it.
-        method: the class of gam_fast it does the work of.
+        name: its name in tables.
+        method: the corresponding class of gam_fast.
         build: ``build(model, params, base, base_options, **hyper)``, with every hyper-parameter of the method.
-        missing: why it cannot run here, or ``None``.
-        tolerance: the largest :func:`disagreement` that is rounding.
+        missing: returns why it cannot run here, or ``None``.
+        tolerance: the largest :func:`disagreement` that counts as rounding.
     """
 
     name: str
@@ -182,21 +185,22 @@ class Peer:
         method_options: dict[str, Any],
         params: Iterable[Any] | None = None,
     ) -> Stepper:
-        """The optimizer; hyper-parameters that are not given have the defaults of gam_fast's method.
+        """Return the optimizer; missing hyper-parameters have the defaults of gam_fast's method.
 
         Args:
             model: the module being trained.
             base: class of the base optimizer.
             base_options: its arguments.
             method_options: hyper-parameters, by the names of gam_fast.
-            params: parameters or groups, in which arguments of the base may be set; default: all of the model.
+            params: parameters or groups, in which arguments of the base may be set; default: all parameters of the
+                model.
         """
         hyper = {**getattr(gam_fast, self.method).recipe.defaults, **method_options}
         return self.build(model, model.parameters() if params is None else params, base, base_options, **hyper)
 
 
 def without_model(optimizer: Callable[..., Stepper]) -> Callable[..., Stepper]:
-    """:attr:`Peer.build` of an optimizer that needs the parameters alone."""
+    """Return :attr:`Peer.build` for an optimizer that needs only the parameters."""
     return lambda model, *arguments, **hyper: optimizer(*arguments, **hyper)
 
 
@@ -211,11 +215,11 @@ PEERS: dict[str, Peer] = {
     ),
     "compiled-gam": Peer("compiled eager GAM", "GAM", compiled_gam, missing_compiler),
 }
-"""By their keys for the command line."""
+"""The peers, by their keys on the command line."""
 
 
 def small_model() -> nn.Module:
-    """Two weights, so that a compiler has little to do."""
+    """Return a model of two weights, so that a compiler has little to do."""
     return nn.Sequential(nn.Linear(6, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False))
 
 
@@ -231,22 +235,24 @@ def disagreement(
     backend: str = "auto",
     device: str = "cpu",
 ) -> float:
-    r"""How far the trajectories of ``peer`` and of gam_fast's method are apart, in fp64 and on the same batches.
+    r"""Return the distance between the trajectories of ``peer`` and of gam_fast's method, in fp64 on equal batches.
 
     .. math:: \max_{t, i} \frac{‖p_{t,i} − q_{t,i}‖}{‖q_{t,i} − q_{0,i}‖}
 
-    over steps t and parameters i, with p of the peer and q of gam_fast: relative to how far a parameter has moved,
-    since it is that which the optimizer decides. Infinite where a parameter is not a number or has not moved. A peer is
-    timed where this is at most its :attr:`Peer.tolerance`.
+    over steps t and parameters i, with p of the peer and q of gam_fast. It is relative to the way that a parameter has
+    moved, because the optimizer decides that. It is infinite if a parameter is NaN or has not moved. A peer is timed if
+    this is at most its :attr:`Peer.tolerance`.
 
     Args:
-        base, base_options: the base optimizer; SGD with momentum and weight decay unless said.
-        method_options: hyper-parameters; the defaults of the method unless said.
+        peer: the peer.
+        base: class of the base optimizer.
+        base_options: its arguments; default: those of SGD with momentum and weight decay.
+        method_options: hyper-parameters; default: those of the method.
         build: makes the model, of 6 inputs and 3 classes.
-        groups: the parameters of a model, or groups of them.
-        steps: how many are taken, each with a batch of its own.
-        backend: of gam_fast.
-        device: that both work on.
+        groups: returns the parameters of a model, or groups of them.
+        steps: number of steps, each with its own batch.
+        backend: backend of gam_fast.
+        device: device of both.
     """
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2} if base_options is None else base_options
     hyper = method_options or {}

@@ -1,4 +1,4 @@
-"""Lines through measured times: a power law, and a cost for each more."""
+"""Fits of measured times: a power law, and a linear cost."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class PowerLaw:
     high: float
 
     def __call__(self, x: float) -> float:
+        """Return y at ``x``."""
         return self.factor * float(x**self.slope)
 
 
 def fit(x: Sequence[float], y: Sequence[float], low: float, high: float) -> PowerLaw | None:
-    """The power law through the points with ``low ≤ x ≤ high``; ``None`` where they are fewer than three."""
+    """Fit a power law to the points with ``low ≤ x ≤ high``; return ``None`` for fewer than three."""
     import numpy as np
 
     points = [(a, b) for a, b in zip(x, y, strict=True) if low <= a <= high]
@@ -41,7 +42,7 @@ def fit(x: Sequence[float], y: Sequence[float], low: float, high: float) -> Powe
 
 
 def cost_of_each(x: Sequence[float], y: Sequence[float]) -> float:
-    """b of ``y = a + b x``, fitted with relative errors: what one more costs."""
+    """Return b of ``y = a + b x``, fitted with relative errors: the cost of one more."""
     import numpy as np
 
     slope, _ = np.polyfit(np.asarray(x, dtype=np.float64), np.asarray(y), 1, w=1.0 / np.asarray(y))

@@ -1,6 +1,6 @@
-"""The figures of speed in ``docs/performance.md``, made of the files in ``bench/results``.
+"""Write the tables of ``docs/performance.md`` from the files in ``bench/results``.
 
-What stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the table of that name.
+The text between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` is replaced by the table of that name.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ MARKED = re.compile(r"(?<=<!-- bench:)(?P<name>\w+)(?P<open> -->\n).*?(?=<!-- /b
 
 
 class ResultError(ValueError):
-    """Figures that are not there; the message says which command writes them."""
+    """Figures are missing; the message names the command that writes them."""
 
 
 class Results:
-    """The files of figures in one folder."""
+    """The result files in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def read(self, name: str, benchmark: str) -> dict[str, Any]:
-        """One file.
+        """Read one file.
 
         Raises:
-            ResultError: it is not there, or holds no JSON.
+            ResultError: the file is missing or not JSON.
         """
         path = self.folder / name
         try:
@@ -47,7 +47,7 @@ class Results:
 
 
 def overhead(results: Results) -> str:
-    """The optimizer's part of a step, around SGD and around AdamW."""
+    """Return the table of the optimizer's part of a step, around SGD and around AdamW."""
     sgd = results.read("overhead_cpu.json", "overhead")["rows"]
     adamw = results.read("overhead_cpu_adamw.json", "overhead --base AdamW")["rows"]
     names = {"torch": "torch, `fused=True`"}
@@ -62,7 +62,7 @@ def overhead(results: Results) -> str:
 
 
 def throughput(results: Results) -> str:
-    """Whole steps of methods and peers."""
+    """Return the table of whole steps of methods and peers."""
     figures = results.read("throughput_cpu.json", "throughput")
     columns = {
         "model": "model",
@@ -84,7 +84,7 @@ def throughput(results: Results) -> str:
 
 
 def growth(results: Results) -> str:
-    """How the optimizer's part grows: slopes, cost of a tensor, and times by threads."""
+    """Return the table of the optimizer's growth: slopes, cost per tensor, and times by threads."""
     figures = results.read("growth_cpu.json", "growth")
     sweeps = {sweep["name"]: sweep for sweep in figures["sweeps"]}
     parameters, tensors, threads = (sweeps[name] for name in ("parameters", "tensors", "threads"))
@@ -106,14 +106,14 @@ def growth(results: Results) -> str:
 
 
 TABLES: Mapping[str, Callable[[Results], str]] = {f.__name__: f for f in (overhead, throughput, growth)}
-"""By the names of their places in the page."""
+"""The tables, by the names of their places in the page."""
 
 
 def render(text: str, results: Results) -> str:
-    """``text`` with each marked place filled anew.
+    """Return ``text`` with each marked place filled anew.
 
     Raises:
-        ResultError: a place with an unknown name, or figures that are not there.
+        ResultError: a place has an unknown name, or figures are missing.
     """
 
     def fill(place: re.Match[str]) -> str:
@@ -126,6 +126,7 @@ def render(text: str, results: Results) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Update the page, or check it, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with status 1 if figures differ")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md", help="default: %(default)s")

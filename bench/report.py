@@ -1,4 +1,4 @@
-"""What a benchmark found: tables for a terminal, for a page and for the documentation, and files of figures."""
+"""Reports of benchmarks: tables for a terminal, a page and the documentation, and files of figures."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ STYLE = (
 
 
 WIDEST = 1000
-"""Characters of a line of a table."""
+"""Most characters in a line of a table."""
 
 
 def cell(value: object) -> str:
-    """A figure by about three digits, a dash where there is none.
+    """Format a figure to about three digits; a dash for a missing one.
 
-    Numbers of one column are to be compared, so that they have at most two decimals and no exponent.
+    Numbers have at most two decimals and no exponent, so that a column can be compared.
     """
     if value is None:
         return "–"
@@ -46,10 +46,10 @@ class Table:
     """Rows of figures.
 
     Attributes:
-        title: what they are of.
-        columns: the heading of each key that is shown.
-        rows: which may lack a key.
-        notes: sentences below.
+        title: the subject of the rows.
+        columns: the headings of the keys that are shown.
+        rows: the rows, which may lack keys.
+        notes: sentences below the table.
     """
 
     title: str
@@ -58,16 +58,16 @@ class Table:
     notes: Sequence[str] = ()
 
     def cells(self) -> Iterator[list[str]]:
-        """The text of each row."""
+        """Yield the text of each row."""
         for row in self.rows:
             yield [cell(row.get(key)) for key in self.columns]
 
     def is_number(self, key: str) -> bool:
-        """Whether a column holds figures, perhaps written out with their spread."""
+        """Return whether a column has figures, perhaps as text with their spread."""
         return all(re.match(r"[-–\d]|$", cell(row.get(key))) for row in self.rows)
 
     def show(self) -> None:
-        """To the terminal, with every figure in full, however narrow that is."""
+        """Print the table in the terminal, with every figure in full, even if the terminal is narrow."""
         from rich import box
         from rich.console import Console
         from rich.table import Table as Grid
@@ -83,14 +83,14 @@ class Table:
             console.print(part, markup=False, highlight=False)
 
     def markdown(self) -> str:
-        """As in the documentation, without title and notes."""
+        """Return the table as Markdown, without title and notes."""
         head, *body = (
             f"| {' | '.join(line)} |".replace("|  |", "| |") for line in (self.columns.values(), *self.cells())
         )
         return "\n".join([head, "|---" * len(self.columns) + "|", *body])
 
     def html(self) -> str:
-        """As a part of a page."""
+        """Return the table as HTML."""
         head = "".join(f"<th>{html.escape(heading)}</th>" for heading in self.columns.values())
         body = "".join(
             f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in cells)}</tr>\n" for cells in self.cells()
@@ -101,18 +101,18 @@ class Table:
 
 
 def conditions(facts: Row) -> str:
-    """The machine and the versions in one line."""
+    """Return the machine and the versions in one line."""
     return f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, gam_fast {facts['gam_fast']}"
 
 
 def write_json(path: Path | None, figures: Row) -> None:
-    """Figures to a file, if there is to be one."""
+    """Write figures to a file, if there is a path."""
     if path is not None:
         path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def panels(count: int, height: float, facts: Row) -> tuple[Figure, list[Any]]:
-    """A figure of axes below each other, with the machine above; it belongs to no window."""
+    """Return a figure of axes below each other, with the machine above; it belongs to no window."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height * count), layout="constrained")
@@ -121,14 +121,14 @@ def panels(count: int, height: float, facts: Row) -> tuple[Figure, list[Any]]:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a file."""
+    """Return a figure as a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
 
 
 def page(title: str, tables: Sequence[Table], chart: bytes, facts: Row) -> str:
-    """Tables, chart and machine in one file that needs no other."""
+    """Return tables, chart and machine as one self-contained HTML page."""
     machine = Table("Machine", {"what": "", "value": ""}, [{"what": key, "value": facts[key]} for key in facts])
     image = base64.b64encode(chart).decode("ascii")
     return (

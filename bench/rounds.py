@@ -1,4 +1,4 @@
-"""Rounds in which those that are compared take turns."""
+"""Rounds in which contenders take turns."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import gc
 from collections.abc import Iterator
 
 WARM_UP = 2
-"""Rounds that are not measured."""
+"""Number of rounds that are not measured."""
 
 
 def rounds(repeats: int) -> Iterator[int]:
-    """The rounds of warm-up, numbered below zero, then those that are measured, from 0.
+    """Yield the rounds of warm-up, numbered below zero, then the measured rounds, from 0.
 
-    Python's garbage collector stays on, as in training: objects that a step makes count. What lived before is frozen,
-    and garbage is collected before each round, so that nobody's step pays for the modules of the process or for what
-    another has left.
+    Python's garbage collector stays on, as in training, so objects that a step makes count. Older objects are frozen,
+    and garbage is collected before each round. So no step pays for the modules of the process or for another's garbage.
     """
     gc.collect()
     gc.freeze()

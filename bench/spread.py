@@ -1,4 +1,4 @@
-"""Medians and the range around them: what a few repeats of a noisy measurement say."""
+"""Medians and ranges of a few repeats of a noisy measurement."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST = 7
-"""Repeats that a median needs to mean something."""
+"""Fewest repeats for a meaningful median."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of repeated measurements, and the range from 5 to 95 % of them."""
+    """The median of repeated measurements, and the range from their 5 % to their 95 % quantile."""
 
     median: float
     low: float
@@ -20,7 +20,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least two values, interpolated between them."""
+        """Compute the spread of at least two values, with interpolation."""
         twentieths = statistics.quantiles(values, n=20, method="inclusive")
         return cls(statistics.median(values), twentieths[0], twentieths[-1])
 
@@ -30,5 +30,5 @@ class Spread:
         return 50 * (self.high - self.low) / self.median if self.median else float("inf")
 
     def meets(self, other: Spread) -> bool:
-        """Whether the two ranges have a value in common."""
+        """Return whether the two ranges overlap."""
         return self.low <= other.high and other.low <= self.high

@@ -1,7 +1,7 @@
-"""How long the optimizer's part of a step takes, as parameters, tensors or threads grow.
+"""Sweeps: the time of the optimizer's part of a step, as parameters, tensors or threads grow.
 
-GAM on the backend asked for, on the eager one and as a plain loop, and torch's fused base optimizer take turns at each
-point; see :mod:`bench.contenders` for what is timed.
+At each point these contenders take turns: GAM on the requested backend, on the eager one and as a plain loop, and
+torch's fused base optimizer. :mod:`bench.contenders` defines the measured time.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LISTS_HELD = {"SGD": 4, "AdamW": 5}
 """Lists of the parameters' size that a contender holds between steps: parameters, source, gradients, state."""
 
 LISTS_MOVED = 6
-"""Lists that the hungriest contender, the plain loop, makes during a step, and one to spare."""
+"""Lists that the plain loop, the contender with the most memory, makes during a step, plus one."""
 
 SHARE = 0.9
-"""Of the available memory that may be taken."""
+"""Usable share of the available memory."""
 
 ELEMENTS = 64
-"""Elements of each tensor where their number grows."""
+"""Elements per tensor in the sweep of tensors."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all points have in common."""
+    """Options that all points share."""
 
     device: str = "cpu"
     base: str = "SGD"
@@ -45,16 +45,16 @@ class Setting:
 
     @property
     def gam(self) -> str:
-        """What the table calls GAM on the backend asked for."""
+        """The table's name of GAM on the requested backend."""
         return f"GAM {backends.select(self.backend, torch.device(self.device)).name}"
 
     @property
     def reference(self) -> str:
-        """What the table calls torch's own optimizer."""
+        """The table's name of torch's own optimizer."""
         return f"torch {self.base}"
 
     def contenders(self, shapes: Shapes) -> dict[str, Contender]:
-        """By what the table calls them."""
+        """Return the contenders by their names in the table."""
         entries = {
             self.gam: ("GAM", self.backend),
             EAGER: ("GAM", "eager"),
@@ -73,7 +73,7 @@ PLAIN = "plain GAM"
 
 @dataclass(frozen=True)
 class Point:
-    """The time of one contender at one place of a sweep.
+    """The time of one contender at one point of a sweep.
 
     Attributes:
         label: the contender.
@@ -90,14 +90,14 @@ class Point:
 
 @dataclass
 class Sweep:
-    """What grows, the points that were measured, and the range that lines are fitted over.
+    """The growing quantity, the measured points, and the range of the fit.
 
     Attributes:
-        name: what grows.
-        what: the rest, in words.
+        name: the growing quantity.
+        what: the fixed settings, in words.
         low, high: the range of the fit.
         points: in the order of measurement.
-        left_out: what was not measured, and why.
+        left_out: points that were not measured, and the reason.
     """
 
     name: str
@@ -109,27 +109,27 @@ class Sweep:
 
     @property
     def labels(self) -> list[str]:
-        """The contenders."""
+        """The names of the contenders."""
         return list(dict.fromkeys(point.label for point in self.points))
 
     def of(self, label: str) -> tuple[list[int], list[float]]:
-        """Places and milliseconds of one contender."""
+        """Return x and milliseconds of one contender."""
         found = [(point.x, point.ms) for point in self.points if point.label == label]
         return [x for x, _ in found], [ms for _, ms in found]
 
     def at(self, label: str, x: int) -> float:
-        """Milliseconds of one contender at one place."""
+        """Return the milliseconds of one contender at ``x``."""
         return next(point.ms for point in self.points if (point.label, point.x) == (label, x))
 
 
 def bytes_needed(elements: int, setting: Setting) -> int:
-    """Memory that a point takes at its peak."""
+    """Return the peak memory of a point in bytes."""
     lists = LISTS_HELD[setting.base] * len({setting.gam, EAGER, PLAIN, setting.reference}) + LISTS_MOVED
     return lists * elements * setting.dtype.itemsize
 
 
 def timed(contenders: dict[str, Contender], x: int, repeats: int) -> Iterator[Point]:
-    """The points of one place."""
+    """Measure all contenders at ``x``."""
     measure(list(contenders.values()), repeats)
     for label, contender in contenders.items():
         yield Point(label, x, contender.median, contender.spread.percent)
@@ -137,7 +137,7 @@ def timed(contenders: dict[str, Contender], x: int, repeats: int) -> Iterator[Po
 
 
 def parameters(setting: Setting) -> Sweep:
-    """More elements in 100 tensors, up to what fits into memory."""
+    """Sweep over the number of elements in 100 tensors, up to the available memory."""
     sizes = [10_000, 30_000, 100_000] if setting.quick else [k * 10**e for e in (5, 6, 7) for k in (1, 3)] + [10**8]
     room = SHARE * available(setting.device)
     fitting = [size for size in sizes if bytes_needed(size, setting) <= room]
@@ -153,7 +153,7 @@ def parameters(setting: Setting) -> Sweep:
 
 
 def tensors(setting: Setting) -> Sweep:
-    """More tensors of 64 elements each."""
+    """Sweep over the number of tensors of 64 elements each."""
     counts = [10, 30, 100] if setting.quick else [10, 30, 100, 300, 1000, 3000, 10_000]
     sweep = Sweep("tensors", f"of {ELEMENTS} elements", *((10, 100) if setting.quick else (100, 10_000)), points=[])
     for count in counts:
@@ -162,13 +162,13 @@ def tensors(setting: Setting) -> Sweep:
 
 
 def thread_counts(threads: int) -> list[int]:
-    """1, 2, 4 … and all cores that the process may use, and what was asked for."""
+    """Return 1, 2, 4 …, the number of usable cores, and the requested number."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return sorted({threads, cores, *(1 << k for k in range(cores.bit_length()))})
 
 
 def threads(setting: Setting) -> Sweep:
-    """More threads on the parameters of a ResNet-50."""
+    """Sweep over the number of threads on the parameters of a ResNet-50."""
     shapes = quick(resnet50()) if setting.quick else resnet50()
     counts = thread_counts(setting.threads)
     what = f"on the {len(shapes)} tensors of a ResNet-50, {numel(shapes) / 1e6:.1f} M elements"

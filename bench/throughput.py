@@ -1,4 +1,4 @@
-"""Whole training steps: how many inputs a second, and what an optimizer adds to the gradients of its method.
+"""Whole training steps: inputs per second, and the optimizer's overhead beyond the gradients of its method.
 
 All methods and peers take turns on the same batches. Figures are medians over rounds, ± half of the range from 5 to
 95 %; ratios are medians of those within each round. The time of a step is split into forward and backward, inside the
@@ -6,10 +6,10 @@ closure, and the optimizer's rest. Its overhead is
 
     step / (passes · forward-backward + base update),
 
-the base update being the time of torch's fused base optimizer in the same run: 1.00 means that nothing was added to
-the method's own gradients. Bytes are those of a fully fused step, whatever is really moved, and their share is of the
-speed of a copy of the parameters in the same run. Peers must follow the trajectory of the method that they stand
-beside before they are timed.
+where the base update is the time of torch's fused base optimizer in the same run. An overhead of 1.00 means that
+nothing was added to the method's own gradients. Bytes are those of a fully fused step, whatever is really moved; their
+share is relative to the speed of a copy of the parameters in the same run. A peer is timed only if it follows the
+trajectory of its method.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .spread import Spread
 from .training import METHODS, Copy, Entrant, Setting, Trainer, peak, peak_in_a_process, train_in_turns
 
 SLOW = "compiled-gam"
-"""A peer that compiles for minutes: it runs where it is named."""
+"""A peer that compiles for minutes: it runs only if it is named."""
 
 COLUMNS = {
     "method": "method",
@@ -55,11 +55,11 @@ COLUMNS = {
     "peak": "peak, MiB",
     "launches": "launches",
 }
-"""Headings of the table; of a column that has no figure there is none."""
+"""Headings of the table. Columns without figures are left out."""
 
 
 def rows(model: str, trainers: Sequence[Trainer], copy: Copy) -> list[dict[str, Any]]:
-    """The figures of each entrant of one model, by keys of the file of figures."""
+    """Return the figures of each entrant of one model, by the keys of the JSON file."""
     steps = {trainer.entrant.key: trainer.steps for trainer in trainers}
     base = trainers[0].setting.base
     update = statistics.median(step.optimizer for step in steps[base])
@@ -100,7 +100,7 @@ def rows(model: str, trainers: Sequence[Trainer], copy: Copy) -> list[dict[str, 
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as the table shows it."""
+    """Return a row as the table shows it."""
     step = Spread(**row["step_ms"])
     return {
         **row,
@@ -113,7 +113,7 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
-    """One table a model, of figures as they are in a file."""
+    """Return one table per model from the figures of a file."""
     setting = figures["setting"]
     found = []
     for about in figures["models"]:
@@ -128,7 +128,7 @@ def tables(figures: dict[str, Any]) -> list[Table]:
 
 
 def chart(figures: dict[str, Any]) -> bytes:
-    """Bars of a step's two parts, with the range of the whole, one panel a model."""
+    """Draw bars of a step's two parts with the range of the whole, one panel per model."""
     figure, axes = panels(len(figures["models"]), 3.2, figures)
     for about, axis in zip(figures["models"], axes, strict=True):
         own = [row for row in figures["rows"] if row["model"] == about["model"]]
@@ -147,14 +147,14 @@ def chart(figures: dict[str, Any]) -> bytes:
 
 
 def admit(entrants: Sequence[Entrant], setting: Setting) -> tuple[list[Entrant], list[str], bool]:
-    """Those that may be timed, why others may not, and whether one of these is wrong: its trajectory is another."""
+    """Return the entrants to time, why others are left out, and whether one of those has a wrong trajectory."""
     admitted, notes, is_wrong = [], [], False
     for entrant in entrants:
         if entrant.key in PEERS:
             peer, base = PEERS[entrant.key], getattr(torch.optim, setting.base)
             try:
                 apart = disagreement(peer, base, HYPER[setting.base], backend=setting.backend, device=setting.device)
-            except ValueError as error:  # a base that it cannot have
+            except ValueError as error:  # a base that the peer does not support
                 notes.append(f"left out: {error}")
                 continue
             if not apart <= peer.tolerance:
@@ -166,10 +166,10 @@ def admit(entrants: Sequence[Entrant], setting: Setting) -> tuple[list[Entrant],
 
 
 def measure(model: str, entrants: Sequence[Entrant], setting: Setting, given: argparse.Namespace) -> dict[str, Any]:
-    """One model: what it is, and its rows.
+    """Measure one model; return its description and rows.
 
     Raises:
-        DataError: of the source of batches.
+        DataError: the source of batches cannot be used.
     """
     source = batches(given.data, NETWORKS[model], setting.batch, given.workers)
     x, y = setting.place(next(source))
@@ -209,7 +209,7 @@ def measure(model: str, entrants: Sequence[Entrant], setting: Setting, given: ar
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_common(found, files=("json", "png"))
     options.add_backend(found)
@@ -229,11 +229,11 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--base", default="SGD", choices=tuple(HYPER), help="base optimizer (default: SGD)")
     dtypes = ("float32", "bfloat16", "float16", "float64")
-    found.add_argument("--dtype", default="float32", choices=dtypes, help="of the parameters (default: float32)")
+    found.add_argument("--dtype", default="float32", choices=dtypes, help="dtype of the parameters (default: float32)")
     found.add_argument("--autocast", choices=("bfloat16", "float16"), help="dtype of forward and backward")
     found.add_argument("--batch", type=options.positive, help="inputs of a batch (default: 32, on a GPU 128)")
     found.add_argument("--compile", action="store_true", help="torch.compile the models; without ExactGAM")
-    found.add_argument("--channels-last", action="store_true", help="images and convolutions in that layout")
+    found.add_argument("--channels-last", action="store_true", help="channels_last images and convolutions")
     found.add_argument(
         "--data",
         default="synthetic",
@@ -245,18 +245,18 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="all",
         default="",
-        help="also peak memory beyond weights and batch, of these models or all; on a GPU always",
+        help="also measure peak memory beyond weights and batch, of these models or all; always on a GPU",
     )
     found.add_argument(
         "--quick",
         action="store_true",
-        help="one model, batches of 4, 7 rounds, no memory on a CPU: to see that it works",
+        help="one model, batches of 4, 7 rounds, no memory on a CPU, to check that it works",
     )
     return found
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Setting, list[Entrant], list[str]]:
-    """What was asked for, what runs, and why the rest does not."""
+    """Return the arguments, the setting, the entrants, and the reasons why others are left out."""
     command = parser()
     given = options.parse(command, argv)
     given.model = list(NETWORKS) if given.model == "all" else options.listed(command, "--model", given.model, NETWORKS)
@@ -299,6 +299,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Setting, list[Ent
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark from the command line."""
     given, setting, entrants, notes = parse(argv)
     torch.set_num_threads(setting.threads)
     entrants, refused, is_wrong = admit(entrants, setting)

@@ -1,8 +1,8 @@
-"""Whole training steps that take turns within one run: forward and backward, and what the optimizer adds.
+"""Whole training steps that take turns within one run: forward and backward, and the optimizer's part.
 
-The time of forward and backward is that inside the closure; the rest of a step is the optimizer's. ``ExactGAM``
-differentiates the loss outside of its closure: for it, the loss, its gradient and a Hessian-vector product are timed
-beside, once in each round, and count once for each pass.
+The time of forward and backward is measured inside the closure; the rest of a step is the optimizer's. ``ExactGAM``
+differentiates the loss outside of its closure. So for it the loss, its gradient and a Hessian-vector product are timed
+separately, once per round, and count once per pass.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .peers import PEERS, Stepper
 from .rounds import rounds
 
 TORCH = ("SGD", "AdamW")
-"""Methods that are torch's own fused optimizers, with one gradient a step."""
+"""Methods that are torch's own fused optimizers, with one gradient per step."""
 
 METHODS = (*TORCH, "SAM", "GSAM", "GAM", "ExactGAM")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all that take turns have in common.
+    """Options that all entrants share.
 
     Attributes:
-        base: base optimizer of the methods of gam_fast and of peers.
-        dtype: of parameters and inputs.
-        autocast: dtype of forward and backward, where that is another.
+        base: base optimizer of gam_fast's methods and of peers.
+        dtype: dtype of parameters and inputs.
+        autocast: dtype of forward and backward, if it differs.
         compiled: whether the model goes through ``torch.compile``.
     """
 
@@ -53,7 +53,7 @@ class Setting:
     channels_last: bool = False
 
     def place(self, batch: Batch) -> Batch:
-        """A batch on the device, images in the dtype and layout of the parameters."""
+        """Move a batch to the device, with images in the dtype and layout of the parameters."""
         x, y = (part.to(self.device, non_blocking=True) for part in batch)
         if x.is_floating_point():
             dtype: torch.dtype = getattr(torch, self.dtype)
@@ -63,18 +63,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Entrant:
-    """What takes a turn: a method, or a key of :data:`bench.peers.PEERS`."""
+    """A participant: a method, or a key of :data:`bench.peers.PEERS`."""
 
     key: str
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """The name in tables."""
         return PEERS[self.key].name if self.key in PEERS else self.key
 
     @property
     def method(self) -> str:
-        """The method whose work it does."""
+        """The corresponding method."""
         return PEERS[self.key].method if self.key in PEERS else self.key
 
     @property
@@ -83,12 +83,12 @@ class Entrant:
         return self.key not in (*TORCH, *PEERS) and bool(getattr(gam_fast, self.key).recipe.second_order)
 
     def units(self, base: str) -> int | None:
-        """Reads and writes of every element in a fully fused step, if there is such a number."""
+        """Return the reads and writes per element of a fully fused step, or None if unknown."""
         return FLOOR[self.key]["torch"] if self.key in TORCH else FLOOR[base].get(self.method)
 
     def optimizer(self, model: torch.nn.Module, setting: Setting) -> Stepper:
-        """An optimizer for a model."""
-        found: Any  # torch's annotation of closures does not allow a tensor
+        """Return an optimizer for a model."""
+        found: Any  # torch's annotation does not allow closures that return a tensor
         if self.key in TORCH:
             found = getattr(torch.optim, self.key)(model.parameters(), fused=True, **HYPER[self.key])
         elif self.key in PEERS:
@@ -102,7 +102,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its seconds, those of forward and backward in it, its passes, and the inputs it has learnt from."""
+    """One step: its seconds, those of forward and backward, its passes, and the number of its inputs."""
 
     seconds: float
     gradients: float
@@ -111,12 +111,12 @@ class Step:
 
     @property
     def optimizer(self) -> float:
-        """Seconds without forward and backward."""
+        """The seconds without forward and backward."""
         return self.seconds - self.gradients
 
 
 class Trainer:
-    """An entrant that trains a network of its own, from the same weights as all others; ``steps`` are those taken."""
+    """An entrant that trains its own network from the same weights as all others; ``steps`` records its steps."""
 
     def __init__(self, entrant: Entrant, network: str, setting: Setting) -> None:
         torch.manual_seed(0)
@@ -126,7 +126,7 @@ class Trainer:
         if setting.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own form
         self.params = list(model.parameters())
-        self.model: Any = model  # typed as a function where it is compiled
+        self.model: Any = model  # a compiled model has the type of a function
         if setting.compiled:
             self.model = torch.compile(model)
         self.optimizer = entrant.optimizer(self.model, setting)
@@ -135,23 +135,23 @@ class Trainer:
 
     @property
     def elements(self) -> int:
-        """Of all parameters."""
+        """The number of elements of all parameters."""
         return sum(param.numel() for param in self.params)
 
     @property
     def bytes(self) -> int:
-        """Of all parameters."""
+        """The bytes of all parameters."""
         return sum(param.numel() * param.element_size() for param in self.params)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         dtype = getattr(torch, self.setting.autocast) if self.setting.autocast else None
         attention = twice_differentiable() if self.entrant.second_order else nullcontext()
         with attention, torch.autocast(self.setting.device, dtype, enabled=dtype is not None):
             return self.loss(self.model(x), y)
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """One step, and one more second derivative before it where its own cannot be timed."""
+        """Take one step; first time a separate second derivative if the step's own cannot be timed."""
         beside = self._second_derivative(x, y) if self.entrant.second_order else None
         synchronize(self.setting.device)
         start = self.clock.mark()
@@ -161,7 +161,7 @@ class Trainer:
         self.steps.append(Step(seconds, gradients, len(marks), len(x)))
 
     def take(self, x: Tensor, y: Tensor) -> list[tuple[Any, Any]]:
-        """One step; the marks around each evaluation of its closure."""
+        """Take one step; return the marks around each evaluation of its closure."""
         marks = []
 
         def closure() -> Tensor:
@@ -179,7 +179,7 @@ class Trainer:
         return marks
 
     def _second_derivative(self, x: Tensor, y: Tensor) -> float:
-        """Seconds of the loss, its gradient and the Hessian times that."""
+        """Return the seconds for the loss, its gradient, and the Hessian times the gradient."""
         start = self.clock.mark()
         grads = torch.autograd.grad(self.forward(x, y), self.params, create_graph=True)
         torch.autograd.grad(grads, self.params, [grad.detach() for grad in grads])
@@ -187,7 +187,7 @@ class Trainer:
 
 
 class Copy:
-    """torch's copy of as many bytes as a network has: the speed of memory; ``seconds`` are those it took."""
+    """The speed of memory: torch's copy of as many bytes as a network has; ``seconds`` records its times."""
 
     def __init__(self, like: Trainer) -> None:
         self.device, self.bytes = like.setting.device, like.bytes
@@ -197,7 +197,7 @@ class Copy:
         self.seconds: list[float] = []
 
     def run(self) -> None:
-        """One copy that is timed, after one that brings its arrays to where a second finds them."""
+        """Time one copy, after an untimed one that warms the caches."""
         self.target.copy_(self.source)
         start = self.clock.mark()
         self.target.copy_(self.source)
@@ -205,9 +205,9 @@ class Copy:
 
 
 def train_in_turns(trainers: Sequence[Trainer], copy: Copy, batches: Iterator[Batch], repeats: int) -> list[float]:
-    """Rounds in each of which every trainer takes one step, all on the same batch, and another begins each time.
+    """Run rounds in which every trainer takes one step on the same batch; each round starts with another trainer.
 
-    Returns the seconds in which each batch was loaded and brought to the device: no part of any step.
+    Return the seconds to load each batch and move it to the device, which are no part of any step.
     """
     setting = trainers[0].setting
     loading = []
@@ -228,9 +228,9 @@ def train_in_turns(trainers: Sequence[Trainer], copy: Copy, batches: Iterator[Ba
 
 
 def peak(trainer: Trainer, x: Tensor, y: Tensor) -> int:
-    """Bytes at the peak of two steps, above those in use before: with the weights and the batch, without gradients."""
+    """Return the peak bytes of two steps above those in use before, with weights and batch but no gradients."""
     device = trainer.setting.device
-    grads = torch.autograd.grad(trainer.forward(x[:1], y[:1]), trainer.params)  # what the first use of anything costs
+    grads = torch.autograd.grad(trainer.forward(x[:1], y[:1]), trainer.params)  # pays for first uses
     del grads
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -241,7 +241,7 @@ def peak(trainer: Trainer, x: Tensor, y: Tensor) -> int:
 
 
 def peak_in_a_process(entrant: Entrant, network: str, setting: Setting) -> int:
-    """:func:`peak` on a CPU, where it is that of a whole process."""
+    """Return :func:`peak` on a CPU, measured for a whole process."""
     with exact_allocator():
         return int(in_a_process(_peak, entrant, network, setting))
 

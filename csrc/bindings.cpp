@@ -38,7 +38,7 @@ using gam::Numbers;
 using gam::TensorList;
 
 gam::Block leaves_of(py::handle leaves) {
-  if (!py::hasattr(leaves, "params")) throw py::type_error("leaves must be Block of gam_fast.backends.base");
+  if (!py::hasattr(leaves, "params")) throw py::type_error("leaves must be a Block of gam_fast.backends.base");
   gam::Block result;
   result.params = TensorList("params", leaves.attr("params"));
   result.saved = leaves.attr("saved").cast<bool>();
@@ -62,7 +62,7 @@ std::vector<TensorList> lists_of(const char* name, py::handle lists, bool option
   return result;
 }
 
-// What `make(handle)` makes of an argument that is not None.
+// Returns `make(handle)` of an argument, or an empty optional for None.
 template <class F>
 auto optional(py::handle argument, F make) -> std::optional<decltype(make(argument))> {
   if (argument.is_none()) return std::nullopt;
@@ -81,7 +81,7 @@ std::optional<std::vector<Numbers>> optional_table(const char* name, py::handle 
   return optional(lists, [&](py::handle given) { return table(name, given); });
 }
 
-// Norms and products: tensors, or numbers of the host.
+// Norms and products: tensors, or Python numbers.
 at::Tensor sums_of(const char* name, py::handle sums) {
   if (sums.is_none()) return {};
   if (THPVariable_Check(sums.ptr())) return THPVariable_Unpack(sums.ptr());
@@ -121,14 +121,14 @@ void bind_emulator(py::module_& m);  // in tests/cuda_emulator
 #endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() =  // the version is read from the file where it cannot be loaded
-      "The compiled core. What the operations compute is stated in gam_fast.backends.base. "
+  m.doc() =  // Python reads the version from a file that cannot be loaded
+      "The compiled core. gam_fast.backends.base states what each operation computes. "
       "Built for torch " TORCH_VERSION ".";
   gam::learn_counts();
 
   py::class_<gam::Tensors, std::shared_ptr<gam::Tensors>>(
       m, "Tensors", py::module_local(),
-      "Tensors that go into several operations; what is found out about them is kept.")
+      "A list of tensors for several operations, which keeps the results of checking them.")
       .def("__len__", &gam::Tensors::size)
       .def("__getitem__",
            [](const gam::Tensors& tensors, int64_t i) {
@@ -136,7 +136,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              if (i < -size || i >= size) throw py::index_error(c10::str("there are ", size, " tensors, got index ", i));
              return tensors[static_cast<size_t>(i < 0 ? i + size : i)];
            })
-      .def_property_readonly("owned", &gam::Tensors::owned, "True if nobody but the engine can get at their memory.");
+      .def_property_readonly("owned", &gam::Tensors::owned, "True if no code outside the engine can reach the memory.");
 
   m.def(
       "hold",
@@ -168,7 +168,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "kinds",
       [](const gam::Tensors& tensors) {
-        std::vector<std::tuple<at::Device, at::ScalarType, bool>> found;  // few, mostly one
+        std::vector<std::tuple<at::Device, at::ScalarType, bool>> found;  // few, mostly one entry
         for (size_t i = 0; i < tensors.size(); ++i) {
           const at::Tensor& tensor = tensors[i];
           const std::tuple kind(tensor.device(), tensor.scalar_type(), tensor.is_non_overlapping_and_dense());
@@ -228,10 +228,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         gam::perturb(plan, leaves_of(leaves), TensorList("a", a), optional_list("b", b),
                      gam::unpack_numbers("radius", radius), sums_of("square", square), from_start,
                      optional_numbers("eta", eta), optional_fold(fold), optional_numbers("multiple", multiple));
-        leaves.attr("saved") = true;  // here, where no signal handler can come between
+        leaves.attr("saved") = true;  // set here, so that no signal handler can come between
       },
       py::arg("plan"), py::arg("leaves"), py::arg("a"), py::arg("b"), py::arg("radius"), py::arg("square"),
-      py::arg("from_start"), py::arg("eta"), py::arg("fold"), py::arg("multiple") = py::none(), "Sets leaves.saved.");
+      py::arg("from_start"), py::arg("eta"), py::arg("fold"), py::arg("multiple") = py::none(),
+      "Perturb the parameters; set leaves.saved.");
 
   m.def(
       "inner_products",
@@ -266,13 +267,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def(
       "empty_like", [](py::handle tensors) { return gam::empty_like(TensorList("tensors", tensors)); },
-      py::arg("tensors"), "An uninitialised tensor like each.");
+      py::arg("tensors"), "Return an uninitialised tensor like each.");
 
 #if defined(GAM_EMULATED)
   bind_emulator(m);
 #else
-  m.def("instruction_sets", &gam::cpu::instruction_sets, "Those compiled in that this processor runs, best first.");
-  m.def("instruction_set", [] { return gam::cpu::kernels().isa; }, "The one in use.");
+  m.def("instruction_sets", &gam::cpu::instruction_sets,
+        "Return the compiled instruction sets that this processor supports, best first.");
+  m.def("instruction_set", [] { return gam::cpu::kernels().isa; }, "Return the instruction set in use.");
   m.def(
       "use_instruction_set",
       [](const std::string& name) {
@@ -280,16 +282,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           throw py::value_error("name must be one of instruction_sets(), got '" + name + "'");
         }
       },
-      py::arg("name"), "Use another, in the whole process.");
+      py::arg("name"), "Select an instruction set for the whole process.");
 #endif
 
 #if defined(GAM_CUDA)
-  m.def("launches", &gam::cuda::launches, "How many kernels have been launched.");
+  m.def("launches", &gam::cuda::launches, "Return the number of kernels launched.");
 #else
-  m.def("launches", [] { return 0; }, "How many kernels have been launched.");
+  m.def("launches", [] { return 0; }, "Return the number of kernels launched.");
 #endif
 
-  m.def("device_types", &gam::device_types, "Types of the devices that the core was built for.");
+  m.def("device_types", &gam::device_types, "Return the device types that the core was built for.");
 
 #if defined(GAM_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = GAM_CUDA_ARCHITECTURES;

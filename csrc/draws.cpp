@@ -17,13 +17,13 @@ namespace gam {
 
 namespace {
 
-// Normal numbers are made in pairs, the second of which is kept.
+// Normal numbers are generated in pairs; the generator keeps the second.
 struct State {
   at::mt19937 engine;
   std::optional<float> next_float;
   std::optional<double> next_double;
 
-  // There is no draw that leaves all of this as it was: a new block of numbers changes the first of them.
+  // Every draw changes some of this: a new block of numbers changes its first number.
   bool operator==(const State& other) const {
     const at::mt19937_data_pod a = engine.data();
     const at::mt19937_data_pod b = other.engine.data();
@@ -55,9 +55,8 @@ State exchange(const State& put) {
   return before;
 }
 
-// Held by every operation that may draw, of any thread, also outside a pass, since one may begin meanwhile. Nobody
-// waits for it for ever: an operation that is written in Python waits for the GIL, which may be held by somebody who
-// waits for this.
+// Held by every operation that may draw, in any thread, also outside a pass, since a pass may begin meanwhile. Waits
+// are limited: an operation written in Python needs the GIL, which a thread that waits for this mutex may hold.
 std::timed_mutex drawing;
 constexpr std::chrono::seconds kPatience{2};
 
@@ -69,20 +68,20 @@ struct Draws::Tape {
     State state;
   };
 
-  std::atomic<bool> active{false};  // whether a pass is under way
+  std::atomic<bool> active{false};  // whether a pass is in progress
   bool begun = false;
   bool first = true;
   bool jumps_next = true;
-  bool disturbed = false;  // whether somebody else drew during the first pass
+  bool disturbed = false;  // whether another thread drew during the first pass
   bool moved = false;      // whether this pass has drawn
-  bool drawn = false;      // whether any has
-  size_t depth = 0;        // of operations within operations
-  size_t operation = 0;    // how many of those that may draw there were in this pass
+  bool drawn = false;      // whether any pass has drawn
+  size_t depth = 0;        // nesting depth of operations
+  size_t operation = 0;    // number of operations so far in this pass that may draw
   size_t jump = 0;
-  std::vector<Jump> jumps;  // where an operation of the first pass did not go on from the one before
-  State here;               // where the draws of this pass stand
-  State after;              // where those of the first ended
-  State others;             // where those of everybody else do, during an operation of a later pass
+  std::vector<Jump> jumps;  // operations of the first pass that did not continue from the one before
+  State here;               // state of this pass's draws
+  State after;              // state at the end of the first pass
+  State others;             // the other threads' state, during an operation of a later pass
 
   void enter() {
     if (depth++ > 0) return;
@@ -111,10 +110,10 @@ struct Draws::Tape {
 
 namespace {
 
-// Those of the passes that this thread is in, the outermost first: the body of one may take a step of another
+// The tapes of the passes that this thread is in, outermost first: the body of a pass may take a step of another
 // optimizer.
 thread_local std::vector<std::shared_ptr<Draws::Tape>> tapes;
-thread_local size_t operations = 0;  // within each other
+thread_local size_t operations = 0;  // nesting depth
 
 struct Within : at::ObserverContext {
   std::vector<std::shared_ptr<Draws::Tape>> entered;
@@ -143,12 +142,12 @@ void end(const at::RecordFunction& /*function*/, at::ObserverContext* context) {
   if (operations > 0) --operations;
 }
 
-// Another thread may have ended passes of this one.
+// Drops ended passes: another thread may have ended passes of this one.
 void forget_ended() {
   tapes.erase(std::remove_if(tapes.begin(), tapes.end(), [](const auto& tape) { return !tape->active; }), tapes.end());
 }
 
-// For good: an operation of another thread that has begun before a pass has to be waited for in it.
+// Installs the observer for good: a pass must wait for other threads' operations that began before it.
 void observe() {
   static const at::CallbackHandle handle =
       at::addGlobalCallback(at::RecordFunctionCallback(start, end).needsIds(false).scopes({at::RecordScope::FUNCTION}));

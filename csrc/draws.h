@@ -1,14 +1,13 @@
-// Random numbers that a thread draws from torch's default CPU generator, which all threads share: the draws of the
-// first pass of a step are noted, and those of the later passes get the same numbers, whatever other threads draw
-// meanwhile.
+// Random numbers that a thread draws from torch's default CPU generator, which all threads share. The first pass of a
+// step records its draws, and the later passes get the same numbers, whatever other threads draw meanwhile.
 #pragma once
 
 #include <memory>
 
 namespace gam {
 
-// Follows the operations of the thread that begins a pass until it ends it. From the first use on, that costs every
-// operation of the process a fifth of a microsecond.
+// Follows the operations of the thread that begins a pass, until that thread ends it. After the first use, this costs
+// every operation of the process a fifth of a microsecond.
 class Draws {
  public:
   Draws();
@@ -16,18 +15,18 @@ class Draws {
   Draws(const Draws&) = delete;
   Draws& operator=(const Draws&) = delete;
 
-  // Starts a pass: the first, whose draws are noted, or another, whose draws are then those of the first.
+  // Starts a pass. The first pass records its draws; later passes repeat them.
   void begin();
   void end();
 
-  // In the first pass, draws from one to the other are not those of later passes.
+  // In the first pass, do not record the draws between these two calls.
   void pause();
   void resume();
 
-  // True if this thread has drawn, and nobody else since the step began: its draws can then be undone.
+  // True if this thread, and no other, has drawn since the step began: its draws can then be undone.
   bool can_undo() const;
 
-  // After the last pass: the generator stands where this pass has ended, unless that drew nothing or somebody else did.
+  // After the last pass: leave the generator at the end of this pass, unless it drew nothing or another thread drew.
   void keep() const;
 
   struct Tape;

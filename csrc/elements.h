@@ -1,4 +1,4 @@
-// Elements of 16 bits and the numbers they stand for, and the working precision of each dtype.
+// 16-bit elements and their values, and the working precision of each dtype.
 #pragma once
 
 #include <cstdint>
@@ -71,7 +71,7 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// Calls f with an element of the dtype.
+// Calls f with a value of the dtype's type.
 template <class F>
 void with_dtype(Dtype dtype, F f) {
   switch (dtype) {

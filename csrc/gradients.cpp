@@ -24,7 +24,7 @@ uint32_t version_of(const at::Tensor& tensor) {
 
 const at::Tensor& gradient_of(const at::Tensor& param) { return param.unsafeGetTensorImpl()->grad(); }
 
-// The Python object of a tensor, if there is one. Its place has another name in older releases of torch.
+// The Python object of a tensor, or null. Its slot has another name in older releases of torch.
 template <class Slot>
 auto object_in(const Slot& slot, int) -> decltype(slot.load_pyobj()) {
   return slot.load_pyobj();
@@ -38,8 +38,8 @@ PyObject* object_of(const at::Tensor& tensor) {
   return object_in(*const_cast<at::Tensor&>(tensor).unsafeGetTensorImpl()->pyobj_slot(), 0);
 }
 
-// References to a tensor that one owner in C++ and a Python object which nobody in Python refers to make together: the
-// object counts in newer releases of torch.
+// Reference count of a tensor with one owner in C++ and a Python object to which no Python code refers: in newer
+// releases of torch the object counts.
 size_t sole_count_with_object() {
   static const size_t count = [] {
     const at::Tensor tensor = at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat));
@@ -49,7 +49,7 @@ size_t sole_count_with_object() {
   return count;
 }
 
-// The same of a storage.
+// The same for a storage.
 size_t sole_count_of_storage_with_object() {
   static const size_t count = [] {
     const at::Storage storage = at::detail::empty_cpu({0}, at::TensorOptions().dtype(at::kFloat)).storage();
@@ -59,38 +59,38 @@ size_t sole_count_of_storage_with_object() {
   return count;
 }
 
-// References to a storage, but for that of a Python object which nobody in Python refers to.
+// References to a storage, except that of a Python object to which no Python code refers.
 size_t uses_of(const at::Storage& storage) {
   PyObject* object = object_in(*storage.unsafeGetStorageImpl()->pyobj_slot(), 0);
   const bool seen = object && Py_REFCNT(object) == 1;
   return storage.use_count() - (seen ? sole_count_of_storage_with_object() - 1 : 0);
 }
 
-// True if nobody but param.grad refers to a gradient, and nothing but it to its memory, all of which it is.
+// True if only param.grad refers to a gradient, and the gradient alone fills and owns its memory.
 bool is_sole(const at::Tensor& grad) {
   if (!grad.has_storage()) return false;
   PyObject* object = object_of(grad);
   if (grad.use_count() != (object ? sole_count_with_object() : 1) || (object && Py_REFCNT(object) != 1)) return false;
   const at::Storage& storage = grad.storage();
-  // memory of NumPy or of another process, which is not resizable, has owners that torch does not count
+  // memory of NumPy or of another process (not resizable) has owners that torch does not count
   if (storage.use_count() != 1 || !storage.resizable() || storage.nbytes() != grad.nbytes()) return false;
-  // torch's CUDA graphs keep a weak reference to what a warm-up pass has allocated, and take that memory back
+  // torch's CUDA graphs keep weak references to memory of a warm-up pass, and reclaim that memory
   return c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage.unsafeGetStorageImpl()).weak_use_count() == 1;
 }
 
-// True if it may be part of a buffer that somebody else holds: parts_of_buffers() says whether it is. Autograd makes
-// no gradient that is a view in this sense, but it makes some that are parts of one storage.
+// True if a gradient may be part of a buffer that other code holds; parts_of_buffers() decides. Autograd makes no
+// gradient that is a view in this sense, but some that share one storage.
 bool may_be_part(const at::Tensor& grad) {
   if (!grad.has_storage() || grad.is_inference() || grad.unsafeGetTensorImpl()->is_python_dispatch()) return false;
   const at::Storage& storage = grad.storage();
   return storage.use_count() > 1 && (storage.nbytes() > grad.nbytes() || grad.is_view());
 }
 
-// Of gradients that may be parts of buffers, whether each is: its memory has an owner besides these gradients and the
-// tensors that nobody but they are views of.
+// For gradients that may be parts of buffers, whether each is one: its memory has an owner besides these gradients and
+// tensors of which only these are views.
 std::vector<bool> parts_of_buffers(const std::vector<at::Tensor>& grads) {
   std::set<const at::TensorImpl*> tensors;
-  std::map<at::TensorImpl*, size_t> views;  // by what they are views of
+  std::map<at::TensorImpl*, size_t> views;  // number of views by base
   std::map<const c10::StorageImpl*, size_t> owners;
   const auto storage_of = [](const at::Tensor& tensor) { return tensor.storage().unsafeGetStorageImpl(); };
   std::map<at::TensorImpl*, at::Tensor> bases;
@@ -103,7 +103,7 @@ std::vector<bool> parts_of_buffers(const std::vector<at::Tensor>& grads) {
     bases.try_emplace(base.unsafeGetTensorImpl(), base);
   }
   for (const auto& [impl, base] : bases) {
-    // the views, and `bases` itself; in newer releases an object counts only while somebody in Python has it
+    // the views, and `bases` itself; in newer releases an object counts only while Python code refers to it
     PyObject* object = object_of(base);
     const size_t others = views[impl] + (object ? sole_count_with_object() : 1);
     if (base.use_count() == others && (!object || Py_REFCNT(object) == 1)) ++owners[storage_of(base)];
@@ -114,14 +114,14 @@ std::vector<bool> parts_of_buffers(const std::vector<at::Tensor>& grads) {
   return result;
 }
 
-// True if the engine can take a gradient as it is: of the dtype of its parameter, and in its order in memory, if that
-// is dense.
+// True if the engine can take a gradient as it is: with the dtype of its parameter, and with the same memory order if
+// the parameter is dense.
 bool fits(const at::Tensor& grad, const at::Tensor& param) {
   return grad.scalar_type() == param.scalar_type() && grad.sizes() == param.sizes() &&
          (!param.is_non_overlapping_and_dense() || lies_as(grad, param.sizes(), param.strides()));
 }
 
-// True if a gradient has numbers of more bits than its parameter.
+// True if a gradient's dtype has more bits than its parameter's.
 bool is_wider(const at::Tensor& grad, const at::Tensor& param) {
   return grad.scalar_type() != param.scalar_type() && grad.is_floating_point() &&
          grad.element_size() > param.element_size();
@@ -132,7 +132,7 @@ bool is_alike(const at::Tensor& a, const at::Tensor& b) {
          a.strides() == b.strides();
 }
 
-// Asks for what the next parameters and their gradients say of themselves, each step of the way some rounds ahead.
+// Prefetches the metadata of the next parameters and their gradients, each level of indirection some rounds ahead.
 void prefetch_gradients(const Tensors& params, size_t i) {
   const auto param = [&](size_t steps) -> c10::TensorImpl* {
     const size_t next = i + steps * kAhead;
@@ -153,7 +153,7 @@ void prefetch_gradients(const Tensors& params, size_t i) {
 
 void check_same_count(size_t count, const Tensors& tensors, const char* name) {
   if (count != tensors.size()) {
-    refuse_value(c10::str(name, " must be as many as the tensors, that is ", tensors.size(), ", got ", count));
+    refuse_value(c10::str(name, " must have one entry per tensor, that is ", tensors.size(), ", got ", count));
   }
 }
 
@@ -200,7 +200,7 @@ std::tuple<std::vector<int64_t>, bool, int64_t> survey_gradients(const Tensors& 
 std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle, bool keep_parts) {
   std::vector<std::pair<int64_t, at::Tensor>> result;
   std::vector<at::Tensor> gone, parts;
-  std::vector<size_t> places;  // of the parts
+  std::vector<size_t> places;  // positions of the parts
   gone.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     prefetch_gradients(params, i);
@@ -257,7 +257,7 @@ class Taking {
     if (keep_ && (sole || !may_be_part(grad))) param.mutable_grad().reset();
   }
 
-  // As if nothing had been taken.
+  // Gives all gradients back.
   void undo() {
     for (size_t i = 0; keep_ && i < taken_.size(); ++i) {
       if (taken_[i].defined()) params_[i].mutable_grad() = taken_[i];
@@ -266,7 +266,7 @@ class Taking {
 
   bool took_all() const { return rest_.empty(); }
 
-  // Has torch make the rest: zeros, copies, other dtypes and orders.
+  // Lets torch make the rest: zeros, copies, other dtypes and memory orders.
   std::shared_ptr<Tensors> finish() {
     if (!rest_.empty()) {
       std::vector<at::Tensor> made;
@@ -274,7 +274,7 @@ class Taking {
         const py::gil_scoped_release no_gil;
         for (const size_t i : rest_) made.push_back(make(params_[i], taken_[i]));
       }
-      for (size_t k = 0; k < rest_.size(); ++k) taken_[rest_[k]] = std::move(made[k]);  // lets go of what was there
+      for (size_t k = 0; k < rest_.size(); ++k) taken_[rest_[k]] = std::move(made[k]);  // releases the old tensor
     }
     return std::make_shared<Tensors>(std::move(taken_), keep_);
   }

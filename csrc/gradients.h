@@ -1,5 +1,5 @@
-// Gradients of parameters between two passes: found, taken over, cleared. Only what tensors say of themselves is looked
-// at, so this serves those of any device; elements are touched by torch, where a gradient has to be copied.
+// Gradients of parameters between two passes: found, taken over, cleared. Only metadata of tensors is read, so this
+// works for any device. If a gradient must be copied, torch does it.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,15 @@
 
 namespace gam {
 
-// To be called at import, when no other thread can wait, with the GIL, for what one that needs the GIL is finding out.
+// Call this at import: later, a thread that holds the GIL could wait for one that needs it to learn the counts.
 void learn_counts();
 
-// What autograd counts the changes of tensors by, as it was.
+// The autograd versions of tensors at some point in time.
 class Versions {
  public:
   explicit Versions(const Tensors& tensors);
 
-  // The position of the first tensor that was written to since; -1 without one.
+  // The position of the first tensor written to since then, or -1.
   int64_t first_changed(const Tensors& tensors) const;
 
   size_t size() const { return values_.size(); }
@@ -30,26 +30,25 @@ class Versions {
   std::vector<uint32_t> values_;
 };
 
-// The positions of those with a gradient whose flag is not set; true if there is a gradient at all; and the first whose
-// gradient is sparse, or of another layout that is not strided, or -1.
+// The positions of parameters with a gradient and no flag; whether any parameter has a gradient; and the position of
+// the first gradient whose layout is not strided, such as a sparse one, or -1.
 std::tuple<std::vector<int64_t>, bool, int64_t> survey_gradients(const Tensors& params,
                                                                  const std::vector<unsigned char>& flags);
 
-// No parameter has a gradient after it; those that are parts of a buffer which somebody else holds stay, with
-// `keep_parts`, and are zeroed. Those of `recycle` bytes and more on a CPU that nobody else has a hold on, and that are
-// like their parameters in memory, are handed out with their positions.
+// Removes all gradients, except, with `keep_parts`, parts of a buffer that other code holds: these stay and are zeroed.
+// Returns, with their positions, the removed CPU gradients of at least `recycle` bytes that no other code can reach and
+// that have their parameter's memory layout.
 std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& params, int64_t recycle, bool keep_parts);
 
-// take_gradients where all is as it mostly is: no tensor was written to since, all flags are the same, and each
-// parameter has a dense gradient, of no more bits than it. Null, and nothing done, where it is not. One look at each
-// tensor instead of three: with many small ones, what they say of themselves is more than the caches hold.
+// Fast path of take_gradients. It applies if no tensor was written to since, all flags are equal, and each parameter
+// has a dense gradient of no more bits than itself. Otherwise it returns null and does nothing. It visits each tensor
+// once instead of three times: the metadata of many small tensors exceed the caches.
 std::shared_ptr<Tensors> take_all_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
                                             const std::vector<unsigned char>& flags, bool keep);
 
-// The gradients in the dtypes of their parameters and, where these are dense, in their order in memory; zeros where
-// there is none. With `keep` they are the caller's to overwrite, and the parameters have none: a gradient that somebody
-// else could see change is copied, and stays where it is if it may be part of a buffer, until clear_gradients() finds
-// out.
+// The gradients in their parameters' dtypes and, if these are dense, memory order, and zeros for missing gradients.
+// With `keep` the caller may overwrite them, and the parameters' gradients are removed. A gradient that other code
+// could see change is copied; if it may be part of a buffer, it stays in place until clear_gradients() finds out.
 std::shared_ptr<Tensors> take_gradients(const Tensors& params, bool keep);
 
 }  // namespace gam

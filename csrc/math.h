@@ -1,7 +1,7 @@
 // Every formula of the package, once: functions of numbers that the loops of cpu/ and the kernels of cuda/ call.
 //
-// T is opmath_t: double for double, float for float, bfloat16 and half. A formula rounds as it is written: the compiler
-// may not contract, and what is fused says multiply_add. Symbols are those of gam_fast/backends/base.py.
+// T is opmath_t: double for double; float for float, bfloat16 and half. A formula rounds as it is written: the compiler
+// must not contract, and fused operations are written as multiply_add. Symbols are those of gam_fast/backends/base.py.
 #pragma once
 
 #include <cmath>
@@ -15,8 +15,8 @@
 #define GAM_FORMULA inline __attribute__((always_inline))
 #endif
 
-// The CPU loops are compiled once for each instruction set, each in a namespace of its own, so that the linker never
-// hands the code of one to another.
+// The CPU loops are compiled once per instruction set, each in its own namespace, so that the linker never mixes their
+// code.
 #if !defined(GAM_ISA)
 #define GAM_ISA any
 #endif
@@ -24,7 +24,7 @@
 namespace gam {
 inline namespace GAM_ISA {
 
-// a b + c, rounded once where the hardware can; a baseline x86-64, which cannot, rounds the product too.
+// a b + c, rounded once if the hardware can; a baseline x86-64 cannot, and rounds the product too.
 GAM_FORMULA float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
@@ -45,12 +45,12 @@ GAM_FORMULA double multiply_add(double a, double b, double c) {
 #endif
 }
 
-// The scalars between the sums and what uses them, as gam_fast/backends/scalars.py has them.
+// The scalars computed from the sums, as in gam_fast/backends/scalars.py.
 
 // 1 / (‖v‖ + ξ)
 GAM_FORMULA double inverse_norm(double square) { return 1.0 / (std::sqrt(square) + 1e-12); }
 
-// numerator / square, and 0 where the square is 0 or not a number
+// numerator / square, or 0 if the square is 0 or NaN
 GAM_FORMULA double ratio(double numerator, double square) { return square > 0.0 ? numerator / square : 0.0; }
 
 // ‖d‖² of the direction d = a u − γ m with a = 1 + γ κ
@@ -59,7 +59,7 @@ GAM_FORMULA double square_of_direction(double uu, double um, double mm, double g
   return a * a * uu - 2.0 * a * gamma * um + gamma * gamma * mm;
 }
 
-// min(1, limit / ‖d‖)
+// min(1, limit / (‖d‖ + 1e-6))
 GAM_FORMULA double clip_factor(double square, double limit) {
   const double factor = limit / (std::sqrt(square < 0.0 ? 0.0 : square) + 1e-6);
   return factor > 1.0 ? 1.0 : factor;
@@ -101,20 +101,20 @@ struct Combine {
   GAM_FORMULA T operator()(T x, T y, T z) const { return multiply_add(factor[2], z, (*this)(x, y)); }
 };
 
-// The steps of base optimizers. Each is made of the numbers of a parameter group and of a leaf, in the order of its
-// enumerations; it returns the new parameter and advances state[0 … kState). The state that a leaf does not have is 0,
-// and is not kept.
+// The steps of base optimizers. Each is constructed from the numbers of a parameter group and of a leaf, in the order
+// of its enumerations. It returns the new parameter and advances state[0 … kState). State that a leaf does not have is
+// 0, and is not stored.
 //
-// They have no branches: options are factors of 0, 1 and −1, whose products are exact, or choices between two values.
-// Loops over them are then vectorized by every compiler, and threads of a GPU stay together.
+// The steps have no branches: options are factors of 0, 1 and −1, whose products are exact, or selections between two
+// values. So every compiler vectorizes loops over them, and GPU threads do not diverge.
 
-// ±d + λ θ; where λ is 0, an infinite parameter is not multiplied by it.
+// ±d + λ θ; if λ is 0, without the product, so that an infinite θ gives no NaN.
 template <class T>
 GAM_FORMULA T with_decay(T d, T theta, T sign, T weight_decay) {
   return multiply_add(weight_decay, weight_decay != T(0) ? theta : T(0), sign * d);
 }
 
-// a + weight (b − a), begun at the nearer end, as torch.lerp does
+// a + weight (b − a), computed from the nearer end, as torch.lerp does
 template <class T>
 struct Interpolate {
   T weight, of_a, of_b;
@@ -127,7 +127,7 @@ struct Interpolate {
 
 // torch.optim.SGD; the state is the buffer b.
 //   d ← ±d + λ θ;   b ← μ b + (1 − τ) d;   θ − lr (d + μ b with Nesterov's momentum, else b)
-// In the first step of a leaf, and in all without momentum, b ← d: `first`, with a buffer of zeros.
+// In the first step of a leaf, and in every step without momentum, b ← d: `first`, with a buffer of zeros.
 template <class T>
 struct Sgd {
   static constexpr int kState = 1;
@@ -154,10 +154,10 @@ struct Sgd {
   }
 };
 
-// torch.optim.Adam and AdamW; the state is m, v and, with amsgrad, the largest v so far, which takes the place of v.
+// torch.optim.Adam and AdamW; the state is m, v and, with amsgrad, the largest v so far, which replaces v in θ.
 //   m ← m + (1 − β₁)(d − m);   v ← β₂ v + (1 − β₂) d²;   shrink θ − step_size m / (√v / root_correction + ε)
-// with step_size = lr / (1 − β₁ᵗ) and root_correction = √(1 − β₂ᵗ). Coupled decay adds λθ to d; decoupled decay has
-// shrink = 1 − lr λ in its place.
+// with step_size = lr / (1 − β₁ᵗ) and root_correction = √(1 − β₂ᵗ). Coupled decay adds λθ to d. Decoupled decay has
+// shrink = 1 − lr λ instead.
 template <class T>
 struct Adam {
   static constexpr int kState = 3;
@@ -182,7 +182,7 @@ struct Adam {
   GAM_FORMULA T operator()(T d, T theta, T* state) const {
     d = with_decay(d, theta, sign, weight_decay);
     const T m = average(state[0], d), v = multiply_add(one_minus_beta2 * d, d, beta2 * state[1]);
-    const T largest = state[2] >= v ? state[2] : v;  // v itself where there is none
+    const T largest = state[2] >= v ? state[2] : v;  // v itself without amsgrad
     state[0] = m, state[1] = v, state[2] = largest;
     return theta * shrink + (-step_size * m) / (std::sqrt(largest) / root_correction + eps);
   }
@@ -216,7 +216,7 @@ struct Lion {
   }
 };
 
-// The direction itself in place of the parameter, without state or numbers.
+// Puts the direction in place of the parameter, without state or numbers.
 template <class T>
 struct Assign {
   static constexpr int kState = 1;

@@ -12,18 +12,18 @@
 namespace gam {
 namespace {
 
-// Streaming stores of a CPU save the read of the line that is overwritten, and take it out of the caches. They pay when
-// a call touches more than the last-level cache holds. What the system reports of that is no guide (a virtual machine
-// shows the whole socket's, of which it has a share), so this is the share of a few cores on today's servers.
+// On a CPU, streaming stores save the read of the overwritten line, and bypass the caches. They pay if a call touches
+// more than the last-level cache holds. The system's report is no guide: a virtual machine shows the whole socket's
+// cache but gets only a share. So this is the share of a few cores on today's servers.
 constexpr int64_t kStreamBytes = 32 << 20;
 
-// Below this many bytes tensors that are allocated together share their memory: one allocation of ten thousand.
+// Tensors below this size that are allocated together share one allocation, instead of ten thousand.
 constexpr size_t kSmallBytes = 1 << 16;
 constexpr int64_t kAlignment = 64;  // a cache line
 
 bool is_small(const at::Tensor& tensor) { return tensor.numel() > 0 && tensor.nbytes() < kSmallBytes; }
 
-// The lists of one call, checked as they are added. Where a list may have None for a leaf, that has no array.
+// The lists of one call, checked as they are added. A leaf for which a list has None has no array in it.
 class Call {
  public:
   explicit Call(Plan& plan) : plan_(plan) {}
@@ -31,17 +31,17 @@ class Call {
   List read(const TensorList& list) { return add(list, false); }
   List write(const TensorList& list) { return add(list, true); }
 
-  // Reads what others allocated, perhaps for another stream, and free soon: gradients, and the backup in the last call.
+  // Reads tensors that other code allocated, perhaps for another stream, and may free soon: gradients and the backup.
   List read_last(const TensorList& list) {
     const List result = read(list);
     slots_.back().last = true;
     return result;
   }
 
-  // True if the arrays of the call are more than the caches hold.
+  // True if the arrays of the call exceed the caches.
   bool exceeds_caches() const { return plan_.shapes().bytes() * static_cast<int64_t>(slots_.size()) > kStreamBytes; }
 
-  // Calls f(executor) without the GIL, and lets autograd know what was written.
+  // Calls f(executor) without the GIL, and tells autograd which tensors were written.
   template <class F>
   void run(F&& f) {
     Executor& executor = plan_.executor();
@@ -82,7 +82,7 @@ class Call {
     const Shapes& shapes = plan_.shapes();
     if (list.size() != shapes.size()) {
       refuse_value(
-          c10::str(list.name(), " must have one tensor a parameter, that is ", shapes.size(), ", got ", list.size()));
+          c10::str(list.name(), " must have one tensor per parameter, that is ", shapes.size(), ", got ", list.size()));
     }
     auto found = std::make_shared<Found>();
     found->arrays.resize(shapes.size());
@@ -104,7 +104,7 @@ class Call {
     return found;
   }
 
-  // Lets autograd know what was written, of what somebody else can see.
+  // Tells autograd which tensors were written, if other code can see them.
   void bump_versions() {
     for (const Slot& slot : slots_) {
       const TensorList& list = *slot.list;
@@ -120,14 +120,14 @@ class Call {
   }
 
   Plan& plan_;
-  std::deque<Slot> slots_;  // does not move them
+  std::deque<Slot> slots_;  // a deque does not move its entries
 };
 
 // Numbers and combinations
 
 void check_count(const Plan& plan, size_t count, const char* name) {
   if (static_cast<int>(count) < plan.groups()) {
-    refuse_value(c10::str(name, " must have one entry a parameter group, that is ", plan.groups(), ", got ", count));
+    refuse_value(c10::str(name, " must have one entry per parameter group, that is ", plan.groups(), ", got ", count));
   }
 }
 
@@ -136,7 +136,7 @@ PerGroup by_group(const Plan& plan, const Numbers& numbers, const char* name) {
   return numbers.data();
 }
 
-// What norms and products leave on the device: `columns` numbers in each of one or more rows.
+// Norms or products in device memory: `columns` numbers in each of one or more rows.
 const double* sums_of(const Plan& plan, const at::Tensor& tensor, int64_t columns, const char* name) {
   if (!tensor.defined()) refuse_type(c10::str(name, " must be given, got None"));
   if (tensor.device() != plan.device() || tensor.scalar_type() != at::kDouble || !tensor.is_contiguous() ||
@@ -152,12 +152,12 @@ const double* sums_of(const Plan& plan, const at::Tensor& tensor, int64_t column
 void check_coefficients(const Plan& plan, const Direction& d, const std::vector<Numbers>& lists, const char* name) {
   if (lists.size() != d.terms.size()) {
     refuse_value(
-        c10::str(name, " must have one list of numbers a term, that is ", d.terms.size(), ", got ", lists.size()));
+        c10::str(name, " must have one list of numbers per term, that is ", d.terms.size(), ", got ", lists.size()));
   }
   for (const Numbers& numbers : lists) by_group(plan, numbers, name);
 }
 
-// How many numbers and lists of state a formula has.
+// The number of numbers and of state lists of a formula.
 struct Counts {
   Formula formula;
   int state, of_group, of_leaf;
@@ -193,8 +193,8 @@ std::vector<Row> rows_of(const std::vector<Numbers>& lists, int count, const cha
 // A combination as the loops take it.
 class Terms {
  public:
-  // Adds its lists to those of a primitive. Terms whose coefficients are zero are left out, as their elements may be
-  // anything; `also` keeps terms for another reason.
+  // Adds its lists to those of a primitive. Terms with zero coefficients are left out, because their elements are
+  // arbitrary; `also` keeps terms with other non-zero coefficients.
   Terms(Call& call, const Plan& plan, const Direction& d, List* lists, const std::vector<Numbers>* also = nullptr) {
     if (d.terms.empty() || d.terms.size() > kMaxTerms) {
       refuse_value(c10::str("terms must be 1 to ", kMaxTerms, " lists of tensors, got ", d.terms.size()));
@@ -238,12 +238,13 @@ class Terms {
     group.q[group.terms++] = q;
   }
 
-  // A device finds κ and s out by itself, from the same formulas.
+  // A device computes κ and s itself, by the same formulas.
   void take_sums(const Plan& plan, const Direction& d) {
     const double* products = sums_of(plan, d.products, kSums, "products");
     const auto rows = static_cast<size_t>(d.products.numel() / kSums);
     if (d.limit && d.gamma.size() != rows) {
-      refuse_value(c10::str("gamma must have one number a row of products, that is ", rows, ", got ", d.gamma.size()));
+      refuse_value(
+          c10::str("gamma must have one number per row of products, that is ", rows, ", got ", d.gamma.size()));
     }
     scaling_ = {products, static_cast<int>(rows), d.q.has_value(), d.limit.has_value(), d.limit.value_or(0.0)};
     if (plan.executor().on_device()) return;
@@ -391,7 +392,7 @@ void update(Plan& plan, const Block& leaves, const Direction& d, const std::stri
 
 std::shared_ptr<Tensors> empty_like(const TensorList& tensors) {
   const at::Device device = device_of(tensors);
-  std::vector<int64_t> places;  // of small tensors in the memory that they share, in bytes
+  std::vector<int64_t> places;  // offsets, in bytes, of small tensors in their shared memory
   int64_t shared = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     check_plain(tensors, i, device);

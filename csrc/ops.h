@@ -1,7 +1,7 @@
 // The primitives on lists of tensors: check, guard, dispatch. No arithmetic on elements.
 //
-// What each computes is stated in gam_fast/backends/base.py. All of them check their arguments before anything is
-// written, raise ValueError or TypeError with the name of the argument, and run without the GIL.
+// gam_fast/backends/base.py states what each computes. All check their arguments before anything is written, raise
+// ValueError or TypeError with the name of the argument, and run without the GIL.
 #pragma once
 
 #include <memory>
@@ -26,7 +26,7 @@ struct Direction {
   std::vector<Numbers> p;  // by term
   std::optional<std::vector<Numbers>> q;
   at::Tensor products;
-  Numbers gamma;  // by row of the products
+  Numbers gamma;  // by row of products
   std::optional<double> limit;
 };
 
@@ -49,13 +49,13 @@ void restore(Plan& plan, const Block& leaves);
 
 void direction(Plan& plan, const Block& leaves, const Direction& d, const TensorList& out);
 
-// `state`: the lists of the formula, with None for a leaf that has none; the last of them may be missing. `option`: by
-// leaf, its place among `options`.
+// `state`: the lists of the formula, with None for a leaf that has none; the last lists may be missing. `option`: for
+// each leaf, its index among `options`.
 void update(Plan& plan, const Block& leaves, const Direction& d, const std::string& formula,
             const std::vector<TensorList>& state, const std::vector<Numbers>& groups,
             const std::vector<Numbers>& options, const std::vector<int64_t>& option);
 
-// An uninitialised tensor like each, all of one device.
+// Returns an uninitialised tensor like each; all are on one device.
 std::shared_ptr<Tensors> empty_like(const TensorList& tensors);
 
 }  // namespace gam

@@ -42,7 +42,7 @@ std::unique_ptr<Executor> make_executor([[maybe_unused]] at::Device device, std:
 std::shared_ptr<const Shapes> shapes_of(const TensorList& params, const std::vector<int64_t>& group,
                                         at::Device device) {
   if (group.size() != params.size()) {
-    refuse_value(c10::str("group must have one index a parameter, that is ", params.size(), ", got ", group.size()));
+    refuse_value(c10::str("group must have one index per parameter, that is ", params.size(), ", got ", group.size()));
   }
   std::vector<Shapes::Shape> shapes;
   shapes.reserve(params.size());

@@ -1,4 +1,4 @@
-// The plan of one block of parameters, as Python keeps it, and the devices that this build of the core works on.
+// The plan of one block of parameters, which Python keeps, and the devices that this build supports.
 #pragma once
 
 #include <cstdint>
@@ -15,27 +15,27 @@ inline constexpr int64_t kMaxGroups = 1 << 20;
 // "cpu", "cuda".
 std::vector<std::string> device_types();
 
-// The device of the first of them, and the CPU without any. Raises ValueError for one that this build does not serve.
+// The device of the first tensor; the CPU for an empty list. Raises ValueError for a device without support.
 at::Device device_of(const TensorList& tensors);
 
 // An uninitialised tensor.
 at::Tensor empty(at::Device device, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype);
 
-// The device, dtype, shapes and groups of the parameters of a block, and what carries the primitives out on them. It
-// may be kept between steps: addresses are taken anew in every call.
+// The device, dtype, shapes and groups of a block's parameters, and the executor of the primitives on them. A plan may
+// be kept between steps: every call reads the addresses anew.
 class Plan {
  public:
   Plan(const TensorList& params, const std::vector<int64_t>& group);
 
-  // True if these parameters are, in everything the plan depends on, those it was made for. Raises ValueError where
-  // they were given other memory, and overlap.
+  // True if the plan serves these parameters: everything that it depends on is the same. Raises ValueError if they were
+  // given other memory, and overlap.
   bool fits(const TensorList& params, const std::vector<int64_t>& group);
 
-  // True if the tensors of these lists, null where there is none, can be the state of a base optimizer: of the dtype of
-  // the parameters, and in their order in memory.
+  // True if the tensors of these lists (null for missing ones) can be the state of a base optimizer: they have the
+  // dtype and memory order of the parameters.
   bool takes_state(const std::vector<TensorList>& state) const;
 
-  // Tells whether a tensor has the dtype and shape of a parameter, and its order in memory.
+  // True if a tensor has the dtype, shape and memory order of a parameter.
   bool is_like(const at::Tensor& tensor, size_t i) const;
 
   at::Device device() const { return device_; }
@@ -45,7 +45,7 @@ class Plan {
   Executor& executor() const { return *executor_; }
 
  private:
-  // Remembers where the parameters lie. Raises ValueError where two overlap, since all are worked on at once.
+  // Records the addresses of the parameters. Raises ValueError if two overlap, since all are processed at once.
   void take_addresses(const TensorList& params);
 
   at::Device device_;

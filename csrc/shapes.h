@@ -11,7 +11,7 @@ namespace gam {
 
 class Shapes {
  public:
-  // How a tensor lies in memory. It has no gaps and does not overlap itself.
+  // The memory layout of a tensor, which has no gaps and does not overlap itself.
   struct Shape {
     std::vector<int64_t> sizes, strides;
   };
@@ -32,7 +32,7 @@ class Shapes {
   const std::vector<Leaf>& leaves() const { return leaves_; }
   Dtype dtype() const { return dtype_; }
   int groups() const { return groups_; }
-  int64_t bytes() const { return bytes_; }  // of one list of tensors
+  int64_t bytes() const { return bytes_; }  // size of one list of tensors
 
  private:
   Dtype dtype_;

@@ -24,7 +24,7 @@ py::tuple tuple_of(const std::string& name, py::handle list, const char* what) {
   return py::reinterpret_steal<py::tuple>(tuple);
 }
 
-// The numbers that `convert` makes of the entries; it sets a Python error where it cannot.
+// Converts the entries by `convert`, which sets a Python error if it cannot.
 template <class Number, class Convert>
 std::vector<Number> unpack(const std::string& name, py::handle list, const char* what, Convert convert) {
   const py::tuple entries = tuple_of(name, list, what);
@@ -67,7 +67,7 @@ std::shared_ptr<Found> Tensors::known(const std::shared_ptr<const Shapes>& shape
   const bool fits = shapes == (others_ ? others_->shapes_ : shapes_);
   if (!fits || !found_ || (written && (!found_->writable || at::GradMode::is_enabled()))) return nullptr;
   if (owned_) return found_;
-  // whoever else has a hold on a tensor may have given it other memory, or a lazy copy
+  // other code may have given a tensor new memory, or a lazy copy
   for (size_t i = 0; i < tensors_.size(); ++i) {
     if (i + 2 * kAhead < tensors_.size()) prefetch(tensors_[i + 2 * kAhead].unsafeGetTensorImpl(), 3);
     if (i + kAhead < tensors_.size()) prefetch(tensors_[i + kAhead].storage().unsafeGetStorageImpl(), 1);
@@ -165,7 +165,7 @@ void check_plain(const TensorList& list, size_t i, at::Device device) {
   if (tensor.device() == device && is_plain(tensor)) return;
   const bool has_strides = tensor.layout() == at::kStrided;
   refuse_value(c10::str(list.name_of(i), " must be a plain tensor on ", device, " of float64, float32, bfloat16 or ",
-                        "float16, with elements of its own that are dense in memory; got ", tensor.toString(), " on ",
+                        "float16, with its own elements, dense in memory; got ", tensor.toString(), " on ",
                         tensor.device(), " of shape ", tensor.sizes(), " and strides ",
                         has_strides ? tensor.strides() : at::IntArrayRef()));
 }

@@ -1,4 +1,4 @@
-// What the operations take: tensors and lists of them, checked, and numbers.
+// Arguments of the operations: tensors, lists of tensors and numbers, with their checks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,19 +15,19 @@
 
 namespace gam {
 
-// The arrays of a list that fits the leaves of a plan.
+// The arrays of a list whose tensors fit the leaves of a plan.
 struct Found {
-  std::vector<void*> arrays;  // by leaf
-  bool writable = false;      // looked at as something that is written
+  std::vector<void*> arrays;  // one per leaf
+  bool writable = false;      // checked for writing
 };
 
-// Lets go of tensors.
+// Releases tensors.
 void release(std::vector<at::Tensor>& tensors);
 
-// Tensors that go into several operations of a step: gam_fast._C.Tensors. What was found out about them is kept.
+// A list of tensors for several operations of a step (gam_fast._C.Tensors), which keeps the results of checks.
 class Tensors {
  public:
-  // `owned`: nobody but the engine can get at their memory.
+  // `owned`: no code outside the engine can reach their memory.
   Tensors(std::vector<at::Tensor> tensors, bool owned) : tensors_(std::move(tensors)), owned_(owned) {}
   ~Tensors();
 
@@ -35,30 +35,30 @@ class Tensors {
   const at::Tensor& operator[](size_t i) const { return tensors_[i].defined() ? tensors_[i] : make(i); }
   bool owned() const { return owned_; }
 
-  // What was found for these leaves, where it still holds; null otherwise. The GIL guards all of these functions.
+  // The result of a check for these leaves if it is still valid, or null. The GIL guards all of these functions.
   std::shared_ptr<Found> known(const std::shared_ptr<const Shapes>& shapes, bool written) const;
   void remember(std::shared_ptr<const Shapes> shapes, std::shared_ptr<Found> found);
 
-  // They are plain tensors of these shapes.
+  // Records that they are plain tensors of these shapes.
   void fit(std::shared_ptr<const Shapes> shapes) { shapes_ = std::move(shapes); }
 
-  // They are plain tensors, each of the dtype and device of that of `others`, and lies in memory as it does; so they
-  // fit whatever those fit.
+  // Records that they are plain tensors, each with the dtype, device and memory layout of its counterpart in `others`.
+  // So they fit any plan that `others` fit.
   void resemble(std::shared_ptr<Tensors> others, std::shared_ptr<Found> found) {
     others_ = std::move(others);
     found_ = std::move(found);
   }
 
-  // Lets go of the tensors, and holds others in their place: mostly the same again, of which what was found still
-  // holds. (While the core has a hold on a parameter, torch does not swap its tensor for another.)
+  // Releases the tensors until others take their place. Those are mostly the same again, so that the results of checks
+  // still hold. (While the core holds a parameter, torch does not swap its tensor for another.)
   void let_go() {
     release(tensors_);
     tensors_.clear();
   }
   void take(std::vector<at::Tensor> tensors) { tensors_ = std::move(tensors); }
 
-  // Undefined ones lie in this memory, of bytes, at the addresses that were found. Each is made when somebody asks for
-  // it: the loops need addresses only.
+  // Undefined tensors lie in this block of memory, at the addresses that were found. Each is made only on request: the
+  // loops need addresses only.
   void share(at::Tensor memory) { memory_ = std::move(memory); }
 
  private:
@@ -72,15 +72,15 @@ class Tensors {
   at::Tensor memory_;
 };
 
-// Asks for lines of memory that are soon to be read.
+// Prefetches cache lines that are read soon.
 inline void prefetch([[maybe_unused]] const void* address, [[maybe_unused]] int lines) {
 #if defined(__GNUC__)
   for (int line = 0; line < lines; ++line) __builtin_prefetch(static_cast<const char*>(address) + 64 * line);
 #endif
 }
 
-// Asks for the number of changes of a tensor, which autograd keeps in memory of its own. VariableVersion holds nothing
-// but the address, and does not give it away; a hint that is wrong does no harm.
+// Prefetches the version counter of a tensor, which autograd allocates separately. VariableVersion contains only its
+// address, and does not expose it. A wrong prefetch does no harm.
 inline void prefetch_version(const c10::TensorImpl* impl) {
   const c10::VariableVersion& counter = impl->version_counter();
   const void* address = nullptr;
@@ -89,10 +89,10 @@ inline void prefetch_version(const c10::TensorImpl* impl) {
   prefetch(address, 1);
 }
 
-// Rounds of a loop over tensors from a prefetch to the use of what it brings.
+// Iterations of a loop over tensors from a prefetch to its use.
 inline constexpr size_t kAhead = 8;
 
-// The tensors of a list, a tuple or Tensors, null for None. They stay alive, whatever other threads do to the list.
+// The tensors of a list, a tuple or Tensors, null for None. They stay alive even if other threads change the list.
 class TensorList {
  public:
   TensorList() = default;
@@ -105,7 +105,7 @@ class TensorList {
   const at::Tensor* operator[](size_t i) const { return held_ ? &(*held_)[i] : tensors_[i]; }
   std::string name_of(size_t i) const;
 
-  // What it was made of, if that was Tensors.
+  // The Tensors that it was made from, or null.
   const std::shared_ptr<Tensors>& held() const { return held_; }
 
  private:
@@ -124,24 +124,23 @@ std::vector<int64_t> unpack_integers(const std::string& name, pybind11::handle l
 // The entries of a list or tuple. Raises TypeError unless it is one.
 std::vector<pybind11::object> unpack_entries(const std::string& name, pybind11::handle list, const char* what);
 
-// Numbers as a float64 tensor of the CPU.
+// Returns numbers as a float64 tensor on the CPU.
 at::Tensor tensor_of(const Numbers& values, at::IntArrayRef sizes);
 
 [[noreturn]] void refuse_value(const std::string& message);
 [[noreturn]] void refuse_type(const std::string& message);
 
-// The dtype as the loops know it, if they do.
+// The dtype in the loops' terms, if they support it.
 std::optional<Dtype> known_dtype(at::ScalarType dtype);
 
-// Tells a tensor that the loops can take by its address: of a dtype that they know, strided, with all of its elements
-// in memory, without gaps.
+// True for a tensor that the loops can use by its address: of a supported dtype, strided, with all of its elements in
+// memory, without gaps.
 bool is_plain(const at::Tensor& tensor);
 
-// Raises ValueError unless it is that, on the device.
+// Raises ValueError unless the tensor is plain and on the device.
 void check_plain(const TensorList& list, size_t i, at::Device device);
 
-// Tells whether the elements of a tensor lie in memory in this order. The stride of a dimension of one element is of no
-// account.
+// True if the elements of a tensor have this order in memory. The stride of a dimension of size 1 does not matter.
 bool lies_as(const at::Tensor& tensor, at::IntArrayRef sizes, at::IntArrayRef strides);
 
 }  // namespace gam

@@ -1,8 +1,9 @@
-"""The compiled core. What the operations compute is stated in :mod:`gam_fast.backends.base`.
+"""The compiled core. :mod:`gam_fast.backends.base` states what each operation computes.
 
-Numbers are sequences by parameter group. Norms and products are numbers on a CPU, and tensors on a device. All
-operations raise ``TypeError`` or ``ValueError`` (``RuntimeError`` for a leaf that requires grad) that names the
-argument before anything is written, and release the GIL while they work.
+Scalars that differ by parameter group are sequences indexed by group. Norms and products are Python numbers on a CPU
+and tensors on a device. Every operation checks its arguments before it writes anything, and raises ``TypeError`` or
+``ValueError`` (``RuntimeError`` for a leaf that requires grad) that names the argument. Operations release the GIL
+while they work.
 """
 
 from collections.abc import Sequence
@@ -13,40 +14,41 @@ from torch import Tensor, device, dtype
 from .backends.base import Block, Direction, FoldInto, PerGroup, Scalar, TensorList
 
 torch_version: str
-"""The version of torch it was built for."""
+"""The version of torch that the core was built for."""
 
 compiler: str
 
 cuda_architectures: str
-"""What the CUDA kernels were compiled for, as in ``TORCH_CUDA_ARCH_LIST``; empty without them."""
+"""The architectures of the CUDA kernels, as in ``TORCH_CUDA_ARCH_LIST``; empty without CUDA kernels."""
 
 class Tensors(list[Tensor]):
-    """Tensors that go into several operations; what is found out about them is kept.
+    """A list of tensors for several operations, which keeps the results of checking them.
 
-    (A sequence of its own, with no method that changes it; a list to type checkers, as torch's annotations ask for it.)
+    It is a sequence type of its own without methods that change it. Type checkers see a list, because torch's
+    annotations ask for one.
     """
 
     owned: bool
-    """True if nobody but the engine can get at their memory."""
+    """True if no code outside the engine can reach their memory."""
 
 class Versions:
     def first_changed(self, tensors: TensorList) -> int: ...
 
 class Draws:
-    """Give the passes of a step the same numbers of torch's default CPU generator, whatever other threads draw."""
+    """Replay the draws from torch's default CPU generator in each pass of a step, even if other threads draw too."""
 
     def begin(self) -> None:
-        """Start a pass of this thread: the first, whose draws are noted, or another, whose draws are those again."""
+        """Start a pass in this thread. The first pass records its draws, later passes repeat them."""
     def end(self) -> None: ...
     def pause(self) -> None:
-        """In the first pass: what is drawn until :meth:`resume` is not drawn in later ones."""
+        """Stop recording, in the first pass, until :meth:`resume`: later passes skip these draws."""
     def resume(self) -> None: ...
     def can_undo(self) -> bool:
-        """Return whether this thread has drawn, and nobody else since the step began."""
+        """Return whether this thread, and no other, has drawn since the step began."""
     def keep(self) -> None:
-        """After the last pass: go on from where it ended, unless it drew nothing or somebody else did."""
+        """Continue from the end of the last pass, unless it drew nothing or another thread drew."""
 
-# What gam_fast.backends.base.Bookkeeping says; ``tensors`` and ``params`` are of hold().
+# See gam_fast.backends.base.Bookkeeping. ``tensors`` and ``params`` are results of hold().
 def hold(tensors: TensorList, before: TensorList | None = None) -> Tensors: ...
 def let_go(tensors: TensorList) -> None: ...
 def kinds(tensors: TensorList) -> list[tuple[device, dtype, bool]]: ...
@@ -57,7 +59,7 @@ def take_all_gradients(params: TensorList, versions: Any, flags: bytearray, keep
 def take_gradients(params: TensorList, keep: bool) -> Tensors: ...
 
 class Plan:
-    """The shapes and groups of the parameters of a block, and how their elements are shared out."""
+    """The shapes and groups of a block's parameters, and how their elements are divided into chunks."""
 
     def __init__(self, params: TensorList, group: Sequence[int]) -> None: ...
     def fits(self, params: TensorList, group: Sequence[int]) -> bool: ...
@@ -93,19 +95,19 @@ def update(
     option: Sequence[int],
 ) -> None: ...
 def empty_like(tensors: TensorList) -> Tensors:
-    """An uninitialised tensor like each. Small ones share memory."""
+    """Return an uninitialised tensor like each. Small tensors share one allocation."""
 
 def launches() -> int:
-    """How many kernels have been launched in this process."""
+    """Return the number of kernels launched in this process."""
 
 def device_types() -> list[str]:
-    """Types of the devices that the core was built for."""
+    """Return the device types that the core was built for."""
 
 def instruction_sets() -> list[str]:
-    """Those compiled in that this processor runs, best first."""
+    """Return the compiled instruction sets that this processor supports, best first."""
 
 def instruction_set() -> str:
-    """The one in use."""
+    """Return the instruction set in use."""
 
 def use_instruction_set(name: str) -> None:
-    """Use another, in the whole process. Results stay the same to the last bit, but for ``baseline``, without FMA."""
+    """Select an instruction set for the whole process. Only ``baseline``, without FMA, changes the results' bits."""

@@ -1,4 +1,4 @@
-"""``python -m gam_fast``: what is installed, which backends run here, and why the others do not."""
+"""``python -m gam_fast``: report the installation, the backends that run here, and why the others do not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .backends import ENVIRONMENT_VARIABLE, available, select
 
 
 def report() -> str:
-    """The text that ``python -m gam_fast`` prints."""
+    """Return the text that ``python -m gam_fast`` prints."""
     python = ".".join(map(str, sys.version_info[:3]))
     lines = [f"gam_fast {__version__}, torch {torch.__version__}, Python {python}", "backends, in order of preference:"]
     for name, status in available().items():
@@ -25,9 +25,9 @@ def report() -> str:
 
 
 def _chosen(device: torch.device) -> str:
-    """The name of the backend, and why it is not the compiled core."""
+    """Return the name of the chosen backend and, if it is not the compiled core, the reason."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a core that does not fit: the report says so
+        warnings.simplefilter("ignore")  # the report itself says that the core does not fit
         chosen = select("auto", device).name
     try:
         select("native", device)

@@ -1,9 +1,9 @@
-"""The oldest torch the package runs with."""
+"""The oldest release of torch that the package supports."""
 
 from __future__ import annotations
 
 OLDEST = (2, 6)
-"""The oldest release the tests were run with. 2.6 loads checkpoints with ``weights_only=True`` by default."""
+"""The oldest release that the tests ran with. It loads checkpoints with ``weights_only=True`` by default."""
 
 
 def require_torch() -> None:

@@ -1,8 +1,8 @@
-"""Which steps take the whole recipe, and which are plain steps of the base optimizer.
+"""Rules that choose which steps take the whole recipe; the others are plain steps of the base optimizer.
 
-Every decision follows from the number of steps taken and, for :class:`WhenSteep`, from a running mean and variance:
-these are in ``param_groups`` (``flat_steps``, ``flat_mean``, ``flat_variance``), and so in every ``state_dict``. So is
-the threshold of :class:`AboveThreshold`. A step that was undone counts for nothing.
+Every decision depends only on the number of steps taken and, for :class:`WhenSteep`, on a running mean and variance.
+These are stored in ``param_groups`` (``flat_steps``, ``flat_mean``, ``flat_variance``), and so in every ``state_dict``,
+as is the threshold of :class:`AboveThreshold`. An undone step does not count.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any, TypeAlias
 from .recipe import Recipe
 
 STEPS = "flat_steps"
-"""The key in ``param_groups`` of the number of steps taken, where steps differ."""
+"""The key in ``param_groups`` for the number of steps taken; present only if steps differ."""
 
 LOOKS, MEAN, VARIANCE = "flat_looks", "flat_mean", "flat_variance"
-"""The keys of how often :class:`WhenSteep` has looked at ‖g0‖², and of its running mean and variance."""
+"""The keys for the number of times :class:`WhenSteep` has seen ‖g0‖², and for its running mean and variance."""
 
 HEIGHT = "flat_height"
-"""The key of A of :class:`AboveThreshold`."""
+"""The key for A of :class:`AboveThreshold`."""
 
 COUNTS = (STEPS, LOOKS, MEAN, VARIANCE, HEIGHT)
 
 
 class Activity:
-    """A rule for which steps take the whole recipe. Write one of your own by :meth:`before`."""
+    """A rule for which steps take the whole recipe. To write your own, override :meth:`before`."""
 
     def before(self, step: int) -> bool:
-        """Return whether step ``step``, counted from 0, may take the whole recipe: a function of that number alone."""
+        """Return whether step ``step``, counted from 0, may take the whole recipe. Depend on this number only."""
         return True
 
 
 @dataclass(frozen=True)
 class Between(Activity):
-    """From step ``start`` until before step ``stop``.
+    """Take the whole recipe from step ``start`` up to, but not including, step ``stop``.
 
     Args:
         start: a step, counted from 0, or (a float) a fraction of the run.
@@ -47,7 +47,7 @@ class Between(Activity):
 
     Raises:
         ValueError: negative, a fraction above 1, a fraction without ``total_steps``, or ``stop`` before ``start``.
-        TypeError: no number.
+        TypeError: a value that is not a number.
 
     >>> second_half = Between(0.5, total_steps=10)
     >>> [second_half.before(step) for step in (4, 5, 9)]
@@ -85,15 +85,15 @@ class Between(Activity):
 
 @dataclass(frozen=True)
 class Late(Activity):
-    """The last steps of a run, behind a phase of the base optimizer alone.
+    """Take the whole recipe in the last steps of a run; the steps before are those of the base optimizer alone.
 
     Args:
-        share: of the steps, from 0.0 to 1.0.
+        share: the fraction of the steps that take the whole recipe, from 0.0 to 1.0.
         total_steps: steps of the run.
 
     Raises:
         ValueError: out of range.
-        TypeError: no number.
+        TypeError: a value that is not a number.
 
     >>> rule = Late(0.3, total_steps=10)
     >>> [step for step in range(10) if rule.before(step)]
@@ -126,15 +126,15 @@ def _check_number(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Sometimes(Activity):
-    """Each step with a probability, by random numbers of its own: those of a step depend on seed and step alone.
+    """Take the whole recipe with a fixed probability; a step's random number depends only on the seed and the step.
 
     Args:
         probability: from 0 to 1.
-        seed: not negative; the same on all ranks, as steps have to agree on their passes.
+        seed: not negative; the same on all ranks, because they must agree on the number of passes.
 
     Raises:
         ValueError: out of range.
-        TypeError: no number.
+        TypeError: a value that is not a number.
 
     >>> rule = Sometimes(0.5, seed=1)
     >>> sum(rule.before(step) for step in range(1000))
@@ -157,43 +157,43 @@ class Sometimes(Activity):
 
 
 class Looking(Activity):
-    """A rule that looks at the gradient at θ before it decides.
+    """Base class of rules that look at the gradient at θ before they decide.
 
-    Where the answer is no, the step is one of the base optimizer along :math:`g_0`; if that was of a share of the
-    batch, another pass gets the gradient of all of it. The loop over ``passes()`` ends by itself.
+    If the rule says no, the step is a base optimizer step along :math:`g_0`. If :math:`g_0` came from a share of the
+    batch, one more pass computes the gradient of the whole batch. The loop over ``passes()`` ends by itself.
 
-    Needs the gradient's norm on the host: on an accelerator the first pass is waited for, so a CUDA graph cannot
-    capture such a step. Processes of data parallelism decide by the mean of their ‖g0‖².
+    The rule needs the gradient's norm on the host: on an accelerator the step waits for the first pass, so a CUDA
+    graph cannot capture it. In data parallelism all processes decide by the mean of their ‖g0‖².
     """
 
     @property
     def start(self) -> dict[str, float]:
-        """The numbers kept in each parameter group, as they are before the first step."""
+        """The initial values of the numbers that the rule keeps in each parameter group."""
         raise NotImplementedError
 
     def decide(self, square: float, kept: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
-        """Return the answer to ‖g0‖², and what is to be kept of that when the step was taken."""
+        """Return the decision for ``square`` = ‖g0‖², and the numbers to store once the step is taken."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class WhenSteep(Looking):
-    r"""Where the gradient at θ is large for what it has been: :math:`‖g_0‖² ≥ μ + c\,σ`.
+    r"""Take the whole recipe if the gradient at θ is large compared with earlier ones: :math:`‖g_0‖² ≥ μ + c\,σ`.
 
     .. math:: μ ← δ μ + (1−δ) ‖g_0‖², \qquad σ² ← δ σ² + (1−δ) (‖g_0‖² − μ)²
 
-    at every step that other rules allow, from the first gradient on (μ is its square, and σ is 0: the first such step
-    takes the whole recipe). What follows from the answer, and what looking costs: :class:`Looking`.
+    The rule updates μ and σ² at every step that the other rules allow. At the first such step μ is :math:`‖g_0‖²` and σ
+    is 0, so this step takes the whole recipe. :class:`Looking` describes the consequences of a decision and its cost.
 
     Source: Jiang, Yang, Zhang, Kwok, *An Adaptive Policy to Employ Sharpness-Aware Minimization*, ICLR 2023, arXiv
-    2304.14647, where c goes from 1 to −1 in the course of the run; here it stays.
+    2304.14647. There c goes from 1 to −1 in the course of the run; here it is constant.
 
     Args:
-        deviations: c; about half of the steps at 0, fewer above.
-        decay: δ, from 0 and below 1.
+        deviations: c. With 0, about half of the steps take the whole recipe; with larger values, fewer.
+        decay: δ, at least 0 and below 1.
 
     Raises:
-        ValueError, TypeError: out of range, or no numbers.
+        ValueError, TypeError: a value that is out of range or not a number.
 
     >>> WhenSteep(deviations=1.0).look(9.0, 1, 4.0, 0.0)     # μ 4.5, σ² .1·4.5²; 9 ≥ 4.5 + 1.42
     (True, 4.5, 2.02...)
@@ -211,7 +211,7 @@ class WhenSteep(Looking):
             raise ValueError(f"decay must be at least 0 and below 1, got {self.decay!r}")
 
     def look(self, square: float, looks: int, mean: float, variance: float) -> tuple[bool, float, float]:
-        """Return whether ``square`` = ‖g0‖² is large, and the new mean and variance, after ``looks`` others."""
+        """Return whether ``square`` = ‖g0‖² is large, and the new mean and variance, after ``looks`` earlier values."""
         if looks == 0:
             return True, square, 0.0
         mean = self.decay * mean + (1.0 - self.decay) * square
@@ -220,9 +220,11 @@ class WhenSteep(Looking):
 
     @property
     def start(self) -> dict[str, float]:
+        """Zeros."""
         return {LOOKS: 0, MEAN: 0.0, VARIANCE: 0.0}
 
     def decide(self, square: float, kept: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
+        """Return :meth:`look` at ``square`` and the updated count, mean and variance."""
         looks = int(kept[LOOKS])
         found, mean, variance = self.look(square, looks, float(kept[MEAN]), float(kept[VARIANCE]))
         return found, {LOOKS: looks + 1, MEAN: mean, VARIANCE: variance}
@@ -230,15 +232,15 @@ class WhenSteep(Looking):
 
 @dataclass(frozen=True)
 class AboveThreshold(Looking):
-    r"""Where the gradient at θ is as long as a threshold that rises in the course of the run, by C-Flat++.
+    r"""Take the whole recipe if the gradient at θ is as long as a threshold that rises during the run (C-Flat++).
 
     .. math:: E_t = \frac{A}{1 + e^{-k (t - t_0)}} - ‖g_0‖, \qquad A ← A - c\, E_t
 
-    The recipe is taken where :math:`E_t ≤ 0`; t counts the looks from 1. What follows from the answer, and what looking
-    costs: :class:`Looking`.
+    The step takes the whole recipe if :math:`E_t ≤ 0`; t counts the evaluations of the rule from 1. :class:`Looking`
+    describes the consequences of a decision and its cost.
 
-    Source: Li, Yuan, Zhao, Zhu, Lu, Feng, Sun, C-Flat++, arXiv 2508.18860, by the authors' code, whose defaults these
-    are. There each process decides by its own gradient.
+    Source: Li, Yuan, Zhao, Zhu, Lu, Feng, Sun, C-Flat++, arXiv 2508.18860. Formula and defaults are those of the
+    authors' code, in which each process decides by its own gradient.
 
     Args:
         height: A at the start.
@@ -247,7 +249,7 @@ class AboveThreshold(Looking):
         rate: c, from 0 to 1.
 
     Raises:
-        ValueError, TypeError: out of range, or no numbers.
+        ValueError, TypeError: a value that is out of range or not a number.
 
     >>> rule = AboveThreshold(height=4.0, slope=0.0, rate=0.5)
     >>> rule.decide(9.0, rule.start)     # the threshold is 2, the length 3
@@ -271,9 +273,11 @@ class AboveThreshold(Looking):
 
     @property
     def start(self) -> dict[str, float]:
+        """The initial threshold, and a count of 0."""
         return {LOOKS: 0, HEIGHT: float(self.height)}
 
     def decide(self, square: float, kept: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
+        """Return whether ‖g0‖ reaches the threshold, and the updated count and A."""
         looks, height = int(kept[LOOKS]) + 1, float(kept[HEIGHT])
         share = 0.5 * (1.0 + math.tanh(0.5 * self.slope * (looks - self.middle)))  # the logistic function
         excess = height * share - math.sqrt(square)
@@ -282,7 +286,7 @@ class AboveThreshold(Looking):
 
 @dataclass(frozen=True)
 class _Called(Activity):
-    """A function of the number of the step."""
+    """A rule given as a function of the step number."""
 
     function: Callable[[int], Any]
 
@@ -292,23 +296,23 @@ class _Called(Activity):
 
 Rule: TypeAlias = "Activity | Callable[[int], Any]"
 Rules: TypeAlias = "Rule | list[Rule] | tuple[Rule, ...] | None"
-"""What ``active=`` may be: one rule or several, all of which must agree; a function stands for a rule."""
+"""Values of ``active=``: one rule, or several that must all agree. A function of the step number is a rule too."""
 
 
 class StepSchedule:
-    """What an optimizer does with ``interval=`` and ``active=``; one object, for wrappers that copy attributes.
+    """The schedule that ``interval=`` and ``active=`` define; one object, for wrappers that copy attributes.
 
     Args:
-        interval: the whole recipe at every ``interval``-th step; infinite for never.
+        interval: every ``interval``-th step takes the whole recipe; with infinity, none does.
         active: the rules.
 
     Attributes:
-        trigger: the rule that needs a gradient, if there is one.
+        trigger: the rule that needs a gradient, or ``None``.
         is_always: whether every step takes the whole recipe.
 
     Raises:
         ValueError: an interval below 1, two rules that need a gradient.
-        TypeError: no integer, no rule.
+        TypeError: an interval that is not an integer, or a rule that is none.
 
     >>> schedule = StepSchedule(interval=3, active=Between(4))
     >>> [step for step in range(10) if schedule.wants(step)]
@@ -331,19 +335,19 @@ class StepSchedule:
         self.is_always = interval == 1 and not self._rules
 
     def change(self, interval: float, active: Rules) -> None:
-        """Be another from now on. Raises as the constructor; nothing is then changed."""
+        """Replace interval and rules. Raises the errors of the constructor, and then changes nothing."""
         vars(self).update(vars(StepSchedule(interval, active)))
 
     @property
     def fields(self) -> dict[str, float]:
-        """What it keeps in each parameter group, as it is before the first step."""
+        """Return the initial values of the numbers that the schedule keeps in each parameter group."""
         fields: dict[str, float] = {} if self.is_always else {STEPS: 0}
         return fields if self.trigger is None else {**fields, **self.trigger.start}
 
     def wants(self, step: int, *, first: bool = False) -> bool:
         """Return whether step number ``step`` may take the whole recipe, before its first gradient is known.
 
-        It is the last step of each interval that does, with ``first`` the first.
+        Within each interval the last step may; with ``first``, the first.
         """
         return (self.interval == 1 or (step + (not first)) % self.interval == 0) and self.allows(step)
 
@@ -355,13 +359,13 @@ class StepSchedule:
         return between if between is not None and self.allows(step) else recipe.plain
 
     def allows(self, step: int) -> bool:
-        """Return whether the rules allow the step, whatever the interval."""
+        """Return whether the rules allow the step. The interval is ignored."""
         return all(rule.before(step) for rule in self._rules)
 
     def look(self, square: float, group: Mapping[str, Any]) -> tuple[bool, dict[str, float]]:
-        """Return what the trigger says to ‖g0‖², and what is to be kept of that when the step was taken."""
+        """Return the trigger's decision for ‖g0‖², and the numbers to store once the step is taken."""
         assert self.trigger is not None
-        if not math.isfinite(square):  # the step will see to it
+        if not math.isfinite(square):  # the step itself handles a non-finite gradient
             return True, {}
         return self.trigger.decide(square, group)
 

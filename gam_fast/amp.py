@@ -1,4 +1,4 @@
-"""Loss scaling: what a step has to do with a :class:`torch.amp.GradScaler`."""
+"""Loss scaling: steps under a :class:`torch.amp.GradScaler`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NEEDED = ("scale", "unscale_", "update", "is_enabled")
 
 
 class _Outcome:
-    """Stands for an optimizer whose one gradient says whether a step was finite, for ``GradScaler.unscale_``."""
+    """Stand-in optimizer for ``GradScaler.unscale_``; its one gradient tells whether the step was finite."""
 
     def __init__(self, finite: bool, device: torch.device) -> None:
         param = torch.zeros(1, device=device)
@@ -28,17 +28,17 @@ class _Outcome:
 
 
 class GivenScale:
-    """A step that ``scaler.step(optimizer)`` calls, as frameworks do.
+    """The loss scale of a step that is called by ``scaler.step(optimizer)``, as frameworks do.
 
-    torch then hands the scale over in the attributes ``grad_scale`` and ``found_inf``, as it does to its own fused
-    optimizers, and leaves it to the optimizer to unscale and to skip. The caller updates the scaler.
+    torch passes the scale in the optimizer's attributes ``grad_scale`` and ``found_inf``, as for its own fused
+    optimizers. The optimizer unscales the gradients and skips the step if needed. The caller updates the scaler.
 
     Args:
         grad_scale: the scale of the gradients; ``None`` if they were unscaled already.
         found_inf: a number other than 0 if the step is to be skipped; ``None`` if the gradients alone say so.
 
     Attributes:
-        total: a number to be looked at with the sums that must be finite: infinite if the step is to be skipped.
+        total: a number that joins the sums that must be finite; it is infinite if the step is to be skipped.
     """
 
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None = None) -> None:
@@ -48,27 +48,27 @@ class GivenScale:
 
     @classmethod
     def handed_to(cls, optimizer: object) -> GivenScale | None:
-        """Return what was handed to the optimizer, or None. After an error torch leaves it there: :meth:`drop`."""
+        """Return the scale that torch passed, or None. After an error torch leaves it in place: call :meth:`drop`."""
         given = vars(optimizer)
         scale, found_inf = given.get("grad_scale"), given.get("found_inf")
         return None if scale is None and found_inf is None else cls(scale, found_inf)
 
     @staticmethod
     def drop(optimizer: object) -> None:
-        """Forget what a call that came to nothing has handed over."""
+        """Delete the attributes that a failed call has left on the optimizer."""
         for name in ("grad_scale", "found_inf"):
             vars(optimizer).pop(name, None)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss: whoever calls ``scaler.step`` scales it."""
+        """Return the loss itself: the caller of ``scaler.step`` scales it."""
         return loss
 
     def check_serves(self, recipe: Recipe, schedule: object, *, is_local: bool) -> None:
-        """Refuse a step that cannot wait with unscaling until ``scaler.step``.
+        """Refuse a step that must unscale its gradients before ``scaler.step``.
 
         Raises:
-            RuntimeError: a local step, one of second order, one that needs the length of its first gradient, or one
-                that decides by that; the scaler has unscaled the gradients of one of several passes.
+            RuntimeError: the step is local, of second order, or needs the length of its first gradient (for its
+                formula or for a decision); or the scaler has unscaled the gradients of one of several passes.
         """
         if is_local or recipe.second_order or recipe.needs_lengths:
             kind = "with sync='local'" if is_local else f"of {recipe.name}"
@@ -91,18 +91,18 @@ class GivenScale:
             )
 
     def check_pass(self, where: str) -> None:
-        """The gradients of a pass are scaled, as far as can be known."""
+        """Check nothing: the gradients of a pass are taken to be scaled."""
 
     def inverse(self, device: torch.device) -> Tensor:
         """Return the factor that unscales a gradient, a 0-dim tensor."""
         return self._inverse.to(device)
 
     def report(self, finite: bool, device: torch.device) -> None:
-        """The scaler has looked for itself."""
+        """Do nothing: the scaler checks for infinity itself."""
 
 
 class _Scaled(NamedTuple):
-    """How a scaler stood when it scaled last."""
+    """State of a scaler at its last ``scale`` call."""
 
     time: int
     thread: int
@@ -118,7 +118,7 @@ def _noting(scale: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(scale)
     def noting(self: Any, outputs: Any) -> Any:
         scaled = scale(self, outputs)
-        factor = getattr(self, "_scale", None)  # a disabled one has none
+        factor = getattr(self, "_scale", None)  # a disabled scaler has none
         if factor is not None and not torch.compiler.is_compiling():
             version = -1 if factor.is_inference() else factor._version
             _last[self] = _Scaled(next(_clock), threading.get_ident(), version, len(self._per_optimizer_states))
@@ -129,22 +129,22 @@ def _noting(scale: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _watched() -> Callable[..., Any]:
-    """From now on, note when a scaler scales: wrap ``torch.amp.GradScaler.scale``, and return the wrapper.
+    """Wrap ``torch.amp.GradScaler.scale`` to record each call, and return the wrapper.
 
-    A loss that was scaled leaves no other trace of it, and a step that is not told takes its gradient for the true one.
+    A scaled loss leaves no other trace, and a step that is not given the scaler would take its gradient as unscaled.
     """
     torch.amp.GradScaler.scale = _noting(torch.amp.GradScaler.scale)  # type: ignore[method-assign]
     return torch.amp.GradScaler.scale
 
 
 def now() -> int:
-    """The time on the clock of :func:`check_not_forgotten`, which every call of it moves on."""
+    """Advance the clock of :func:`check_not_forgotten` and return its time."""
     _watched()
     return next(_clock)
 
 
 def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
-    """Check, after the passes of a step without a scaler, that no loss was scaled in them.
+    """Check that no loss was scaled in the passes of a step without a scaler.
 
     Args:
         since: the time before the passes.
@@ -152,7 +152,7 @@ def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
         passes: how many the step has.
 
     Raises:
-        RuntimeError: this thread has scaled a loss, and its scaler neither unscaled gradients nor was updated since.
+        RuntimeError: this thread has scaled a loss since, and its scaler was neither updated nor asked to unscale.
 
     >>> scaler, since = torch.amp.GradScaler("cpu"), now()
     >>> _ = scaler.scale(torch.ones(()))
@@ -160,7 +160,7 @@ def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
     Traceback (most recent call last):
     RuntimeError: a loss was scaled in a step by a GradScaler that the step was not given: ...
     """
-    if not len(_last):  # sooner told than the items listed
+    if not len(_last):  # the length is faster than a list of the items
         return
     for scaler, last in list(_last.items()):
         factor, known = scaler._scale, scaler._per_optimizer_states
@@ -176,17 +176,17 @@ def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
 
 
 class LossScale:
-    """One step under a gradient scaler, which it updates.
+    """The loss scale of one step that was given a gradient scaler. The step also updates the scaler.
 
-    All passes of a step have one scale, and what is made of their gradients is linear in it or does not depend on it.
-    So the gradients stay scaled until the last of them is there; only what the direction is combined from is unscaled.
+    All passes of a step share one scale. Every intermediate result is linear in the gradients or independent of their
+    scale. So the gradients stay scaled until the last pass; only the terms of the final direction are unscaled.
 
     Args:
-        scaler: a :class:`torch.amp.GradScaler`, or what has its methods.
-        optimizer: whom the user would hand to ``scaler.unscale_``.
+        scaler: a :class:`torch.amp.GradScaler`, or an object with its methods.
+        optimizer: the optimizer that the user would pass to ``scaler.unscale_``.
 
     Raises:
-        TypeError: it is no gradient scaler.
+        TypeError: ``scaler`` is not a gradient scaler.
     """
 
     def __init__(self, scaler: Any, optimizer: object) -> None:
@@ -200,19 +200,19 @@ class LossScale:
 
     @property
     def enabled(self) -> bool:
-        """Whether it scales at all."""
+        """Whether the scaler is enabled."""
         return bool(self._scaler.is_enabled())
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The scaled loss."""
+        """Return the scaled loss."""
         scaled: Tensor = self._scaler.scale(loss)
         return scaled
 
     def check_pass(self, where: str) -> None:
-        """After a pass: that its loss was scaled, and its gradient was not unscaled.
+        """Check after a pass that its loss was scaled and its gradient was not unscaled.
 
         Raises:
-            RuntimeError: ``scaler.unscale_`` was called for this optimizer, or (where that can be seen) no loss was
+            RuntimeError: ``scaler.unscale_`` was called for this optimizer, or (if the scaler shows it) no loss was
                 scaled in the pass.
         """
         if id(self._optimizer) in getattr(self._scaler, "_per_optimizer_states", {}):
@@ -230,7 +230,7 @@ class LossScale:
             )
 
     def inverse(self, device: torch.device) -> Tensor:
-        """Return the factor that unscales a gradient, a 0-dim tensor; nothing waits for the device."""
+        """Return the factor that unscales a gradient, a 0-dim tensor, without waiting for the device."""
         if self._inverse is None:
             one = torch.ones((), dtype=torch.float32, device=device)
             self._inverse = self._scaler.scale(one).reciprocal()
@@ -238,8 +238,8 @@ class LossScale:
         return self._inverse.to(device)
 
     def report(self, finite: bool, device: torch.device) -> None:
-        """Tell the scaler how the step went, and let it choose the scale of the next."""
+        """Tell the scaler whether the step was finite, and let it choose the next scale."""
         if self._inverse is None:
-            self.inverse(device)  # makes the scale, if nobody has yet
+            self.inverse(device)  # creates the scale if it does not exist yet
         self._scaler.unscale_(_Outcome(finite, device))
         self._scaler.update()

@@ -1,5 +1,6 @@
-"""The base optimizer: a class with its arguments, an instance, or several as one (Muon for the matrices, AdamW for the
-rest); and the parameter groups in the state dict of any of them.
+"""The base optimizer and its parameter groups, also as they are in state dicts.
+
+It is a class with its arguments, an instance, or a list of instances (Muon for the matrices, AdamW for the rest).
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ Given: TypeAlias = "Optimizer | list[Optimizer] | tuple[Optimizer, ...] | Callab
 """A base optimizer as the user gives it."""
 
 METHOD = "flat_method"
-"""The key in the ``param_groups`` of a state dict that names the method it is of."""
+"""The key in the ``param_groups`` of a state dict for the name of the method that saved it."""
 
 _FILLED = "_gam_fast_filled"
-"""The attribute of a base optimizer that has for each group the keys which an optimizer around it has put there."""
+"""The attribute of a base optimizer that holds, per group, the keys which an optimizer around it has added."""
 
 _LOG = logging.getLogger("gam_fast")
 
 
 def build_base(params: Iterable[Any] | None, base_optimizer: Given, arguments: dict[str, Any]) -> Optimizer:
-    """The base optimizer of ``params`` (``None`` with an instance); errors: those of the optimizer around it."""
+    """Return the base optimizer of ``params`` (``None`` with an instance). The optimizer around it documents errors."""
     if isinstance(base_optimizer, list | tuple):
         chain = Chain(base_optimizer)
         base_optimizer = chain if len(chain.members) > 1 else chain.members[0]
@@ -56,7 +57,7 @@ def build_base(params: Iterable[Any] | None, base_optimizer: Given, arguments: d
 
 
 def is_instance(base_optimizer: Given) -> bool:
-    """Return whether it is made already, and not a class."""
+    """Return whether ``base_optimizer`` consists of instances, and is not a class."""
     return isinstance(base_optimizer, Optimizer | list | tuple)
 
 
@@ -77,7 +78,7 @@ def _check(base: Optimizer) -> None:
 
 @contextlib.contextmanager
 def without_memories(state: MutableMapping[Any, dict[str, Any]]) -> Iterator[None]:
-    """Hide a state that holds nothing of the base optimizer's: it makes its own where it finds none."""
+    """Hide states without entries of the base optimizer, which creates its state where it finds none."""
     alone = [key for key, own in state.items() if isinstance(own, dict) and own and own.keys() <= set(MEMORIES)]
     hidden = {param: state.pop(param) for param in alone}
     try:
@@ -88,12 +89,12 @@ def without_memories(state: MutableMapping[Any, dict[str, Any]]) -> Iterator[Non
 
 
 def ascends(base: Optimizer) -> bool:
-    """Return whether a base maximizes by an attribute of its own, as those of pytorch-optimizer do."""
+    """Return whether ``base`` maximizes by an attribute of its own, as optimizers of pytorch-optimizer do."""
     return any(getattr(member, "maximize", False) is True for member in members(base))
 
 
 def with_signs(base: Optimizer) -> list[dict[str, Any]]:
-    """The parameter groups, each with ``maximize`` as its optimizer has it."""
+    """Return the parameter groups, each with the ``maximize`` that its optimizer uses."""
     return [
         {"maximize": getattr(member, "maximize", False) is True, **group}
         for member in members(base)
@@ -102,9 +103,9 @@ def with_signs(base: Optimizer) -> list[dict[str, Any]]:
 
 
 def filled(base: Optimizer) -> list[set[str]]:
-    """For each group, the keys that optimizers around ``base`` have put there; they may be added to.
+    """Return, for each group, the set of keys that optimizers around ``base`` have added. Callers may extend it.
 
-    It is not in the ``state_dict``.
+    The sets are not in the ``state_dict``.
 
     >>> base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))])
     >>> filled(base)[0].add("rho")
@@ -120,10 +121,10 @@ def filled(base: Optimizer) -> list[set[str]]:
 
 
 def left_behind(base: Optimizer, explicit: Mapping[str, Any]) -> list[set[str]]:
-    """For each group, the keys that an optimizer around ``base`` before has left there, which no longer count.
+    """Return, for each group, the keys that an earlier optimizer around ``base`` has left and that no longer count.
 
-    Where that is not known (``base`` was copied or pickled), a value that all groups share counts as such if there is
-    an explicit one in its place: ``explicit`` has those.
+    If ``base`` was copied or pickled, these keys are not known. A value that all groups share then counts as left
+    behind if ``explicit`` has a value to replace it.
     """
     found = [set(keys) for keys in filled(base)]
     for key in explicit:
@@ -143,18 +144,18 @@ def _ids(params: Iterable[Any]) -> set[int]:
 
 
 class Chain(Optimizer):
-    """Torch optimizers over disjoint parameters, which step one after the other.
+    """Several torch optimizers over disjoint parameters, which step one after the other.
 
-    It has no groups and no state of its own: ``param_groups`` are those of its members, in their order, and ``state``
-    is theirs. So schedulers see all groups, and a ``state_dict`` has torch's layout over all of them. One member's own
-    checkpoint is loaded by ``chain.members[i].load_state_dict(...)``.
+    A chain has no groups or state of its own: its ``param_groups`` and ``state`` are those of its members, in order. So
+    schedulers see all groups, and a ``state_dict`` has torch's layout over all of them. To load the checkpoint of a
+    single member, call ``chain.members[i].load_state_dict(...)``.
 
     Args:
         members: the optimizers.
 
     Raises:
         ValueError: a parameter belongs to two members; there is no member.
-        TypeError: a member is no torch optimizer, or is a chain.
+        TypeError: a member is not a torch optimizer, or is a chain.
 
     >>> matrix, bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
     >>> chain = Chain([torch.optim.SGD([matrix], lr=0.1), torch.optim.AdamW([bias], lr=0.01)])
@@ -176,13 +177,13 @@ class Chain(Optimizer):
         self._checked = -1
         first, *others = (member.defaults for member in members)
         shared = {key: value for key, value in first.items() if all(key in defaults for defaults in others)}
-        # Optimizer's constructor would make groups and state of its own
+        # Optimizer's constructor would create groups and state
         super().__setstate__({"defaults": shared})
         self._check(self.param_groups)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all members."""
+        """The parameter groups of all members, in their order."""
         groups = [group for member in self.members for group in member.param_groups]
         if len(groups) != self._checked:
             self._check(groups)
@@ -195,7 +196,7 @@ class Chain(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The state by parameter, of all members."""
+        """The state of all members, by parameter."""
         return _State(self)
 
     @state.setter
@@ -205,7 +206,7 @@ class Chain(Optimizer):
             member.state = defaultdict(dict, {key: value for key, value in state.items() if key in own})
 
     def _check(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Groups may have been added to a member."""
+        """Check that no parameter has two members, since groups may have been added to a member."""
         counts = Counter(param for group in groups for param in group["params"])
         for place, group in enumerate(groups):
             for i, param in enumerate(group["params"]):
@@ -219,7 +220,7 @@ class Chain(Optimizer):
         self._checked = len(groups)
 
     def _parts(self, groups: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """The groups by member."""
+        """Divide ``groups`` among the members."""
         counts = [len(member.param_groups) for member in self.members]
         if len(groups) != sum(counts):
             raise ValueError(
@@ -229,7 +230,7 @@ class Chain(Optimizer):
         return [[next(left) for _ in range(count)] for count in counts]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """A step of each member."""
+        """Call ``step`` of each member."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -239,7 +240,7 @@ class Chain(Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: only a member can be told.
+        """Refuse to add a group: add it to a member instead.
 
         Raises:
             RuntimeError: always.
@@ -251,13 +252,13 @@ class Chain(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The members' states in one, with parameters numbered through all groups."""
+        """Return the members' states as one, with parameters numbered through all groups."""
         out: dict[str, Any] = {"state": {}, "param_groups": []}
         rests, start = [], 0
         for member in self.members:
             found = member.state_dict()
             groups = groups_in(found)
-            if groups is None or not {"state", "param_groups"} <= found.keys():  # a wrapper, which nests them
+            if groups is None or not {"state", "param_groups"} <= found.keys():  # a wrapper nests them
                 rests.append({"nested": found})
                 found = {"state": {}, "param_groups": groups or _numbered(member.param_groups)}
             else:
@@ -274,7 +275,7 @@ class Chain(Optimizer):
         return {**out, "members": rests} if any(rests) else out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave.
+        """Load a result of :meth:`state_dict`.
 
         Raises:
             ValueError: the groups do not fit; nothing is then changed.
@@ -303,13 +304,13 @@ class Chain(Optimizer):
 
 
 class _State(MutableMapping[Tensor, Any]):
-    """The state of all members of a chain, as one mapping that they share."""
+    """The states of all members of a chain as one mapping, which writes to the members' own."""
 
     def __init__(self, chain: Chain) -> None:
         self._members = chain.members
 
     def _of(self, param: Tensor) -> dict[Tensor, Any]:
-        """The state of the member that has the parameter."""
+        """Return the state of the member that has ``param``."""
         for member in self._members:
             if param in member.state or any(_holds(group, param) for group in member.param_groups):
                 return member.state
@@ -336,7 +337,7 @@ class _State(MutableMapping[Tensor, Any]):
 
 
 def members(base: Optimizer) -> tuple[Optimizer, ...]:
-    """The optimizers that ``base`` consists of: itself, unless it is a chain.
+    """Return the members of a chain; for any other optimizer, the optimizer itself.
 
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
     >>> members(optimizer) == members(Chain([optimizer])) == (optimizer,)
@@ -350,13 +351,13 @@ def _holds(group: dict[str, Any], param: Tensor) -> bool:
 
 
 def _numbered(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups as a state dict has them."""
+    """Return the groups as in a state dict, with numbers in place of parameters."""
     numbers = count()
     return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
 
 
 def groups_in(state_dict: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The parameter groups of a state dict, also of a wrapper that nests the one of its inner optimizer.
+    """Find the parameter groups of a state dict, also if a wrapper nests its inner optimizer's state.
 
     >>> groups_in({"slow": {}, "inner": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}})
     [{'lr': 0.1, 'params': [0]}]
@@ -371,7 +372,7 @@ def groups_in(state_dict: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def with_groups(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The state dict with these in place of what :func:`groups_in` finds; what it was given stays as it is.
+    """Return a copy of the state dict in which ``groups`` replace those that :func:`groups_in` finds.
 
     >>> with_groups({"inner": {"param_groups": [{"lr": 0.1}]}}, [{"lr": 0.2}])
     {'inner': {'param_groups': [{'lr': 0.2}]}}
@@ -387,13 +388,14 @@ def with_groups(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) ->
 def merged(
     groups: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]], method: str, hyper: Collection[str]
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """The groups of a state dict, completed by the values in force, and the name of the method if it is another.
+    """Return saved groups completed by current values, and the name of the saving method if it is another one.
 
     Args:
         groups: as they were saved.
-        own: for each group that there is, the values in force that a plain base optimizer does not save.
+        own: for each current group, its values that a plain base optimizer does not save.
         method: the name of the method that loads them.
-        hyper: the keys of its hyper-parameters. They stay as they are where the groups are of another method.
+        hyper: the keys of its hyper-parameters. If another method saved the groups, the current values of these keys
+            stay.
 
     >>> merged([{"rho": 0.05, "lr": 0.1, "flat_method": "SAM"}], [{"rho": 0.2}], "GAM", ["rho"])
     ([{'rho': 0.2, 'lr': 0.1}], 'SAM')
@@ -401,7 +403,7 @@ def merged(
     names = [group.get(METHOD) for group in groups]
     other = next((name for name in names if name not in (None, method)), None)
     if not any(names) and any(0 < len(group.keys() & set(hyper)) < len(hyper) for group in groups):
-        other = "another method"  # of 0.7.0 or another package, which do not name it
+        other = "another method"  # release 0.7.0 and other packages do not name it
     found = []
     for i, group in enumerate(groups):
         kept = own[i] if i < len(own) else {}
@@ -411,7 +413,7 @@ def merged(
 
 
 def tell_of_another(other: str, method: str, groups: Sequence[dict[str, Any]], hyper: Collection[str]) -> None:
-    """Log that the hyper-parameters of the method were kept when the state of another was loaded."""
+    """Log that loading a state of another method left the hyper-parameters as they were."""
     if hyper and groups:
         values = ", ".join(f"{key}={groups[0].get(key)!r}" for key in hyper)
         of_first = " (of the first group)" if len(groups) > 1 else ""

@@ -1,9 +1,10 @@
-"""State that a forward writes into a model moves once a step: buffers, and parameters that are not being trained.
+"""Keep state that a forward writes into a model moving once per step: buffers, and parameters that are not trained.
 
-Most buffers never move. The first step copies all of them and finds out which do, by identity, by the version that
-autograd counts, by address and by value: as far as the copies take no more memory than the trained parameters (or 64
-MiB). Later steps copy those only, and others of at most 4,096 elements once; the rest is watched, for a microsecond
-each. A large buffer that begins to move later moves once in that step too, but its later passes see it moved.
+Most buffers never move. The first step copies all of them and finds out which do move, by identity, autograd version,
+address and value, as far as the copies take no more memory than the trained parameters (or 64 MiB). Later steps copy
+only those, and once each other buffer of at most 4,096 elements; the rest is only watched, which takes a microsecond
+per buffer. If a large buffer begins to move later, it moves once in that step too, but the later passes of that step
+see its new value.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from .places import ABSENT, STATISTICS, Place, can_be_copied, copied, copy_all, 
 _PROCESS = os.getpid()
 
 LEAST_BYTES = 64 << 20
-"""Bytes that the copies of the first step may take, where the trained parameters take less."""
+"""Bytes that the copies of the first step may always take, even if the trained parameters take less."""
 
 _under_way: WeakSet[ForwardState] = WeakSet()
-"""Those of steps that were begun and not left."""
+"""The states of all steps in progress."""
 
 
 def modules_of(model: nn.Module | None) -> list[nn.Module]:
-    """All modules: as ``model.modules()``, whose nested generators take longer than all else here."""
+    """Return all modules. (Nested generators make ``model.modules()`` slower than the rest of the work here.)"""
     found: list[nn.Module] = []
     seen: set[nn.Module | None] = {None}
     rest = [model]
@@ -46,13 +47,13 @@ def modules_of(model: nn.Module | None) -> list[nn.Module]:
 
 
 class ForwardState:
-    """Keeps what the first pass made of a model's buffers, and of parameters that are not being trained.
+    """Restores a model's buffers, and its parameters that are not trained, so that they move once per step.
 
-    A step lasts from :meth:`enter` to :meth:`exit`, with :meth:`begin` at the start of each pass. All passes see what
-    was there at entry. On leaving, it is what the first pass made of that, bit for bit (or, with
-    ``begin(keep_last=True)``, what the last pass made of it); of a step that is undone, what was there at entry.
-    Buffers that are written to in place stay the same tensors, at the same address, and modules are not switched, so
-    that a compiled model is not compiled again. One object serves many steps: the first finds out which buffers move.
+    A step lasts from :meth:`enter` to :meth:`exit`, with :meth:`begin` at the start of each pass. All passes see the
+    values at entry. At the end the model has, bit for bit, the values after the first pass (with
+    ``begin(keep_last=True)``, after the last); if the step is undone, the values at entry. Buffers that are written in
+    place keep their identity and address, and modules are not switched, so that a compiled model is not recompiled. One
+    object serves many steps: the first one finds out which buffers move.
 
     >>> model = nn.BatchNorm1d(2)
     >>> state = ForwardState()
@@ -72,13 +73,13 @@ class ForwardState:
         self._buffers = 0
         self._entered = self._learning = self._learnt_several = False
         self.active = False
-        """True while a step is under way that has something to look after."""
+        """True during a step that has values to restore."""
         self.forgotten: list[str] = []
-        """Modules with moving buffers that the calling code can name, where no model was given."""
+        """Modules in reach of the calling code whose buffers move, if no model was given."""
 
     @property
     def moves_parameters(self) -> bool:
-        """Whether a parameter of the optimizer is known to move without being trained, or may: in the first step."""
+        """Whether a parameter of the optimizer moves without being trained; in the first step, whether one may."""
         return self._learning or any(place.moves for place in self._places[self._buffers :])
 
     def enter(
@@ -92,26 +93,26 @@ class ForwardState:
         by_gradient: bool = True,
         capturing: bool = False,
     ) -> None:
-        """Before the first pass of a step.
+        """Prepare for the first pass of a step.
 
         Args:
             model: the module being trained.
             params: the parameters of the optimizer.
-            taking_part: for each of them, whether it is being trained; this may change during the step.
+            taking_part: for each of ``params``, whether it is being trained; this may change during the step.
             left_out: patterns of the names of buffers that may move in every pass.
             several: whether the step may have several passes.
-            by_gradient: whether a parameter that is being trained has a gradient after the first pass.
+            by_gradient: whether each trained parameter has a gradient after the first pass.
             capturing: whether a CUDA graph is being captured.
 
         Raises:
-            RuntimeError: a lazy module before its first forward, where there are several passes.
-            ValueError: a pattern of ``left_out`` that no buffer is named by.
+            RuntimeError: with several passes, a lazy module before its first forward.
+            ValueError: a pattern in ``left_out`` that matches no buffer.
         """
         self._model, self._params, self._taking_part, self._left_out = model, params, taking_part, left_out
         self._capturing = capturing
         self._begun = self._looked = self._returned = self._settled = self._keep_last = False
         self._elsewhere: list[tuple[str, Place]] = []
-        # but for those that a step around this one sees to: two in lockstep over a model
+        # except those handled by an enclosing step: two optimizers may step in lockstep over a model
         self._taken = {id(module) for state in _under_way for module in state._modules} if len(_under_way) else set()
         self._modules = self._own_modules() if model is not None else []
         layout = self._at_entry = self._layout_of(self._modules)
@@ -119,9 +120,9 @@ class ForwardState:
         if self._learning:
             if several:
                 self._refuse_lazy()
-            self._layout = None  # until this step has come so far as to know better
+            self._layout = None  # unknown until this step has found the places
             self._learnt_several = several
-            # (in a forked process torch waits for ever where it copies with the threads that were lost)
+            # (in a forked process, torch would wait forever for threads lost in the fork)
             is_whole = not capturing and os.getpid() == _PROCESS
             self._find(with_trained=by_gradient and is_whole, several=several)
             if model is None and several:
@@ -138,7 +139,7 @@ class ForwardState:
         return [module for module in modules if id(module) not in self._taken] if self._taken else modules
 
     def _layout_of(self, modules: list[nn.Module]) -> Any:
-        """By what is seen that places have to be found anew: modules, modes, names of buffers, what is frozen."""
+        """Return a key: if it changes, find places anew. It has modules, modes, buffer names and frozen parameters."""
         frozen = [param.requires_grad for param in self._params]
         if not modules:
             return frozen, [], []
@@ -146,7 +147,7 @@ class ForwardState:
         return frozen, [module.training for module in modules], names
 
     def _find(self, *, with_trained: bool, several: bool) -> None:
-        """Find all places, and copy what lies there, small ones first, as far as memory allows."""
+        """Find all places, and copy their values, small ones first, as far as memory allows."""
         exempt, ours = self._exempt(), set(map(id, self._params))
         buffers = [
             Place(tensor, own, name, moves=tensor is not None and module.training and name in STATISTICS)
@@ -172,20 +173,20 @@ class ForwardState:
                     place.copy()
 
     def _refuse_lazy(self) -> None:
-        """Raise for what has no values yet."""
+        """Raise if a lazy module has no values yet."""
         named: list[tuple[str, Tensor]] = [(f"parameter {i}", param) for i, param in enumerate(self._params)]
         if self._model is not None:
             named = [*self._model.named_parameters(), *self._model.named_buffers(), *named]
         for name, tensor in named:
             if is_lazy(tensor):
                 raise RuntimeError(
-                    f"{name} is not initialized: it is that of a lazy module before its first forward, which gives it "
-                    "its shape. A step of several passes starts from parameters that are there: run the model once, "
+                    f"{name} is not initialized: it belongs to a lazy module, whose first forward gives it "
+                    "its shape. A step of several passes needs initialized parameters: run the model once, "
                     "under torch.no_grad(), before the first step"
                 )
 
     def _exempt(self) -> set[tuple[int, str]]:
-        """The buffers that are left out."""
+        """Return the buffers that the patterns of ``left_out`` match."""
         if self._model is None or not self._left_out:
             return set()
         names = {
@@ -196,18 +197,18 @@ class ForwardState:
         for pattern in self._left_out:
             if not any(fnmatchcase(name, pattern) for name in names.values()):
                 raise ValueError(
-                    f"moving_buffers: {pattern!r} fits no buffer of the model; it has "
+                    f"moving_buffers: {pattern!r} fits no buffer of the model, which has "
                     f"{', '.join(names.values()) or 'none'}"
                 )
         return {key for key, name in names.items() if any(fnmatchcase(name, pattern) for pattern in self._left_out)}
 
     def _look_around(self) -> None:
-        """Without a model, watch the buffers of modules that the calling code can name."""
+        """Without a model, watch the buffers of modules in reach of the calling code."""
         ours = set(map(id, self._params))
         for model in modules_in_reach(self._params):
             for prefix, module in model.named_modules():
                 if any(p is not None and p.requires_grad and id(p) not in ours for p in module._parameters.values()):
-                    continue  # somebody else trains it
+                    continue  # another optimizer trains it
                 for name, tensor in module._buffers.items():
                     place = Place(tensor, module._buffers, name)
                     if tensor is None or can_be_copied(tensor):
@@ -234,7 +235,7 @@ class ForwardState:
             copy_all(pairs)
 
     def start_anew(self) -> None:
-        """Passes start from what is there now; a block that raises still goes back to what was there at entry."""
+        """Let passes start from the present values. A block that raises still restores the values at entry."""
         with torch.set_grad_enabled(False):
             for place in self._places:
                 place.note()
@@ -246,9 +247,9 @@ class ForwardState:
         return place.position >= 0 and bool(self._taking_part[place.position])
 
     def look(self) -> list[int]:
-        """After the first pass, find out what moved. Parameters that have a gradient are being trained.
+        """Find out, after the first pass, which values moved. Parameters that have a gradient count as trained.
 
-        Returns the positions of those which were written to nevertheless, as far as that is known.
+        Return the positions of trained parameters that were written to nevertheless, as far as that is known.
         """
         if not self.active or self._looked:
             return []
@@ -262,12 +263,12 @@ class ForwardState:
             for place in self._places:
                 place.moves = place.moved()
             if self._learning:
-                # what lies beside it may begin later, and leave no trace
+                # other buffers of the same module may begin to move later, without a trace
                 movers = {id(place.own) for place in self._places[: self._buffers] if place.moves}
                 for place in self._places[: self._buffers]:
                     place.moves = place.moves or (place.keeps and id(place.own) in movers)
             if self._learning and not (written and self._learnt_several):
-                # somebody else trains those that this pass has left alone
+                # another optimizer trains those that this pass did not change
                 self._places = [p for p in self._places if p.moves or p.position >= 0 or not p.may_be_trained]
                 self._find_new()
             if self._elsewhere:
@@ -277,7 +278,7 @@ class ForwardState:
         return written
 
     def _drop_trained(self) -> list[Place]:
-        """Parameters that have a gradient are no places, whoever trains them. Return those of the optimizer."""
+        """Drop the places of parameters with a gradient. Return the dropped places of this optimizer."""
         rest = [place for place in self._places[self._buffers :] if place.tensor.grad is not None]
         trained = [place for place in rest if place.position >= 0 or place.tensor.requires_grad]
         if trained:
@@ -286,7 +287,7 @@ class ForwardState:
         return [place for place in trained if place.position >= 0]
 
     def _find_silent(self) -> None:
-        """In the first step, compare by value what has left no other trace."""
+        """In the first step, compare values to find changes that left no other trace."""
         if not self._learning:
             return
         unseen = [place for place in self._places if not place.moved() and place.start is not None]
@@ -294,13 +295,13 @@ class ForwardState:
             place.moves = True
 
     def _find_new(self) -> None:
-        """Buffers that the first pass has added."""
+        """Find the buffers that the first pass has added."""
         modules, known = self._own_modules(), self._known() | self._exempt()
         for module in modules:
             own = module._buffers
             for name, tensor in own.items():
                 if (id(own), name) not in known and (tensor is None or can_be_copied(tensor)):
-                    # what those of a new module were before its first pass, nobody knows
+                    # the earlier values in a new module are unknown
                     before = ABSENT if module in self._modules else tensor
                     self._places.insert(0, Place(before, own, name, moves=True))
                     self._buffers += 1
@@ -308,9 +309,9 @@ class ForwardState:
             self._layout = self._layout_of(modules)
 
     def add(self, positions: Sequence[int]) -> None:
-        """Parameters without a gradient that were seen to move."""
+        """Add parameters without a gradient that were seen to move."""
         if positions and self._entered:
-            self._begun = True  # a pass has shown it
+            self._begun = True  # a pass has already run
             known = {place.position for place in self._places[self._buffers :]}
             for i in positions:
                 if i not in known and can_be_copied(self._params[i]):
@@ -318,10 +319,10 @@ class ForwardState:
                     self.active = True
 
     def begin(self, *, keep_last: bool = False) -> None:
-        """Start a pass: note what the first pass ended with, and go back to what was there at entry.
+        """Start a pass: keep the values after the first pass, and restore those at entry.
 
         Args:
-            keep_last: whether it is the last pass that counts, as known by now; once true, it stays so.
+            keep_last: whether to keep the values after the last pass instead, as known by now; once true, it stays so.
         """
         self._keep_last = keep_last
         if not self.active or not self._begun:
@@ -340,7 +341,7 @@ class ForwardState:
             self._put_back(moved)
 
     def _put_back(self, moved: Sequence[Place], *, to_entry: bool = False) -> None:
-        """To what was there at the start of the passes, or at entry; what there is no copy of stays as it is."""
+        """Restore the values at the start of the passes, or at entry. Values without a copy stay as they are."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for place in moved:
             is_same = place.now() is place.tensor
@@ -355,7 +356,7 @@ class ForwardState:
             place.note()
 
     def _put_after(self, places: Sequence[Place]) -> None:
-        """To what the first pass made of it."""
+        """Restore the values after the first pass."""
         pairs: list[tuple[Tensor, Tensor]] = []
         for place in places:
             if place.own is not None:
@@ -366,7 +367,7 @@ class ForwardState:
         copy_all(pairs)
 
     def settle(self) -> None:
-        """After the last pass, before the parameters are updated: what the first pass made of everything is kept."""
+        """Restore the values after the first pass; called after the last pass and before the update."""
         if not self.active or self._settled:
             return
         self._settled = True
@@ -379,7 +380,7 @@ class ForwardState:
                 self._put_after([place for place in places if place.first])
 
     def exit(self, *, undo: bool) -> None:
-        """After the step, or, with ``undo``, when it is left without an update."""
+        """End the step; with ``undo``, restore the values at entry."""
         if not self._entered:
             return
         if undo and (self.active or self._modules):
@@ -400,11 +401,11 @@ class ForwardState:
         self._modules, self._params = [], ()
 
     def _known(self) -> set[tuple[int, str]]:
-        """The buffers that were there at entry."""
+        """Return the buffers that existed at entry."""
         return {(own, name) for own, *names in self._at_entry[2] for name in names}
 
     def _remove_what_is_new(self) -> None:
-        """A pass that was undone leaves no buffers behind that were not there."""
+        """Remove the buffers that undone passes have added."""
         known = self._known()
         for module in self._modules:
             own = module._buffers

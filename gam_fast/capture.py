@@ -1,4 +1,4 @@
-"""What a CUDA graph cannot hold is refused while one is being captured, in words."""
+"""Refuse operations that a CUDA graph cannot hold, with a clear error during its capture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
-    """Return whether work on one of the devices goes into a CUDA graph."""
+    """Return whether a CUDA graph is capturing work on one of the devices."""
     for device in devices:  # no generator: it takes twice as long, in every step
         if device.type == "cuda":
             return torch.cuda.is_current_stream_capturing()
@@ -16,11 +16,11 @@ def is_capturing(devices: Iterable[torch.device]) -> bool:
 
 
 def refuse_to_look(looking: Sequence[str], devices: Iterable[torch.device]) -> None:
-    """Refuse what waits for a device.
+    """Refuse options that wait for a device.
 
     Args:
-        looking: the names of what would look at norms of a step.
-        devices: where those are.
+        looking: the options of a step that look at norms.
+        devices: the devices of these norms.
 
     Raises:
         RuntimeError: a graph is being captured.

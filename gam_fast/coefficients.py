@@ -9,28 +9,28 @@ from typing import Any, TypeAlias
 from .recipe import MEMORY, MOMENTUM, NOISE, Coefficient, Fold, Perturbation, Recipe, Value, value_of
 
 Rows: TypeAlias = "list[list[float]]"
-"""By vector and parameter group."""
+"""Coefficients by vector and parameter group."""
 
 BEFORE = -1
-"""Stands for the step before the first pass, where the steps of the path are numbered."""
+"""Index of the perturbation before the first pass, among the indices of the path."""
 
 _MAXIMIZES = operator.methodcaller("get", "maximize", False)
 
 
 class Coefficients:
-    """The numbers of one step, by parameter group: the table evaluated, and changed as vectors are folded into others.
+    """The numbers of one step, by parameter group: the recipe's table, updated as vectors are folded.
 
     A base optimizer with ``maximize=True`` ascends L, that is, descends −L, whose gradients point the other way. The
-    norm of a gradient is the same for both, and so is its own gradient, a Hessian-vector product.
+    norm of a gradient, and the gradient of that norm (a Hessian-vector product), are the same for L and −L.
 
     Attributes:
         u, m: the coefficients of each vector, by group; zeros where the recipe has no m.
         gamma: γ by group.
-        radius, multiple: of each perturbation by its place in the path, by group, negative in groups that ascend.
-        bounds: the offset and the cap of each perturbation that has one, by its place, by group.
-        after: α of the step after that of the base, by group.
+        radius, multiple: of each perturbation, by its index in the path and by group; negative in groups that ascend.
+        bounds: the offset and the cap of each perturbation that has a cap, by its index in the path and by group.
+        after: coefficient of the step after that of the base optimizer, by group.
         mix, update, add: the coefficients of the memory, by group.
-        weights: of vectors that are parts of what they stand for.
+        weights: for each vector that only covers a part of the micro-batches, its factor.
         eta: η by group, ``None`` unless the recipe is adaptive.
 
     >>> from gam_fast.recipes import GSAM
@@ -41,7 +41,7 @@ class Coefficients:
 
     def __init__(self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
         self._made_of = recipe, list(hyper), list(map(_MAXIMIZES, groups))
-        for name in recipe.bounds:  # they may have changed since
+        for name in recipe.bounds:  # values may have changed since construction
             for h in hyper:
                 recipe.check(name, h[name])
         found = [recipe.coefficients(h) for h in hyper]
@@ -83,7 +83,7 @@ class Coefficients:
     def again(
         self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]
     ) -> Coefficients | None:
-        """Return the same, as before the first fold, where it is made of the same; else ``None``."""
+        """Return these coefficients, reset to before the first fold, if the same values give them; else ``None``."""
         if self._made_of != (recipe, hyper, list(map(_MAXIMIZES, groups))):
             return None
         if self.weights:
@@ -92,17 +92,17 @@ class Coefficients:
         return self
 
     def weigh(self, vector: int, weight: float) -> None:
-        """The vector is a part of what it stands for, which is ``weight`` times as long."""
+        """Multiply a vector by ``weight``, because it covers only a part of the micro-batches."""
         self.weights[vector], self._final = weight, None
         for part in (self.u, self.m):
             part[vector] = [weight * x for x in part[vector]]
 
     def folded(self, fold: Fold) -> None:
-        """The vector that others were folded into has their coefficients and its own in it."""
+        """Update the coefficients for a fold: the resulting vector already contains both, so its own is 1."""
         (self.u if fold.part == "u" else self.m)[fold.into] = [1.0] * len(self.gamma)
 
     def final(self, vectors: Sequence[int]) -> tuple[Rows, Rows | None, Rows, Rows | None]:
-        r"""Return the coefficients of what is left after the last fold, by vector and group: u, m, p, q.
+        r"""Return the coefficients of the vectors left after the last fold, by vector and group: u, m, p, q.
 
         :math:`u − γ (m − κ u) = Σ (p + κ q) X` with :math:`p = c − γ d` and :math:`q = γ c`; m and q are ``None``
         without m.

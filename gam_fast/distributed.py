@@ -1,8 +1,7 @@
-"""Several processes: DistributedDataParallel, what is refused, and parameters of which each process holds a part.
+"""Several processes: DistributedDataParallel, sharded parameters, and checks for unsupported libraries.
 
-The engine works on the part of a ``DTensor`` (``fully_shard``, tensor parallelism) that this process holds, by the same
-primitives as on any other tensor. Only the sums that go over all elements, norms and inner products, are added up over
-the processes.
+With a ``DTensor`` (``fully_shard``, tensor parallelism) the engine works on the local part, by the same primitives as
+on any other tensor. Only sums over all elements, that is, norms and inner products, are added up over the processes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ SYNC = ("global", "local")
 
 
 def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
-    """The DistributedDataParallel that ``model`` is, or contains (a compiled model contains what it compiles)."""
+    """Return the DistributedDataParallel that ``model`` is or contains, as a compiled model does."""
     for module in model.modules() if model is not None else ():
         if isinstance(module, DistributedDataParallel):
             return module
@@ -28,7 +27,7 @@ def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
 
 
 def check_supported(model: nn.Module | None, params: Sequence[Tensor]) -> None:
-    """Refuse parameters that another library keeps in a way that a step cannot move and restore.
+    """Refuse parameters that another library manages so that a step cannot move and restore them.
 
     Raises:
         TypeError: FSDP1 or DeepSpeed; the message says what to use.
@@ -52,7 +51,7 @@ def check_supported(model: nn.Module | None, params: Sequence[Tensor]) -> None:
 
 
 def reshard(model: nn.Module | None) -> None:
-    """After a step was undone: no module of ``fully_shard`` keeps a gathered copy of parameters that were moved."""
+    """Free gathered copies of perturbed parameters in modules of ``fully_shard``, after a step was undone."""
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for module in model.modules() if model is not None else ():
         if isinstance(module, kind):
@@ -60,9 +59,9 @@ def reshard(model: nn.Module | None) -> None:
 
 
 def without_last_sync(model: nn.Module | None, batches: Iterable[Any]) -> Generator[Any, None, None]:
-    """Yield the batches; a DistributedDataParallel averages gradients with the last of them only.
+    """Yield the batches; a DistributedDataParallel averages gradients only with the last one.
 
-    Each is read when it is asked for; with a DistributedDataParallel the one after it as well, to know the last.
+    Each batch is read when it is asked for. A DistributedDataParallel reads one batch ahead, to know the last.
     """
     parallel = data_parallel(model)
     if parallel is None:
@@ -78,9 +77,9 @@ def without_last_sync(model: nn.Module | None, batches: Iterable[Any]) -> Genera
 
 
 def mean_over_processes(value: float, model: nn.Module | None, device: torch.device) -> float:
-    """The mean over the processes of the DistributedDataParallel in ``model``, with the same bits on all of them.
+    """Return the mean over the processes of ``model``'s DistributedDataParallel, with the same bits on all of them.
 
-    Gradients that were averaged are alike on all, but a decision on the number of passes has to be one and the same.
+    Averaged gradients are alike on all processes, but a decision on the number of passes must be exactly the same.
     """
     parallel = data_parallel(model)
     if parallel is None:
@@ -92,28 +91,28 @@ def mean_over_processes(value: float, model: nn.Module | None, device: torch.dev
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter is spread over a :class:`torch.distributed.DeviceMesh`."""
+    """The distribution of a parameter over a :class:`torch.distributed.DeviceMesh`."""
 
     mesh: Any
     sharded: tuple[bool, ...]
-    """For each dimension of the mesh, whether the processes along it hold different parts, and not copies."""
+    """For each dimension of the mesh, whether its processes hold different parts, and not copies."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether it is a DTensor.
+    """Return whether ``tensor`` is a DTensor.
 
     >>> is_sharded(torch.zeros(2))
     False
     """
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is none
+    module = sys.modules.get("torch.distributed.tensor")  # if it was not imported, there is no DTensor
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def layout_of(tensor: Tensor) -> Layout | None:
-    """The layout of a DTensor, ``None`` for another tensor.
+    """Return the layout of a DTensor, ``None`` for any other tensor.
 
     Raises:
-        TypeError: a DTensor whose parts are to be added up (``Partial``), which no parameter can be.
+        TypeError: a ``Partial`` DTensor, whose parts are summands; no parameter can be one.
     """
     if not is_sharded(tensor):
         return None
@@ -127,7 +126,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part that this process holds, in the same memory; the tensor itself if it is not a DTensor."""
+    """Return the part that this process holds, in the same memory; ``tensor`` itself if it is no DTensor."""
     if not is_sharded(tensor):
         return tensor
     held: Any = tensor
@@ -137,7 +136,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """Return the part of ``param.grad`` that this process holds, spread as the parameter is.
+    """Return the part of ``param.grad`` that this process holds, distributed like the parameter.
 
     Raises:
         TypeError: the parameter is a DTensor and its gradient is not.
@@ -157,7 +156,7 @@ def local_gradient(param: Tensor) -> Tensor:
 
 
 def spread(part: Tensor, like: Tensor) -> Tensor:
-    """The DTensor of which ``part`` is what this process holds, spread as ``like`` is; ``part`` if that is none."""
+    """Return the DTensor with local part ``part`` distributed like ``like``; ``part`` if ``like`` is no DTensor."""
     if not is_sharded(like):
         return part
     param: Any = like
@@ -168,10 +167,10 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
 
 
 def add_up_over_processes(values: Sequence[Tensor], layouts: Sequence[Layout | None]) -> list[Tensor]:
-    """Each value summed over the processes that hold other parts of what it was computed from.
+    """Sum each value over the processes that hold other parts of the tensor it was computed from.
 
-    Values have one shape. There is one all-reduce for each dimension of a mesh along which something is sharded: for
-    ``fully_shard``, hybrid or not, one. The result has the same bits on all processes.
+    All values have one shape. There is one all-reduce per mesh dimension that shards a tensor: one for
+    ``fully_shard``, hybrid or not. The result has the same bits on all processes.
     """
     out = list(values)
     meshes = dict.fromkeys(layout.mesh for layout in layouts if layout is not None)

@@ -1,4 +1,4 @@
-"""The look at whether what a step has computed is finite, and the ways out of a step where it is not."""
+"""Detect non-finite gradients and abort the step."""
 
 from __future__ import annotations
 
@@ -15,22 +15,33 @@ from .recipe import Recipe
 
 
 class NonFiniteGradientError(FloatingPointError):
-    """A pass gave a gradient with NaN or infinity; the step was undone."""
+    """A pass gave a gradient with NaN or infinity; the step was undone.
+
+    >>> import gam_fast
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    >>> for turn in optimizer.passes():
+    ...     (weight * float("nan")).sum().backward()
+    Traceback (most recent call last):
+    gam_fast.finite.NonFiniteGradientError: pass 0 of SAM gave a gradient that is not finite; ...
+    >>> weight.item()
+    1.0
+    """
 
 
 class SkipStep(Exception):
-    """Block a step and undoes it without an error to the user."""
+    """Abort a step and undo it, without an error for the user."""
 
 
 class FiniteWatch:
-    """Collects the sums of one step. A CPU looks at each at once, an accelerator at all of them after the last pass.
+    """Checks the sums of one step: on a CPU each at once, on an accelerator all of them after the last pass.
 
     Args:
-        recipe: of the step, for messages.
+        recipe: the recipe of the step, for messages.
         policy: ``on_nonfinite`` of the optimizer.
-        device: where the scaler of the step works.
-        on_host: whether sums are plain numbers.
-        at_end: whether the caller looks, by :meth:`is_finite`, when the processes of a local step agree.
+        device: the device of the scaler.
+        on_host: whether sums are Python numbers.
+        at_end: whether the caller checks by :meth:`is_finite`, when the processes of a local step agree.
     """
 
     def __init__(self, recipe: Recipe, policy: str, device: torch.device, *, on_host: bool, at_end: bool) -> None:
@@ -45,24 +56,24 @@ class FiniteWatch:
         self._known_finite: set[int] = set()
 
     def use(self, scale: LossScale | GivenScale | None) -> None:
-        """The step is one under a gradient scaler, which always looks, and skips."""
+        """Use a gradient scaler: the step then always checks its gradients, and is skipped if one is not finite."""
         self.scale = scale
         self.looks = self.looks or scale is not None
         if isinstance(scale, GivenScale) and scale.total is not None:
             self._totals.append(scale.total)
 
     def check(self, total: Scalar | Products, vectors: set[int], *, last: bool) -> None:
-        """Note a sum over ``vectors``; ``last``: there will be no more of them.
+        """Record a sum over ``vectors``, and check it if it is on a CPU; ``last`` says that no more will come.
 
         Raises:
-            NonFiniteGradientError, SkipStep: it is not finite, where and when that is looked at.
+            NonFiniteGradientError, SkipStep: a sum that was checked is not finite.
         """
         if not self.looks:
             return
         if self._on_host and not self._at_end:
-            # a number needs no generators, which take a microsecond
+            # a number needs no generator, which takes a microsecond
             finite = math.isfinite(total) if isinstance(total, float) else sums.is_finite((total,))
-            if self._totals:  # what a scaler has handed over
+            if self._totals:  # passed by a scaler
                 finite = finite and self.is_finite()
         else:
             self._totals.append(total)
@@ -76,14 +87,14 @@ class FiniteWatch:
         self.refuse(f"{f'pass {listed(suspects)}' if self._on_host else 'a pass'} of {self._recipe.name}")
 
     def is_finite(self) -> bool:
-        """Return whether all sums that were noted and not looked at are finite; waits for an accelerator."""
+        """Return whether all recorded sums are finite; wait for the device if they are on an accelerator."""
         return not self.looks or sums.is_finite(self._totals)
 
     def refuse(self, where: str) -> NoReturn:
-        """Leave the step, because of a gradient of ``where``.
+        """Abort the step because of a gradient in ``where``.
 
         Raises:
-            NonFiniteGradientError, SkipStep: as the policy says; under a scaler always the latter.
+            NonFiniteGradientError, SkipStep: as the policy says; under a scaler always ``SkipStep``.
         """
         if self.scale is not None:
             self.scale.report(False, self._device)
@@ -97,5 +108,5 @@ class FiniteWatch:
 
 
 def listed(values: Iterable[object]) -> str:
-    """For messages: "1 or 2"."""
+    """Join the values for a message, as in "1 or 2"."""
     return " or ".join(map(str, values))

@@ -1,4 +1,4 @@
-"""An optimizer around another: the groups and the state of its base, with a recipe's hyper-parameters in them."""
+"""An optimizer around a base optimizer: it shares groups and state, and adds a recipe's hyper-parameters."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .recipes import BASE
 
 
 class AroundBase(Hooked):
-    """A torch optimizer that shares groups and state with its base, also where that is saved and loaded.
+    """A torch optimizer that shares groups and state with its base optimizer, also when they are saved and loaded.
 
-    A hyper-parameter of the recipe has its own name as its key in ``param_groups``, unless the base has one so named.
+    The key of a hyper-parameter in ``param_groups`` is its name in the recipe, unless the base has a key of that name.
     """
 
     recipe: ClassVar[Recipe] = BASE
-    _ascends: bool = False  # by an attribute of the base, and not by its groups
+    _ascends: bool = False  # whether an attribute of the base, not its groups, says maximize
     _progress: Progress
 
     def _build(
@@ -37,8 +37,9 @@ class AroundBase(Hooked):
         """Make and check the base. Return, for each group, the keys that an earlier optimizer around it has left there.
 
         Args:
-            params, base_optimizer: as given to the constructor.
-            given: the names of what was given besides.
+            params: as given to the constructor.
+            base_optimizer: as given to the constructor.
+            given: the names of the arguments that were given explicitly.
             hyper: hyper-parameters of the recipe, and the base's arguments.
         """
         own = {name: hyper.pop(name, default) for name, default in self.recipe.defaults.items()}
@@ -65,20 +66,20 @@ class AroundBase(Hooked):
         return stale
 
     def _take_over(self, stale: list[set[str]]) -> None:
-        """Put the hyper-parameters into the groups, in place of what is stale there."""
+        """Write the hyper-parameters into the groups, in place of ``stale`` keys."""
         for group, keys, mine in zip(self.base.param_groups, stale, filled(self.base), strict=True):
             for key in keys:
                 group.pop(key, None)
             mine.clear()
         self._complete_groups()
-        # torch's constructor would make groups and state of its own. Ours are those of the base optimizer (see the
-        # properties below), so only its hooks and its profiling are set up, as it does itself when it unpickles.
+        # torch's constructor would create groups and state. Ours are those of the base optimizer (see the properties
+        # below), so only its hooks and its profiling are set up, as torch does on unpickling.
         super().__setstate__({"defaults": {**self.base.defaults, **self._own_defaults}})
 
-    # What is shared with the base optimizer, for good: also after load_state_dict has replaced it.
+    # Shared with the base optimizer for good, also after load_state_dict has replaced it.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups, those of the base optimizer."""
+        """The parameter groups of the base optimizer."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -87,7 +88,7 @@ class AroundBase(Hooked):
 
     @property
     def state(self) -> Any:
-        """The state by parameter, that of the base optimizer."""
+        """The state of the base optimizer, by parameter."""
         return self.base.state
 
     @state.setter
@@ -95,7 +96,7 @@ class AroundBase(Hooked):
         self.base.state = state
 
     def key(self, name: str) -> str:
-        """The key in ``param_groups`` of the recipe's ``name``: itself, unless the base has one so named."""
+        """Return the key of hyper-parameter ``name`` in ``param_groups``: itself, unless the base has that key."""
         if name not in self._keys:
             raise ValueError(
                 f"{self.recipe.name} has no hyper-parameter {name!r}; it has {', '.join(self._keys) or 'none'}"
@@ -114,20 +115,20 @@ class AroundBase(Hooked):
         self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the base optimizer; its groups hold the recipe's hyper-parameters and name (``flat_method``).
+        """Return the base optimizer's state; its groups have the hyper-parameters and the method (``flat_method``).
 
         Raises:
-            RuntimeError: in a pass after the first, where the weights that a checkpoint would go with are perturbed.
+            RuntimeError: in a pass after the first, because the model's weights are then perturbed.
         """
         step = self._progress.current
         if step is not None and step.perturbed:
             raise RuntimeError(
                 f"state_dict() in a pass of {type(self).__name__} whose weights are perturbed (and the model's "
-                "state_dict() holds those): save both behind the loop over passes() or the closure"
+                "state_dict() holds those): save both after the loop over passes() or the closure"
             )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        with bases.without_memories(self.base.state):  # the base optimizer alone could not go on with these
+        with bases.without_memories(self.base.state):  # the base optimizer alone could not continue from these
             state_dict = self.base.state_dict()
         groups = bases.groups_in(state_dict) or []
         state_dict = bases.with_groups(state_dict, [{**group, bases.METHOD: self.recipe.name} for group in groups])
@@ -136,9 +137,9 @@ class AroundBase(Hooked):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this optimizer, or of its base optimizer alone: then the recipe's values stay as they are.
+        """Load a state of this optimizer, or of its base optimizer alone; the latter leaves the recipe's values.
 
-        They also stay, and the logger ``gam_fast`` says so, where the state is of another method.
+        A state of another method leaves them too, and the logger ``gam_fast`` says so.
 
         Raises:
             RuntimeError: during a step.
@@ -155,7 +156,7 @@ class AroundBase(Hooked):
             self._check_hyper(group)
         self._check_difference(groups)
         self.base.load_state_dict(bases.with_groups(state_dict, groups))
-        self._progress.mode = ""  # as the state says
+        self._progress.mode = ""  # unknown until the loaded state is used
         for group, kept in zip(self.param_groups, own, strict=False):
             group.update({key: value for key, value in kept.items() if key not in group})
         self._complete_groups()
@@ -165,11 +166,11 @@ class AroundBase(Hooked):
             post_hook(self)
 
     def _switch(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        """``train()`` or ``eval()`` of a base that has them, such as a schedule-free one.
+        """Call ``train()`` or ``eval()`` of a base that has them, such as a schedule-free one.
 
         Raises:
-            RuntimeError: during a step; but ``train()``, which a Trainer calls before each backward, does nothing there
-                if it was called before the step.
+            RuntimeError: during a step. But ``train()``, which a Trainer calls before each backward, then does nothing
+                if it was also the last call before the step.
         """
         if self._progress.current is not None and mode == self._progress.mode == "train":
             return
@@ -225,7 +226,8 @@ class AroundBase(Hooked):
     def _complete_groups(self) -> None:
         self._fill(self._own_defaults)
         first = self.param_groups[0] if self.param_groups else {}
-        self._fill({key: first.get(key, number) for key, number in self._kept().items()})  # it depends on those values
+        # _kept() reads the values filled in above
+        self._fill({key: first.get(key, number) for key, number in self._kept().items()})
 
     def _fill(self, values: dict[str, Any]) -> None:
         for group, mine in zip(self.param_groups, filled(self.base), strict=True):
@@ -235,7 +237,7 @@ class AroundBase(Hooked):
                     mine.add(key)
 
     def _kept(self) -> dict[str, float]:
-        """Return what is kept in every group from step to step, as it is before the first."""
+        """Return the initial values of the numbers that every group keeps from step to step."""
         name = self.recipe.difference
         auto = name is not None and any(isinstance(group.get(self._keys[name]), str) for group in self.param_groups)
         return {radius.LENGTH: 0.0} if auto else {}

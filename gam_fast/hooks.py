@@ -1,7 +1,7 @@
-"""The step hooks of torch's optimizers, of one optimizer and of all, around the update of a step.
+"""The step hooks of torch's optimizers, of one and of all optimizers, called around the update of a step.
 
-Torch calls them around ``step()``. A step of several passes has its gradient, the direction, only after the last of
-them, so here they are called around the update, whatever drives the passes.
+Torch calls them around ``step()``. A step of several passes has its direction only after the last pass, so here they
+are called around the update, no matter which code drives the passes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
-"""Positional arguments, of which the first is the optimizer, and keyword arguments of a ``step()``."""
+"""Positional arguments, starting with the optimizer, and keyword arguments of a call of ``step()``."""
 
 
 class Hooked(Optimizer):
-    """An optimizer that calls the hooks before a step itself, where it updates the parameters."""
+    """An optimizer that calls its pre-hooks itself, just before it updates the parameters."""
 
     _progress: Any
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap ``step()``, as torch does: for the profiler, and the hooks after a step that was taken."""
+        """Wrap ``step()``, as torch does, for the profiler and for the post-hooks of a step that was taken."""
 
         @functools.wraps(func)
         def wrapper(self: Hooked, *args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ class Hooked(Optimizer):
 
     def _with_hooks(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         progress = self._progress
-        progress.updated = None  # of a step that raised
+        progress.updated = None  # left by a step that raised
         outer, progress.call = progress.call, ((self, *args), kwargs)
         try:
             out = func(self, *args, **kwargs)
@@ -54,7 +54,7 @@ _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def any_before(optimizer: Optimizer) -> bool:
-    """Return whether a hook is to be called before the update of this optimizer.
+    """Return whether this optimizer's update has a pre-hook.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> optimizer = torch.optim.SGD([weight])
@@ -66,29 +66,29 @@ def any_before(optimizer: Optimizer) -> bool:
 
 
 def call_before(optimizer: Optimizer, call: Call) -> None:
-    """Call the hooks of all optimizers and those of this one.
+    """Call the pre-hooks of all optimizers and those of this one.
 
     Raises:
-        RuntimeError: a hook has returned other arguments for ``step()``, which has evaluated its closure already.
+        RuntimeError: a hook returned new arguments for ``step()``, but the closure has already been evaluated.
     """
     for hook in (*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()):
         result = hook(optimizer, *call)
         if result is not None and (not isinstance(result, tuple) or result != call):
             raise RuntimeError(
                 f"a step pre-hook of {type(optimizer).__name__} returned other arguments for step() (a "
-                f"{type(result).__name__}): it is called before the update, when the closure has been called already, "
-                "and must return None; call step() with what it is to get"
+                f"{type(result).__name__}): it runs just before the update, after the closure was called, "
+                "and must return None; pass the arguments to step() itself"
             )
 
 
 def call_after(optimizer: Optimizer, call: Call) -> None:
-    """Call the hooks of this optimizer and those of all."""
+    """Call the post-hooks of this optimizer and those of all."""
     for hook in (*optimizer._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
         hook(optimizer, *call)
 
 
 def step_of_base(base: Optimizer) -> None:
-    """``base.step()`` with its own hooks, without those of all optimizers, which the optimizer around it has called."""
+    """Call ``base.step()`` with its own hooks only; the optimizer around it has called those of all optimizers."""
     step = type(base).step
     patched = "step" in vars(base) and not hasattr(base.step, "_wrapped_by_lr_sched")
     everywhere = _global_optimizer_pre_hooks or _global_optimizer_post_hooks

@@ -1,7 +1,8 @@
-"""The loss differentiated twice: gradients that can be differentiated again, and Hessian-vector products.
+"""Second derivatives of the loss: gradients that can be differentiated again, and Hessian-vector products.
 
-By reverse mode over reverse mode: the graph of the gradient is kept, and the gradient's product with a constant vector
-is differentiated. It serves any model whose operations have second derivatives, and needs no access to the model.
+The method is reverse mode over reverse mode: it keeps the graph of the gradient, and differentiates the gradient's
+product with a constant vector. It works for any model whose operations have second derivatives, and needs no access to
+the model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .parameters import StepParameters
 from .recipe import Recipe
 
 Differentiable: TypeAlias = "Tensor | GradientEdge | None"
-"""A gradient that can be differentiated: itself, its place in the graph, or ``None`` where nothing depends on it."""
+"""A differentiable gradient: the tensor, its edge in the graph, or ``None`` if the loss does not depend on it."""
 
 _CHECKPOINT = (
     r"heckpoint.*incompatible with \.grad|heckpointing is not compatible with \.grad|CheckpointFunctionBackward"
@@ -39,10 +40,10 @@ HINTS = {
     r"once_differentiable|autograd::Error": "a torch.autograd.Function is marked @once_differentiable: its backward "
     "has to be written in operations that can be differentiated",
 }
-"""By a pattern of torch's message: what in the model has no second derivative, and which switch helps."""
+"""Maps a pattern of torch's message to the part of the model without a second derivative, and a remedy."""
 
 CUTS = ("CheckpointFunctionBackward", "torch::autograd::Error")
-"""Nodes of a graph that torch passes over in silence, as if they were constant."""
+"""Nodes of a graph that torch silently treats as constant."""
 
 CUSTOM = (
     "the backward of the torch.autograd.Function {name} does not keep its graph: it has to be written in operations "
@@ -53,7 +54,7 @@ HOW_TO_GIVE_A_LOSS = "return it from the closure without calling backward(), or 
 
 
 class SecondDerivativeError(RuntimeError):
-    """The loss has no second derivative that torch knows; the message says which switch helps."""
+    """The loss cannot be differentiated twice; the message names a remedy."""
 
     def __init__(self, hint: str, found: object) -> None:
         super().__init__(
@@ -63,7 +64,7 @@ class SecondDerivativeError(RuntimeError):
 
 
 def check_loss(loss: Tensor, method: str) -> None:
-    """Refuse a loss that is no tensor of one element, or does not depend on anything.
+    """Refuse a loss that is not a tensor of one element that requires grad.
 
     Raises:
         TypeError, RuntimeError: it is such a loss.
@@ -79,12 +80,12 @@ def check_loss(loss: Tensor, method: str) -> None:
 
 
 def gradient(losses: Sequence[Tensor], params: Sequence[Tensor], *, twice: bool) -> list[Tensor | None]:
-    r""":math:`∇ \sum` of scalar losses, by parameter; ``None`` where a loss does not depend on it.
+    r"""Return :math:`∇ \sum` of scalar losses, by parameter; ``None`` if no loss depends on it.
 
     With ``twice`` the gradients can be differentiated again, and the graph of the losses is kept.
 
     Raises:
-        SecondDerivativeError: an operation that cannot be part of it.
+        SecondDerivativeError: an operation does not allow ``twice``.
 
     >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> gradient([(weight**3).sum()], [weight], twice=False)
@@ -100,7 +101,7 @@ def gradient(losses: Sequence[Tensor], params: Sequence[Tensor], *, twice: bool)
 
 
 def _check_custom(name: str, grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
-    """A backward is linear in what it is given, so what it gives depends on that: if not, it left the graph."""
+    """Check that a custom backward kept the graph: being linear, its output must depend on its input."""
     given = [grad for grad in grad_inputs if grad is not None]
     differentiable = any(grad is not None and grad.requires_grad for grad in grad_outputs)
     if given and differentiable and not any(grad.requires_grad for grad in given):
@@ -108,10 +109,10 @@ def _check_custom(name: str, grad_inputs: Sequence[Tensor | None], grad_outputs:
 
 
 def scaled(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """``factor · tensors`` of one dtype, in fp32 (fp64 for float64) and rounded once; the factor a number, or 0-dim.
+    """Return ``factor · tensors``, computed in fp32 (fp64 for float64) and rounded once; the factor may be 0-dim.
 
-    On an accelerator torch would first round a 0-dim factor to the dtype of the tensors, and 1/‖g‖ is soon too large
-    for half precision.
+    All tensors have one dtype. On an accelerator torch would first round a 0-dim factor to that dtype, and 1/‖g‖ easily
+    overflows in half precision.
 
     >>> scaled([torch.tensor([2.0**-14], dtype=torch.float16)], torch.tensor(2.0**17, dtype=torch.float64))
     [tensor([8.], dtype=torch.float16)]
@@ -125,7 +126,7 @@ def scaled(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
 
 
 def edges(grads: Sequence[Tensor | None]) -> list[Differentiable]:
-    """The places of gradients in the graph, for :func:`product`: they hold the graph, but not the gradients' memory.
+    """Return the edges of gradients in the graph, for :func:`product`: they hold the graph, not the gradients.
 
     >>> weight = torch.ones(2, requires_grad=True)
     >>> g = gradient([(weight**3).sum()], [weight], twice=True)
@@ -136,10 +137,10 @@ def edges(grads: Sequence[Tensor | None]) -> list[Differentiable]:
 
 
 def product(grads: Sequence[Differentiable], params: Sequence[Tensor], vector: Sequence[Tensor]) -> list[Tensor | None]:
-    r""":math:`H v`, the derivative of :math:`⟨g, v⟩`, for what :func:`gradient` gave ``twice``; then its graph is gone.
+    r"""Return :math:`H v`, the derivative of :math:`⟨g, v⟩`, from the ``grads`` of :func:`gradient`; free the graph.
 
-    ``None`` stands for zero. ``vector`` has one tensor a gradient, of its shape; where the gradient is ``None`` it is
-    not looked at.
+    ``None`` means zero. ``vector`` has one tensor per gradient, of its shape; it is ignored where the gradient is
+    ``None``.
 
     Raises:
         SecondDerivativeError: an operation without a second derivative.
@@ -154,7 +155,7 @@ def product(grads: Sequence[Differentiable], params: Sequence[Tensor], vector: S
         for g, v in zip(grads, vector, strict=True)
         if g is not None and (not isinstance(g, Tensor) or g.requires_grad)
     ]
-    if not pairs:  # a loss that is linear in the parameters
+    if not pairs:  # the loss is linear in the parameters
         return [None] * len(params)
     outputs, weights = zip(*pairs, strict=True)
     with _explained():
@@ -162,9 +163,9 @@ def product(grads: Sequence[Differentiable], params: Sequence[Tensor], vector: S
 
 
 def _refuse_cuts(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """Look through the graph for nodes that would make a second derivative wrong in silence: 1 µs a node.
+    """Search the graph for nodes that would silently make a second derivative wrong; takes 1 µs per node.
 
-    Returns the nodes of custom functions, which may do so as well.
+    Return the nodes of custom functions, which may do so as well.
     """
     seen = set()
     custom = []
@@ -185,13 +186,13 @@ def _refuse_cuts(tensors: Sequence[Tensor | None]) -> list[Any]:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """torch's errors about what cannot be differentiated twice, with what helps."""
+    """Add a remedy to torch's errors about operations without a second derivative."""
     try:
         yield
     except SecondDerivativeError:
         raise
     except RuntimeError as error:
-        if type(error).__name__ == "CheckpointError":  # of a recomputation that differs
+        if type(error).__name__ == "CheckpointError":  # a checkpoint's recomputation differs
             raise
         hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, str(error))), None)
         missing = re.search(r"derivative for .* is not implemented|no autograd formula|not differentiable", str(error))
@@ -200,11 +201,11 @@ def _explained() -> Iterator[None]:
         raise SecondDerivativeError(hint or "an operation of the model has no second derivative", error) from error
 
 
-# The passes of a recipe of second order: the loss is differentiated by the engine, and its gradient once more.
+# Passes of a second-order recipe: the engine differentiates the loss, and then its gradient.
 
 
 def differentiate(recipe: Recipe, blocks: StepParameters, losses: list[Tensor], index: int) -> list[Tensor | None]:
-    """The gradient of the losses handed over, into ``param.grad``; as it can be differentiated again, for all.
+    """Put the gradient of the losses into ``param.grad``. Return it as differentiable gradients of all parameters.
 
     Raises:
         RuntimeError: there is no loss, backward was called on it, or no parameter requires a gradient.
@@ -213,7 +214,7 @@ def differentiate(recipe: Recipe, blocks: StepParameters, losses: list[Tensor], 
     if found or not losses:
         wrong = "backward() was called in it" if found else "it ended without a loss"
         if any(map(may_be_part, found)):
-            wrong = "a gradient is part of a buffer, in which nothing arrives: set param.grad = None"
+            wrong = "a gradient is part of a buffer, which the engine does not fill: set param.grad = None"
         raise RuntimeError(
             f"pass {recipe.passes_before[index]} of {recipe.name}: {wrong}. {recipe.name} differentiates the loss "
             f"itself, twice: {HOW_TO_GIVE_A_LOSS}"
@@ -228,11 +229,11 @@ def differentiate(recipe: Recipe, blocks: StepParameters, losses: list[Tensor], 
 
 
 def multiply(blocks: StepParameters, index: int, graph: list[Tensor | None], total: Scalar, *, keep: bool) -> None:
-    """The Hessian times the gradient of vector ``index``, scaled to length 1, into ``param.grad``.
+    """Put the Hessian times the normalised gradient of vector ``index`` into ``param.grad``.
 
-    Scaled before and not after, so that a half-precision backward neither overflows nor underflows, whatever the scale
-    of the loss. ``total`` is the square of the length; ``graph``, the gradient as it can be differentiated, is used up.
-    Without ``keep`` the vector is dropped first.
+    The gradient is normalised before the product, so that a half-precision backward neither overflows nor underflows at
+    any scale of the loss. ``total`` is the squared length. ``graph``, the differentiable gradient, is used up. Without
+    ``keep`` the vector is dropped first.
     """
     units: dict[Tensor, Tensor] = {}
     for block in blocks.all:
@@ -243,13 +244,13 @@ def multiply(blocks: StepParameters, index: int, graph: list[Tensor | None], tot
     ends = edges([grad for _, grad in pairs])
     pairs.clear()
     graph.clear()
-    if not keep:  # its memory is free from here on: of the graph, only the edges are held
+    if not keep:  # frees its memory: only the graph's edges are held
         blocks.drop(index)
     products = product(ends, params, [units[param] for param in params])
     ends.clear()
     units.clear()
     for block in blocks.all if keep else ():
-        block.grads[index] = []  # a reference less, so that they can be taken over
+        block.grads[index] = []  # one reference less, so that the gradients can be taken over
         block.grads[index] = block.backend.bookkeeping.take_gradients(block.leaves.params, keep=True)
     for param, value in zip(params, products, strict=True):
         param.grad = torch.zeros_like(param) if value is None else as_like(value, param)

@@ -1,4 +1,4 @@
-"""A step whose passes stay on each process (m-sharpness): agreement at its end, and the mean of the directions."""
+"""Local steps (m-sharpness): each process takes its own passes; at the end they agree and average directions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .finite import FiniteWatch, listed
 from .parameters import ParameterBlock, StepParameters, materialise
 
 BUCKET_BYTES = 25 << 20
-"""Bytes averaged at once, as in DistributedDataParallel; larger tensors are averaged in place."""
+"""Bytes per bucket, as in DistributedDataParallel. Larger tensors are averaged in place."""
 
 
 class LocalSync:
-    """The processes of a local step.
+    """Communication between the processes of a local step.
 
     Args:
-        model: the model; gradients of a DistributedDataParallel in it are not averaged during the passes, and its
-            buffers are those of rank 0 at the start of a step, as in its own forward.
-        device: where the processes talk.
+        model: the model. If it contains a DistributedDataParallel, gradients are not averaged during the passes, and
+            the buffers at the start of a step are those of rank 0, as in its own forward.
+        device: the device of the tensors that are communicated.
         recipe: the name of the recipe, for messages.
 
     Raises:
@@ -48,11 +48,11 @@ class LocalSync:
 
     @staticmethod
     def is_needed() -> bool:
-        """Return whether there are several processes."""
+        """Return whether torch.distributed has several processes."""
         return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
     def begin(self) -> None:
-        """Before the first pass."""
+        """Prepare for the first pass."""
         if self._model is None:
             return
         self._stack.enter_context(self._model.no_sync())
@@ -63,13 +63,13 @@ class LocalSync:
                 _scatter(flat, parts)
 
     def agree(self, blocks: StepParameters, watch: FiniteWatch, change: float | None) -> float | None:
-        """All processes take the step or none does, with the same parameters; each calls this, or :meth:`give_up`.
+        """Let all processes take the step, with the same parameters, or none. Each calls this or :meth:`give_up`.
 
-        Returns the mean of ``change`` over the processes; ``None`` where there is none.
+        Return the mean of ``change`` over the processes; ``None`` for ``None``.
 
         Raises:
             RuntimeError: another process has left the step by an exception.
-            NonFiniteGradientError, SkipStep: another has found a gradient not finite.
+            NonFiniteGradientError, SkipStep: another process has found a non-finite gradient.
         """
         present = list(blocks.flags)
         nonfinite, anywhere, mean = self._tell(present, nonfinite=not watch.is_finite(), value=change or 0.0)
@@ -81,9 +81,9 @@ class LocalSync:
         return None if change is None else mean
 
     def mean(self, blocks: StepParameters, value: float) -> float:
-        """The mean of a number that is not negative over the processes, in the course of a step.
+        """Return the mean of a non-negative number over the processes, during a step.
 
-        Those that hear of one that has given up leave the step too, and say nothing more.
+        If another process has given up, this one leaves the step too, without further communication.
 
         Raises:
             RuntimeError: another process has left the step by an exception.
@@ -93,17 +93,17 @@ class LocalSync:
         return mean
 
     def give_up(self, count: int) -> None:
-        """This process leaves the step by an exception; the others, which have ``count`` parameters too, are told."""
+        """Tell the other processes, which have ``count`` parameters too, that this one left by an exception."""
         if not self._agreed:
             self._tell([0] * count, failed=True)
 
     def _tell(
         self, present: Sequence[int], *, nonfinite: bool = False, failed: bool = False, value: float = 0.0
     ) -> tuple[list[int], list[int], float]:
-        """Return the ranks with a gradient that is not finite, what is present on any, and the mean of the values.
+        """Return the ranks with a non-finite gradient, the parameters present on any rank, and the mean of ``value``.
 
-        One all-reduce, which is the same whatever is said, so that one that gives up is heard by all: a maximum of
-        bits, whose order is that of the numbers, as none is negative.
+        This is a single all-reduce of one fixed shape for all messages, so that every process hears of one that gives
+        up. It takes the maximum of bits; for non-negative numbers, the order of the bits is that of the numbers.
         """
         self._agreed = True
         said = torch.zeros(3, self._world, dtype=torch.float64, device="cpu")
@@ -129,12 +129,12 @@ class LocalSync:
         gamma: list[float],
         limit: float | None,
     ) -> list[tuple[ParameterBlock, Direction]]:
-        """The mean of the directions over the processes, of a norm of at most ``limit``."""
+        """Return the mean of the directions over the processes, clipped to norm ``limit``."""
         made = []
         for block, direction in directions:
             tensors = materialise(block, direction)
             own = [
-                x.clone(memory_format=torch.preserve_format) if x is param.grad else x  # as it is written to
+                x.clone(memory_format=torch.preserve_format) if x is param.grad else x  # because it is written to
                 for param, x in zip(block.owners, tensors, strict=True)
             ]
             made.append((block, own))
@@ -145,7 +145,7 @@ class LocalSync:
         return [(block, Direction([xs], ones, None, products, gamma, limit)) for block, xs in made]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """The mean over the processes, in place. Same bits on all."""
+        """Average over the processes in place, with the same bits on all."""
         pending: tuple[Any, Tensor, Sequence[Tensor]] | None = None
         for flat, parts in _buckets(tensors):
             flat.mul_(1.0 / self._world)  # before the sum, which could overflow in half precision
@@ -162,12 +162,12 @@ class LocalSync:
             _scatter(flat, parts)
 
     def close(self) -> None:
-        """After the step."""
+        """End the step."""
         self._stack.close()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-    """Flat copies of tensors of one device and dtype, up to :data:`BUCKET_BYTES`; a large tensor itself."""
+    """Yield buckets: copies of tensors of one device and dtype up to :data:`BUCKET_BYTES`, or one large tensor."""
     open_: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
     for tensor in tensors:
         if tensor.nbytes >= BUCKET_BYTES and tensor.is_contiguous():
@@ -190,6 +190,6 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _scatter(flat: Tensor, parts: Sequence[Tensor]) -> None:
-    """Copy a bucket back to where it came from."""
+    """Copy a bucket back to its tensors."""
     for part, values in zip(parts, flat.split([part.numel() for part in parts]), strict=True) if parts else ():
         part.copy_(values.view(part.shape))

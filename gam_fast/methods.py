@@ -1,4 +1,4 @@
-"""The optimizers users construct: the engine with one recipe each."""
+"""The optimizers that users construct: the engine with one recipe each."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .optimizer import SharpnessAwareOptimizer
 from .options import Options, OptionsOfBase, OptionsWithAlpha, documented
 
 Coefficients: TypeAlias = "float | tuple[float, float]"
-"""A number ``a``, which stands for ``(a, 1 - a)``, or the pair itself."""
+"""A number ``a``, which means ``(a, 1 - a)``, or the pair itself."""
 
 
 @documented
 class Base(SharpnessAwareOptimizer):
-    """The base optimizer alone: one pass, so that a training loop over ``passes()`` serves it too.
+    """The base optimizer alone, with one pass: the same training loop over ``passes()`` works for it.
 
     Args:
         params: as everywhere.
@@ -78,8 +78,8 @@ class SAM(SharpnessAwareOptimizer):
 class ASAM(SharpnessAwareOptimizer):
     r"""Adaptive SAM: the gradient at :math:`θ + ρ\, T^2 g_0/‖T g_0‖` with :math:`T = |θ| + η` elementwise. Two passes.
 
-    A parameter group with ``adaptive_radius=False`` has T = 1. The authors' code has that for all but the parameters
-    called ``weight``: ``ASAM([{"params": weights}, {"params": rest, "adaptive_radius": False}], …, eta=0.01)``.
+    A parameter group with ``adaptive_radius=False`` has T = 1. The authors' code uses T = 1 for all parameters except
+    ``weight``: ``ASAM([{"params": weights}, {"params": rest, "adaptive_radius": False}], …, eta=0.01)``.
 
     Source: Kwon, Kim, Park, Choi, ICML 2021, arXiv 2102.11600. Errors: :class:`SharpnessAwareOptimizer`.
 
@@ -113,9 +113,11 @@ class ASAM(SharpnessAwareOptimizer):
 
 @documented
 class GSAM(SharpnessAwareOptimizer):
-    r"""Surrogate Gap SAM: :math:`g_1 − α\, g_{0⊥}`, with :math:`g_{0⊥}` the part of :math:`g_0` orthogonal to it.
+    r"""Surrogate Gap SAM: :math:`g_1 − α\, g_{0⊥}`. Two passes, at the points of SAM.
 
-    Two passes, at the points of SAM. Source: Zhuang et al., ICLR 2022, arXiv 2203.08065. Errors:
+    :math:`g_{0⊥}` is the part of :math:`g_0` orthogonal to :math:`g_1`.
+
+    Source: Zhuang et al., ICLR 2022, arXiv 2203.08065. Errors:
     :class:`SharpnessAwareOptimizer`. The paper lets ρ follow the learning rate:
     :class:`gam_fast.schedules.ProportionalRadius`.
 
@@ -195,10 +197,10 @@ class GAM(SharpnessAwareOptimizer):
 
     Args:
         params: as everywhere.
-        rho: ρ, outer radius: how far along the gradient of the gradient norm.
-        rho_prime: ρ', radius of the finite differences that stand for Hessian-vector products, and how strongly the
-            gradient norm is penalised. ``"auto"`` is the most exact one, mostly small (:mod:`gam_fast.radius`), and
-            ``"auto:bfloat16"`` that for gradients which autocast computes in that type.
+        rho: ρ, outer radius: length of the step along the gradient of the gradient norm.
+        rho_prime: ρ', radius of the finite differences that approximate Hessian-vector products; it also sets how
+            strongly the gradient norm is penalised. ``"auto"`` chooses the most exact radius, which is mostly small
+            (:mod:`gam_fast.radius`); ``"auto:bfloat16"`` does so for gradients that autocast computes in bfloat16.
         alpha: α, or a pair ``(weight of g1, weight of g3)``.
         beta: β, or a pair ``(weight of g0, weight of g2)``; ``(1.0, 1 - β)`` reproduces the authors' released code.
         gamma: γ, weight of the part of h₋ orthogonal to h₊.
@@ -242,26 +244,26 @@ class ExactGAM(SharpnessAwareOptimizer):
 
     With ``sam_rho`` the first term is SAM's gradient, :math:`g(θ + ρ_s\, g/‖g‖)`.
 
-    The loss of a pass is differentiated twice, by the optimizer: **the closure returns the loss and does not call
+    The optimizer differentiates the loss of each pass twice: **the closure returns the loss and does not call
     backward**, and in the loop form the body calls ``turn.backward(loss)``. After a step ``param.grad`` is ``None``.
-    What a step costs in time and memory: ``python -m bench.curvature``. :class:`GAM` approximates it by four gradients.
+    ``python -m bench.curvature`` measures time and memory of a step. :class:`GAM` approximates it by four gradients.
 
     Source: Zhang, Xu, Yu, Zou, Cui, CVPR 2023, arXiv 2303.03108. The defaults are ours: with ρ = .2 and α = .1 the
     weight of the gradient norm, αρ, is the ρ' = .02 of :class:`GAM`. Further errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
-        rho: ρ, radius: how far along the gradient of the gradient norm.
-        alpha: α, weight of the first-order flatness :math:`ρ‖∇L(θ')‖` beside the loss.
+        rho: ρ, radius: length of the step along the gradient of the gradient norm.
+        alpha: α, weight of the first-order flatness :math:`ρ‖∇L(θ')‖` against the loss.
         sam_rho: :math:`ρ_s`, radius of SAM's perturbation; ``None`` for none.
         options: those of every method.
 
     Raises:
         SecondDerivativeError: an operation of the model has no second derivative (fused attention, a compiled model).
-        RuntimeError: backward was called on the loss; or torch.distributed has several processes, whose gradients are
-            averaged in a backward that does not take place.
+        RuntimeError: backward was called on the loss; or torch.distributed has several processes, which could not
+            average their gradients, because the step calls no backward.
         TypeError: the loss is not a tensor of one element.
-        ValueError: a group, or a state that is loaded, has ``sam_rho`` where the constructor was given none.
+        ValueError: a group or a loaded state has ``sam_rho``, but the constructor was given none.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = ExactGAM([weight], torch.optim.SGD, lr=0.25, rho=0.5, alpha=0.5)
@@ -293,7 +295,7 @@ class ExactGAM(SharpnessAwareOptimizer):
         super()._check_can_step()
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise RuntimeError(
-                "ExactGAM differentiates the loss without the backward in which gradients are averaged over the "
+                "ExactGAM differentiates the loss without the backward that averages gradients over the "
                 f"{distributed.get_world_size()} processes of torch.distributed, so replicas would drift apart: use "
                 "GAM, which needs gradients only"
             )
@@ -302,7 +304,7 @@ class ExactGAM(SharpnessAwareOptimizer):
         if "sam_rho" in group and "sam_rho" not in self._keys:
             raise ValueError(
                 f"a parameter group has sam_rho={group['sam_rho']!r}, but this ExactGAM was constructed without "
-                "sam_rho=, which decides whether it takes SAM's pass"
+                "sam_rho=, and so without SAM's pass"
             )
         super()._check_hyper(group)
 
@@ -315,7 +317,7 @@ class CFlat(SharpnessAwareOptimizer):
 
     Args:
         params: as everywhere.
-        rho: ρ, radius of all three moves.
+        rho: ρ, radius of all three perturbations.
         lam: λ, weight of the first-order flatness.
         options: those of every method.
 
@@ -347,8 +349,8 @@ class FAD(SharpnessAwareOptimizer):
 
     .. math:: d = (1−λα)\, g_0 + λα\, g_1 − λ(1−α)\, g_2 + λ(1−α)\, g_3
 
-    Source: Zhang, Xu, Yu, Zou, Cui, ICCV 2023, arXiv 2307.11108; the coefficients are second-hand, and the defaults are
-    ours. Errors: :class:`SharpnessAwareOptimizer`.
+    Source: Zhang, Xu, Yu, Zou, Cui, ICCV 2023, arXiv 2307.11108. The coefficients come from a secondary source, and the
+    defaults are ours. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.

@@ -1,4 +1,4 @@
-"""The model around the parameters: of a copy, or where none was given; and what of it belongs to another optimizer."""
+"""Find the model of a copied optimizer or of one without ``model=``, and its parameters of other optimizers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .distributed import data_parallel
 from .ownership import may_be_part, parts_of_buffers, version
 
 LIMIT = 1000
-"""So many objects are looked at for a model that was not given."""
+"""Number of objects to search for a model that was not given."""
 
 DEPTH = 3
-"""So far from a name: a model in a list in an attribute of ``self``."""
+"""Search depth from a name: 3 reaches a model in a list in an attribute of ``self``."""
 
 RUNNING: dict[int, Sequence[Tensor]] = {}
-"""The parameters of each step under way: steps of several optimizers may go side by side."""
+"""The parameters of each step in progress: steps of several optimizers may interleave."""
 
 
 @dataclass
@@ -33,16 +33,16 @@ class _Count:
 
 
 CLOSED = _Count()
-"""How many steps of any optimizer are over: each may have left gradients in parameters of another."""
+"""Number of finished steps of all optimizers. Each may have left gradients in parameters of another."""
 
 
 class ModelOfCopy:
-    """Stands for the module of an optimizer that is copied or pickled, without being a copy of it.
+    """Stands for the module of a copied or pickled optimizer, without being a copy of it.
 
-    A deep copy refers to the copy of the module if that was made in the same call before. A pickle holds no more than
-    the name of the module's class; :meth:`find` looks for the module that came with the parameters.
+    A deep copy refers to the copy of the module if the same call copied that first. A pickle holds only the name of the
+    module's class; :meth:`find` looks for the module that came with the parameters.
 
-    It ``matters`` where steps without it would go wrong without a sign: it has buffers, or synchronises processes.
+    ``matters`` is true if steps without the module would silently go wrong: it has buffers, or synchronises processes.
     """
 
     def __init__(self, module: nn.Module | None, name: str, matters: bool) -> None:
@@ -52,7 +52,7 @@ class ModelOfCopy:
 
     @classmethod
     def of(cls, module: nn.Module | None, *, matters: bool) -> ModelOfCopy | None:
-        """For an optimizer with this ``model``; ``matters`` besides where it has buffers."""
+        """Make one for an optimizer with this ``model``. It matters if ``matters`` or if the module has buffers."""
         if module is None:
             return None
         return cls(module, type(module).__qualname__, matters or next(module.buffers(), None) is not None)
@@ -64,7 +64,7 @@ class ModelOfCopy:
         return ModelOfCopy, (None, self.name, self.matters)
 
     def find(self, params: Iterable[Tensor]) -> nn.Module | None:
-        """The module in memory that holds the most of the parameters; of several one of the right name, then the least.
+        """Return the module that holds most of the parameters; prefer the right class name, then the smallest.
 
         >>> model = nn.Sequential(nn.Linear(2, 1))
         >>> ModelOfCopy(None, "Sequential", matters=True).find(model.parameters()) is model
@@ -84,15 +84,15 @@ class ModelOfCopy:
 
 
 def modules_in_reach(params: Sequence[Tensor]) -> list[nn.Module]:
-    """The modules that have one of ``params`` and that a function now running has a name for.
+    """Return the modules that have one of ``params`` and that a running function can reach by name.
 
-    No hook is registered for that, which would make a compiled model compile again.
+    No hook is registered for this, because a hook would make a compiled model recompile.
 
     >>> model = nn.Linear(2, 1)
     >>> modules_in_reach(list(model.parameters())) == [model]
     True
     """
-    if sys.gettrace() is not None:  # a debugger may hold the snapshots that are cleared here
+    if sys.gettrace() is not None:  # a debugger may hold the snapshots that this function clears
         return []
     ours = {id(param) for param in params}
     found: list[nn.Module] = []
@@ -115,7 +115,7 @@ def modules_in_reach(params: Sequence[Tensor]) -> list[nn.Module]:
 
 
 def message_of_forgotten(method: str, buffers: Sequence[str]) -> str:
-    """Say which buffers have moved in every pass, and what to do about it."""
+    """Return a warning that names the buffers that moved in every pass, and the remedy."""
     return (
         f"the forward moves buffers of the module that this {method} trains ({', '.join(buffers[:4])}"
         f"{', …' if len(buffers) > 4 else ''}), in each pass of a step: construct it with model=model, or set "
@@ -125,7 +125,7 @@ def message_of_forgotten(method: str, buffers: Sequence[str]) -> str:
 
 
 def _names() -> Iterator[Any]:
-    """The values of the variables of the functions that are running: local ones, and global ones of the nearest."""
+    """Yield the local variables of all running functions, and the global ones of the nearest."""
     frame, nearest = sys._getframe(2), True
     while frame is not None:
         yield from _locals(frame)
@@ -140,12 +140,12 @@ def _locals(frame: FrameType) -> list[Any]:
     named = frame.f_locals
     found = list(named.values())
     if sys.version_info < (3, 13) and frame.f_code.co_flags & CO_OPTIMIZED:
-        named.clear()  # a snapshot, which would keep all these alive for as long as the function runs
+        named.clear()  # the snapshot would keep all values alive while the function runs
     return found
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """The objects that one holds."""
+    """Return the objects that ``value`` holds."""
     kind = type(value)
     if issubclass(kind, dict):
         return list(value.values())
@@ -154,28 +154,28 @@ def _parts(value: Any) -> Iterable[Any]:
     if kind is MethodType:
         return (value.__self__,)
     if kind is FunctionType:
-        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # not one that is empty
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # skips empty cells
     try:
-        inside = object.__getattribute__(value, "__dict__")  # without what the object does when it is asked
+        inside = object.__getattribute__(value, "__dict__")  # without running the object's own code
     except AttributeError:
         return ()
     return list(inside.values()) if isinstance(inside, dict) else ()
 
 
 class Surroundings:
-    """The rest of ``model``, as far as a step must know it; looked for anew where model or groups changed."""
+    """The rest of ``model``, as far as a step needs it; searched again if model or groups change."""
 
     def __init__(self) -> None:
         self.others: list[Tensor] = []
         """The parameters of the model that are in no parameter group."""
         self.has_bucket_views = False
-        """Return True for a DistributedDataParallel whose gradients are views of its buckets."""
+        """True for a DistributedDataParallel whose gradients are views of its buckets."""
         self._model: nn.Module | None = None
         self._seen: tuple[int, ...] = ()
-        self._tables: list[dict[str, Any]] = []  # of parameters and submodules, by module
+        self._tables: list[dict[str, Any]] = []  # dicts of parameters and submodules, by module
 
     def look(self, model: nn.Module | None, groups: Sequence[dict[str, Any]]) -> Surroundings:
-        """Bring it up to date. In most steps nothing but a few lengths is compared."""
+        """Update this object and return it. Most steps only compare a few lengths."""
         if model is None:
             self.others, self.has_bucket_views, self._model = [], False, None
             return self
@@ -195,7 +195,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Held:
-    """A gradient at some time: the tensor (or none), its version, and a copy of its elements where that is needed."""
+    """A recorded gradient: the tensor (or ``None``), its version, and a copy of its elements if needed."""
 
     grad: Tensor | None
     version: int = 0
@@ -203,34 +203,35 @@ class Held:
 
     @staticmethod
     def of(grad: Tensor | None, *, copied: bool) -> Held:
+        """Record ``grad``; with ``copied``, keep a copy of its elements."""
         if grad is None:
             return Held(None)
         return Held(grad, version(grad), grad.detach().clone() if copied else None)
 
     def give_back(self, param: Tensor) -> None:
-        """The parameter has the gradient again, as it was."""
+        """Set ``param.grad`` back to the recorded gradient."""
         param.grad = self.grad
         if self.grad is not None and self.values is not None and version(self.grad) != self.version:
             self.grad.copy_(self.values)
 
 
 class OtherGradients:
-    """The gradients of other parameters in one step.
+    """The gradients, during one step, of parameters that are not this optimizer's.
 
-    In the pass that counts, backward adds to what was there before the step, as in plain torch. The gradients of the
-    other passes are thrown away.
+    In the pass that counts, backward adds to the gradient from before the step, as in plain torch. The gradients of the
+    other passes are discarded.
     """
 
     def __init__(self, params: Sequence[Tensor], own: Sequence[Tensor]) -> None:
         self.params: Sequence[Tensor] = params
-        if params:  # most that do not require a gradient never get one
+        if params:  # mostly parameters that do not require a gradient, and never get one
             self.params = [param for param in params if param.requires_grad or param.grad is not None]
         self._own = own
         self._before: dict[Tensor, Held] | None = None
         self._first: dict[Tensor, Held] | None = None
 
     def begin(self, *, keep_last: bool) -> None:
-        """Before a pass; with ``keep_last`` the last pass counts, else the first."""
+        """Prepare for a pass; with ``keep_last`` the last pass counts, otherwise the first."""
         RUNNING[id(self)] = self._own
         if not self.params:
             return
@@ -245,7 +246,7 @@ class OtherGradients:
                 self._throw_away(params)
 
     def _throw_away(self, params: Sequence[Tensor]) -> None:
-        """Clear the gradients, and hold those of the first pass. A part of somebody's buffer is zeroed."""
+        """Record the first pass's gradients and clear all. Parts of other code's buffers are zeroed."""
         grads = {param: param.grad for param in params}
         views = {param: grad for param, grad in grads.items() if grad is not None and may_be_part(grad)}
         are_parts = parts_of_buffers(list(views.values()))
@@ -259,12 +260,12 @@ class OtherGradients:
                 param.grad = None
 
     def finish(self) -> None:
-        """The step was taken."""
+        """Keep the gradients of the pass that counts, because the step was taken."""
         if self._first is not None:
             self._give_back(self._first)
 
     def close(self, *, undone: bool) -> None:
-        """The step is over; where it was undone, all is as it was before."""
+        """End the step; if it was undone, restore all gradients."""
         if undone and self._before is not None:
             self._give_back(self._before)
         RUNNING.pop(id(self), None)
@@ -276,7 +277,7 @@ class OtherGradients:
                 held[param].give_back(param)
 
     def _mine(self) -> Sequence[Tensor]:
-        """The parameters without those that another step has taken up: it sees to their gradients."""
+        """Return the parameters without those of other steps in progress, which handle the gradients themselves."""
         if len(RUNNING) > 1:
             taken = {id(param) for key, params in RUNNING.items() if key != id(self) for param in params}
             self.params = [param for param in self.params if id(param) not in taken]

@@ -1,9 +1,8 @@
-r"""Gaussian noise as a perturbation: for each element a normal number, times :math:`ρ ‖θ_l‖ / \sqrt{n_l}`.
+r"""Gaussian noise as a perturbation: a normal number for each element, times :math:`ρ ‖θ_l‖ / \sqrt{n_l}`.
 
-θ_l is the tensor of n_l elements that it belongs to. The numbers are drawn on the parameters' device, in chunks of
-scratch memory, by a generator of their own: those of a step depend on the seed and on the number of the step, which is
-in ``param_groups`` (``flat_draws``), and so in every ``state_dict``. Processes that hold the same parameters draw the
-same.
+Here θ_l is the tensor of the element, with n_l elements. A separate generator draws the numbers on the parameters'
+device, in chunks of scratch memory. They depend on the seed and on the number of the step, which is in ``param_groups``
+(``flat_draws``), and so in every ``state_dict``. Processes that hold the same parameters draw the same numbers.
 """
 
 from __future__ import annotations
@@ -21,28 +20,29 @@ from .capture import refuse_to_look
 from .parameters import StepParameters
 
 DRAWS = "flat_draws"
-"""The key in ``param_groups`` of the number of steps that have drawn noise."""
+"""The key in ``param_groups`` for the number of steps that have drawn noise."""
 
 SEED = "seed"
 
 
 def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[str, Any]) -> dict[str, float]:
-    """Save θ and add the noise of this step to what is perturbed.
+    """Save θ and add this step's noise to the perturbed parameters.
 
     Args:
         blocks: the parameters.
         radius: ρ by group.
-        group: the first, with the seed and the number of the step.
+        group: the first group, with the seed and the number of the step.
 
-    Returns what the groups keep when the step is taken.
+    Returns:
+        The values that the groups keep when the step is taken.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which would repeat the noise of one step.
     """
-    refuse_to_look(["noise, which is another in each step"], blocks.devices)
+    refuse_to_look(["noise, which differs in each step"], blocks.devices)
     draws = int(group.get(DRAWS, 0))
     seed = random.Random(f"{group.get(SEED, 0)} {draws}").getrandbits(63)
-    if blocks.sharded:  # each process has other elements
+    if blocks.sharded:  # each process holds different elements
         seed = (seed + distributed.get_rank()) % (1 << 63)
     generators = {device: torch.Generator(device).manual_seed(seed) for device in blocks.devices}
     for block in blocks.all:
@@ -57,7 +57,7 @@ def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[st
         copy_bits(list(leaves.backup), list(leaves.params))
         leaves.saved = True
         factors = [radius[g] / max(whole.numel(), 1) ** 0.5 for whole, g in zip(wholes, leaves.group, strict=True)]
-        apart = Block(list(leaves.params), leaves.group, vectors=leaves.vectors)  # with chunks of its own
+        apart = Block(list(leaves.params), leaves.group, vectors=leaves.vectors)  # with its own chunks
         for chunk in chunks(apart):
             chunk.arena.reset()
             flat, noise = chunk.scratch()

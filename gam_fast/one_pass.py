@@ -1,4 +1,4 @@
-"""Relatives of SAM of one gradient a step: the perturbation is along a vector that is older than the step."""
+"""Variants of SAM with one gradient per step: they perturb along a vector from before the step."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .options import OptionsWithAlpha, documented
 
 @documented
 class MomentumSAM(SharpnessAwareOptimizer):
-    r"""SAM along the momentum of the base optimizer: the cost of SGD. One pass.
+    r"""SAM along the momentum of the base optimizer, at the cost of the base optimizer. One pass.
 
     .. math:: d = g(θ - ρ\, v/‖v‖), \qquad v = \text{the momentum after the last update}
 
-    v is SGD's ``momentum_buffer``, Adam's ``exp_avg``, or what another base optimizer keeps by one of these names. A
-    parameter that has none stays in place, so the first step is one of the base optimizer alone. Between the steps
-    parameters are at θ: nothing is to be done before a checkpoint or an evaluation.
+    v is SGD's ``momentum_buffer``, Adam's ``exp_avg``, or a state of another base optimizer with one of these names. A
+    parameter without momentum is not perturbed, so the first step is a plain base optimizer step. Between steps the
+    parameters are at θ, so checkpoints and evaluation need no special care.
 
-    Source: Becker, Altrock, Risse, arXiv 2401.12033; weight decay is that of θ, where the authors' code has that of the
+    Source: Becker, Altrock, Risse, arXiv 2401.12033. Weight decay here acts on θ; in the authors' code it acts on the
     perturbed parameters. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
-        rho: ρ, radius of the perturbation; the paper has 0.3 for SGD and 1 for AdamW.
+        rho: ρ, radius of the perturbation; the paper uses 0.3 for SGD and 1 for AdamW.
         options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -44,7 +44,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
 
     Raises:
         ValueError: the base optimizer has momentum=0 in all groups.
-        RuntimeError: the base optimizer keeps no momentum by a known name.
+        RuntimeError: the base optimizer's state has no momentum under a known name.
     """
 
     recipe = recipes.MOMENTUM_SAM
@@ -60,23 +60,23 @@ class MomentumSAM(SharpnessAwareOptimizer):
         super().__init__(params, base_optimizer, rho=rho, **options)
         if type(self.base).__name__ == "ZeroRedundancyOptimizer":
             raise ValueError(
-                "MomentumSAM: a ZeroRedundancyOptimizer has on each process the momentum of some parameters only, and "
+                "MomentumSAM: a ZeroRedundancyOptimizer has the momentum of only some parameters on each process, and "
                 "processes would go to different points: use fully_shard (FSDP2)"
             )
         if all(group.get("momentum") == 0 and "betas" not in group for group in self.param_groups):
             raise ValueError(
-                f"MomentumSAM goes along the momentum of its base optimizer, and this {type(self.base).__name__} has "
+                f"MomentumSAM perturbs along its base optimizer's momentum, and this {type(self.base).__name__} has "
                 "momentum=0: pass momentum=0.9, or a base optimizer such as AdamW"
             )
 
 
 @documented
 class PreviousGradientSAM(SharpnessAwareOptimizer):
-    r"""SAM along the gradient of the step before (S²-SAM). One pass, and a memory of 1 N.
+    r"""SAM along the gradient of the previous step (S²-SAM). One pass, and a memory of 1 N.
 
     .. math:: d_t = g(θ_t + ρ\, d_{t-1}/‖d_{t-1}‖)
 
-    A parameter without a gradient of a step before (``previous_gradient`` in the state) stays in place.
+    A parameter without a previous gradient (``previous_gradient`` in the state) is not perturbed.
 
     Source: Ji et al., NeurIPS 2024. Errors: :class:`SharpnessAwareOptimizer`.
 
@@ -113,17 +113,17 @@ class RandomSAM(SharpnessAwareOptimizer):
 
     .. math:: d = g(θ + ε), \qquad ε_l = ρ \frac{‖θ_l‖}{\sqrt{n_l}}\, z, \quad z ∼ N(0, 1)
 
-    for each tensor θ_l of n_l elements: the noise has ρ times the length of the tensor, in the mean. It is drawn by a
-    generator of its own, and costs no memory but the backup.
+    for each tensor θ_l of n_l elements: the noise is on average ρ times as long as the tensor. A separate generator
+    draws it, and it costs no memory except the backup.
 
-    Source: Li, Yan, Lin, Bai, Wang, Huang, arXiv 2211.11489, which draws it by rows; by tensors as in Flat-LoRA, arXiv
-    2409.14396. Errors: :class:`SharpnessAwareOptimizer`.
+    Source: Li, Yan, Lin, Bai, Wang, Huang, arXiv 2211.11489, where the noise is scaled per row; per tensor, as here, in
+    Flat-LoRA, arXiv 2409.14396. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
         rho: ρ, length of the noise relative to that of the tensor.
-        seed: of the noise, the same on all ranks; that of a step depends on it and on the number of the step. That of
-            the first group counts.
+        seed: seed of the noise, the same on all ranks. The noise of a step depends on the seed of the first group and
+            on the number of the step.
         options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -163,16 +163,16 @@ class RandomSAM(SharpnessAwareOptimizer):
 
 @documented
 class FedLESAM(SharpnessAwareOptimizer):
-    r"""SAM along a direction that is set from outside, such as a client's way to the last global model. One pass.
+    r"""SAM along a direction that the user sets, such as a client's way to the last global model. One pass.
 
     .. math:: d = g(θ + ρ\, v/‖v‖)
 
-    v is what :meth:`set_direction` was given, ``direction`` in the state; a memory of 1 N. A parameter that has none
-    stays in place. In FedLESAM v is the global model that the client had before, less the one that it has got now, and
-    there is none in its first round. A checkpoint has it from the first step on that was taken with it.
+    v is the argument of :meth:`set_direction` (``direction`` in the state; a memory of 1 N). A parameter without a
+    direction is not perturbed. In FedLESAM v is the client's previous global model minus its present one, and there is
+    none in the first round. Checkpoints contain the direction once a step was taken with it.
 
-    Source: Fan, Hu, Yao, Tian, Zhang, Sugiyama, Wang, ICML 2024, arXiv 2405.18890, by its formulas; the default is
-    ours. Errors: :class:`SharpnessAwareOptimizer`.
+    Source: Fan, Hu, Yao, Tian, Zhang, Sugiyama, Wang, ICML 2024, arXiv 2405.18890, by the paper's formulas; the default
+    is ours. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
@@ -201,13 +201,13 @@ class FedLESAM(SharpnessAwareOptimizer):
         super().__init__(params, base_optimizer, rho=rho, **options)
 
     def set_direction(self, direction: Sequence[Tensor]) -> None:
-        """Set the direction of the steps to come; the tensors are copied.
+        """Set the direction of the next steps; the tensors are copied.
 
         Args:
-            direction: a tensor for each parameter, in the order of the groups; none at all for no perturbation.
+            direction: a tensor for each parameter, in the order of the groups; an empty list for no perturbation.
 
         Raises:
-            ValueError: not one finite tensor for each parameter, or one of another shape; nothing is then changed.
+            ValueError: not one finite tensor of its shape for each parameter; nothing is changed then.
             RuntimeError: during a step.
         """
         self._refuse_nesting("set_direction()")

@@ -1,7 +1,4 @@
-"""The optimizer: what lasts between steps (options, state, groups), and the steps, each by a recipe around a base.
-
-One step is :class:`gam_fast.step.Step`; a loop over its passes is in :mod:`gam_fast.passes`.
-"""
+"""The optimizer: options, state and groups between the steps. A step is :class:`gam_fast.step.Step`."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from .backends import Backend, select
 from .bases import Given, ascends, filled, members, with_signs
 from .buffers import ForwardState
 from .coefficients import Coefficients
-from .distributed import SYNC, check_supported
+from .distributed import check_supported
 from .groups import AroundBase
 from .hooks import any_before, call_before
 from .models import ModelOfCopy, Surroundings
-from .options import Settings, check_choice, check_clip, check_norm, check_share, documented, no_attribute, patterns
+from .options import Settings, check_clip, check_share, checked, documented, no_attribute
 from .parameters import StepParameters
 from .passes import PassDriver, Passes
 from .progress import Progress
@@ -36,35 +33,45 @@ from .updates import Directions, apply, only_makes_state
 
 @documented
 class SharpnessAwareOptimizer(AroundBase):
-    """A torch optimizer that hands its base optimizer the direction of a :class:`~gam_fast.recipes.Recipe`.
+    """A torch optimizer that gives its base optimizer the direction of a :class:`~gam_fast.recipes.Recipe`.
 
-    The classes of :mod:`gam_fast.methods` (GAM, SAM, …) are this class with a recipe each.
+    Each class of :mod:`gam_fast.methods` (GAM, SAM, …) is this class with one recipe. To try a recipe of your own,
+    derive from this class and set ``recipe``. A step is either ``optimizer.step(closure)``, which calls the closure
+    once per pass, or the loop ``for turn in optimizer.passes(): loss_fn(model(x), y).backward()``. Several backward
+    calls in one pass add up. A step that does not finish (exception, ``break``, KeyboardInterrupt, non-finite gradient)
+    leaves parameters, running statistics and random state as they were, bit for bit.
 
-    A step is either ``optimizer.step(closure)``, the closure being called once a pass, or the loop
-    ``for turn in optimizer.passes(): loss_fn(model(x), y).backward()``. Gradients are the optimizer's during a step: it
-    clears them before each pass, and afterwards ``param.grad`` is the gradient of the last pass. Those that are parts
-    of a buffer which somebody else holds are zeroed and stay where they are; with a gradient scaler the last pass's are
-    unscaled in place, as by ``scaler.unscale_``. Several backward calls in one pass add up. A step that does not come
-    to its end (an exception, a ``break``, a KeyboardInterrupt, a gradient that is not finite) leaves parameters,
-    running statistics and random state as they were, bit for bit.
+    During a step the gradients belong to the optimizer: it clears them before each pass, and afterwards ``param.grad``
+    is the gradient of the last pass (unscaled in place, with a gradient scaler). A gradient that is part of a buffer
+    which other code holds is zeroed and stays in place.
 
     Args:
         params: as everywhere.
         options: those of every method.
-        hyper: the recipe's hyper-parameters and, where ``base_optimizer`` is a class, its arguments. Where the base
-            has one of the same name (``alpha`` of RMSprop), the keyword is the recipe's, its key in ``param_groups``
-            gets the recipe's name in front (``gam_alpha``), and the base's own is given through an instance.
+        hyper: the recipe's hyper-parameters and, if ``base_optimizer`` is a class, its arguments. If recipe and base
+            have a hyper-parameter of the same name (``alpha`` of RMSprop), the keyword is the recipe's. Its key in
+            ``param_groups`` then starts with the recipe's name (``gam_alpha``). To set the base's, pass an instance.
 
     Raises:
         TypeError: complex parameters; a base that needs a closure (LBFGS) or sparse gradients (SparseAdam).
         ValueError: a hyper-parameter out of range, an instance over other parameters, an unknown option, a recipe that
             would need more than three buffers.
         RuntimeError: a backend that is not available.
+
+    >>> from gam_fast.recipes import Perturbation, Recipe
+    >>> class HalfSAM(SharpnessAwareOptimizer):
+    ...     recipe = Recipe("HalfSAM", "", {"rho": 0.05}, path=(Perturbation(0, "rho"),), u=(0.5, 0.5))
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = HalfSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.375
     """
 
-    _step_supports_amp_scaling: ClassVar[bool] = True  # asked for by GradScaler.step
+    _step_supports_amp_scaling: ClassVar[bool] = True  # read by GradScaler.step
     _copied: ModelOfCopy | None
-    train: Callable[..., Any]  # these two only where the base has them, see __getattr__
+    train: Callable[..., Any]  # train and eval exist only if the base has them, see __getattr__
     eval: Callable[..., Any]
 
     def __init__(
@@ -86,55 +93,53 @@ class SharpnessAwareOptimizer(AroundBase):
         active: Rules = None,
         **hyper: Any,
     ) -> None:
-        check_choice("sync", sync, SYNC)
-        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
-        check_norm(norm, self.recipe)
-        check_clip(clip_grad_norm)
-        check_share(ascent_share)
+        options = checked(
+            self.recipe,
+            replay_rng=replay_rng,
+            freeze_running_statistics=freeze_running_statistics,
+            moving_buffers=moving_buffers,
+            norm=norm,
+            clip_grad_norm=clip_grad_norm,
+            on_nonfinite=on_nonfinite,
+            sync=sync,
+            ascent_share=ascent_share,
+        )
         self._schedule = StepSchedule(interval, active)
-        fold_plan(self.recipe)  # refuses a table that needs more than three buffers
+        fold_plan(self.recipe)  # refuses a recipe that needs more than three buffers
         stale = self._build(params, base_optimizer, vars(self).pop("_given"), hyper)
         self._backend_name = backend
         self._backends: dict[torch.device, Backend] = {}
         self._progress = Progress()
         self.model = model
-        self._options: dict[str, Any] = {
-            "sync": sync,
-            "replay_rng": ReplayRNG.wanted(replay_rng),
-            "freeze_running_statistics": bool(freeze_running_statistics),
-            "moving_buffers": patterns(moving_buffers),
-            "norm": norm,
-            "clip_grad_norm": clip_grad_norm,
-            "on_nonfinite": on_nonfinite,
-            "ascent_share": float(ascent_share),
-        }
+        self._options = options
         for param in self._parameters():
             self._select(param.device)
         self._surroundings = Surroundings()
         self._take_over(stale)
 
-    if not TYPE_CHECKING:  # for which every argument would do, and every name would be an attribute
+    if not TYPE_CHECKING:  # type checkers would accept any argument and any attribute
 
         def __new__(cls, *args: Any, **options: Any) -> SharpnessAwareOptimizer:
             self = super().__new__(cls)
-            self._given = set(options)  # also what is given as it is by default
+            self._given = set(options)  # also arguments given at their default value
             return self
 
         def __getattr__(self, name: str) -> Any:
+            """Forward ``train`` and ``eval`` to the base; explain the names of other packages' methods."""
             if hasattr(type(self), name):
-                return object.__getattribute__(self, name)  # a property that failed: by its own error
+                return object.__getattribute__(self, name)  # a property failed: raise its own error
             if name in ("train", "eval") and any(hasattr(base, name) for base in members(self.__dict__.get("base"))):
                 return partial(self._switch, name)
             raise AttributeError(no_attribute(type(self).__name__, name), name=name, obj=self)
 
     @property
     def model(self) -> nn.Module | None:
-        """The module being trained; set it where a wrapper is put around it later (by ``Accelerator.prepare``).
+        """The module being trained. Set it anew if the module is wrapped later (as by ``Accelerator.prepare``).
 
-        Copies and pickles of the optimizer do not contain it: they take the module that holds their parameters.
+        Copies and pickles of the optimizer do not contain it: they find the module that holds their parameters.
 
         Raises:
-            TypeError: no module; a module of FSDP1 or DeepSpeed, which are not supported.
+            TypeError: not a module; or a module of FSDP1 or DeepSpeed, which are not supported.
         """
         if self._copied is not None:
             found = self._copied.find(self._parameters())
@@ -152,7 +157,7 @@ class SharpnessAwareOptimizer(AroundBase):
 
     @property
     def clip_grad_norm(self) -> float | None:
-        """The norm that the final direction is scaled down to, or ``None``; may be set between steps."""
+        """The largest norm of the final direction, or ``None``; may be set between steps."""
         return cast("float | None", self._options["clip_grad_norm"])
 
     @clip_grad_norm.setter
@@ -174,7 +179,7 @@ class SharpnessAwareOptimizer(AroundBase):
 
     @property
     def interval(self) -> float:
-        """Every how many steps the whole recipe is taken; may be set between steps."""
+        """The number of steps from one whole recipe to the next; may be set between steps."""
         return self._schedule.interval
 
     @interval.setter
@@ -185,7 +190,7 @@ class SharpnessAwareOptimizer(AroundBase):
 
     @property
     def active(self) -> Rules:
-        """The rules for which steps take the whole recipe; may be set between steps."""
+        """The rules that choose the steps with the whole recipe; may be set between steps."""
         return self._schedule.active
 
     @active.setter
@@ -196,45 +201,45 @@ class SharpnessAwareOptimizer(AroundBase):
 
     @property
     def decides_in_first_pass(self) -> bool:
-        """Whether a rule looks at the first gradient: what :attr:`Turn.last` says in the first pass is not final."""
+        """Whether a rule looks at the first gradient, so that :attr:`Turn.last` may change after the first pass."""
         return self._schedule.trigger is not None
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were undone because a gradient was not finite (``on_nonfinite="skip"``, or a scaler)."""
+        """The number of steps undone because of a non-finite gradient (``on_nonfinite="skip"``, or a scaler)."""
         return self._progress.skipped_steps
 
     @property
     def turn(self) -> Turn | None:
-        """The pass that is under way, for code that is called in it, such as a closure; ``None`` between steps."""
+        """The current pass, for code that runs in it, such as a closure; ``None`` between steps."""
         step = self._progress.current
         return None if step is None else step.current
 
     def passes(self, scaler: Any = None) -> Passes:
-        """The passes of one step: run forward and backward once in the body for each.
+        """Return the passes of one step: run forward and backward once in the loop's body for each pass.
 
-        The update happens when the loop asks for a pass after the last, or, where a framework wants to see it, when
-        :meth:`step` or ``scaler.step(optimizer)`` is called in the last. Leaving the loop early undoes the step;
-        :class:`~gam_fast.passes.Passes` says more of how loops end. The hooks of ``register_step_pre_hook`` and
-        ``register_step_post_hook`` run around the update; the first find the final direction in ``param.grad``, and
-        what they leave there is taken.
+        The update happens when the loop asks for another pass after the last, or when :meth:`step` or
+        ``scaler.step(optimizer)`` is called in the last pass, as some frameworks do. Leaving the loop early undoes the
+        step (details: :class:`~gam_fast.passes.Passes`). The hooks of ``register_step_pre_hook`` and
+        ``register_step_post_hook`` run around the update. Pre-hooks find the final direction in ``param.grad``, and the
+        update uses what they leave there.
 
         Args:
-            scaler: a :class:`torch.amp.GradScaler`. Call ``turn.backward(loss)``, or ``scaler.scale(loss).backward()``,
-                in each pass, and neither ``scaler.unscale_``, ``scaler.step`` nor ``scaler.update``: the step does all
-                that. (A framework that calls ``scaler.step`` and ``scaler.update`` by itself does so in the last pass.)
-                A gradient that is not finite, in any pass, undoes the step, whatever ``on_nonfinite`` is; the scale
-                goes down, and :attr:`skipped_steps` up.
+            scaler: a :class:`torch.amp.GradScaler`. In each pass call ``turn.backward(loss)``, or
+                ``scaler.scale(loss).backward()``. Do not call ``scaler.unscale_``, ``scaler.step`` or
+                ``scaler.update``: the step does all that. (A framework that calls them itself does so in the last
+                pass.) A non-finite gradient in any pass undoes the step, whatever ``on_nonfinite`` is. Then the scale
+                goes down and :attr:`skipped_steps` goes up.
 
         Raises:
-            RuntimeError: one of several passes ended without a gradient, or modified a parameter (the first leaves it
-                so); a step of this optimizer is under way; with a scaler, the loss was not scaled or its gradient was
-                unscaled; with ``sync="local"``, another process left the step by an exception.
+            RuntimeError: one of several passes ended without a gradient, or modified a parameter (a write in the first
+                pass is not undone); a step of this optimizer is in progress; with a scaler, the loss was not scaled or
+                its gradient was unscaled; with ``sync="local"``, another process left the step by an exception.
             TypeError: a sparse gradient.
             NonFiniteGradientError: a gradient with NaN or infinity, unless ``on_nonfinite`` says otherwise.
 
         Warns:
-            UserWarning: somebody called backward() since the last step; those gradients are not used.
+            UserWarning: backward() was called since the last step; those gradients are not used.
         """
         self._refuse_nesting("passes()")
         return Passes(PassDriver(self, None if scaler is None else self._loss_scale(scaler)))
@@ -246,21 +251,21 @@ class SharpnessAwareOptimizer(AroundBase):
     @overload
     def step(self, closure: TurnClosure[Loss], *, scaler: Any = None) -> Loss: ...
     def step(self, closure: Callable[..., Any] | None = None, *, scaler: Any = None) -> Any:
-        """One step; ``closure`` computes the loss and calls backward on it, and is called once a pass.
+        """Take one step, and return the result of ``closure`` in the first pass.
 
-        A closure whose one required argument is called ``turn`` gets the :class:`~gam_fast.Turn`, for
-        ``turn.rows(x, y)``. For ``ExactGAM`` it returns the loss and does not call backward.
-
-        Returns what the closure returned in the first pass (``None`` when it returns nothing): the loss at θ, or, of a
-        method whose only gradient is at another point, the loss there. Without a closure, ``Base`` uses the gradients
-        there are, as any torch optimizer, and does nothing where there are none; others refuse. Without one in the last
-        pass of a loop over :meth:`passes`, it takes that step there and then, and the loop ends.
+        The closure computes the loss and calls backward on it; it is called once per pass. If its only required
+        argument is called ``turn``, it gets the :class:`~gam_fast.Turn`, for ``turn.rows(x, y)``. For ``ExactGAM`` it
+        returns the loss and does not call backward. The result is the loss at θ, or at the perturbed point if the
+        method's only gradient is there. Without a closure, ``Base`` uses the present gradients, as any torch optimizer;
+        other methods refuse. In the last pass of a loop over :meth:`passes`, this call takes the step at once, and the
+        loop ends.
 
         Args:
-            closure: evaluates the loss, by ``scaler.scale(loss).backward()`` where there is a ``scaler``.
+            closure: evaluates the loss; with a ``scaler``, it calls ``scaler.scale(loss).backward()``.
+            scaler: a :class:`torch.amp.GradScaler`, as for :meth:`passes`.
 
         Raises:
-            RuntimeError, TypeError, NonFiniteGradientError: as :meth:`passes`.
+            RuntimeError, TypeError, NonFiniteGradientError: see :meth:`passes`.
             TypeError: a closure that is not a function, or needs other arguments.
 
         >>> from gam_fast import Base
@@ -297,7 +302,7 @@ class SharpnessAwareOptimizer(AroundBase):
             GivenScale.drop(self)
             raise
         first = None
-        with self._begin(scale, by_loop=False) as step, step:  # twice: a Ctrl-C may interrupt the end of the first
+        with self._begin(scale, by_loop=False) as step, step:  # entered twice: a Ctrl-C may interrupt the first exit
             while (turn := step.next_pass()) is not None:
                 with torch.enable_grad():
                     loss = evaluate(turn)
@@ -310,9 +315,9 @@ class SharpnessAwareOptimizer(AroundBase):
         return first
 
     def _end(self, step: Step, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any) -> Any:
-        """Update by a loop, all passes of which are made or in the last of which it is.
+        """End the step of a loop, in or after its last pass.
 
-        A wrapper that steps with a closure of its own, such as Lightning's, has it called.
+        A wrapper that steps with its own closure, such as Lightning's, has that closure called.
         """
         result = None
         with step:
@@ -342,7 +347,7 @@ class SharpnessAwareOptimizer(AroundBase):
                 "and backward in `for turn in optimizer.passes():`. Where a "
                 "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning's "
                 "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
-                "no scaler. Behind a loop over passes(), which has taken its step, leave step() out"
+                "no scaler. After a loop over passes(), which has taken its step, leave step() out"
             )
         self._progress.check_not_taken(self.base.param_groups, type(self).__name__)
         with self._open(scale) as step, step:
@@ -350,34 +355,32 @@ class SharpnessAwareOptimizer(AroundBase):
             step.finish(self._update)
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Accumulation: the same micro-batches in each pass of a step, whose gradients add up.
+        """Accumulate gradients: yield the same micro-batches in each pass of a step, whose gradients add up.
 
-        To be iterated over in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum
-        of the losses: divide each by their number for the mean. With ``ascent_share`` all passes but the last get that
-        share of them, whose gradients count as those of all; all processes then need the same number of them.
-        A DistributedDataParallel (``model``) averages gradients with the last micro-batch only.
+        Iterate over it in the body of a loop over :meth:`passes`, or in a closure. The gradient is that of the sum of
+        the losses: for the mean, divide each loss by their number. With ``ascent_share`` all passes but the last get
+        that share of the micro-batches, and their gradients are scaled up; all processes then need the same number.
+        A DistributedDataParallel (``model``) averages gradients only with the last micro-batch.
 
         An iterator is read once, with the random numbers that reading draws: in the first of several passes, before
-        the first micro-batch is used. It is held until the step is over. Where one pass is all (``Base``, an inactive
-        step), each micro-batch is read when it is used (by DistributedDataParallel one ahead), and not held.
+        its first micro-batch is used. The micro-batches are held until the step ends. A step with one pass (``Base``,
+        an inactive step) reads each when it is used (with DistributedDataParallel one ahead), and holds none.
 
         Args:
             batches: the micro-batches of the step, such as ``itertools.islice(loader_iterator, 4)``.
 
         Raises:
             RuntimeError: outside a step.
-            ValueError: there is none.
+            ValueError: there are no micro-batches.
         """
         step = self._progress.current
         if step is None:
-            raise RuntimeError(
-                "micro_batches() outside a step: iterate over it in the body of `for turn in optimizer.passes():`, or "
-                "in the closure"
-            )
+            where = "iterate over it in the body of `for turn in optimizer.passes():`, or in the closure"
+            raise RuntimeError(f"micro_batches() outside a step: {where}")
         return step.micro_batches(batches)
 
     def _update(self, directions: Directions) -> Sequence[torch.Tensor]:
-        """End a step: call the hooks before it, and update the parameters."""
+        """Call the pre-hooks, and update the parameters."""
         progress = self._progress
         step = progress.step
         assert step is not None
@@ -386,7 +389,7 @@ class SharpnessAwareOptimizer(AroundBase):
             check_not_forgotten(since, self, step.recipe.passes)
         call = progress.call or ((self,), {})
         before = partial(call_before, self, call) if any_before(self) else None
-        # of one pass, param.grad is what the hooks leave there, as with any torch optimizer
+        # with one pass, param.grad stays as the hooks leave it, as with any torch optimizer
         left_alone = apply(self.base, directions, before, copy=step.recipe.passes > 1)
         progress.updated = call
         return left_alone
@@ -396,14 +399,14 @@ class SharpnessAwareOptimizer(AroundBase):
         return scale if scale.enabled else None
 
     def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Step:
-        """Make a step whose passes have gradients of their own; nothing is done to the parameters yet."""
+        """Make a step whose passes compute their own gradients; the parameters are not touched yet."""
         self._refuse_nesting("passes()")
         since = self._progress.unscaled_since
-        if since is not None and scale is None:  # the step before was undone, perhaps because of an overflow
+        if since is not None and scale is None:  # the previous step was undone, perhaps because of an overflow
             check_not_forgotten(since, self, self.recipe.passes)
         self._progress.unscaled_since = now()
         step = self._open(scale, by_loop=by_loop, own_gradients=True)
-        GivenScale.drop(self)  # of a call that came to nothing
+        GivenScale.drop(self)  # left by a failed call
         return step
 
     def _open(
@@ -419,7 +422,7 @@ class SharpnessAwareOptimizer(AroundBase):
         groups, schedule = self.base.param_groups, self._schedule
         recipe, coefficients = self.recipe, progress.coefficients
         if groups and not schedule.is_always:
-            if not schedule.fields.keys() <= groups[0].keys():  # somebody has loaded a state into the base optimizer
+            if not schedule.fields.keys() <= groups[0].keys():  # a state was loaded into the base optimizer directly
                 self._complete_groups()
             recipe = schedule.choose(recipe, int(groups[0][STEPS]))
         keys = self._keys if recipe.defaults else {}
@@ -433,12 +436,9 @@ class SharpnessAwareOptimizer(AroundBase):
         coefficients = coefficients and coefficients.again(recipe, signed, hyper)
         progress.coefficients = coefficients = coefficients or Coefficients(recipe, signed, hyper)
         around = self._surroundings.look(self._model, groups)
-        keep, participants = not around.has_bucket_views, progress.participants
-        if participants is not None:
-            participants = participants.again(groups, self._select, recipe.name, keep_parts=keep)
-        if participants is None:
-            participants = StepParameters(groups, self._select, recipe.name, keep_parts=keep)
-        progress.participants = participants
+        keep, blocks = not around.has_bucket_views, progress.participants
+        blocks = blocks and blocks.again(groups, self._select, recipe.name, keep_parts=keep)
+        progress.participants = blocks = blocks or StepParameters(groups, self._select, recipe.name, keep_parts=keep)
         settings = Settings(
             recipe,
             self._model,
@@ -449,7 +449,7 @@ class SharpnessAwareOptimizer(AroundBase):
             **self._options,
         )
         left = partial(progress.leave, self)
-        progress.step = Step(settings, self.base, coefficients, participants, scale, left, by_loop=by_loop)
+        progress.step = Step(settings, self.base, coefficients, blocks, scale, left, by_loop=by_loop)
         return progress.step
 
     def __getstate__(self) -> dict[str, Any]:
@@ -464,15 +464,15 @@ class SharpnessAwareOptimizer(AroundBase):
         self._schedule = StepSchedule()
         self._surroundings = Surroundings()
         self._progress = Progress(state.get("skipped_steps", 0))
-        self._model, self._copied = None, None  # a pickle of 0.7.0 or before has a model
+        self._model, self._copied = None, None  # pickles of release 0.7.0 and before contain a model
         super().__setstate__({name: value for name, value in state.items() if name not in ("skipped_steps", "filled")})
         for keys, known in zip(filled(self.base), state.get("filled", []), strict=False) if "base" in state else ():
             keys |= known
         self._ascends = "base" in state and ascends(self.base)
         if hasattr(self, "_options"):
             for name, default in (("ascent_share", 1.0), ("norm", "global")):
-                self._options.setdefault(name, default)  # of a pickle from before there was one
-            if isinstance(self._options["replay_rng"], bool):  # of 0.7.0 and before
+                self._options.setdefault(name, default)  # older pickles lack it
+            if isinstance(self._options["replay_rng"], bool):  # release 0.7.0 and before
                 self._options["replay_rng"] = ReplayRNG.wanted(self._options["replay_rng"])
 
     def __repr__(self) -> str:
@@ -486,8 +486,8 @@ class SharpnessAwareOptimizer(AroundBase):
             raise RuntimeError("a step after optimizer.eval(): call optimizer.train() before training goes on")
         if self._copied is not None and self.model is None and self._copied is not None:
             raise RuntimeError(
-                f"this {type(self).__name__} is a copy without its model (a {self._copied.name}, whose buffers are "
-                "to move once a step), and no module holds its parameters: set optimizer.model to the module that is "
+                f"this {type(self).__name__} is a copy without its model (a {self._copied.name}, whose buffers should "
+                "move once per step), and no module holds its parameters: set optimizer.model to the module that is "
                 "trained, or to None"
             )
 

@@ -1,6 +1,6 @@
-"""The keyword arguments of every method: their documentation, types and checks, and what a step is told of them.
+"""The keyword arguments of every method: their documentation, types and checks, and the per-step options.
 
-An option of :class:`gam_fast.optimizer.SharpnessAwareOptimizer` has its text in :data:`OPTIONS`, its type in
+Each option of :class:`gam_fast.optimizer.SharpnessAwareOptimizer` has its text in :data:`OPTIONS` and its type in
 :class:`Options`; a test compares both with the constructor.
 """
 
@@ -18,62 +18,64 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn, optim
 from torch.nn.parameter import is_lazy
-from typing_extensions import TypedDict  # which torch needs itself
+from typing_extensions import TypedDict  # a dependency of torch
 
 from .active import Rules, StepSchedule
 from .buffers import ForwardState
 from .capture import refuse_to_look
+from .distributed import SYNC
 from .radius import Difference
 from .recipe import Recipe
 from .rng import ReplayRNG
 
 OPTIONS = """\
-model: the module being trained. Given, what its forward writes into it moves once a step: buffers of any name
-    (running statistics, ``_u`` of spectral norm, observers, codebooks, queues) and parameters that are not being
-    trained (momentum encoders). All passes see them as they were, and a step that is undone leaves no trace.
-    Its parameters that are not in ``params`` get the gradient of the first pass, not the sum over all passes.
+model: the module being trained. If given, everything that its forward writes into it moves once per step: buffers of
+    any name (running statistics, ``_u`` of spectral norm, observers, codebooks, queues) and parameters that are not
+    trained (momentum encoders). All passes see the values at the start, and an undone step leaves no trace. Parameters
+    of the model that are not in ``params`` get the gradient of the first pass, not the sum over all passes.
 backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
-replay_rng: draw the same random numbers (dropout, Mixup) in each pass: from torch's default generators, Python's
-    and NumPy's global ones, and, with a list such as ``[generator]``, from the user's. Read the batch before the
-    passes, or by :meth:`micro_batches`: other draws of the first pass alone shift its masks.
-freeze_running_statistics: switch for what ``model`` does. The first step copies buffers and parameters to find out
-    which of them move; later steps copy those and watch the rest (:mod:`gam_fast.buffers`).
-moving_buffers: patterns (as of :mod:`fnmatch`) of the names of buffers of ``model`` that may move in every
-    pass, such as ``["*.calls"]``.
-ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch, which the body
-    takes by ``xb, yb = turn.rows(x, y)`` or :meth:`micro_batches`. A step of GAM then costs 3 s + 1 gradients.
-    Running statistics and the state of generators are those of the last pass, the loss is that of the first.
-interval: the whole recipe at every ``interval``-th step, the base optimizer alone between; ``math.inf``: never.
-active: which steps take the whole recipe besides: a rule of :mod:`gam_fast.active`, a function of the number of
-    the step, or a list of these, which must all agree.
-norm: the norm that the radius of a perturbation refers to: ``"global"``, over all that is perturbed, or ``"group"``:
-    each parameter group has its own, and its perturbation the whole radius. For one norm per layer, make a group of
-    each layer (:func:`gam_fast.subsets.layers`). Not for ASAM, which has a radius per element.
+replay_rng: draw the same random numbers (dropout, Mixup) in each pass: from torch's default generators, from Python's
+    and NumPy's global ones, and, given a list such as ``[generator]``, from those too. Read the batch before the
+    passes, or by :meth:`micro_batches`: extra draws in the first pass alone would shift its masks.
+freeze_running_statistics: whether ``model`` has the effect above. The first step copies buffers and parameters to find
+    out which of them move; later steps copy those and watch the rest (:mod:`gam_fast.buffers`).
+moving_buffers: patterns (see :mod:`fnmatch`) for names of buffers of ``model`` that may move in every pass, such as
+    ``["*.calls"]``.
+ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch. The body selects
+    it by ``xb, yb = turn.rows(x, y)`` or :meth:`micro_batches`. A step of GAM then costs 3 s + 1 gradients. Running
+    statistics and the state of generators are those of the last pass; the loss is that of the first.
+interval: take the whole recipe at every ``interval``-th step, and a step of the base optimizer alone otherwise;
+    ``math.inf``: never take the whole recipe.
+active: further restricts the steps that take the whole recipe: a rule of :mod:`gam_fast.active`, a function of the
+    step number, or a list of these, which must all agree.
+norm: the norm that the radius of a perturbation refers to. With ``"global"`` it is over all perturbed parameters. With
+    ``"group"`` each parameter group has its own, and is perturbed by the whole radius. For one norm per layer, make a
+    group of each layer (:func:`gam_fast.subsets.layers`). Not for ASAM, which has a radius per element.
 clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
-sync: in data parallelism, ``"global"``: each pass averages its gradient, as DistributedDataParallel does, and all
-    processes go to the same points. ``"local"``: each walks along its own gradients (m-sharpness), and only the
-    final direction is averaged; pass the DistributedDataParallel as ``model``. The processes agree on which
-    parameters take part, and on whether the step is taken.
-on_nonfinite: ``"raise"`` :class:`~gam_fast.NonFiniteGradientError`, or ``"skip"`` the step and count it in
-    :attr:`skipped_steps`; both undo it. ``"ignore"`` does not look, as torch's optimizers do not. Looking
-    costs an accelerator one wait for the device at the end of a step, and a norm of the last gradient.
+sync: for data parallelism. ``"global"``: each pass averages its gradient, as DistributedDataParallel does, and all
+    processes go to the same points. ``"local"``: each process perturbs along its own gradients (m-sharpness), and
+    only the final direction is averaged; pass the DistributedDataParallel as ``model``. The processes agree on the
+    parameters that take part, and on whether to take the step.
+on_nonfinite: ``"raise"`` raises :class:`~gam_fast.NonFiniteGradientError`, ``"skip"`` counts the step in
+    :attr:`skipped_steps`; both undo it. ``"ignore"`` does not check, like torch's optimizers. On an accelerator the
+    check costs one wait for the device at the end of a step, and a norm of the last gradient.
 """
 
 ARGUMENTS = """\
-params: as for any torch optimizer: parameters, named parameters, or dicts, one a parameter group, in which any
-    hyper-parameter of the recipe or of the base may be set for the group. ``None`` with an instance.
+params: as for any torch optimizer: parameters, named parameters, or one dict per parameter group, which may set any
+    hyper-parameter of the recipe or of the base for its group. ``None`` with an instance.
 base_optimizer: a torch optimizer class (or any callable with its signature), an instance over ``params``, or a list
-    of instances over disjoint parameters (:mod:`gam_fast.bases`). What an earlier optimizer around the same instance
-    has put into its groups goes; what you have set there yourself stays.
+    of instances over disjoint parameters (:mod:`gam_fast.bases`). Keys that an earlier optimizer around the same
+    instance has put into its groups are removed; keys that you have set stay.
 """
 
 BASE_ARGUMENTS = """\
-lr, momentum, betas, weight_decay, …: the arguments of ``base_optimizer``, where that is a class.
+lr, momentum, betas, weight_decay, …: the arguments of ``base_optimizer``, if it is a class.
 """
 
 
 class BaseArguments(TypedDict, total=False):
-    """Keyword arguments of torch's optimizers; others are given by ``functools.partial`` or an instance."""
+    """Keyword arguments of torch's optimizers. Bind any others by ``functools.partial``, or pass an instance."""
 
     lr: float | Tensor
     momentum: float
@@ -108,7 +110,7 @@ class BaseArguments(TypedDict, total=False):
 
 
 class Options(BaseArguments, total=False):
-    """Keyword arguments of every method beside its own hyper-parameters."""
+    """Keyword arguments of every method, besides its own hyper-parameters."""
 
     model: nn.Module | None
     backend: str
@@ -125,20 +127,20 @@ class Options(BaseArguments, total=False):
 
 
 class OptionsWithAlpha(Options, total=False):
-    """For a method without an α of its own, so that it is that of RMSprop."""
+    """Options of a method without a hyper-parameter α: ``alpha`` is RMSprop's."""
 
     alpha: float
 
 
 class OptionsOfBase(OptionsWithAlpha, total=False):
-    """For :class:`gam_fast.methods.Base`, so that ρ is that of Adadelta."""
+    """Options of :class:`gam_fast.methods.Base`: ``rho`` is Adadelta's."""
 
     rho: float
 
 
-@dataclass(slots=True)  # not frozen, which would cost microseconds in every step
+@dataclass(slots=True)  # not frozen: that would cost microseconds in every step
 class Settings:
-    """The options of an optimizer that a step goes by."""
+    """Per-step options."""
 
     recipe: Recipe
     model: nn.Module | None = None
@@ -152,14 +154,14 @@ class Settings:
     sync: str = "global"
     ascent_share: float = 1.0
     schedule: StepSchedule | None = None
-    """Tells by ‖g0‖² if the step goes on to other points; ``None`` where that is not asked."""
+    """Decides by ‖g0‖² whether the step goes on to other points; ``None`` if no rule looks at it."""
     others: Sequence[Tensor] = ()
     """Parameters of ``model`` that belong to another optimizer."""
     difference: Difference | None = None
     """The automatic radius of the step."""
 
     def check_capture(self, devices: Iterable[torch.device]) -> None:
-        """Raises RuntimeError where a CUDA graph is being captured that could not repeat the step."""
+        """Raise RuntimeError if a CUDA graph is being captured that could not repeat the step."""
         looking = [f"on_nonfinite={self.on_nonfinite!r}"] if self.on_nonfinite != "ignore" else []
         if self.schedule is not None:
             looking.append("a rule such as WhenSteep")
@@ -190,9 +192,12 @@ T = TypeVar("T", bound=type)
 
 
 def documented(method: T) -> T:
-    """Put the texts of all options into the docstring, in place of a line ``options: those of every method.``"""
+    """Insert the texts of the shared arguments into the docstring.
+
+    They replace the lines ``params: as everywhere.`` and ``options: those of every method.``
+    """
     lines = []
-    for line in (method.__doc__ or "").splitlines():  # there is none under python -OO
+    for line in (method.__doc__ or "").splitlines():  # None under python -OO
         indent = line[: len(line) - len(line.lstrip())]
         if line.strip() == "params: as everywhere.":
             lines += [indent + text for text in ARGUMENTS.splitlines()]
@@ -206,23 +211,24 @@ def documented(method: T) -> T:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all options."""
+    """Return the names of all options."""
     return tuple(re.findall(r"^(\w+):", OPTIONS, flags=re.MULTILINE))
 
 
 def check_arguments(
     method: str, own: Sequence[str], params: Any, base_optimizer: Any, arguments: dict[str, Any]
 ) -> None:
-    """Refuse what cannot be right, before the base optimizer complains about it in its own name.
+    """Refuse wrong arguments before the base optimizer raises an error in its own name.
 
     Args:
         method: the name of the method.
         own: the names of its hyper-parameters.
-        params, base_optimizer: as given to the constructor.
+        params: as given to the constructor.
+        base_optimizer: as given to the constructor.
         arguments: the keyword arguments that are left for the base optimizer.
 
     Raises:
-        TypeError: parameters or a base optimizer of the wrong kind; a keyword that neither takes.
+        TypeError: parameters or a base optimizer of the wrong kind; a keyword that neither method nor base takes.
     """
     if isinstance(params, optim.Optimizer):
         raise TypeError(
@@ -254,7 +260,7 @@ def check_arguments(
             continue
         near = difflib.get_close_matches(name.lower(), [*own, *names(), *known], n=1, cutoff=0.75)
         if takes_any and name not in _HINTS and not (near and near[0] not in known):
-            continue  # it may be for the base
+            continue  # the base may take it
         hint = f"{_HINTS[name]}. " if name in _HINTS else f"did you mean {near[0]}? " if near else ""
         base = getattr(base_optimizer, "__name__", "its base optimizer")
         raise TypeError(
@@ -264,9 +270,25 @@ def check_arguments(
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse an option that is none of its choices."""
+    """Refuse a value that is not among ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def checked(recipe: Recipe, **given: Any) -> dict[str, Any]:
+    """Return the options that a step goes by, as :class:`Settings` takes them. Refuse wrong ones."""
+    check_choice("sync", given["sync"], SYNC)
+    check_choice("on_nonfinite", given["on_nonfinite"], ("raise", "skip", "ignore"))
+    check_norm(given["norm"], recipe)
+    check_clip(given["clip_grad_norm"])
+    check_share(given["ascent_share"])
+    return {
+        **given,
+        "replay_rng": ReplayRNG.wanted(given["replay_rng"]),
+        "freeze_running_statistics": bool(given["freeze_running_statistics"]),
+        "moving_buffers": patterns(given["moving_buffers"]),
+        "ascent_share": float(given["ascent_share"]),
+    }
 
 
 def check_norm(norm: str, recipe: Recipe) -> None:
@@ -277,7 +299,7 @@ def check_norm(norm: str, recipe: Recipe) -> None:
 
 
 def check_clip(limit: float | None) -> None:
-    """Refuse a limit of the norm that is no positive number."""
+    """Refuse a limit that is neither ``None`` nor a positive number."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float | Tensor)):
         raise TypeError(f"clip_grad_norm must be a number or None, got {limit!r}")
     if limit is not None and not (math.isfinite(limit) and limit > 0):
@@ -285,7 +307,7 @@ def check_clip(limit: float | None) -> None:
 
 
 def check_share(share: object) -> None:
-    """Refuse a share that is not above 0 and at most 1."""
+    """Refuse a share outside of 0 < share ≤ 1."""
     if isinstance(share, bool) or not isinstance(share, int | float):
         raise TypeError(f"ascent_share must be a number, got {share!r}")
     if not 0.0 < share <= 1.0:
@@ -293,18 +315,18 @@ def check_share(share: object) -> None:
 
 
 def patterns(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the patterns of ``moving_buffers``; refuse what is no list of strings."""
+    """Return the patterns of ``moving_buffers``; refuse anything but a list of strings."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"moving_buffers must be a list of patterns of names, got {names!r}")
     return tuple(names)
 
 
 def check_params(params: Any) -> None:
-    """Refuse parameters of a group that no step can be right for; what else there is, torch checks.
+    """Refuse parameters that no step can handle; torch checks the rest.
 
     Raises:
-        TypeError: a complex one.
-        ValueError: one that is listed twice, or on the meta device.
+        TypeError: a complex parameter.
+        ValueError: a parameter that is listed twice, or is on the meta device.
     """
     seen = set()
     for entry in [params] if isinstance(params, Tensor) else params:
@@ -334,7 +356,7 @@ def check_keys(method: str, own: Sequence[str], known: Iterable[str], group: Map
     """Refuse a key of a parameter group that looks like a misspelt hyper-parameter of the method.
 
     Raises:
-        ValueError: it is nearly one of ``own``, and none of ``known``.
+        ValueError: the key is nearly one of ``own``, and not in ``known``.
     """
     others = group.keys() - {"params", "param_names", *own, *known, *BaseArguments.__annotations__}
     for key in sorted(others):
@@ -347,13 +369,13 @@ def check_keys(method: str, own: Sequence[str], known: Iterable[str], group: Map
 
 
 def no_attribute(method: str, name: str) -> str:
-    """The message for an attribute that is not there."""
+    """Return the message for a missing attribute."""
     hint = _METHODS.get(name)
     return f"{method!r} object has no attribute {name!r}" + (f": {hint}" if hint else "")
 
 
 def _parameters(function: Any) -> list[inspect.Parameter]:
     if callable(function):
-        with contextlib.suppress(TypeError, ValueError):  # of a builtin
+        with contextlib.suppress(TypeError, ValueError):  # a builtin has no signature
             return list(inspect.signature(function).parameters.values())
-    return [inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)]  # not ours to say
+    return [inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)]  # unknown

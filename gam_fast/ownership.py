@@ -1,6 +1,6 @@
-"""Taking over gradients: their storage becomes the engine's where nobody else has a hold on it.
+"""Take over gradients: the engine reuses their storage unless other code holds it.
 
-The functions on lists are :class:`gam_fast.backends.base.Bookkeeping` for backends that work on plain lists.
+The functions on lists implement :class:`gam_fast.backends.base.Bookkeeping` for backends that work on plain lists.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Kind: TypeAlias = "tuple[torch.device, torch.dtype, bool]"
 
 
 def take(param: Tensor) -> Tensor:
-    """Take ``param.grad`` away, for the engine to keep and to overwrite; ``param.grad`` is then ``None``.
+    """Take ``param.grad`` for the engine to keep and overwrite; ``param.grad`` is then ``None``.
 
-    It is copied when somebody else could see it change: another Python or C++ reference to the tensor, a view of its
-    storage (the buckets of DistributedDataParallel with ``gradient_as_bucket_view=True`` are such views). One that may
-    be part of a buffer stays where it is, until :func:`clear_gradients` finds out. Of a DTensor it is a copy of the
-    part that this process holds: that of ``fully_shard`` is a view of what was reduced for a whole module.
+    The gradient is copied if other code could see it change: by another Python or C++ reference to the tensor, or by a
+    view of its storage (such as the buckets of DistributedDataParallel with ``gradient_as_bucket_view=True``). If it
+    may be part of a buffer, it also stays in place until :func:`clear_gradients` finds out. For a DTensor the result is
+    a copy of the local part, because in ``fully_shard`` that part is a view of the reduced gradient of a whole module.
 
     >>> weight = torch.nn.Parameter(torch.ones(2))
     >>> weight.sum().backward()
@@ -47,7 +47,7 @@ def take(param: Tensor) -> Tensor:
 
 
 def _take_sole(param: Tensor) -> Tensor | None:
-    """Take ``param.grad`` away if nobody else could see it change; else leave it."""
+    """Take ``param.grad`` if no other code could see it change; otherwise leave it."""
     grad = param.grad
     assert grad is not None
     param.grad = None
@@ -58,10 +58,10 @@ def _take_sole(param: Tensor) -> Tensor | None:
 
 
 def _references(grad: Tensor) -> References:
-    """References to the tensor and to its storage, from Python and from C++, and whether it is all of its storage."""
+    """Count references to tensor and storage, from Python and C++, and tell whether it fills its storage."""
     storage = grad.untyped_storage()
     whole = storage.nbytes() == grad.numel() * grad.element_size()
-    # memory of NumPy or of another process has owners that torch does not count
+    # torch does not count owners in NumPy or in another process
     whole = whole and storage.resizable() and not storage.is_shared()
     use_count: Callable[[], int] = grad._use_count  # type: ignore[attr-defined]  # not in torch's stubs
     of_storage = sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
@@ -70,7 +70,7 @@ def _references(grad: Tensor) -> References:
 
 @cache
 def _sole() -> References | None:
-    """Return :func:`_references` of a gradient that :func:`_take_sole` alone holds; ``None`` if torch cannot tell."""
+    """Return :func:`_references` of a gradient held only by :func:`_take_sole`; ``None`` if torch cannot tell."""
     if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
         return None
     with torch.inference_mode(False), torch.enable_grad():
@@ -83,9 +83,9 @@ def _sole() -> References | None:
 
 
 def may_be_part(grad: Tensor) -> bool:
-    """Return whether it may be part of a buffer that somebody else holds: :func:`parts_of_buffers` says whether it is.
+    """Return whether ``grad`` may be part of a buffer that other code holds; :func:`parts_of_buffers` decides.
 
-    Autograd makes no gradient that is a view in this sense, but it makes some that are parts of one storage.
+    Autograd makes no gradient that is a view in this sense, but some that share one storage.
     """
     if type(grad) is not Tensor or grad.layout != torch.strided or grad.is_inference():
         return False
@@ -93,15 +93,15 @@ def may_be_part(grad: Tensor) -> bool:
 
 
 def has_gradient(param: Tensor) -> bool:
-    """Return whether backward was called since :func:`clear_gradients`. Waits for an accelerator for parts."""
+    """Return whether backward was called since :func:`clear_gradients`. For parts, wait for an accelerator."""
     grad = param.grad
     return grad is not None and (not may_be_part(grad) or bool(grad.any()))
 
 
 def parts_of_buffers(grads: list[Tensor]) -> list[bool]:
-    """Of gradients that may be parts of buffers, whether each is.
+    """Return, for gradients that may be parts of buffers, whether each is one.
 
-    It is where its memory has an owner besides these gradients and the tensors that nobody but they are views of.
+    It is one if its memory has an owner besides these gradients and tensors of which only these are views.
 
     >>> buffer = torch.zeros(3)
     >>> parts_of_buffers([buffer[:2], buffer[2:]]), parts_of_buffers([torch.zeros(3)[:2]])
@@ -109,7 +109,7 @@ def parts_of_buffers(grads: list[Tensor]) -> list[bool]:
     """
     distinct = list({id(grad): grad for grad in grads}.values())
     owners = Counter(grad.untyped_storage()._cdata for grad in distinct)
-    views: dict[int, list[Tensor]] = {}  # by what they are views of
+    views: dict[int, list[Tensor]] = {}  # by their base
     for grad in distinct:
         if grad._is_view():
             views.setdefault(id(grad._base), []).append(grad)
@@ -121,28 +121,28 @@ def parts_of_buffers(grads: list[Tensor]) -> list[bool]:
 
 
 def _uses(grad: Tensor) -> int:
-    """References to the storage."""
+    """Count the references to the storage."""
     uses: int = torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
     return uses
 
 
 def _references_to_base(views: list[Tensor]) -> tuple[int, int]:
-    """References to what these are views of, besides those of all of them but one."""
+    """Count the references to the base of these views, without those of all views but one."""
     base: Any = views[0]._base
     return sys.getrefcount(base), base._use_count() - len(views)
 
 
 @cache
 def _counts() -> tuple[tuple[int, int], int]:
-    """Return the answers of the two functions above for the base of one view, and for a storage of one owner."""
+    """Return the results of the two functions above for the base of one view, and for a storage of one owner."""
     with torch.inference_mode(False):
         return _references_to_base([torch.zeros(1, device="cpu").view(1)]), _uses(torch.zeros(1, device="cpu"))
 
 
 def as_like(grad: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The gradient as the engine takes it, in the dtype of its parameter (or ``dtype``) and in its order in memory.
+    """Return the gradient in the dtype of its parameter (or ``dtype``) and in its memory order, as the engine needs it.
 
-    It is the gradient itself, where it is so, and where it is sparse, which the engine refuses.
+    This is ``grad`` itself if it fits, or if it is sparse, which the engine refuses.
     """
     dtype = dtype or param.dtype
     if grad.layout is not torch.strided or (grad.dtype == dtype and lies_as(grad, param)):
@@ -151,7 +151,7 @@ def as_like(grad: Tensor, param: Tensor, dtype: torch.dtype | None = None) -> Te
 
 
 def lies_as(tensor: Tensor, param: Tensor) -> bool:
-    """Return whether the elements lie in memory in the order of the parameter's, if that is dense.
+    """Return whether ``tensor`` has the memory order of ``param``, if ``param`` is dense.
 
     >>> square = torch.zeros(2, 2)
     >>> lies_as(square, square), lies_as(square.T, square), lies_as(torch.zeros(1, 2), torch.zeros(2, 1).T)
@@ -181,12 +181,12 @@ def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def kind_of(tensor: Tensor) -> Kind:
-    """Return the device and dtype, and whether it is dense in memory."""
+    """Return device, dtype, and whether ``tensor`` is dense in memory."""
     return tensor.device, tensor.dtype, is_lazy(tensor) or is_dense(tensor.shape, tensor.stride())
 
 
 def wider_dtype(param: Tensor) -> torch.dtype | None:
-    """The dtype of its gradient, where that has more bits than the parameter (``Parameter.grad_dtype``).
+    """Return the dtype of the gradient if it has more bits than the parameter (``Parameter.grad_dtype``), or None.
 
     >>> wider_dtype(torch.zeros(2, requires_grad=True))
     """
@@ -203,22 +203,22 @@ class Versions:
     values: list[int]
 
     def first_changed(self, tensors: list[Tensor]) -> int:
-        """The position of the first tensor that was written to since; -1 without one."""
+        """Return the position of the first tensor written to since then, or -1."""
         pairs = zip(self.values, tensors, strict=True)
         return next((i for i, (version, tensor) in enumerate(pairs) if tensor._version != version), -1)
 
 
 def hold(tensors: list[Tensor], before: list[Tensor] | None = None) -> list[Tensor]:
-    """The list itself."""
+    """Return the list itself."""
     return tensors
 
 
 def let_go(tensors: list[Tensor]) -> None:
-    """A list of Python's is held on to by others too."""
+    """Do nothing: other code may use the same list."""
 
 
 def versions(tensors: list[Tensor]) -> Versions:
-    """Return the present versions of tensors, by which autograd counts their changes.
+    """Return the current autograd versions of the tensors.
 
     >>> x = torch.zeros(2)
     >>> before = versions([x])
@@ -229,26 +229,26 @@ def versions(tensors: list[Tensor]) -> Versions:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to, as autograd counts it; 0 for an inference tensor, where it does not count."""
+    """Return the autograd version of a tensor; 0 for an inference tensor, which has none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def kinds(tensors: list[Tensor]) -> list[Kind]:
-    """Return the kinds of the tensors, each once."""
+    """Return each distinct kind of tensor."""
     return list(dict.fromkeys(map(kind_of, tensors)))
 
 
 def survey_gradients(params: list[Tensor], flags: bytearray) -> tuple[list[int], bool, int]:
-    """The positions of those with a gradient and no flag, whether any has one, and of the first sparse one (or -1)."""
+    """Find the gradients: see :meth:`gam_fast.backends.base.Bookkeeping.survey_gradients`."""
     present = {i: param.grad for i, param in enumerate(params) if param.grad is not None}
     sparse = next((i for i, grad in present.items() if grad.layout != torch.strided), -1)
     return [i for i in present if not flags[i]], bool(present), sparse
 
 
 def clear_gradients(params: list[Tensor], recycle: int, keep_parts: bool = True) -> list[tuple[int, Tensor]]:
-    """Take all gradients away; those that can become a backup are handed out with their positions.
+    """Remove all gradients. Return, with their positions, those whose memory can serve for the backup.
 
-    With ``keep_parts``, those that are parts of a buffer which somebody else holds stay, and are zeroed.
+    With ``keep_parts``, parts of a buffer that other code holds stay and are zeroed.
     """
     found = []
     grads: list[Tensor] = []
@@ -257,7 +257,7 @@ def clear_gradients(params: list[Tensor], recycle: int, keep_parts: bool = True)
         if grad is not None and keep_parts and may_be_part(grad):
             grads.append(grad)
             continue
-        del grad  # another reference
+        del grad  # drop this reference
         if param.grad is not None and param.is_cpu and param.nbytes >= recycle:
             spare = _take_sole(param)
             if spare is not None and spare.dtype == param.dtype and spare.stride() == param.stride():
@@ -274,13 +274,14 @@ def clear_gradients(params: list[Tensor], recycle: int, keep_parts: bool = True)
 
 
 def take_all_gradients(params: list[Tensor], versions: Any, flags: bytearray, keep: bool) -> None:
-    """Return None: it would be no faster here."""
+    """Return None: a fast path would gain nothing here."""
 
 
 def take_gradients(params: list[Tensor], keep: bool, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The gradients, zeros where there is none; with ``keep`` to be overwritten. Of DTensors, the parts held here.
+    """Return the gradients, and zeros for missing ones; with ``keep`` they may be overwritten.
 
-    Their dtypes are those of the parameters, or ``dtype``; their order in memory is theirs.
+    For DTensors these are the local parts. The dtypes are those of the parameters, or ``dtype``; the memory order is
+    the parameters'.
     """
     taken = []
     for param in params:

@@ -1,4 +1,4 @@
-"""The parameters that take part in a step, in blocks, and the gradients that are held for them."""
+"""The parameters that take part in a step, in blocks, and the gradients held for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Select: TypeAlias = "Callable[[torch.device], Backend]"
 _PARAMS_OF = operator.itemgetter("params")
 
 PERTURB = "perturb"
-"""The key in ``param_groups`` whose value ``False`` leaves the group's parameters in place in every pass."""
+"""The key in ``param_groups`` whose value ``False`` excludes the group from the perturbations."""
 
 ADAPTIVE = "adaptive_radius"
 """The key whose value ``False`` makes T = 1 for the group's parameters in an adaptive recipe."""
@@ -32,7 +32,7 @@ _IS_PERTURBED = operator.methodcaller("get", PERTURB, True)
 _IS_ADAPTIVE = operator.methodcaller("get", ADAPTIVE, True)
 
 RECYCLE_BYTES = 1 << 16
-"""From this size on, the memory of the step before's last gradient serves as backup (see :meth:`Step.begin`)."""
+"""From this size on, the memory of the previous step's last gradient serves for the backup."""
 
 NEVER = 1 << 62
 """More bytes than any gradient has."""
@@ -40,17 +40,16 @@ NEVER = 1 << 62
 
 @dataclass(eq=False)
 class ParameterBlock:
-    """The leaves of one device, dtype, layout over processes and dtype of vectors, and the gradients held, by vector.
+    """The parameters of one device, dtype, layout and vector dtype, and the gradients held for them, by vector.
 
-    Those that are not dense in memory, or whose vectors have another dtype, are worked on by ``eager``. Those that are
-    not perturbed (a group with ``perturb=False``) have no part in norms and no backup; those that are not adaptive have
-    T = 1.
+    If they are not dense in memory, or their vectors have another dtype, ``eager`` processes them. If not ``perturbed``
+    (a group with ``perturb=False``) they are not in norms and have no backup. Without ``adaptive`` they have T = 1.
     """
 
     backend: Backend
     leaves: Block = field(default_factory=Block)
     owners: TensorList = field(default_factory=list)
-    """The parameters as the user has them; the leaves are what this process holds of each."""
+    """The user's parameters. The leaves are the local part of each."""
     layout: Layout | None = None
     kind: Kind | None = None
     perturbed: bool = True
@@ -59,23 +58,23 @@ class ParameterBlock:
 
     @property
     def key(self) -> tuple[Kind | None, Layout | None, torch.dtype | None, bool, bool]:
-        """The properties that its parameters share."""
+        """The properties that the block's parameters share."""
         return self.kind, self.layout, self.leaves.vectors, self.perturbed, self.adaptive
 
 
 class StepParameters:
-    """All parameters of a step, and those of them that had a gradient so far.
+    """All parameters of a step; those that have had a gradient so far take part.
 
-    ``recipe`` is its name and ``named`` the model's parameters, for messages. With ``keep_parts``, gradients that are
-    parts of a buffer of somebody else's stay where they are.
+    ``recipe`` (its name) and ``named`` (the model's parameters) are for messages. With ``keep_parts``, gradients that
+    are parts of other code's buffers stay in place.
 
     Attributes:
-        on_host: whether reading a sum waits for nothing.
-        sharded: whether any parameter is spread over processes.
+        on_host: whether a sum can be read without waiting for a device.
+        sharded: whether any parameter is sharded over processes.
         flags: for each parameter, whether it takes part.
         all: the blocks.
-        is_mixed: whether groups differ in whether they are perturbed, or adaptive.
-        moved: the positions of parameters without a gradient that a pass was seen to move.
+        is_mixed: whether groups differ in ``perturb`` or ``adaptive_radius``.
+        moved: the positions of parameters without a gradient that a pass has moved.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class StepParameters:
         self._perturbed: list[bool] = list(map(_IS_PERTURBED, groups))
         self._adaptive: list[bool] = list(map(_IS_ADAPTIVE, groups))
         self.is_mixed = len(set(self._perturbed)) > 1 or len(set(self._adaptive)) > 1
-        self._whole: ParameterBlock | None = None  # of all parameters, if the step before had it
+        self._whole: ParameterBlock | None = None  # the block of all parameters, if the previous step had one
         self._books: Bookkeeping = ownership
         if self.params and not self.sharded:
             self._books = select(self.params[0].device).bookkeeping
@@ -97,29 +96,29 @@ class StepParameters:
         self._is_usual = not self.sharded and len(self._kinds) == 1 and self._kinds[0][2]
         self.devices = list(dict.fromkeys(device for device, _, _ in self._kinds))
         self.on_host = all(map(sums.reads_are_free, self.devices))
-        if len(self.devices) > 1:  # perhaps of several backends
+        if len(self.devices) > 1:  # perhaps with several backends
             self._books, self._all = ownership, self.params
         self._start(groups, select, recipe, keep_parts)
 
     def _start(self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, keep_parts: bool) -> None:
-        # all is made anew, as a Ctrl-C may have come in the middle of release()
+        # rebuilt, because a Ctrl-C may have interrupted release()
         self.all: list[ParameterBlock] = []
         self._spare: dict[Tensor, Tensor] = {}
         self.groups = groups
-        self._select: Select | None = select  # during the step: it has a hold on the optimizer
+        self._select: Select | None = select  # only during the step, because it references the optimizer
         self._recipe = recipe
         self._keep_parts = keep_parts and not self.sharded
         self.flags = bytearray(len(self.params))
         self.named: Iterable[tuple[str, Tensor]] = ()
         self._versions: Versions | None = None
-        self._each: list[int] | None = None  # the versions again, where parameters may move that are not trained
-        self._parts: TensorList = []  # those that were there when the versions were noted, of sharded parameters
+        self._each: list[int] | None = None  # versions by parameter, if parameters that are not trained may move
+        self._parts: TensorList = []  # local parts of sharded parameters when the versions were recorded
         self.moved: list[int] = []
 
     def again(
         self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool
     ) -> StepParameters | None:
-        """Return the same for another step, if its parameters are the same and of the same kinds; else ``None``."""
+        """Return this object for another step if its parameters are the same and of the same kinds; else ``None``."""
         lists = list(map(_PARAMS_OF, groups))
         same = self._counts == list(map(len, lists)) and self._perturbed == list(map(_IS_PERTURBED, groups))
         same = same and self._adaptive == list(map(_IS_ADAPTIVE, groups))
@@ -133,15 +132,15 @@ class StepParameters:
         return self
 
     def clear_gradients(self) -> None:
-        """No parameter has a gradient, or (a part of somebody's buffer) one of zeros."""
+        """Clear all gradients; those that are parts of other code's buffers are zeroed."""
         self._books.clear_gradients(self._all, NEVER, self._keep_parts)
 
     def begin_pass(self, *, recycle: bool, each: bool = False) -> None:
-        """Clear gradients. From here on, nobody but the engine may write to a parameter that is being trained.
+        """Clear gradients. From here on, only the engine may write to trained parameters.
 
         Args:
-            recycle: whether large ones on a CPU are kept to become the backup.
-            each: whether parameters may move that are not: what is found changed is then no end of the search.
+            recycle: whether to keep large gradients on a CPU as memory for the backup.
+            each: whether parameters that are not trained may move; one that moved then does not end the search.
         """
         least = RECYCLE_BYTES if recycle and not self.all and not self.sharded else NEVER
         for i, grad in self._books.clear_gradients(self._all, least, self._keep_parts):
@@ -160,10 +159,10 @@ class StepParameters:
         if self._each is not None:
             changed = [i for i, version in enumerate(self._each) if now[i]._version != version]
         elif self.params[first].grad is None and not self.flags[first]:
-            # it may be one of several; those of which nothing is known are taken to have moved too
+            # several may have moved: all that have no gradient and were not trained before count as moved
             changed = [i for i, param in enumerate(self.params) if param.grad is None and not self.flags[i]]
         for i in changed:
-            # fully_shard puts another tensor in place of the part, in the first forward
+            # fully_shard replaces the local part in the first forward
             if self.sharded and local(self.params[i]).data_ptr() != now[i].data_ptr():
                 continue
             if self.params[i].grad is not None or self.flags[i]:
@@ -171,7 +170,7 @@ class StepParameters:
             self.moved.append(i)
 
     def refuse_write(self, position: int, where: str) -> NoReturn:
-        """Raise the RuntimeError for a parameter that is being trained and was written to."""
+        """Raise the RuntimeError for a trained parameter that was written to."""
         raise RuntimeError(
             f"{self._name(position)} was modified during {where}; parameters must stay as the optimizer set them "
             f"until the step is over, because {self._recipe} evaluates the model at several points. Embedding(max_norm="
@@ -202,17 +201,21 @@ class StepParameters:
     def take_in(
         self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False, put_back: bool = False
     ) -> None:
-        """Take ``param.grad`` in as vector ``index``, as the optimizer's own if it is to be kept.
+        """Take ``param.grad`` as vector ``index``.
 
-        Those that have their first gradient take part from now on.
+        Parameters with their first gradient take part from now on.
 
         Args:
+            index: the index of the vector.
+            keep: whether the engine keeps the gradient and may overwrite it.
+            where: the name of the pass, for messages.
+            mend: the remedy to name if no parameter has a gradient; ``None`` allows that.
             may_write: whether the forward may have written to parameters, as in a step of one pass at θ.
-            put_back: whether parameters were moved before they had a gradient, and go back where they have none.
+            put_back: whether parameters were moved before they had a gradient, and go back if they have none.
 
         Raises:
-            RuntimeError: a parameter was written to since :meth:`begin_pass`; no parameter has a gradient, and
-                there is a ``mend`` for that.
+            RuntimeError: a parameter was written to since :meth:`begin_pass`; or no parameter has a gradient, and
+                ``mend`` is given.
             TypeError: a sparse gradient.
         """
         if not may_write:
@@ -237,7 +240,7 @@ class StepParameters:
                 block.grads[index] = block.backend.bookkeeping.take_gradients(block.leaves.params, keep)
 
     def activate(self, positions: Sequence[int]) -> None:
-        """Let parameters take part from now on; in the passes before, their gradients count as zero."""
+        """Let parameters take part from now on; their gradients in earlier passes count as zero."""
         if self._whole is not None and not self.all and len(positions) == len(self.params):
             self.flags[:] = b"\1" * len(self.flags)
             self.all.append(self._whole)
@@ -266,7 +269,7 @@ class StepParameters:
         return [i for i, (p, g) in enumerate(pairs) if p.requires_grad and self._perturbed[g] and not is_lazy(p)]
 
     def _put_back_unused(self) -> None:
-        """Parameters that were moved before the only pass, and have no gradient in it, go back and take no part."""
+        """Restore parameters that were moved before the only pass but have no gradient; they take no part."""
         position = {param: i for i, param in enumerate(self.params)}
         for block in list(self.all):
             chosen = [i for i, owner in enumerate(block.owners) if owner.grad is not None]
@@ -287,7 +290,7 @@ class StepParameters:
                 self.all.remove(fresh)
 
     def _add(self, block: ParameterBlock, positions: Sequence[int]) -> None:
-        """A signal may come between any two of these assignments; restore() believes the last of them."""
+        """Add parameters to a block. A signal may interrupt anywhere; restore() relies on the last assignment."""
         owners = [self.params[i] for i in positions]
         parts = [local(param) for param in owners] if self.sharded else owners
         hold, leaves = block.backend.bookkeeping.hold, block.leaves
@@ -307,9 +310,9 @@ class StepParameters:
     def square_norm(
         self, vector: int, minus: int | None = None, eta: PerGroup | None = None, *, whole: bool = False
     ) -> Scalar:
-        """‖T (g − g[minus])‖² of vectors that are held (see :meth:`Backend.square_norm`), over what is perturbed.
+        """Return ‖T (g − g[minus])‖² of held vectors over the perturbed parameters; with ``whole``, over all.
 
-        With ``whole``: over all parameters.
+        See :meth:`Backend.square_norm`.
         """
         moves = not self.is_mixed or whole
         squares, blocks = [], self.all if moves else [block for block in self.all if block.perturbed]
@@ -320,7 +323,7 @@ class StepParameters:
             )
         if len(squares) == 1 and self.on_host and not self.sharded:
             return float(squares[0])
-        if not squares:  # nothing that is perturbed has a gradient
+        if not squares:  # no perturbed parameter has a gradient
             return 0.0 if self.on_host else torch.zeros((), dtype=torch.float64, device=self.devices[0])
         total = sums.add_up(self._over_processes(squares, blocks))
         return float(total) if self.on_host else total
@@ -341,7 +344,7 @@ class StepParameters:
         u: Sequence[PerGroup],
         m: Sequence[PerGroup] | None = None,
     ) -> Products:
-        """The products of combinations of each block's terms: the coefficients ``u`` and ``m`` by term and group."""
+        """Return the products of u and m, the combinations of each block's terms by coefficients per term and group."""
         tables: list[Tensor] = []
         for block, own in terms:
             of_m = None if m is None else Direction(own, m)
@@ -356,7 +359,7 @@ class StepParameters:
         return add_up_over_processes(found, [block.layout for block in blocks]) if self.sharded else found
 
     def allocate_backup(self, block: ParameterBlock) -> TensorList:
-        """Memory for θ of a block."""
+        """Return memory for the backup of a block, recycled where possible."""
         if not self._spare:
             return block.backend.allocate(block.leaves.params)
         pairs = list(zip(block.owners, block.leaves.params, strict=True))
@@ -365,16 +368,16 @@ class StepParameters:
         return block.backend.bookkeeping.hold(backup)
 
     def drop(self, index: int) -> None:
-        """Vector ``index`` is not needed any more."""
+        """Drop vector ``index``, which is no longer needed."""
         for block in self.all:
             del block.grads[index]
         self.clear_gradients()
 
     def give_back(self, index: int) -> None:
-        """Vector ``index`` is the gradient that the parameters have after all."""
+        """Give vector ``index`` back to the parameters as their gradient."""
         for block in self.all:
             for owner, grad in zip(block.owners, block.grads[index], strict=True):
-                if owner.grad is None:  # one that is there is part of a buffer, with the same numbers
+                if owner.grad is None:  # a present gradient is part of a buffer and has the same values
                     owner.grad = spread(grad, owner)
 
     def restore(self) -> None:
@@ -382,13 +385,13 @@ class StepParameters:
         for block in self.all:
             leaves = block.leaves
             count = len(leaves.params)
-            if len(leaves.backup) > count:  # of an interrupted activate(), as the rest of the two lists
+            if len(leaves.backup) > count:  # activate() was interrupted
                 leaves.backup = list(leaves.backup)[:count]
             del leaves.group[count:], block.owners[count:]
             block.backend.restore(leaves)
 
     def release(self, *, undone: bool) -> None:
-        """Let go of all that is held."""
+        """Release everything that is held for the step."""
         block, self._whole = self.all[0] if self.all else None, None
         self.all.clear()
         self._spare.clear()
@@ -413,9 +416,9 @@ class StepParameters:
 
 
 def clear_weight_caches() -> None:
-    """Forget what torch has computed from weights to use it again: autocast's casts, ``parametrize.cached()``.
+    """Clear torch's caches of values computed from weights: autocast's casts, ``parametrize.cached()``.
 
-    Where such a block is around the step, it would serve the weights of one pass to the next.
+    If such a block encloses the step, its cache would carry the weights of one pass to the next.
     """
     torch.clear_autocast_cache()
     cache = getattr(torch.nn.utils.parametrize, "_cache", None)
@@ -425,7 +428,7 @@ def clear_weight_caches() -> None:
 
 @torch.no_grad()
 def materialise(block: ParameterBlock, direction: Direction) -> TensorList:
-    """The direction as tensors, and θ restored; in the storage of a gradient the engine holds, if it holds one."""
+    """Restore θ and return the direction as tensors, stored in a held gradient's memory if there is one."""
     leaves, out = block.leaves, direction.terms[0]
     if len(direction.terms) == 1:
         if direction.q is None and direction.limit is None and all(p == 1.0 for p in direction.p[0]):

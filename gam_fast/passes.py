@@ -1,9 +1,9 @@
 """The passes of one step as an iterator that notices how its loop is left.
 
-A ``for`` loop holds its iterator on the stack of the interpreter, which lets go of it at the moment that the loop is
-left: before an exception handler runs. So every loop gets an iterator of its own with a generator in it. Its end is the
-end of the loop, also where a name or a traceback holds what ``optimizer.passes()`` returned. A generator that has ended
-by itself runs no code when it goes, so that no Ctrl-C can be lost in it.
+A ``for`` loop holds its iterator on the interpreter's stack, which releases it at the moment the loop is left: before
+an exception handler runs. So every loop gets its own iterator with a generator in it. The end of the generator is the
+end of the loop, even if a name or a traceback holds the result of ``optimizer.passes()``. A generator that has finished
+by itself runs no code when it is released, so that no Ctrl-C can be lost in it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ from .turn import Turn
 
 
 class Owner(Protocol):
-    """The optimizer that takes the steps."""
+    """The part of the optimizer that the passes need."""
 
     _progress: Progress
 
     def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Step:
-        """Make a step; nothing is done to the parameters yet."""
+        """Make a step; the parameters are not touched yet."""
         ...
 
-    def step(self) -> object: ...
+    def step(self) -> object:
+        """End the step."""
 
 
 class PassDriver:
-    """The step of one loop, or of several loops that share its passes."""
+    """Drives the step of one loop, or of several loops that share its passes."""
 
     failed: ClassVar[tuple[int, int] | None] = None
-    """Frame and place of the loop in which a step failed last: what ``zip`` has beside it did not end in good order."""
+    """Frame and instruction of the loop in which a step last failed; a ``zip`` around it did not end normally."""
 
     def __init__(self, owner: Owner, scale: LossScale | None) -> None:
         self._owner = owner
@@ -47,11 +48,11 @@ class PassDriver:
         self._step: Step | None = None
         self.ended = False
         self.is_managed = False
-        """Whether a context manager sees to the end."""
+        """Whether a context manager ends the step."""
         self.is_done = False
-        """True once a loop in it has come to its end."""
+        """True once a loop in the context manager has ended."""
         self.loop: object = None
-        """The loop that asked last."""
+        """The loop that last asked for a pass."""
 
     def next_pass(self) -> Turn | None:
         """Begin the next pass, or end the step and return None."""
@@ -61,39 +62,39 @@ class PassDriver:
             if self._step is None:
                 self._step = self._owner._begin(self._scale, by_loop=True)
             step = self._step
-            if step.phase not in OVER:  # as it is where step() was called in the last pass
+            if step.phase not in OVER:  # over if step() was called in the last pass
                 turn = step.next_pass()
                 if turn is not None:
                     return turn
-                # The one place where a step calls step(). Schedulers, Accelerate and Lightning wrap that method of an
-                # instance and count its calls, so it must be the public one; it finds the step complete, and ends it.
+                # The one place where a step calls step(). Schedulers, Accelerate and Lightning wrap that method and
+                # count its calls, so this must be the public one. It finds the step complete, and ends it.
                 self._owner.step()
         except BaseException as error:
             if not self.undo(error):
                 raise
         else:
             self.ended = True
-            if step.phase not in OVER:  # what wraps step() has not called it
+            if step.phase not in OVER:  # a wrapper of step() did not call it
                 self.undo()
         return None
 
     def undo(self, error: BaseException | None = None) -> bool:
-        """Undo the step, if it is under way, because of ``error``; return True if that asks to skip it."""
+        """Undo the step, if it is in progress, because of ``error``; return True if that asks to skip it."""
         self.ended = True
         return self._step is not None and self._step.leave(None, error or GeneratorExit())
 
     def close(self, error: BaseException | None) -> None:
-        """End what a context manager was put around."""
+        """End the step at the end of a context manager."""
         step = None if error is not None or self.ended else self._step
         if step is not None and step.in_last_pass and (self.is_done or step.has_gradient):
             self.next_pass()
         self.undo(error)
 
     def left(self, how: str | None) -> None:
-        """Take or undo the step whose loop has gone.
+        """Take or undo the step, because its loop has ended.
 
         Args:
-            how: ``"end"`` if what is around it has ended, ``"break"``, ``"error"``, or None if it was left before now.
+            how: ``"end"`` if an iterator around it has ended, ``"break"``, ``"error"``, or None if it ended earlier.
         """
         step = self._step
         if self.ended or step is None:
@@ -105,7 +106,7 @@ class PassDriver:
         if is_done and how == "end":
             try:
                 self.next_pass()
-            except Exception as error:  # nobody would see it raised in a finalizer
+            except Exception as error:  # an error in a finalizer is not visible
                 self._owner._progress.fail_later(error, type(self._owner).__name__)
             return
         step.may_communicate = how is not None
@@ -118,30 +119,31 @@ class PassDriver:
             )
         if how is None and not sys.is_finalizing():
             warnings.warn(
-                "a loop over passes() was left while something still held its iterator, and the parameters were put "
-                "back only when that went away: write `with optimizer.passes() as turns:` around the loop",
+                "a loop over passes() was left while other code still held its iterator, and the parameters were "
+                "restored only when that was released: write `with optimizer.passes() as turns:` around the loop",
                 stacklevel=3,
             )
 
 
 class Passes(Iterator[Turn]):
-    """The passes of one step, for a loop whose body runs forward and backward once a pass.
+    """The passes of one step, for a loop whose body runs forward and backward once per pass.
 
-    The step is taken when the loop asks for a pass after the last. It is also taken where a loop ends without asking,
+    The step is taken when the loop asks for a pass after the last. It is also taken if a loop ends without asking,
     because a ``zip`` or ``islice`` around it ends.
 
-    The step is undone when the loop is left by an exception, ``break`` or ``return``; in the last pass, after its
-    backward, with a warning. An exception handler around the loop finds the parameters as they were. There is one loop
-    that cannot be seen to be left: over a wrapper with a name of its own (``pairs = enumerate(optimizer.passes())``),
-    because the name holds it. There, and where a loop does not ask for a pass after its last and errors of the update
-    should be raised at once, use the context manager::
+    The step is undone if an exception, ``break`` or ``return`` leaves the loop; in the last pass, after its backward,
+    with a warning. An exception handler around the loop finds the parameters as they were.
+
+    One kind of loop cannot be seen to end: over a wrapper with a name (``pairs = enumerate(optimizer.passes())``),
+    because the name holds the iterator. Use the context manager there. Use it too if the loop does not ask for a pass
+    after the last and you want errors of the update at once::
 
         with optimizer.passes() as turns:
             pairs = enumerate(turns)
             for i, turn in pairs:
                 ...
 
-    Its end takes the step if the last pass is done, and undoes it otherwise.
+    At its end it takes the step if the last pass is done, and undoes it otherwise.
 
     >>> import torch
     >>> from gam_fast import SAM
@@ -167,7 +169,7 @@ class Passes(Iterator[Turn]):
         return next(self._direct)
 
     def close(self) -> None:
-        """Undo the step, if it is under way."""
+        """Undo the step, if it is in progress."""
         self._drive.undo()
 
     def __enter__(self) -> Passes:
@@ -181,7 +183,7 @@ class Passes(Iterator[Turn]):
 
 
 def _by_hand(drive: PassDriver) -> Iterator[Turn]:
-    """The passes for calls of ``next()``."""
+    """Yield the passes for calls of ``next()``."""
     try:
         while (turn := drive.next_pass()) is not None:
             yield turn
@@ -190,7 +192,7 @@ def _by_hand(drive: PassDriver) -> Iterator[Turn]:
 
 
 class _Loop(Iterator[Turn]):
-    """The passes for one loop; another loop over it gets its own."""
+    """The passes for one loop; another loop gets its own iterator."""
 
     __slots__ = ("_drive", "turns")
 
@@ -207,12 +209,12 @@ class _Loop(Iterator[Turn]):
 
 
 def _in_loop(drive: PassDriver) -> Generator[Turn, None, None]:
-    """The passes for one loop, whose frame is noted whenever it asks, to find out how it was left."""
+    """Yield the passes for one loop. Record its position at each request, to find out how it was left."""
     frame = sys._getframe(2)
     code, place, at, mine = frame.f_code, id(frame), frame.f_lasti, object()
     if code.co_varnames[:1] == (".0",):
         _leave_to_the_stack(frame)
-    del frame  # which holds the loop
+    del frame  # the frame holds the loop
     PassDriver.failed = None
     try:
         while True:
@@ -227,14 +229,14 @@ def _in_loop(drive: PassDriver) -> Generator[Turn, None, None]:
             yield turn
             at = sys._getframe(2).f_lasti
     except GeneratorExit:
-        if drive.loop is mine:  # no other loop has gone on with the passes
+        if drive.loop is mine:  # no other loop has continued the passes
             drive.left(_how_left(sys._getframe(1), code, place, at))
 
 
 def _how_left(frame: FrameType, code: CodeType, place: int, at: int) -> str | None:
     """Find out how the loop was left, ``frame`` being the one that runs: see :meth:`PassDriver.left`.
 
-    A frame whose exception is on its way stands at the instruction that raised it.
+    While an exception propagates, a frame's position is the instruction that raised it.
     """
     if id(frame) != place or frame.f_code is not code:
         return None
@@ -247,22 +249,22 @@ def _how_left(frame: FrameType, code: CodeType, place: int, at: int) -> str | No
 
 
 _BREAK = ("POP_TOP", "POP_ITER", "END_FOR")
-"""The instructions by which ``break`` and ``return`` let go of the iterator."""
+"""The instructions by which ``break`` and ``return`` release the iterator."""
 
 _NAMED = ("STORE_", "DELETE_")
-"""Those by which a name does."""
+"""The instructions by which a name releases it."""
 
 
 def _leave_to_the_stack(frame: FrameType) -> None:
-    """Take the iterator out of the hidden variable of a comprehension, which would live on in a traceback.
+    """Take the iterator out of a comprehension's hidden variable, where it would live on in a traceback.
 
-    The loop has it on the stack. (Comprehensions have a frame of their own up to Python 3.11, generator expressions
+    The loop itself holds it on the stack. (Comprehensions have their own frame up to Python 3.11, generator expressions
     always.)
     """
     loop = sys._getframe(1)
     variables = frame.f_locals
     held: list[Any] = [variables.get(".0")]
-    for _ in range(3):  # enumerate(zip(...)) and the like
+    for _ in range(3):  # looks through enumerate(zip(...)) and the like
         if any(isinstance(value, _Loop) and value.turns.gi_frame is loop for value in held):
             break
         held = gc.get_referents(*held)

@@ -1,8 +1,8 @@
-"""The arithmetic of one step: the parameters on their way from pass to pass, and the direction at its end.
+"""The arithmetic of one step: it moves the parameters from pass to pass, and computes the final direction.
 
 Notation: g0 … g3 are the gradients of the passes, θ the parameters at the start, u and m the two combinations of
-:mod:`gam_fast.recipe`. Only the backup of θ and at most two vectors are held besides the newest. A recipe of second
-order counts its Hessian-vector products among the vectors, each after the gradient it is made of.
+:mod:`gam_fast.recipe`. Besides the newest vector, only the backup of θ and at most two vectors are held. A recipe of
+second order counts its Hessian-vector products among the vectors, each after its gradient.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from .updates import Directions, fused
 
 
 class Path:
-    """The vectors of one step, and the places where they are taken.
+    """The vectors of one step, and the points where they are taken.
 
     Args:
         settings: what the optimizer was constructed with.
         base: the base optimizer, for its state.
         coefficients: those of the recipe.
         blocks: the parameters.
-        watch: is told of the sums.
-        local: the other processes of a local step.
+        watch: checks the sums.
+        local: communication with the other processes of a local step.
 
     Attributes:
-        newest: the index of the vector made last.
-        squares: of the lengths that the steps were divided by.
-        first_square: ‖g0‖², where it is known.
-        kept: numbers for the parameter groups, once the step is taken.
+        newest: the index of the newest vector.
+        squares: the squared norms by which the perturbations were divided.
+        first_square: ‖g0‖², once it is known.
+        kept: values for the parameter groups, once the step is taken.
     """
 
     def __init__(
@@ -75,21 +75,21 @@ class Path:
         self._next_memory: list[tuple[ParameterBlock, TensorList]] = []
 
     def stay(self) -> None:
-        """The step becomes one of the base optimizer."""
+        """Turn the step into one of the base optimizer alone."""
         self.recipe = self.recipe.plain
         groups = self._base.param_groups
         self.coefficients = Coefficients(self.recipe, groups, [{} for _ in groups])
 
     def begin(self) -> None:
-        """Before the only pass: step along a vector that is older."""
+        """Perturb before the only pass, along a vector from before the step."""
         move = self.recipe.before
         assert move is not None
         assert isinstance(move.along, str)
         blocks, memory = self.blocks, self.recipe.memory
         if self.settings.schedule is not None:
             raise ValueError(
-                f"active={self.settings.schedule.trigger} of {self.recipe.name} would look at the gradient at θ, which "
-                "this method does not take: choose its steps by another rule of gam_fast.active"
+                f"active={self.settings.schedule.trigger} of {self.recipe.name} looks at the gradient at θ, which "
+                "this method does not compute: use another rule of gam_fast.active"
             )
         if move.along == NOISE:
             if movable := blocks.movable():
@@ -104,7 +104,7 @@ class Path:
             found = any(stored.find(param, names, state) is not None for param in owned)
             if move.along == MOMENTUM and movable and owned and not found:
                 raise RuntimeError(
-                    f"{self.recipe.name} goes along the momentum of its base optimizer, and this "
+                    f"{self.recipe.name} perturbs along the momentum of its base optimizer, and this "
                     f"{' + '.join(type(member).__name__ for member in members(self._base))} has none in its state "
                     f"({' or '.join(names)}): pass momentum=0.9, or a base optimizer such as AdamW"
                 )
@@ -115,9 +115,9 @@ class Path:
         self.perturb(older=True)
 
     def perturb(self, *, older: bool = False) -> None:
-        """From the pass just made to the next point of the path, and fold what is no longer needed.
+        """Move from the last pass to the next point of the path, and fold vectors that are no longer needed.
 
-        With ``older``: along the older vector :data:`BEFORE`, to the point of the only pass.
+        With ``older``, move along the older vector (index :data:`BEFORE`) to the point of the only pass.
         """
         recipe, coefficients = self.recipe, self.coefficients
         by_group = self.settings.norm == "group"
@@ -193,7 +193,7 @@ class Path:
             coefficients.folded(fold)
 
     def _mix(self, memory: Memory) -> None:
-        """Make g0 the mixture of itself and the memory."""
+        """Replace g0 by its mixture with the memory."""
         a, b = self.coefficients.mix
         weight = self.coefficients.weights.get(0, 1.0)
         self.first_square = None
@@ -213,7 +213,7 @@ class Path:
     # The end of a step
 
     def directions(self) -> Directions:
-        """After the last pass: the direction of every block."""
+        """Return the final direction of every block, after the last pass."""
         recipe, watch, blocks, local = self.recipe, self._watch, self.blocks, self._local
         vectors, last = list(recipe.terms), recipe.vectors - 1
         if watch.scale is not None:
@@ -227,7 +227,7 @@ class Path:
         if terms and (q is not None or limit is not None or watch.looks or recipe.rescale or is_orthogonal):
             if other is None:
                 products = blocks.inner_products(terms, u, m)
-            else:  # it is no term, and is looked at all the same
+            else:  # it is not a term of the direction, but its products are needed
                 none, one = [0.0] * len(gammas), [1.0] * len(gammas)
                 products = blocks.inner_products(self._terms([*vectors, other]), [*u, none], [*([none] * len(u)), one])
             watch.check(products, recipe.combined if other is None else {0, last}, last=True)
@@ -235,9 +235,9 @@ class Path:
             difference = self.settings.difference
             change = local.agree(blocks, watch, None if difference is None else self._relative_change())
             self._keep_length(change)
-            # where another process has a gradient that this one lacks, there are zeros now
+            # gradients that only other processes have are zeros here from now on
             terms = self._terms(vectors)
-            limit = None  # what is clipped is the mean
+            limit = None  # the mean is clipped instead
         if recipe.rescale and products is not None:
             p, q, products, gammas = self._rescaled(u, products)
         elif recipe.memory is not None and recipe.memory.add is not None and terms:
@@ -258,7 +258,7 @@ class Path:
         return [(block, list(map(block.grads.__getitem__, vectors))) for block in self.blocks.all]
 
     def _rescaled(self, u: Sequence[PerGroup], products: Products) -> tuple[Rows, Rows, Products, list[float]]:
-        """u at the length of g0, as p, q, products and γ of a direction."""
+        """Return u scaled to the length of g0, as p, q, products and γ of a direction."""
         square = sum(scalars.columns(products)[0])
         wanted = self._wanted_square * self.coefficients.weights.get(0, 1.0) ** 2
         none = [0.0] * len(u[0])
@@ -268,7 +268,7 @@ class Path:
     def _with_memory(
         self, terms: list[tuple[ParameterBlock, list[TensorList]]], memory: Memory, limit: float | None
     ) -> tuple[list[tuple[ParameterBlock, list[TensorList]]], Rows, Rows, Products, list[float]]:
-        """The gradient and α ‖g‖/‖m‖ times the memory m, as terms, p, q, products and γ of a direction."""
+        """Return g + α ‖g‖/‖m‖ m, with the memory m, as terms, p, q, products and γ of a direction."""
         add, state = self.coefficients.add, self._base.state
         none, one = [0.0] * len(add), [1.0] * len(add)
         terms = [(block, [*own, stored.of_block(block, (memory.name,), state).values]) for block, own in terms]
@@ -281,11 +281,11 @@ class Path:
         return terms, [one, none], [none, add], scalars.given(kappa, square, len(add)), none
 
     def _prepare(self, directions: Directions, products: Products | None) -> Directions:
-        """Make what follows, before the base optimizer gets the gradients; it may write to them.
+        """Compute the follow-up of the update before the base optimizer gets the gradients, which it may overwrite.
 
         Args:
-            directions: what the base optimizer gets.
-            products: those of the newest gradient and g0, where the memory is orthogonal.
+            directions: the directions for the base optimizer.
+            products: products of the newest gradient and g0, if the memory is orthogonal.
         """
         recipe, last = self.recipe, self.recipe.vectors - 1
         memory = recipe.memory
@@ -307,7 +307,7 @@ class Path:
                 d = Direction(own, [none, one], [[-1.0] * len(one), none], seen, none)
                 block.backend.direction(_unmoved(block), d, own[0])
         self._next_memory = [(block, block.grads[0]) for block in blocks]
-        if last == 0:  # the gradients that the base optimizer gets
+        if last == 0:  # the base optimizer gets these gradients
             self._next_memory = [(block, _copied(block, block.grads[0])) for block in blocks]
         if self._local is not None:
             place = {owner: x for block, xs in self._next_memory for owner, x in zip(block.owners, xs, strict=True)}
@@ -315,10 +315,10 @@ class Path:
         return directions
 
     def end(self, left_alone: Sequence[Tensor]) -> None:
-        """After the step of the base optimizer: what follows it, and the memory of the next step.
+        """Apply the follow-up of the base optimizer's step, and update the memory for the next step.
 
         Args:
-            left_alone: the parameters that hooks have taken out of the step.
+            left_alone: the parameters that hooks have removed from the step.
         """
         recipe = self.recipe
         if recipe.after is not None:
@@ -355,7 +355,7 @@ class Path:
             self._keep_length(self._relative_change())
 
     def _relative_change(self) -> float | None:
-        """Return ‖g1 − g0‖/‖g0‖, where it is known; waits for an accelerator."""
+        """Return ‖g1 − g0‖/‖g0‖ if it is known; wait for an accelerator."""
         if len(self.squares) < 2:
             return None
         before, change = map(float, self.squares[:2])
@@ -366,7 +366,7 @@ class Path:
             self.kept.update(self.settings.difference.after(change))
 
     def _unscale(self, vectors: Sequence[int], scale: LossScale | GivenScale) -> None:
-        """Take the loss scaling out of vectors, once."""
+        """Remove the loss scaling from vectors, once."""
         due = [k for k in vectors if k not in self._unscaled]
         self._unscaled.update(due)
         if 0 in due:
@@ -381,19 +381,19 @@ def _rate(group: Mapping[str, Any], name: str) -> float:
     """Return the learning rate of a group.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
     """
     rate = group.get("lr")
     if not isinstance(rate, int | float | Tensor):
         raise TypeError(
-            f"{name} with decouple=True takes the sharpness off by the learning rate of the base optimizer, and lr of "
+            f"{name} with decouple=True applies the sharpness by the learning rate of the base optimizer, but lr of "
             f"a parameter group is {rate!r}: pass decouple=False"
         )
     return float(rate)
 
 
 def _copied(block: ParameterBlock, tensors: TensorList) -> TensorList:
-    """Copies in memory of their own."""
+    """Return copies of the tensors."""
     if block.leaves.vectors is not None:
         return [x.clone(memory_format=torch.preserve_format) for x in tensors]
     out = block.backend.allocate(block.leaves.params)
@@ -407,5 +407,5 @@ def _copy(block: ParameterBlock, tensors: TensorList, out: TensorList) -> None:
 
 
 def _unmoved(block: ParameterBlock) -> Block:
-    """The leaves for a primitive that is to leave the parameters where they are."""
+    """Return a block for a primitive that must not move the parameters."""
     return replace(block.leaves, backup=[], saved=False)

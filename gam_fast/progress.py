@@ -1,4 +1,4 @@
-"""From one step to the next: the results that go over, and warnings of what a user did between and in them."""
+"""State that carries over from one step to the next, and warnings about misuse between and in steps."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ from .turn import frames_of_libraries
 
 @dataclass(eq=False)
 class Progress:
-    """The state that moves in every step: one object, which copies of the attributes by wrappers share."""
+    """The state that changes in every step. One object, so that wrappers that copy attributes share it."""
 
     skipped_steps: int = 0
     step: Step | None = None
-    """The step that was made last, until it is left."""
+    """The latest step, until it is left."""
     left_by: str = ""
-    """``"loop"`` if a loop took the step before, ``"other"`` if it ended otherwise; ``""`` once the next has begun."""
+    """``"loop"`` if a loop took the last step, ``"other"`` if it ended otherwise; ``""`` during a step."""
     begin_with: Callable[[], object] | None = None
-    """Called before anything else in the next step: it raises an error, or tells other processes of one."""
+    """Called first in the next step: raises an earlier error, or tells other processes of one."""
     zeroes_in_place: bool = False
-    """True once somebody has zeroed gradients in place between steps."""
+    """True once gradients were zeroed in place between steps."""
     warned_of_share: bool = False
     forward_state: ForwardState = field(default_factory=ForwardState)
     mode: str = ""
-    """``"train"`` or ``"eval"``, whichever the optimizer was last told, if it was."""
+    """The last mode that was set, ``"train"`` or ``"eval"``; ``""`` for none."""
     coefficients: Coefficients | None = None
-    """Those of the step before, which are mostly those of the next."""
+    """The coefficients of the last step, which mostly serve the next."""
     participants: StepParameters | None = None
     call: Call | None = None
-    """The arguments of the ``step()`` that is under way."""
+    """The arguments of the ``step()`` in progress."""
     updated: Call | None = None
-    """Those of one that has updated the parameters: the hooks after it are due."""
+    """The arguments of a ``step()`` that has updated the parameters, so that its post-hooks are due."""
     unscaled_since: int | None = None
-    """When the step began, or one before that was undone: no loss may be scaled since unless the scaler is given."""
+    """Start time of the step, or of an undone one before it. Losses scaled since need ``scaler=``."""
 
     @property
     def current(self) -> Step | None:
-        """The step that is under way."""
-        step = self.step  # which a Ctrl-C at an unlucky moment may leave behind
+        """The step in progress."""
+        step = self.step  # a Ctrl-C may have left a finished step here
         return None if step is None or step.phase == "idle" or step.phase in OVER else step
 
     def leave(self, optimizer: torch.optim.Optimizer, step: Step, error: BaseException | None) -> None:
-        """The step was taken, or undone because of ``error``: count it, and mark the gradients it leaves."""
+        """Record that the step was taken, or undone because of ``error``; mark the gradients it leaves."""
         if self.step is not step:
             return
         groups = optimizer.param_groups
@@ -66,7 +66,7 @@ class Progress:
         self.begin_with = step.owed
         if step.owed is not None and step.may_communicate:
             self.begin_with = None
-            with contextlib.suppress(RuntimeError):  # of the network: it would hide the error that the step is left by
+            with contextlib.suppress(RuntimeError):  # a network error would hide the error that ended the step
                 step.owed()
         if isinstance(error, SkipStep):
             self.skipped_steps += 1
@@ -85,7 +85,7 @@ class Progress:
             self._warn_after(step, type(optimizer).__name__)
 
     def fail_later(self, error: Exception, name: str) -> None:
-        """Keep an error that cannot be raised now for the next step."""
+        """Keep an error that cannot be raised now, and raise it in the next step."""
 
         def fail() -> None:
             raise error
@@ -99,7 +99,7 @@ class Progress:
         )
 
     def check_not_taken(self, groups: Sequence[dict[str, Any]], name: str) -> None:
-        """Refuse ``step()`` behind a loop that took the step; a backward since would have changed the version."""
+        """Refuse ``step()`` after a loop that took the step, if no backward has changed a gradient's version since."""
         found = first_gradient(groups)
         if (
             self.left_by == "loop"
@@ -107,18 +107,19 @@ class Progress:
             and getattr(found, "_gam_fast_left", (-1,))[0] == version(found)
         ):
             raise RuntimeError(
-                f"step() of {name} behind a loop over passes(), which has taken this step already: "
+                f"step() of {name} after a loop over passes(), which has taken this step already: "
                 "leave step() out (or call it in the last pass)"
             )
 
     def warn_of_unused_gradients(self, groups: Sequence[dict[str, Any]], name: str) -> None:
-        """Where somebody called backward() since the last step: each pass computes gradients of its own.
+        """Warn if backward() was called since the last step: its gradients are not used.
 
-        What a step has left behind is marked with its version, which moves when another backward adds to it; a step of
-        another optimizer of ours may do that. Before the first step what is there may well be of another optimizer.
+        The gradients that a step leaves are marked with their version, which changes when another backward adds to
+        them. A step of another gam_fast optimizer may do that, and is no reason to warn. Before the first step,
+        gradients may well belong to another optimizer.
         """
         found, left_by = first_gradient(groups), self.left_by
-        self.left_by = ""  # until the end of this step, if it comes to one
+        self.left_by = ""  # until this step ends
         if found is None or not left_by:
             return
         then, steps = getattr(found, "_gam_fast_left", (-1, CLOSED.steps))
@@ -133,39 +134,39 @@ class Progress:
             )
 
     def _is_zeroed(self, found: Tensor) -> bool:
-        """Return whether a gradient was zeroed in place, as ``zero_grad(set_to_none=False)`` does.
+        """Return whether a gradient was zeroed in place, as by ``zero_grad(set_to_none=False)``.
 
-        Looking waits for an accelerator, so there only the first look counts.
+        The check waits for an accelerator, so there it is made only once.
         """
         if found.device.type == "cpu" or not self.zeroes_in_place:
             self.zeroes_in_place = not bool(local(found).any())
         return self.zeroes_in_place
 
     def _warn_after(self, step: Step, name: str) -> None:
-        """Warn, once, of what a step shows that was taken."""
+        """Warn, once, about misuse that a finished step shows."""
         portion, forgotten = step.portion, step.state.forgotten
         if portion.share < 1.0 and step.recipe.passes > 1 and not (portion.asked or self.warned_of_share):
             self.warned_of_share = True
             warnings.warn(
-                f"ascent_share={portion.share} of this {name} had no effect: nobody asked which rows a "
-                "pass is to see. In the loop over passes(), take xb, yb = turn.rows(x, y); a closure gets the turn as "
+                f"ascent_share={portion.share} of this {name} had no effect: no code asked which rows a "
+                "pass should see. In the loop over passes(), take xb, yb = turn.rows(x, y); a closure gets the turn as "
                 "its argument if that is called turn (or asks optimizer.turn)",
                 stacklevel=frames_of_libraries(),
             )
-        if forgotten:  # buffers of a module that has our parameters have moved, and perhaps did so in every pass
+        if forgotten:  # buffers of a module with our parameters have moved, perhaps in every pass
             step.state.forgotten = []
             warnings.warn(message_of_forgotten(name, forgotten), stacklevel=frames_of_libraries())
         if step.rates_moved:
             warnings.warn(
-                f"a learning rate was changed between the passes of a step of {name}: a body runs "
-                "once a pass. scheduler.step(), and whatever else happens once a step, belongs behind the loop "
+                f"a learning rate was changed between the passes of a step of {name}: the body runs "
+                "once per pass. scheduler.step(), and all code for once per step, belongs after the loop "
                 "over passes() or the closure",
                 stacklevel=frames_of_libraries(),
             )
 
 
 def first_gradient(groups: Iterable[dict[str, Any]]) -> Tensor | None:
-    """Return the first gradient there is."""
+    """Return the first gradient of a parameter, or None."""
     for group in groups:
         for param in group["params"]:
             if param.grad is not None:

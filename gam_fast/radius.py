@@ -1,22 +1,23 @@
-r"""``rho_prime="auto"``: the radius of a finite difference of gradients, from rounding and the scales of the problem.
+r"""``rho_prime="auto"``: choose the radius of a finite difference of gradients from rounding errors and scales.
 
 GAM takes the direction of a Hessian-vector product from :math:`g(θ + ρ'ĝ) − g(θ) = ρ' H ĝ + \tfrac{1}{2} ρ'^2\,T[ĝ,ĝ] +
-e`, with ĝ the gradient at length 1, T the third derivatives and e what rounding does to the two gradients. Relative to
-:math:`ρ'‖Hĝ‖` the error is
+e`. Here ĝ is the normalised gradient, T the tensor of third derivatives, and e the rounding error of the two gradients.
+Relative to :math:`ρ'‖Hĝ‖` the error is
 
 .. math:: \frac{ρ'\,‖T[ĝ,ĝ]‖}{2 ‖Hĝ‖} + \frac{ε ‖g‖}{ρ' ‖Hĝ‖} = \frac{ρ'}{2 ℓ} + \frac{ε ℓ}{ρ'},
     \qquad ℓ = \frac{‖g‖}{‖Hĝ‖} .
 
-ℓ is the distance over which the gradient changes by its own length, and the first term supposes that the curvature
-changes over it as well: ``‖T[ĝ,ĝ]‖ = ‖Hĝ‖ / ℓ``. The sum is least, :math:`\sqrt{2ε}`, at :math:`ρ' = \sqrt{2ε}\,ℓ`.
-Besides, the point θ + ρ'ĝ is rounded, by a vector as long as ``ε‖θ‖/2`` at most, which the step should not be shorter
-than; and where the gradient hardly changes, so that ℓ means nothing, the size of the parameters bounds it:
+ℓ is the distance over which the gradient changes by its own length. The first term assumes that the curvature changes
+over the same distance: :math:`‖T[ĝ,ĝ]‖ = ‖Hĝ‖ / ℓ`. The sum has its minimum :math:`\sqrt{2ε}` at
+:math:`ρ' = \sqrt{2ε}\,ℓ`. Two bounds are added. The point θ + ρ'ĝ is rounded by a vector of length at most
+:math:`ε‖θ‖/2`, and the step should not be shorter than that. If the gradient hardly changes, ℓ means nothing, and the
+size of the parameters bounds it:
 
 .. math:: ρ' = \max(\sqrt{2ε}\,\min(ℓ, s),\; ε s/2), \qquad s = \max(‖θ‖, 1) .
 
-‖θ‖ and ε are those of the parameters that require gradients. ℓ is measured by the differences themselves,
-``ρ'‖g_0‖/‖g_1 − g_0‖`` of the steps before, by a mean of logarithms; in the first step it is taken for ``s/10``. On an
-accelerator, reading these norms waits for the device, at the beginning and at the end of a step.
+‖θ‖ and ε are those of the parameters that require gradients. ℓ is measured by the differences of earlier steps,
+:math:`ρ'‖g_0‖/‖g_1 − g_0‖`, with a mean of logarithms; the first step takes :math:`s/10`. On an accelerator, reading
+these norms waits for the device at the beginning and at the end of a step.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from .capture import refuse_to_look
 
 AUTO = "auto"
 LENGTH = "flat_length"
-"""The key in ``param_groups`` of ℓ, where a radius is automatic; 0.0 before it was measured."""
+"""The key in ``param_groups`` for ℓ of an automatic radius; 0.0 before the first measurement."""
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _DECAY = 0.9
 
 
 def is_auto(value: Any) -> bool:
-    """Return whether it is ``"auto"``, or ``"auto:bfloat16"`` for gradients computed in that type.
+    """Return whether ``value`` is ``"auto"``, or ``"auto:bfloat16"`` for gradients computed in bfloat16.
 
     Raises:
         ValueError: the type after the colon is not one that autocast computes in.
@@ -57,7 +58,7 @@ def is_auto(value: Any) -> bool:
 
 
 def epsilon(value: str, params: Iterable[Tensor]) -> float:
-    """The rounding of the gradients: of the type that ``value`` names, or of the coarsest among the parameters.
+    """Return the gradients' rounding unit: of the dtype that ``value`` names, or of the coarsest parameter.
 
     >>> epsilon("auto", [torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)])
     0.0078125
@@ -68,7 +69,7 @@ def epsilon(value: str, params: Iterable[Tensor]) -> float:
 
 
 def radius(length: float, size: float, eps: float) -> float:
-    """ρ' for a gradient that changes by its own length over ``length``, parameters of norm ``size`` and a rounding.
+    """Return ρ' from ``length`` = ℓ, ``size`` = ‖θ‖ and ``eps`` = ε.
 
     >>> radius(length=0.5, size=20.0, eps=2.0**-23)     # fp32: √(2ε)·.5
     0.000244140625
@@ -80,7 +81,7 @@ def radius(length: float, size: float, eps: float) -> float:
 
 
 def next_length(length: float, measured: float, size: float) -> float:
-    """ℓ after a step in which ``measured`` was found: infinite if the gradient has not changed; 0.0 is none so far."""
+    """Return ℓ updated by ``measured`` (infinite if the gradient has not changed); ``length`` 0.0 means none yet."""
     if math.isnan(measured) or measured <= 0.0:
         return length
     measured = min(measured, max(size, 1.0))
@@ -89,7 +90,7 @@ def next_length(length: float, measured: float, size: float) -> float:
 
 @torch.no_grad()
 def norm_of(params: Sequence[Tensor]) -> float:
-    """‖θ‖ over all parameters, on all devices and, of DTensors, on all processes."""
+    """Return ‖θ‖ over all parameters, devices and, for DTensors, processes."""
     together: dict[Any, list[Tensor]] = {}
     for param in params:
         together.setdefault((param.device, param.dtype, getattr(param, "device_mesh", None)), []).append(param)
@@ -105,10 +106,10 @@ def norm_of(params: Sequence[Tensor]) -> float:
 
 
 def check_alike(name: str, values: Sequence[Any]) -> bool:
-    """Return whether a radius is automatic, in all groups.
+    """Return whether a radius is automatic in all groups.
 
     Raises:
-        ValueError: in some groups only.
+        ValueError: it is automatic in some groups only.
     """
     words = [value for value in values if isinstance(value, str) and is_auto(value)]
     if 0 < len(words) < len(values):
@@ -121,12 +122,12 @@ def check_alike(name: str, values: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Difference:
-    """The automatic radius of one step, and what is kept of the step for the next.
+    """The automatic radius of one step, and the length that it updates for the next step.
 
     Args:
         radius: ρ'.
         size: ‖θ‖.
-        length: ℓ as it was before the step, 0.0 in the first.
+        length: ℓ before the step; 0.0 in the first.
     """
 
     radius: float
@@ -135,7 +136,7 @@ class Difference:
 
     @classmethod
     def of(cls, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]], name: str) -> Difference | None:
-        """For hyper-parameters whose ``name`` is automatic, which becomes a number there; ``None`` if it is one.
+        """Replace an automatic ``name`` in ``hyper`` by its number; return ``None`` if it is a number already.
 
         Raises:
             ValueError: it is automatic in some groups only.
@@ -154,6 +155,6 @@ class Difference:
         return cls(chosen, size, length)
 
     def after(self, change: float) -> dict[str, float]:
-        """Return what the groups keep, ``change`` being ‖g1 − g0‖/‖g0‖."""
+        """Return the values that the groups keep, from ``change`` = ‖g1 − g0‖/‖g0‖."""
         measured = math.inf if change == 0.0 else self.radius / change
         return {LENGTH: next_length(self.length, measured, self.size)}

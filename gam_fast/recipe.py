@@ -1,16 +1,15 @@
-r"""The language in which a method is data: where its gradients are taken, and how they are combined.
+r"""The language that describes a method as data: where its gradients are taken, and how they are combined.
 
 A step evaluates the gradients :math:`g_0, …, g_{N-1}` of one mini-batch loss along a *path* that starts at the
-parameters :math:`θ`, and hands the base optimizer one direction
+parameters :math:`θ`, and gives the base optimizer one direction
 
 .. math:: d = u - γ\,(m - \frac{⟨m,u⟩}{‖u‖²} u), \qquad u = \sum_i c_i g_i, \quad m = \sum_i d_i g_i .
 
-A :class:`Recipe` states the path, the coefficients ``c`` and ``d`` and the hyper-parameters they are made of. It
-knows nothing of tensors: the engine (:mod:`gam_fast.optimizer`) reads it. Those of the published methods are in
-:mod:`gam_fast.recipes`.
+A :class:`Recipe` states the path, the coefficients ``c`` and ``d``, and their hyper-parameters. It does not deal with
+tensors: the engine (:mod:`gam_fast.optimizer`) interprets it. :mod:`gam_fast.recipes` has the published methods.
 
-A recipe of second order has, besides gradients, Hessian-vector products :math:`H g_i / ‖g_i‖` among its vectors: they
-are counted with the gradients, in the order in which they are made.
+The vectors of a second-order recipe include Hessian-vector products :math:`H g_i / ‖g_i‖`. They are numbered with the
+gradients, in the order in which they are computed.
 """
 
 from __future__ import annotations
@@ -39,12 +38,13 @@ class Value:
     times: float = 1.0
 
     def __call__(self, hyper: Hyperparameters) -> float:
+        """Return the coefficient for these hyper-parameters."""
         return self.times * float(hyper[self.name])
 
 
 @dataclass(frozen=True)
 class Share:
-    """First (``part=0``) or second (``part=1``) half of a hyper-parameter given as ``a`` or as an explicit pair.
+    """First (``part=0``) or second (``part=1``) entry of a hyper-parameter given as a number or as a pair.
 
     A number ``a`` stands for the pair ``(a, 1 - a)``.
 
@@ -56,31 +56,32 @@ class Share:
     part: int
 
     def __call__(self, hyper: Hyperparameters) -> float:
+        """Return the coefficient for these hyper-parameters."""
         value = hyper[self.name]
         pair = value if isinstance(value, tuple | list) else (value, 1.0 - value)
         return float(pair[self.part])
 
 
 MOMENTUM = "momentum"
-"""Along the base optimizer's momentum, as it is in its state: ``momentum_buffer`` or ``exp_avg``."""
+"""Perturb along the base optimizer's momentum in its state: ``momentum_buffer`` or ``exp_avg``."""
 
 MEMORY = "memory"
-"""Along what the recipe keeps from step to step: see :class:`Memory`."""
+"""Perturb along the recipe's memory: see :class:`Memory`."""
 
 NOISE = "noise"
-r"""Along Gaussian noise, :math:`‖θ_l‖/\sqrt{n_l}` times a normal number for each of the n_l elements of a tensor."""
+r"""Perturb along Gaussian noise: :math:`‖θ_l‖/\sqrt{n_l}` times a normal number per element, n_l in the tensor θ_l."""
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    r"""From one pass to the next: ``origin + radius · v / (‖v‖ + ξ)`` with ``v = g[along]`` or ``g[along] − g[minus]``.
+    r"""A move to the next pass: ``origin + radius · v / (‖v‖ + ξ)`` with ``v = g[along]`` or ``g[along] − g[minus]``.
 
-    ``from_start`` puts the origin at θ, else it is the point of the pass just made. ξ is 1e-12. For an adaptive recipe
+    The origin is θ with ``from_start``, and the point of the last pass otherwise. ξ is 1e-12. For an adaptive recipe
     (ASAM) the norm is ``‖T v‖`` and the step ``radius · T² v / (‖T v‖ + ξ)`` with ``T = |θ| + eta``, elementwise.
 
-    Another law of the radius: the step is ``(size / (‖v‖ + ξ) + multiple) v``, where ``size`` is the radius if it is
-    not given; with ``cap`` it is ``min(size / (‖v‖ + offset), cap) v``. ``along`` is a vector of the step, or the name
-    of one that is older: :data:`MOMENTUM`, :data:`MEMORY`, :data:`NOISE`.
+    In general the step is ``(size / (‖v‖ + ξ) + multiple) v``, where ``size`` defaults to the radius. With ``cap`` it
+    is ``min(size / (‖v‖ + offset), cap) v``. ``along`` is the index of a vector of the step, or names an older vector:
+    :data:`MOMENTUM`, :data:`MEMORY`, :data:`NOISE`.
     """
 
     along: int | str
@@ -94,19 +95,19 @@ class Perturbation:
 
 
 MEMORIES = ("gradient_average", "previous_gradient", "sharpness_direction", "direction")
-"""The names that a :class:`Memory` may have: keys in the base optimizer's state that are not its own."""
+"""The names that a :class:`Memory` may have: keys that gam_fast adds to the base optimizer's state."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    r"""A vector m that outlives the step, in the base optimizer's state beside its own: as large as the parameters.
+    r"""A vector m that outlives the step. It is in the base optimizer's state, and as large as the parameters.
 
-    Before the first perturbation, :math:`g_0 ← a\,g_0 + b\,m` with ``mix = (a, b)``; a parameter without m has its
-    gradient. When the step is taken, :math:`m ← k\,m + l\,g_0` with ``update = (k, l)``, of that g0; or, with
-    ``orthogonal``, :math:`m ← g - \frac{⟨g, g_0⟩}{‖g_0‖²} g_0` with g the newest gradient. A parameter without m gets
-    what g0 or g gives. With ``add`` the direction is :math:`u + α \frac{‖u‖}{‖m‖} m`, where α is that.
+    With ``mix = (a, b)``, :math:`g_0 ← a\,g_0 + b\,m` before the first perturbation (if there is an m).
+    When the step is taken, ``update = (k, l)`` sets :math:`m ← k\,m + l\,g_0` with the mixed :math:`g_0`, and
+    ``orthogonal`` sets :math:`m ← g - \frac{⟨g, g_0⟩}{‖g_0‖²} g_0` with the newest gradient g. A first m is the present
+    :math:`g_0` or g. With ``add`` = α the direction is :math:`u + α \frac{‖u‖}{‖m‖} m`.
 
-    Only parameters that are perturbed have it, unless it is ``orthogonal``.
+    Only perturbed parameters have a memory, unless it is ``orthogonal``.
     """
 
     name: str
@@ -117,7 +118,7 @@ class Memory:
 
     @property
     def is_updated(self) -> bool:
-        """True if a step changes it."""
+        """Whether a step changes the memory."""
         return self.orthogonal or self.update is not None
 
 
@@ -142,10 +143,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class HessianProduct:
-    r"""No step, but one more vector at the same point: ``H g / (‖g‖ + ξ)``, the gradient of ``‖g‖``.
+    r"""An entry of the path that stays at its point and adds the vector ``H g / (‖g‖ + ξ)``, the gradient of ``‖g‖``.
 
-    ``g`` is the gradient of the pass just made, whose loss is differentiated a second time. Its direction does not
-    depend on whether a base optimizer descends the loss or (``maximize``) ascends it.
+    ``g`` is the gradient of the last pass, whose loss is differentiated a second time. The vector is the same whether
+    the base optimizer descends the loss or (``maximize``) ascends it.
     """
 
 
@@ -154,28 +155,28 @@ class Recipe:
     """One method: its path, its coefficients and its hyper-parameters.
 
     Args:
-        name: how it is called in messages.
-        citation: where it was published.
+        name: the method's name in messages.
+        citation: the publication.
         defaults: hyper-parameter names and default values; radii are non-negative numbers in units of the parameters.
-        path: a :class:`Perturbation` between each pass and the next, and a :class:`HessianProduct` after a pass that
+        path: a :class:`Perturbation` between consecutive passes, and a :class:`HessianProduct` after a pass that
             needs one; ``len(path) + 1`` vectors.
-        u: the coefficient ``c_i`` of each vector; ``None`` where it takes no part.
-        m: the coefficient ``d_i`` of each vector, or an empty tuple where the method has no second combination.
+        u: the coefficient ``c_i`` of each vector; ``None`` if it takes no part.
+        m: the coefficient ``d_i`` of each vector, or an empty tuple if the method has no second combination.
         gamma: name of the hyper-parameter γ, needed with ``m``.
         adaptive: name of the hyper-parameter η of the elementwise radius (see :class:`Perturbation`), or ``None``.
-        difference: name of the radius that the first move has for the sake of the difference of the gradients at its
-            two ends, or ``None``; it may be automatic (:mod:`gam_fast.radius`).
-        before: a perturbation before the only pass, along a vector that is older than the step.
+        difference: name of the first move's radius if that move serves to take the difference of two gradients, or
+            ``None``; this radius may be automatic (:mod:`gam_fast.radius`).
+        before: a perturbation before the only pass, along a vector from before the step.
         memory: the vector that the method keeps from step to step.
         rescale: whether the direction is scaled to the length of g0.
-        after: α of :math:`θ ← θ - η α (g - g_0)`, with η the learning rate and g the newest gradient, when the base
-            optimizer has stepped.
-        between: the recipe of the steps that an interval leaves out, in place of the base optimizer alone; the first of
-            all steps then takes the whole recipe. (A rule, ``active=``, leaves the base alone.)
-        bounds: the ranges of hyper-parameters that have one.
+        after: α of :math:`θ ← θ - η α (g - g_0)`, applied after the base optimizer's step, with the learning rate η and
+            the newest gradient g.
+        between: the recipe of the steps between those of an interval, in place of the base optimizer alone; the first
+            of all steps then takes the whole recipe. (Steps that a rule ``active=`` rejects use the base alone.)
+        bounds: the ranges of hyper-parameters, by name.
 
     Raises:
-        ValueError: when the table contradicts itself (a move along a gradient not yet taken, a coefficient missing).
+        ValueError: the recipe contradicts itself (a move along a later gradient, a missing coefficient).
 
     >>> Recipe("Mine", "", {"rho": 0.1}, path=(Perturbation(0, "rho"),), u=(0.5, 0.5)).passes
     2
@@ -228,12 +229,12 @@ class Recipe:
             raise ValueError(f"recipe {self.name}: no default for {sorted(names - set(self.defaults))}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """The table alone: what follows from it is worked out by the release that reads it."""
+        """Return the table alone; the release that reads it recomputes the derived values."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def moves(self) -> bool:
-        """True if any pass is at another point than θ."""
+        """Whether any pass is at another point than θ."""
         return bool(self.perturbations) or self.before is not None
 
     @cached_property
@@ -243,26 +244,26 @@ class Recipe:
 
     @cached_property
     def needs_lengths(self) -> bool:
-        """True if the length of a gradient counts before the last is there: it is then unscaled at once."""
+        """Whether a gradient's length is needed before the last pass, so that it must be unscaled at once."""
         laws = [x for move in self.perturbations for x in (move.multiple, move.cap)]
         lengths = any(x is not None for x in laws) or self.rescale
         return lengths or (self.memory is not None and self.memory.mix is not None)
 
     @cached_property
     def keeps_first(self) -> bool:
-        """True if g0 is needed at the end of the step, for something else than the direction."""
+        """Whether the end of the step needs g0 for more than the direction."""
         return self.after is not None or (self.memory is not None and self.memory.is_updated)
 
     @cached_property
     def combined(self) -> set[int]:
-        """The vectors that are in the direction, folded or not, and the last."""
+        """The vectors in the direction, folded or not, and the last one."""
         in_m = self.m or (None,) * self.vectors
         used = {k for k, (c, d) in enumerate(zip(self.u, in_m, strict=True)) if c is not None or d is not None}
         return used | {self.vectors - 1}
 
     @cached_property
     def terms(self) -> tuple[int, ...]:
-        """The vectors that the direction is made of when all are there."""
+        """The vectors that the direction combines at the end, after all folds."""
         live = (*(self.plan[-1][1] if self.plan else ()), self.vectors - 1)
         return tuple(k for k in live if self.u[k] is not None or (self.m and self.m[k] is not None))
 
@@ -273,27 +274,27 @@ class Recipe:
 
     @cached_property
     def vectors(self) -> int:
-        """Gradients and Hessian-vector products in one step."""
+        """The number of gradients and Hessian-vector products in one step."""
         return len(self.path) + 1
 
     @cached_property
     def passes(self) -> int:
-        """Points of the path, at each of which the loss is evaluated once."""
+        """The number of passes: the loss is evaluated once at each point of the path."""
         return len(self.perturbations) + 1
 
     @cached_property
     def plan(self) -> FoldPlan:
-        """The fate of the vectors on the way, see :func:`fold_plan`."""
+        """The folds and the live vectors along the path: see :func:`fold_plan`."""
         return fold_plan(self)
 
     @cached_property
     def keeps(self) -> tuple[bool, ...]:
-        """For each vector, whether it is needed after the next pass as it was taken over."""
+        """For each vector, whether it must outlive the next pass."""
         return (*(i in live and i + 1 not in self.products for i, (_, live) in enumerate(self.plan)), False)
 
     @cached_property
     def plain(self) -> Recipe:
-        """The base optimizer alone, in the name of this recipe: the step where an interval or a rule leaves it out.
+        """The base optimizer alone, under this recipe's name: for steps that an interval or a rule leaves out.
 
         >>> from gam_fast.recipes import GAM
         >>> GAM.plain.name, GAM.plain.passes
@@ -303,17 +304,17 @@ class Recipe:
 
     @cached_property
     def products(self) -> tuple[int, ...]:
-        """The vectors that are Hessian-vector products, each of the gradient before it."""
+        """The indices of Hessian-vector products; each belongs to the gradient before it."""
         return tuple(i + 1 for i, step in enumerate(self.path) if isinstance(step, HessianProduct))
 
     @cached_property
     def second_order(self) -> bool:
-        """True if the loss is differentiated twice."""
+        """Whether the loss is differentiated twice."""
         return bool(self.products)
 
     @cached_property
     def passes_before(self) -> tuple[int, ...]:
-        """For each vector, the pass that it comes from.
+        """For each vector, the index of its pass.
 
         >>> from gam_fast.recipes import EXACT_GAM
         >>> EXACT_GAM.passes_before
@@ -322,7 +323,7 @@ class Recipe:
         return tuple(accumulate((isinstance(step, Perturbation) for step in self.path), initial=0))
 
     def coefficients(self, hyper: Hyperparameters) -> tuple[list[float], list[float], float]:
-        """``(c, d, γ)`` for one parameter group; 0.0 where a gradient takes no part, ``d`` empty without ``m``.
+        """Return ``(c, d, γ)`` for one parameter group: 0.0 for a gradient without part, empty ``d`` without ``m``.
 
         >>> from gam_fast.recipes import GAM
         >>> GAM.coefficients({"alpha": 0.25, "beta": 0.5, "gamma": 0.03})
@@ -334,7 +335,7 @@ class Recipe:
     def check(self, name: str, value: Any) -> None:
         """Raise ``ValueError`` or ``TypeError``, naming the value, unless it can be hyper-parameter ``name``."""
         if name == self.difference and isinstance(value, str):
-            return  # what words there are is the business of gam_fast.radius
+            return  # gam_fast.radius checks the string
         pairs = {x.name for x in (*self.u, *self.m) if isinstance(x, Share)}
         if name in pairs and isinstance(value, tuple | list):
             if len(value) != 2 or not all(_is_finite(v) for v in value):
@@ -364,7 +365,7 @@ def value_of(coefficient: Coefficient, hyper: Hyperparameters) -> float:
 
 @dataclass(frozen=True)
 class Fold:
-    """After a move: ``g[into] ← k g[into] + l g[other]`` by the coefficients of u or m; ``other`` is then free."""
+    """A fold with a move: ``g[into] ← k g[into] + l g[other]``, k and l from u or m; ``other`` is then free."""
 
     into: int
     other: int
@@ -377,9 +378,8 @@ FoldPlan: TypeAlias = "tuple[tuple[Fold | None, tuple[int, ...]], ...]"
 def fold_plan(recipe: Recipe) -> FoldPlan:
     """Return the fold after each step of the path, if there is one, and the vectors that stay live.
 
-    A vector that no later move goes along is folded into the first live one that belongs to the same combination
-    (u or m), so that never more than two gradients besides the newest are live: with the backup of θ the three
-    buffers of the engine.
+    A vector that no later move needs is folded into the first live one of the same combination (u or m). So at most two
+    gradients besides the newest are live, which makes, with the backup of θ, the engine's three buffers.
 
     Raises:
         ValueError: for a recipe that would need more than three buffers, or two folds with one move.
@@ -392,7 +392,7 @@ def fold_plan(recipe: Recipe) -> FoldPlan:
     of_m = recipe.m or (None,) * recipe.vectors
     parts = [("" if c is None else "u") + ("" if d is None else "m") for c, d in zip(recipe.u, of_m, strict=True)]
     if recipe.keeps_first:
-        parts[0] += " and the end"  # it is folded into none
+        parts[0] += " and the end"  # it is never folded
     live: list[int] = []
     for i, step in enumerate(recipe.path):
         live.append(i)
@@ -400,7 +400,7 @@ def fold_plan(recipe: Recipe) -> FoldPlan:
         later = {k for move in perturbations for k in (move.along, move.minus)}
         live = [k for k in live if parts[k] or k in later]
         folds = []
-        for part in ("u", "m") if isinstance(step, Perturbation) else ():  # a fold is carried out with a move
+        for part in ("u", "m") if isinstance(step, Perturbation) else ():  # only a move carries out a fold
             same = [k for k in live if k not in later and parts[k] == part]
             folds += [Fold(same[0], k, part) for k in same[1:]]
             live = [k for k in live if k not in same[1:]]

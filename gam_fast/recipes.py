@@ -1,6 +1,6 @@
-r"""The methods of the family as data, each a row in the language of :mod:`gam_fast.recipe`.
+r"""The methods as data: each is one recipe in the language of :mod:`gam_fast.recipe`.
 
-Adding a published method of the family is adding one row here and one class in :mod:`gam_fast.methods`.
+To add a method, add one recipe here and one class in :mod:`gam_fast.methods`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _SAM_PATH = (Perturbation(along=0, radius="rho"),)
 
 
 def _gam_path(rho: str, rho_prime: str) -> tuple[Perturbation, ...]:
-    """θ; θ + ρ' ĝ0; θ2 = θ + ρ ĥ0 with h0 = g1 − g0; θ2 + ρ' ĝ2."""
+    """Return the path of GAM: θ; θ + ρ' ĝ0; θ2 = θ + ρ ĥ0 with h0 = g1 − g0; θ2 + ρ' ĝ2."""
     return (Perturbation(0, rho_prime), Perturbation(1, rho, minus=0, from_start=True), Perturbation(2, rho_prime))
 
 
@@ -184,7 +184,7 @@ FRIENDLY_SAM = Recipe(
     defaults={"rho": 0.2, "sigma": 1.0, "lam": 0.6},
     path=_SAM_PATH,
     u=(None, 1.0),
-    # m ← λ m + (1−λ) g with g = v + σ m, of the v that is there
+    # m ← λ m + (1−λ) g with g = v + σ m, computed from v
     memory=Memory("gradient_average", (1.0, Value("sigma", -1.0)), (_friendly_keep, _friendly_take)),
     bounds={"lam": Bounds()},
 )
@@ -269,7 +269,7 @@ COUPLED_WSAM = Recipe(
     u=(_one_minus_odds, _odds),
     bounds=WSAM.bounds,
 )
-"""As :data:`WSAM`, with all of it in the direction."""
+"""As :data:`WSAM`, but the direction contains the sharpness term."""
 
 CR_SAM = Recipe(
     name="CRSAM",

@@ -1,11 +1,11 @@
-"""The same random numbers in every pass, so that dropout and stochastic depth draw the same masks.
+"""Replay the same random numbers in every pass, so that dropout and stochastic depth draw the same masks.
 
-Without it the difference of two gradients of a step, from which GAM takes the curvature, is mostly noise.
+Otherwise the difference of two gradients of a step, from which GAM takes the curvature, would be mostly noise.
 
-Threads share torch's default generators, and Python's and NumPy's global ones, whose states do not tell who has drawn.
-In a process with several threads the compiled core replays the draws of this one from torch's CPU generator, and leaves
-the generator itself to the others. Without the core, and for the other generators, a state that moves in the first pass
-is wound back in the later ones.
+Threads share torch's default generators, and Python's and NumPy's global ones, whose states do not show which thread
+has drawn. In a process with several threads the compiled core replays the draws of this thread from torch's CPU
+generator, and leaves the generator itself to the other threads. Without the core, and for the other generators, a state
+that moves in the first pass is reset in the later ones.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def _device_module(device: torch.device) -> Any:
 
 
 def get_state(device: torch.device) -> Tensor:
-    """The state of torch's default generator of ``device``."""
+    """Return the state of torch's default generator of ``device``."""
     state: Tensor = _Source.of_device(device).get()
     return state
 
 
 def set_state(device: torch.device, state: Tensor) -> None:
-    """Put torch's default generator of ``device`` into ``state``."""
+    """Set the state of torch's default generator of ``device``."""
     _Source.of_device(device).set(state)
 
 
@@ -60,20 +60,20 @@ def _same(one: Any, other: Any) -> bool:
 
 
 class _Source:
-    """A generator that is replayed: how its state is read and set, and the states that a step needs."""
+    """A generator to replay: functions to read and set its state, and the states of a step."""
 
     def __init__(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
         self.get = get
         self.set = put
         self.start: Any = None
-        self.moves = True  # whether a pass sets it back
-        self.after: Any = None  # where it stands between passes, for whoever draws from it then
-        self.last: Any = None  # at the end of the newest pass, where that is the one that counts
+        self.moves = True  # whether passes reset it
+        self.after: Any = None  # its state between passes, for code that draws from it there
+        self.last: Any = None  # its state after the newest pass, if the last pass counts
         self.after_reading: Any = None
 
     @classmethod
     def of_device(cls, device: torch.device) -> _Source:
-        if device.type == "cpu":  # without a call in between: twice a pass
+        if device.type == "cpu":  # saves a function call, twice per pass
             return cls(torch.default_generator.get_state, torch.default_generator.set_state)
         module = _device_module(device)
         if device.type == "mps":
@@ -82,7 +82,7 @@ class _Source:
 
     @classmethod
     def of(cls, generator: Any) -> _Source | None:
-        """Of a generator of torch, NumPy or Python, or of the modules ``random`` and ``numpy.random``."""
+        """Wrap a generator of torch, NumPy or Python, or one of the modules ``random`` and ``numpy.random``."""
         if isinstance(generator, torch.Generator):
             return cls(generator.get_state, generator.set_state)
         if hasattr(generator, "getstate") and hasattr(generator, "setstate"):
@@ -100,15 +100,15 @@ class _Source:
         self.after = self.last = self.after_reading = None
 
     def was_drawn(self, alone: bool) -> bool:
-        """Return whether to replay it. Without threads, to set a state that has not moved does no harm."""
+        """Return whether to replay it. Without other threads, resetting an unmoved state does no harm."""
         return alone or not _same(self.start, self.after)
 
 
 class _Ambient(_Source):
     """The global generator of Python or of NumPy, from which most bodies never draw.
 
-    To read its state takes 14 µs and 60 µs. Until a step has drawn from it, a hundredth of the time is spent on that at
-    most: all steps are looked at where they take 15 ms or more, and the first one always.
+    Reading its state takes 14 µs and 60 µs. Until a step has drawn from it, at most a hundredth of the time is spent on
+    this: all steps of 15 ms or more are checked, and always the first one.
     """
 
     def __init__(self, name: str) -> None:
@@ -118,7 +118,7 @@ class _Ambient(_Source):
         self._due = self._cost = 0.0
 
     def is_due(self) -> bool:
-        """Return whether this step looks at it. A package that nobody has imported is not."""
+        """Return whether this step checks it. A package that was not imported is not checked."""
         if not self._is_drawn and time.perf_counter() < self._due:
             return False
         source = _Source.of(sys.modules.get(self._name))
@@ -137,45 +137,46 @@ class _Ambient(_Source):
         found = not _same(self.start, self.after)
         if found and not alone:
             time.sleep(1e-4)
-            found = _same(self.after, self.get())  # else another thread draws, and mostly nobody else does
-        self._is_drawn = self._is_drawn or found  # for good: Mixup may be drawn in some steps only
+            found = _same(self.after, self.get())  # otherwise another thread draws, which is rare
+        self._is_drawn = self._is_drawn or found  # stays true: Mixup may draw in some steps only
         now = time.perf_counter()
         self._due = now + 100.0 * (2.0 * self._cost + now - since)
         return found
 
 
 _steps: set[int] = set()
-"""Those under way, of all threads."""
+"""The threads that have a step in progress."""
 
 
 @cache
 def _draws() -> Callable[[], Any] | None:
-    """The compiled core's way to tell draws of this thread from those of others."""
+    """Return the compiled core's ``Draws``, which tells draws of this thread from those of others, or None."""
     try:
         from .backends.native import NativeBackend
     except ImportError:
         return None
-    return getattr(NativeBackend.core, "Draws", None)  # None in a core that was built before there was one
+    return getattr(NativeBackend.core, "Draws", None)  # older builds of the core lack it
 
 
 class ReplayRNG:
     """Replays generators: torch's default ones of the CPU and of ``devices``, the user's, Python's and NumPy's.
 
-    As a context manager it spans one step, and it serves one step after the other: call :meth:`begin` at the start of
-    each pass and :meth:`end` at its end. Every pass starts from the state at entry; after the step the state is that of
-    the end of the first pass, as if it had been the only one (or, with ``begin(keep_last=True)``, of the last, if that
-    drew anything); when the block raises, it is the state at entry. A generator that no pass draws from is not set, so
-    that other threads may draw from it.
+    As a context manager it spans one step, and serves one step after the other. Call :meth:`begin` at the start of each
+    pass and :meth:`end` at its end. Every pass starts from the state at entry. After the step, the state is that at the
+    end of the first pass, as if it had been the only one (with ``begin(keep_last=True)``, that of the last pass, if it
+    drew anything). If the block raises, the state at entry is restored. A generator that no pass draws from is not set,
+    so that other threads may draw from it.
 
-    Draws that only the first pass makes, because it reads for all of them, belong in a block of :meth:`reading`; the
-    others call :meth:`skip_reading` at that point.
+    Put draws that only the first pass makes, because it reads data for all passes, into a block of :meth:`reading`. The
+    later passes call :meth:`skip_reading` at that point.
 
     Args:
-        devices: accelerators whose generators are replayed besides the CPU's.
-        generators: the user's: ``torch.Generator``, ``numpy.random.Generator``, ``random.Random`` and their like.
+        devices: accelerators whose generators are replayed too.
+        generators: the user's generators: ``torch.Generator``, ``numpy.random.Generator``, ``random.Random`` and
+            similar.
 
     Raises:
-        TypeError: something in ``generators`` is no generator, or has no state that can be set.
+        TypeError: an entry of ``generators`` is not a generator, or its state cannot be set.
         RuntimeError: inside a CUDA graph capture, where generators cannot be read or set.
 
     >>> with ReplayRNG() as replay:
@@ -201,7 +202,7 @@ class ReplayRNG:
 
     @classmethod
     def wanted(cls, option: Any) -> ReplayRNG | None:
-        """For ``replay_rng=`` of an optimizer: True, False, or generators to be replayed besides.
+        """Make one from an optimizer's ``replay_rng=``: True, False, or further generators to replay.
 
         Raises:
             TypeError: anything else.
@@ -248,10 +249,10 @@ class ReplayRNG:
         self._apart = draws() if draws is not None else None
 
     def begin(self, *, keep_last: bool = False) -> None:
-        """Start a pass: from the state at entry.
+        """Start a pass from the state at entry.
 
         Args:
-            keep_last: whether it is the last pass whose end counts, as known by now; once true, it stays so.
+            keep_last: whether the end of the last pass counts, as known by now; once true, it stays so.
         """
         if self._in_pass:
             self.end()
@@ -267,17 +268,17 @@ class ReplayRNG:
                 source.note_start()
             return
         for source in self._replayed:
-            if not self._alone:  # others have drawn since, or have rewound it for a step of theirs around this pass
+            if not self._alone:  # other threads have drawn since, or reset it for a step of their own
                 source.after = source.get()
                 source.moves = not _same(source.after, source.start)
             if source.moves:
                 source.set(source.start)
 
     def end(self, *, goes_on: bool = False) -> None:
-        """End a pass: the generators stand where they would after the first alone.
+        """End a pass: set the generators to where they would be after the first pass alone.
 
         Args:
-            goes_on: whether the next pass begins before anybody draws from them, unless another thread does.
+            goes_on: whether the next pass begins before any other code in this thread draws from them.
         """
         if not self._in_pass:
             return
@@ -305,7 +306,7 @@ class ReplayRNG:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """In the first pass: what is drawn within the block is drawn in this pass only."""
+        """Mark draws, in the first pass, that the later passes do not repeat."""
         sources = self._sources or ()
         before = [source.get() for source in sources]
         if self._apart is not None:
@@ -322,7 +323,7 @@ class ReplayRNG:
         self._is_after_reading = True
 
     def skip_reading(self) -> None:
-        """In a later pass, at the point where the first was :meth:`reading`: go on as the first did after it."""
+        """Continue, in a later pass, from where the first pass was after :meth:`reading`."""
         if not self._is_after_reading:
             self._is_after_reading = True
             for source in self._replayed:
@@ -355,7 +356,7 @@ class ReplayRNG:
 def _source_of(generator: Any) -> _Source:
     source = _Source.of(generator)
     if source is not None:
-        with suppress(NotImplementedError, TypeError):  # of random.SystemRandom, for one
+        with suppress(NotImplementedError, TypeError):  # random.SystemRandom, for example
             source.get()
             return source
     raise TypeError(

@@ -1,4 +1,4 @@
-"""The leading rows of a batch, whatever it is made of."""
+"""Take the leading rows of a batch of any structure."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _MEND = "take its rows yourself: x[:turn.count(len(x))]"
 
 
 def is_array(value: Any) -> bool:
-    """Return whether it has rows: a tensor, or an array of NumPy's kind, of at least one dimension."""
+    """Return whether ``value`` has rows: a tensor or NumPy-like array of at least one dimension."""
     if isinstance(value, Tensor):
         return value.dim() > 0
     return hasattr(value, "__array__") and len(getattr(value, "shape", ())) > 0
 
 
 def leading(batch: Any, count: Callable[[int], int]) -> Any:
-    """``batch`` with the first ``count(n)`` of the ``n`` rows of everything in it that has rows.
+    """Return ``batch`` with the first ``count(n)`` of its ``n`` rows.
 
-    Those are tensors and arrays, which all have one number of rows, in mappings, lists, tuples and dataclasses, nested
-    as they like: a list of tensors is the parts of a batch, as a ``DataLoader`` collates it. Lists (or tuples of
-    strings) without any array in them are one entry a row. All else stays as it is: numbers, strings, tuples of
+    Tensors and arrays have rows, and all must have the same number. They may be nested in mappings, lists, tuples and
+    dataclasses. A list of tensors consists of the parts of a batch, as a ``DataLoader`` collates it. A list (or a tuple
+    of strings) without any array has one entry per row. Everything else stays as it is: numbers, strings, tuples of
     numbers, tensors without dimensions. Nothing is copied: tensors are views.
 
     Raises:
-        ValueError: tensors of different lengths, or a list that is not one entry a row; a list of examples, each a
-            tuple.
-        TypeError: there is nothing that has rows, or what has them cannot be cut.
+        ValueError: tensors of different lengths; a list whose length is not the number of rows; a list of examples,
+            each a tuple.
+        TypeError: nothing has rows, or an object with rows cannot be cut.
 
     >>> import torch
     >>> leading({"x": torch.arange(6).view(3, 2), "name": ["a", "b", "c"], "scale": 2.0}, lambda n: n - 1)
@@ -45,12 +45,12 @@ def leading(batch: Any, count: Callable[[int], int]) -> Any:
 
 
 def rows_of(batch: Any) -> int:
-    """How many rows ``batch`` has. Raises as :func:`leading`, for the same batches."""
+    """Return the number of rows of ``batch``. Raises the errors of :func:`leading`, for the same batches."""
     return _rows_of(batch)[0]
 
 
 def _rows_of(batch: Any) -> tuple[int, bool]:
-    """That, and whether it is a tuple of tensors, as mostly: to look at all else takes 50 µs."""
+    """Return the number of rows, and whether ``batch`` is a tuple of tensors, the common case; others take 50 µs."""
     if type(batch) is tuple and all(map(_is_usual, batch)) and len(rows := set(map(len, batch))) == 1:
         return rows.pop(), True
     shapes = list(_shapes(batch))
@@ -58,14 +58,14 @@ def _rows_of(batch: Any) -> tuple[int, bool]:
     if len(lengths) > 1:
         raise ValueError(
             f"the tensors of a batch must have one number of rows, got shapes {', '.join(map(str, shapes))}: which of "
-            f"them belong to the first rows cannot be told. Of such a batch, {_MEND}"
+            f"them are parts of the batch is unknown. For such a batch, {_MEND}"
         )
     if not lengths:
         lengths = [len(values) for values in _columns(batch)][:1]
     if not lengths:
         raise TypeError(
             f"there is no tensor with rows in {type(batch).__name__} {batch!r:.80}: a batch is tensors, or mappings, "
-            f"lists, tuples or dataclasses of them. Of anything else, {_MEND}"
+            f"lists, tuples or dataclasses of them. For anything else, {_MEND}"
         )
     return lengths[0], False
 
@@ -75,9 +75,9 @@ def _is_usual(value: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """Return what a container contains; of anything else, nothing."""
+    """Return the contents of a container; an empty list for anything else."""
     if isinstance(value, PackedSequence):
-        raise TypeError(f"a PackedSequence has no rows to be cut: pack what turn.rows() gives, or {_MEND}")
+        raise TypeError(f"a PackedSequence has no rows to cut: pack the result of turn.rows(), or {_MEND}")
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -100,7 +100,7 @@ def _shapes(value: Any) -> Iterator[tuple[int, ...]]:
 
 
 def _is_column(value: Any) -> bool:
-    """Return whether it is one entry a row: a sequence without arrays that is no tuple of numbers (a size)."""
+    """Return whether ``value`` has one entry per row: a sequence without arrays, not a tuple of numbers."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value or any(_shapes(value)):
         return False
     return not isinstance(value, tuple) or all(isinstance(entry, str | bytes) for entry in value)
@@ -129,12 +129,12 @@ def _cut(value: Any, rows: int, keep: int) -> Any:
     except (TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         if _MEND in str(error):
             raise
-        why = str(error).partition(". ")[0].partition("\n")[0]  # torch lists all its dispatch keys after that
+        why = str(error).partition(". ")[0].partition("\n")[0]  # torch then lists all its dispatch keys
         raise TypeError(f"the rows of a {type(value).__name__} cannot be taken ({why}): {_MEND}") from error
 
 
 def _rebuilt(value: Any, rows: int, keep: int) -> Any:
-    """A container of the same kind, with what is in it cut."""
+    """Return a container of the same kind with its contents cut."""
     if isinstance(value, Mapping):
         found = {key: _cut(part, rows, keep) for key, part in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):

@@ -1,7 +1,7 @@
-"""Schedules for the radii of a recipe (or any other of its numbers), in the manner of torch's learning-rate schedulers.
+"""Schedules for the radii of a recipe, or for other hyper-parameters, in the style of torch's learning-rate schedulers.
 
-Construct one after the optimizer and call ``step()`` once an epoch, or once an iteration, as you count ``total_steps``.
-The value of each parameter group at construction is where its schedule starts.
+Construct a schedule after the optimizer, and call ``step()`` once per epoch or per iteration, the unit of
+``total_steps``. Each parameter group's schedule starts from its value at construction.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .optimizer import SharpnessAwareOptimizer
 
 
 class RadiusSchedule:
-    """Sets hyper-parameter ``name`` of every group to :meth:`value` of the number of calls of :meth:`step` so far.
+    """Base class: sets hyper-parameter ``name`` of every group to :meth:`value` after each :meth:`step`.
 
     Args:
         optimizer: the optimizer whose groups are written.
         name: the recipe's name of the hyper-parameter.
 
     Attributes:
-        count: calls of :meth:`step` so far.
+        count: number of calls of :meth:`step` so far.
         initial: for each group, the value at construction.
 
     Raises:
@@ -41,50 +41,50 @@ class RadiusSchedule:
         self._key = optimizer.key(name)
         for value in (group[self._key] for group in optimizer.param_groups):
             if not isinstance(value, Real):
-                raise ValueError(f"{name} is {value!r}, and only a number has a schedule")
+                raise ValueError(f"{name} is {value!r}, but only a number can have a schedule")
         self.initial = [float(group[self._key]) for group in optimizer.param_groups]
         self._apply()
 
     def value(self, initial: float, group: dict[str, Any]) -> float:
-        """The value for a group that started from ``initial``."""
+        """Return the present value for a group that started from ``initial``."""
         raise TypeError(f"{type(self).__name__} is the base of the schedules: use ConstantRadius, LinearRadius, …")
 
     def step(self) -> None:
-        """Count one more, and set the values.
+        """Increase ``count``, and set the values.
 
         Raises:
-            RuntimeError: during a step, whose body runs once a pass.
+            RuntimeError: during a step, whose body runs once per pass.
         """
         if self.optimizer.turn is not None:
             raise RuntimeError(
-                f"step() of a {type(self).__name__} in a pass of {type(self.optimizer).__name__}: a body runs once a "
-                "pass, so call it behind the loop over passes() or the closure"
+                f"step() of a {type(self).__name__} in a pass of {type(self.optimizer).__name__}: it runs once per "
+                "pass, so call it after the loop over passes() or the closure"
             )
         self.count += 1
         self._apply()
 
     def get_last_value(self) -> list[float]:
-        """The values in force, one a group."""
+        """Return the present values, one per group."""
         return [self._value_of(group) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer, as plain numbers."""
+        """Return everything except the optimizer, as plain numbers."""
         return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state of :meth:`state_dict` and set the values it implies."""
+        """Load a result of :meth:`state_dict`, and set its values."""
         self.__dict__.update({**state_dict, "initial": list(state_dict["initial"])})
         self._apply()
 
     def _apply(self) -> None:
         groups = self.optimizer.param_groups
-        # A group that was added meanwhile starts from its value now.
+        # A group that was added meanwhile starts from its present value.
         self.initial += [self._value_of(group) for group in groups[len(self.initial) :]]
         for initial, group in zip(self.initial, groups, strict=False):
             group[self._key] = self.value(initial, group)
 
     def _value_of(self, group: dict[str, Any]) -> float:
-        """The value of a group; one that was added to the base optimizer itself may have none."""
+        """Return the value of a group, or the default for a group that was added to the base optimizer directly."""
         return float(group.get(self._key, self.optimizer.defaults[self._key]))
 
     def _positive_steps(self, total_steps: int) -> int:
@@ -99,7 +99,7 @@ class RadiusSchedule:
 
 
 class ConstantRadius(RadiusSchedule):
-    r""":math:`ρ_t = ρ_0`, so that a program may name its schedule in one place.
+    r"""Constant: :math:`ρ_t = ρ_0`, for programs that choose a schedule by name.
 
     >>> schedule = ConstantRadius(_example())
     >>> schedule.step(); schedule.get_last_value()
@@ -107,15 +107,16 @@ class ConstantRadius(RadiusSchedule):
     """
 
     def value(self, initial: float, group: dict[str, Any]) -> float:
+        """Return ``initial``."""
         return initial
 
 
 class LinearRadius(RadiusSchedule):
-    r""":math:`ρ_t = ρ_0 + (ρ_T − ρ_0)\, t/T` up to ``t = total_steps``, then constant. With ``start=0.0``, a warm-up.
+    r"""Linear: :math:`ρ_t = ρ_0 + (ρ_T − ρ_0)\, t/T` up to T = ``total_steps``, then constant; a warm-up from 0.
 
     Args:
-        start: :math:`ρ_0`, by default the group's value.
-        end: :math:`ρ_T`, by default the group's value.
+        start: :math:`ρ_0`, default: the group's value.
+        end: :math:`ρ_T`, default: the group's value.
 
     Raises:
         ValueError: neither is given.
@@ -138,20 +139,21 @@ class LinearRadius(RadiusSchedule):
         start: float | None = None,
     ) -> None:
         if start is None and end is None:
-            raise ValueError("LinearRadius needs start= or end=: what is not given is the value of the group")
+            raise ValueError("LinearRadius needs start= or end=; the other one defaults to the group's value")
         self.total_steps = self._positive_steps(total_steps)
         self.end = None if end is None else self._checked("end", end)
         self.start = None if start is None else self._checked("start", start)
         super().__init__(optimizer, name)
 
     def value(self, initial: float, group: dict[str, Any]) -> float:
+        """Return the point of the line for the present count."""
         start = initial if self.start is None else self.start
         end = initial if self.end is None else self.end
         return start + (end - start) * min(self.count / self.total_steps, 1.0)
 
 
 class CosineRadius(RadiusSchedule):
-    r""":math:`ρ_t = ρ_T + (ρ_0 − ρ_T)\,(1 + \cos(π t/T))/2` up to ``t = total_steps``, then constant.
+    r"""Cosine: :math:`ρ_t = ρ_T + (ρ_0 − ρ_T)\,(1 + \cos(π t/T))/2` up to T = ``total_steps``, then constant.
 
     Args:
         end: :math:`ρ_T`.
@@ -169,18 +171,19 @@ class CosineRadius(RadiusSchedule):
         super().__init__(optimizer, name)
 
     def value(self, initial: float, group: dict[str, Any]) -> float:
+        """Return the point of the cosine for the present count."""
         progress = min(self.count / self.total_steps, 1.0)
         return self.end + (initial - self.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 class ProportionalRadius(RadiusSchedule):
-    r"""The radius follows the learning rate, as in GSAM: call ``step()`` after the learning-rate scheduler's.
+    r"""Proportional to the learning rate, as in GSAM; call ``step()`` after the learning-rate scheduler's.
 
     .. math:: ρ_t = ρ_{min} + (ρ_0 − ρ_{min}) \frac{lr_t − lr_{min}}{lr_0 − lr_{min}}
 
-    :math:`lr_0`, at which the radius is the one it was constructed with, is the largest learning rate of a
-    ``OneCycleLR`` or ``CyclicLR`` of this optimizer; else the rate at construction, before a warm-up lowers it. The two
-    schedules may be constructed in either order: the first one takes notice of the other in its first ``step()``.
+    :math:`lr_0` is the learning rate at which the radius is the one it was constructed with. It is the largest learning
+    rate of a ``OneCycleLR`` or ``CyclicLR`` of this optimizer; otherwise the rate at construction, before a warm-up
+    lowers it. The two schedules may be constructed in either order: each is found in the first ``step()``.
 
     Args:
         min_value: :math:`ρ_{min}`.
@@ -206,7 +209,7 @@ class ProportionalRadius(RadiusSchedule):
     def _apply(self) -> None:
         groups = self.optimizer.param_groups
         for group in groups[len(self.initial_lr) :]:
-            # torch's schedulers note where the learning rate started, before a warm-up lowers it.
+            # torch's schedulers record the initial learning rate before a warm-up lowers it.
             self.initial_lr.append(float(group.get("initial_lr", group["lr"])))
         for i, lr in enumerate(self._largest_lr()):
             self.initial_lr[i] = lr
@@ -216,11 +219,11 @@ class ProportionalRadius(RadiusSchedule):
         super()._apply()
 
     def _largest_lr(self) -> list[float]:
-        """For each group that a cycle begins below its largest learning rate: that rate."""
+        """Return the largest learning rate of each group, for schedulers whose cycle begins below it."""
         groups = self.optimizer.param_groups
-        if all("max_lr" in group for group in groups):  # of OneCycleLR
+        if all("max_lr" in group for group in groups):  # a OneCycleLR
             return [float(group["max_lr"]) for group in groups]
-        if self.count > 1:  # by then both schedules are there
+        if self.count > 1:  # by then both schedules exist
             return []
         for found in gc.get_objects():  # CyclicLR leaves no trace in the groups
             if issubclass(type(found), CyclicLR) and found.optimizer.param_groups[0] is groups[0]:
@@ -228,13 +231,14 @@ class ProportionalRadius(RadiusSchedule):
         return []
 
     def value(self, initial: float, group: dict[str, Any]) -> float:
+        """Return the radius for the group's present learning rate."""
         index = next(i for i, other in enumerate(self.optimizer.param_groups) if other is group)
         part = (float(group["lr"]) - self.min_lr) / (self.initial_lr[index] - self.min_lr)
         return max(0.0, self.min_value + (initial - self.min_value) * part)
 
 
 def _example() -> SharpnessAwareOptimizer:
-    """A GAM optimizer with ρ = 0.2, for the examples above."""
+    """Return a GAM optimizer with ρ = 0.2, for the examples above."""
     import torch
 
     from .methods import GAM

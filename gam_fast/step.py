@@ -1,15 +1,15 @@
-"""One step in progress: its phases, the three buffers, and the way back.
+"""One step in progress: its phases, its three buffers, and how it is undone.
 
-A step is in one phase, and a loop over ``passes()``, a closure and ``step()`` alike drive it by four methods:
+A step is in one phase. Loops over ``passes()``, closures and ``step()`` all drive it by the same four methods:
 
-    idle        made; nothing was done yet
-    pass        by ``next_pass``, again and again; which one it is, ``current`` says
-    complete    by ``next_pass`` or ``advance`` after the last pass (``advance`` alone takes gradients that are there)
-    updated     by ``finish``: from here on the step stands
-    taken       by ``leave`` after that
-    undone      by ``leave`` before it
+    idle        the step was made; nothing was done yet
+    pass        after ``next_pass``, repeatedly; ``current`` is the pass
+    complete    after the last pass, by ``next_pass`` or ``advance`` (``advance`` alone uses present gradients)
+    updated     after ``finish``: from here on the step stands
+    taken       after ``leave`` of an updated step
+    undone      after ``leave`` of any other step
 
-What becomes of the gradients is in :mod:`gam_fast.path`.
+:mod:`gam_fast.path` describes the use of the gradients.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ class Step:
     """The state of one step, and a context that takes or undoes it at its end.
 
     Args:
-        settings: what the optimizer was constructed with.
+        settings: the per-step options.
         base: the base optimizer.
         coefficients: those of the recipe.
         participants: the parameters.
         scale: the loss scaling of this step.
-        when_left: is told of the step once it is over, and by which error.
+        when_left: called with the step and its error once it is over.
         by_loop: whether a loop over ``passes()`` drives it, and not a closure.
 
     Attributes:
-        phase: see the head of this module.
-        kept: numbers for the parameter groups, once the step is taken.
-        current: the pass that is under way, or the last one.
-        owed: tells the other processes that the step was undone; ``None`` where nobody waits for it.
-        may_communicate: whether that may be done when the step is left: not in the garbage collector.
+        phase: see the docstring of this module.
+        kept: values for the parameter groups, once the step is taken.
+        current: the pass in progress, or the last one.
+        owed: tells the other processes that the step was undone; ``None`` if none waits for it.
+        may_communicate: whether ``owed`` may be called when the step is left: not in the garbage collector.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Step:
         if settings.sync == "local" and LocalSync.is_needed():
             if self.blocks.sharded:
                 raise TypeError(
-                    "sync='local' with sharded parameters: no process has a gradient of its own for all of them; use "
+                    "sync='local' with sharded parameters: no process has its own gradient for all of them; use "
                     "sync='global'"
                 )
             self._local = LocalSync(settings.model, self._device, settings.recipe.name)
@@ -108,7 +108,7 @@ class Step:
         if scale is not None:
             self.watch.use(scale)
         self.path = Path(settings, base, coefficients, participants, self.watch, self._local)
-        self.recipe = settings.recipe  # or what a rule puts in its place
+        self.recipe = settings.recipe  # or a rule's replacement
         self.kept = self.path.kept
         self._micro_batches: list[Any] | None = None
         self._on_exit: list[Callable[[], object]] = []
@@ -117,7 +117,7 @@ class Step:
         self.state = settings.forward_state or ForwardState()
         if settings.model is not None:
             self.blocks.named = settings.model.named_parameters()
-        self._rates: list[Any] | None = None  # after the first of several passes
+        self._rates: list[Any] | None = None  # recorded after the first of several passes
         self._others = OtherGradients(settings.others, params)
 
     def __enter__(self) -> Step:
@@ -131,13 +131,13 @@ class Step:
     ) -> bool:
         """End the step, once: undo it unless the update is done. Return True if ``error`` asks to skip the step.
 
-        A step that is updated stands, whatever a hook raises afterwards.
+        An updated step stands, even if a hook raises an error afterwards.
         """
         if self.phase in OVER:
             return False
         undone, idle = self.phase != "updated", self.phase == "idle"
-        # A Ctrl-C inside no_grad() or set_grad_enabled() itself, here or before, would leave gradients switched off.
-        # (Not so when a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
+        # A Ctrl-C inside no_grad() or set_grad_enabled() itself, here or before, would leave gradients disabled.
+        # (Not if a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
         stays = error is None or isinstance(error, GeneratorExit)
         grad_enabled = torch.is_grad_enabled() if stays else self._grad_enabled
         try:
@@ -153,7 +153,7 @@ class Step:
             finally:
                 torch._C._set_grad_enabled(grad_enabled)
                 self.phase = "undone" if undone else "taken"
-                self.current = None  # which refers to this object
+                self.current = None  # it refers to this object
                 clear_weight_caches()
                 self._losses.clear()
                 self._micro_batches = None
@@ -163,7 +163,7 @@ class Step:
                         for call in self._on_exit:
                             stack.callback(call)
                 if undone:
-                    reshard(self.settings.model)  # of what was gathered nothing is kept
+                    reshard(self.settings.model)  # frees gathered copies
                     if self._local is not None and not idle:
                         self.owed = partial(self._local.give_up, len(self.blocks.params))
                 self._when_over(self, error)
@@ -173,21 +173,21 @@ class Step:
 
     @property
     def perturbed(self) -> bool:
-        """Whether a pass is under way whose weights are not those of the model."""
+        """Whether a pass is in progress at perturbed weights."""
         return self.phase == "pass" and any(block.leaves.saved for block in self.blocks.all)
 
     @property
     def in_last_pass(self) -> bool:
-        """Whether the last pass is under way."""
+        """Whether the last pass is in progress."""
         return self.phase == "pass" and self.current is not None and self.current.last
 
     @property
     def has_gradient(self) -> bool:
-        """Whether backward was called in the pass that is under way."""
+        """Whether backward was called in the pass in progress."""
         return bool(self._losses) or any(map(has_gradient, self.blocks.params))
 
     def _start(self) -> None:
-        """Begin the first pass: from here on there is something to undo."""
+        """Begin the first pass. From here on the step must be undone or taken."""
         settings, blocks, several = self.settings, self.blocks, self.recipe.passes > 1
         capturing = not blocks.on_host and is_capturing(blocks.devices)
         if capturing:
@@ -203,15 +203,15 @@ class Step:
         if self._local is not None:
             self._on_exit.append(self._local.close)
             self._local.begin()
-            self.state.start_anew()  # from those of rank 0
+            self.state.start_anew()  # from the buffers of rank 0
 
     def next_pass(self) -> Turn | None:
-        """Go on to the next pass, or return None if the one that is under way was the last: see :meth:`advance`.
+        """Start the next pass, or return None if the pass in progress was the last: see :meth:`advance`.
 
-        Begin with no gradients, the same random numbers, and the parameters' versions noted.
+        A pass starts without gradients, with the same random numbers, and with the parameters' versions recorded.
 
-        On a CPU, the memory of large gradients of the step before is kept for the backup: fresh memory would have to be
-        paged in, which takes as long as the whole step. It would be taken up after the first pass at the latest, so the
+        On a CPU, the memory of large gradients of the previous step is kept for the backup: fresh memory would have to
+        be paged in, which takes as long as the whole step. The backup needs memory after the first pass anyway, so the
         peak of a step does not grow.
         """
         index = 0 if self.current is None else self.current.index + 1
@@ -223,7 +223,7 @@ class Step:
             return None
         clear_weight_caches()
         blocks, state, portion = self.blocks, self.state, self.portion
-        # whether passes see parts of the batch, as known by now: the last is then the one that counts
+        # whether passes see parts of the batch, as known by now: then the last pass counts
         is_cut = portion.share < 1.0 and portion.asked
         if self._rng is not None:
             self._rng.begin(keep_last=is_cut)
@@ -240,13 +240,13 @@ class Step:
         if recipe.before is not None:
             with torch.no_grad():
                 self.path.begin()
-            blocks.begin_pass(recycle=False, each=each)  # the versions are others now
+            blocks.begin_pass(recycle=False, each=each)  # the versions have changed
         left = recipe.passes - recipe.passes_before[self.path.newest + 1]
         self.current = Turn(index, index + left, 1.0 if left == 1 else portion.share, self.backward, portion)
         return self.current
 
     def unscale_by(self, scale: GivenScale) -> None:
-        """``scaler.step(optimizer)`` was called in the last pass, or after it; whoever did will update the scaler.
+        """Use a given scale: ``scaler.step(optimizer)`` was called in or after the last pass; its caller updates it.
 
         Raises:
             RuntimeError: see :meth:`GivenScale.check_serves`.
@@ -257,7 +257,7 @@ class Step:
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """See :meth:`gam_fast.optimizer.SharpnessAwareOptimizer.micro_batches`."""
         if self._micro_batches is None:
-            if self.recipe.passes == 1:  # no other pass will ask for them
+            if self.recipe.passes == 1:  # no other pass needs them
                 return self._until_end(self.portion.stream(batches))
             with self._rng.reading() if self._rng is not None else contextlib.nullcontext():
                 self._micro_batches = list(some(batches))
@@ -268,7 +268,7 @@ class Step:
 
     def _until_end(self, batches: Iterable[Any]) -> Iterator[Any]:
         found = without_last_sync(self.settings.model, batches)
-        self._on_exit.append(found.close)  # its no_sync() ends with the step, however that ends
+        self._on_exit.append(found.close)  # its no_sync() ends with the step in any case
         return found
 
     def backward(self, loss: Tensor) -> None:
@@ -286,7 +286,7 @@ class Step:
             scaled.backward()
 
     def advance(self) -> None:
-        """After a pass: take its gradient in, and go to the next point of the path; complete the step at the last.
+        """End a pass: take its gradient, and move to the next point of the path; complete the step after the last.
 
         Raises:
             RuntimeError: no parameter has a gradient, a parameter was written to during the pass, or, for a recipe of
@@ -296,7 +296,7 @@ class Step:
             NonFiniteGradientError, SkipStep: a gradient on the way is not finite.
         """
         grad_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # a tenth of the time of a context manager
+        torch._C._set_grad_enabled(False)  # takes a tenth of the time of a context manager
         try:
             path = self.path
             index, recipe = path.newest + 1, path.recipe
@@ -310,7 +310,7 @@ class Step:
             path.newest = index
             if self.portion.weight != 1.0:
                 path.coefficients.weigh(index, self.portion.weight)
-                if graph:  # of the product too
+                if graph:  # weigh the product too
                     path.coefficients.weigh(index + 1, self.portion.weight)
             schedule = self.settings.schedule
             if index == 0 and schedule is not None and recipe.vectors > 1 and not self._goes_on(schedule):
@@ -331,13 +331,13 @@ class Step:
             torch._C._set_grad_enabled(grad_enabled)
 
     def _differentiate(self, index: int) -> list[Tensor | None]:
-        """Give the parameters their gradients of a loss; return those to be differentiated again."""
+        """Compute the parameters' gradients from the loss; return them as differentiable gradients."""
         losses, self._losses = self._losses, []
         graph = hvp.differentiate(self.recipe, self.blocks, losses, index)
         return graph if index + 1 in self.recipe.products else []
 
     def _goes_on(self, schedule: StepSchedule) -> bool:
-        """Ask whether the gradient at θ is such that the path is taken; waits for an accelerator."""
+        """Return whether the rule takes the whole recipe, given the gradient at θ; wait for an accelerator."""
         self.path.first_square = self.blocks.square_norm(0)
         square = float(self.path.first_square) * self.portion.weight**2
         if self.watch.scale is not None:
@@ -351,7 +351,7 @@ class Step:
         return found
 
     def _stay(self) -> None:
-        """The step becomes one of the base optimizer, with the gradient there is, or with that of the whole batch."""
+        """Make the step one of the base optimizer, with this gradient, or with one more pass over the whole batch."""
         self.path.stay()
         self.recipe = self.path.recipe
         if self.portion.share < 1.0 and self.portion.asked:
@@ -361,7 +361,7 @@ class Step:
             self.blocks.give_back(0)
 
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
-        """The Hessian times the gradient of vector ``index``, scaled to length 1, becomes the next vector."""
+        """Compute the Hessian times the normalised gradient of vector ``index`` as the next vector."""
         total = self.blocks.square_norm(index)
         self.watch.check(total, {index}, last=False)
         hvp.multiply(self.blocks, index, graph, total, keep=index in self.recipe.plan[index][1])
@@ -370,20 +370,20 @@ class Step:
         self.path.newest = index + 1
 
     def _take_in(self, index: int) -> None:
-        """Take ``param.grad`` in as vector ``index``, where that is not as it mostly is."""
+        """Take ``param.grad`` as vector ``index`` if the fast path does not apply."""
         mend: str | None = (
             "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
         )
         if self.recipe.second_order:
             mend = "the loss does not depend on the parameters of this optimizer"
         elif self.recipe.passes == 1 and self._local is None:
-            mend = None  # as torch's optimizers do nothing then
+            mend = None  # like torch's optimizers, do nothing then
         recipe, put_back = self.recipe, self.recipe.before is not None
         keep, where = recipe.keeps[index], f"pass {recipe.passes_before[index]} of {recipe.name}"
         self.blocks.take_in(index, keep=keep, where=where, mend=mend, may_write=not recipe.moves, put_back=put_back)
 
     def finish(self, update: Callable[[Directions], Sequence[Tensor]]) -> None:
-        """After the last pass: the direction of every block, to ``update``, which restores θ and takes the step."""
+        """Finish the last pass: pass the direction of every block to ``update``, which restores θ and steps."""
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
@@ -399,13 +399,13 @@ class Step:
                 self._others.finish()
             if self.watch.scale is not None:
                 self.watch.scale.report(True, self._device)
-            if self.recipe.second_order:  # what is there is no gradient of the loss
+            if self.recipe.second_order:  # param.grad is not a gradient of the loss
                 self.blocks.clear_gradients()
         finally:
             torch._C._set_grad_enabled(grad_enabled)
 
     def _have_rates_moved(self) -> bool:
-        """Return whether somebody has changed a learning rate since the first pass."""
+        """Return whether a learning rate was changed since the first pass."""
         now = list(map(_RATE_OF, self.groups))
         if self._rates is None or (len(now) == len(self._rates) and all(map(operator.is_, self._rates, now))):
             return False

@@ -1,4 +1,4 @@
-"""Vectors that outlive a step: tensors in the base optimizer's state, as the leaves of a block have them."""
+"""Vectors that outlive a step: tensors in the base optimizer's state, viewed per block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .parameters import ParameterBlock
 State: TypeAlias = "Mapping[Tensor, dict[str, Any]]"
 
 MOMENTA = ("momentum_buffer", "exp_avg")
-"""The keys of the momentum in the state of torch's optimizers, and of most others."""
+"""The keys of the momentum in the state of torch's and most other optimizers."""
 
 
 @dataclass
@@ -26,9 +26,9 @@ class Stored:
     """The vector of one block.
 
     Attributes:
-        values: for each leaf its part, of the parameter's dtype and strides; zeros where there is none yet.
-        new: the places of those.
-        made: the tensors that the state does not have, by place.
+        values: for each leaf its part, with the parameter's dtype and strides; zeros if it has none yet.
+        new: the indices of leaves that have none yet.
+        made: tensors that are not in the state yet, by index.
     """
 
     values: TensorList
@@ -37,13 +37,13 @@ class Stored:
 
 
 def find(param: Tensor, names: Sequence[str], state: State) -> Tensor | None:
-    """Return the first of the parameter's tensors that has one of the names."""
+    """Return the first tensor in the parameter's state that has one of the names."""
     own = state[param] if param in state else {}  # noqa: SIM401 - get() of a chain would make an entry
     return next((own[name] for name in names if isinstance(own.get(name), Tensor)), None)
 
 
 def of_block(block: ParameterBlock, names: Sequence[str], state: State) -> Stored:
-    """Return the vector of a block: what a step has left in the state, or a checkpoint."""
+    """Return the vector of a block, as a step or a checkpoint has left it in the state."""
     found, values = Stored([]), []
     for i, (owner, part) in enumerate(zip(block.owners, block.leaves.params, strict=True)):
         value = find(owner, names, state)
@@ -66,9 +66,9 @@ def of_block(block: ParameterBlock, names: Sequence[str], state: State) -> Store
 
 
 def make(params: Iterable[Tensor], name: str, state: State) -> dict[Tensor, tuple[Tensor, int]]:
-    """Let parameters that have a gradient have the vector: zeros, which a checkpoint is about to fill.
+    """Create zero vectors for the parameters that have a gradient, so that a checkpoint can fill them.
 
-    Returns these, with their versions.
+    Return the parameters, with their tensors and versions.
     """
     made = {}
     for param in params:
@@ -80,13 +80,13 @@ def make(params: Iterable[Tensor], name: str, state: State) -> dict[Tensor, tupl
 
 
 def forget(made: Mapping[Tensor, tuple[Tensor, int]], name: str, base: Optimizer) -> None:
-    """Take away what was made and no checkpoint has filled."""
+    """Remove the tensors of :func:`make` that no checkpoint has filled."""
     for param, (value, then) in made.items():
         if find(param, (name,), base.state) is value and version(local(value)) == then:
             del base.state[param][name]
 
 
 def put(block: ParameterBlock, name: str, stored: Stored, state: State) -> None:
-    """Let the state have what was made for it."""
+    """Put the newly made tensors into the state."""
     for i, value in stored.made.items():
         state[block.owners[i]][name] = value

@@ -1,9 +1,9 @@
-"""Parameter groups: some that are perturbed beside some that stay in place, or one for each layer.
+"""Split parameters into a group that is perturbed and a group that stays in place, or into one group per layer.
 
 A group with ``perturb=False`` stays at θ in every pass. Norms are over the other groups, and only these are backed up.
-All groups get the final direction. The functions here make such groups by what the parameters are.
+All groups get the final direction. The functions here choose the perturbed parameters by kind or name.
 
-Parameters that require no gradient are left out. Other keys may be added to the groups:
+Parameters that do not require a gradient are left out. You may add other keys to the groups:
 
 >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4))
 >>> perturbed, rest = normalization(model)
@@ -30,10 +30,10 @@ def normalization(model: nn.Module) -> list[dict[str, Any]]:
     NeurIPS 2023, arXiv 2306.04226.
 
     Args:
-        model: with or without such layers of its own kind (``RMSNorm``, ``LayerNorm2d``).
+        model: the model; custom layers such as ``RMSNorm`` and ``LayerNorm2d`` count.
 
     Returns:
-        two parameter groups, or one if there is nothing else to train.
+        Two parameter groups, or one if there is nothing else to train.
 
     Raises:
         ValueError: there is no such parameter.
@@ -54,7 +54,7 @@ def matrices(model: nn.Module) -> list[dict[str, Any]]:
         model: the model.
 
     Returns:
-        two parameter groups, or one if there is nothing else to train.
+        Two parameter groups, or one if there is nothing else to train.
 
     Raises:
         ValueError: there is no such parameter.
@@ -69,10 +69,10 @@ def lora(model: nn.Module) -> list[dict[str, Any]]:
     """Perturb the adapters that peft has put into a model: parameters with ``lora_`` in their name.
 
     Args:
-        model: what ``peft.get_peft_model`` returned.
+        model: the result of ``peft.get_peft_model``.
 
     Returns:
-        two parameter groups, or one if nothing else is trained.
+        Two parameter groups, or one if nothing else is trained.
 
     Raises:
         ValueError: there is no such parameter.
@@ -89,14 +89,14 @@ def named(model: nn.Module, *patterns: str) -> list[dict[str, Any]]:
 
     Args:
         model: the model.
-        patterns: as of :mod:`fnmatch`, for names as of ``model.named_parameters()``.
+        patterns: patterns of :mod:`fnmatch`, for the names in ``model.named_parameters()``.
 
     Returns:
-        two parameter groups, or one if there is nothing else to train.
+        Two parameter groups, or one if there is nothing else to train.
 
     Raises:
         ValueError: a pattern matches no parameter that requires a gradient.
-        TypeError: a pattern is no string.
+        TypeError: a pattern is not a string.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     >>> [tuple(p.shape) for p in named(model, "1.*")[0]["params"]]

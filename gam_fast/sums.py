@@ -1,4 +1,4 @@
-"""The sums of a step over the devices that the parameters are on, and the one look at whether they are finite."""
+"""Add up the sums of a step over devices, and check them for finiteness in one place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_up(values: Sequence[Tensor]) -> Tensor:
 
 
 def is_finite(values: Sequence[Scalar | Products]) -> bool:
-    """Return whether all are finite; waits for an accelerator, by a copy of each and no kernel.
+    """Return whether all values are finite. On an accelerator this copies each, without a kernel, and waits.
 
     >>> is_finite([1.0, [[2.0, 3.0, 4.0]]]), is_finite([float("inf")])
     (True, False)
@@ -39,7 +39,7 @@ def is_finite(values: Sequence[Scalar | Products]) -> bool:
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Return whether a tensor there can be read without waiting: norms and products then become numbers."""
+    """Return whether tensors on ``device`` are read without waiting; norms and products then become numbers."""
     return device.type == "cpu"
 
 
@@ -52,6 +52,6 @@ def on(value: Scalar, device: torch.device) -> Scalar:
 
 
 def products_on(products: Tensor, device: torch.device) -> Products:
-    """The products for a backend on ``device``: numbers on a CPU."""
+    """Return the products for a backend on ``device``: numbers on a CPU."""
     products = products.to(device)
     return products.tolist() if reads_are_free(device) else products

@@ -1,4 +1,4 @@
-"""What the body of the loop over ``passes()`` gets: which pass it is, and which part of the batch it wants."""
+"""One pass as the loop's body sees it: its index, and its part of the batch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .rows import leading, rows_of
 
 
 class Portion:
-    """The part of the batch that the ascent passes of one step are to see, and whether anybody has asked for it.
+    """The part of the batch that a step's passes before the last see, and whether any code has asked for it.
 
     Args:
-        share: that part, over 0 and at most 1.
+        share: this part, above 0 and at most 1.
 
     Attributes:
-        asked: whether a pass of several was told its part of the batch.
-        weight: of the pass under way, what its gradient is multiplied by to be that of all micro-batches.
+        asked: whether a pass of several has asked for its part of the batch.
+        weight: the factor for the gradient of the pass in progress, so that it counts as that of all micro-batches.
     """
 
     def __init__(self, share: float) -> None:
@@ -36,12 +36,12 @@ class Portion:
         self._taken_before: list[tuple[int, int]] = []
 
     def begin(self) -> None:
-        """Before a pass."""
+        """Prepare for a pass."""
         self.weight = 1.0
         self._taken_before, self._taken = self._taken, []
 
     def cut(self, what: str) -> None:
-        """Somebody asks; a batch is cut by its rows or by its micro-batches, in all passes alike."""
+        """Record a request. A batch is cut by rows or by micro-batches, in the same way in all passes."""
         self.asked = True
         if self.share < 1.0 and self._cuts not in (None, what):
             raise RuntimeError(
@@ -51,7 +51,7 @@ class Portion:
         self._cuts = what
 
     def count(self, n: int, share: float) -> int:
-        """How many of ``n`` rows a pass sees: the nearest whole number to ``share · n``, but at least one."""
+        """Return how many of ``n`` rows a pass sees: the integer nearest to ``share · n``, at least 1."""
         self.cut("rows")
         return self._take(n, share)
 
@@ -65,26 +65,26 @@ class Portion:
         return batch
 
     def _take(self, n: int, share: float) -> int:
-        """As :meth:`count`, for a batch that is to be as long as it was in the pass before."""
+        """Do the work of :meth:`count`; refuse a batch that the previous pass has already cut."""
         keep = _part(n, share)
         at = len(self._taken)
         if at < len(self._taken_before):
             offered, kept = self._taken_before[at]
             if n == kept < offered:
                 raise RuntimeError(
-                    f"a batch of {n} rows in this pass, which is what the pass before kept of {offered}: each pass "
+                    f"a batch of {n} rows in this pass, the part that the pass before kept of {offered}: each pass "
                     "takes its rows from the whole batch, so leave that as it is: xb, yb = turn.rows(x, y)"
                 )
         self._taken.append((n, keep))
         return keep
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The micro-batches of a step's only pass, each read when it is asked for."""
+        """Return the micro-batches of a step's only pass; each is read when it is asked for."""
         self.cut("batches")
         return some(batches)
 
     def batches(self, batches: Sequence[Any], share: float) -> Sequence[Any]:
-        """The micro-batches that a pass sees; their gradients are then weighted as those of all."""
+        """Return the micro-batches that a pass sees, and set the weight of its gradient."""
         self.cut("batches")
         kept = batches[: _part(len(batches), share)]
         self.weight = len(batches) / len(kept)
@@ -92,16 +92,16 @@ class Portion:
 
 
 def some(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches, none of which is held here.
+    """Yield the batches without holding any of them.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no batches.
     """
     iterator = iter(batches)
     first = list(islice(iterator, 1))
     if first:
         yield first.pop()
-        yield from chain(iterator)  # which is not closed when this is
+        yield from chain(iterator)  # chain() keeps the iterator open when this generator is closed
         return
     raise ValueError("micro_batches() got none: the loader is at its end, or is an iterator that was read before")
 
@@ -115,8 +115,18 @@ class Turn:
 
     Attributes:
         index: 0 for the pass at θ, then 1, 2, ….
-        passes: how many there are; with :class:`gam_fast.active.WhenSteep`, how many there are at most, until the
-            gradient of the first has decided it.
+        passes: the number of passes in this step. With :class:`gam_fast.active.WhenSteep` it is an upper bound in the
+            first pass, whose gradient decides.
+
+    >>> import torch, gam_fast
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, ascent_share=0.5)
+    >>> for turn in optimizer.passes():
+    ...     x = turn.rows(torch.ones(8, 1))
+    ...     turn.backward((x * weight).sum())
+    ...     print(turn.index, turn.last, len(x))
+    0 False 4
+    1 True 8
     """
 
     __slots__ = ("_backward", "_portion", "_share", "index", "passes")
@@ -140,9 +150,9 @@ class Turn:
 
     @property
     def share(self) -> float:
-        """The part of the batch that this pass is to see: ``ascent_share`` of the optimizer, and 1.0 in the last.
+        """The part of the batch that this pass sees: the optimizer's ``ascent_share``, and 1.0 in the last pass.
 
-        Who reads it is taken to go by it, as one who calls :meth:`rows` or :meth:`count`.
+        Reading this counts as using the share, like a call of :meth:`rows` or :meth:`count`.
 
         >>> Turn(0, 2, share=0.25)
         Turn(index=0, passes=2, share=0.25)
@@ -157,23 +167,24 @@ class Turn:
         return self.index == self.passes - 1
 
     def rows(self, *batch: Any) -> Any:
-        """The leading rows of the batch that this pass is to see; all of them in the last pass.
+        """Return the leading rows of the batch that this pass sees; all of them in the last pass.
 
         Args:
-            batch: tensors or arrays, or mappings, lists, tuples or dataclasses of them. All that have rows have the
-                same number ``n`` of them, of which the first ``share · n`` are taken, rounded, at least one. (A
-                BatchNorm over rows needs two: mind the last batch of an epoch, or let the loader drop it.) A list of
-                tensors is the parts of a batch, as a ``DataLoader`` collates it; a list without tensors is one entry a
-                row.
+            batch: tensors or arrays, or mappings, lists, tuples or dataclasses of them. All tensors and arrays have the
+                same number ``n`` of rows. The first ``share · n`` of them, rounded, are taken, but at least one.
+                (BatchNorm over rows needs two: mind the last batch of an epoch, or let the loader drop it.) A list of
+                tensors consists of the parts of a batch, as a ``DataLoader`` collates it; a list without tensors has
+                one entry per row.
 
-        Returns what it was given, a tuple where it was given several. Nothing is copied. Leave the batch as it is
-        (``xb, yb = turn.rows(x, y)``): the next pass takes its rows from it.
+            Returns:
+                The cut batch: one object for one argument, a tuple for several. Nothing is copied. Do not overwrite the
+                batch itself (``xb, yb = turn.rows(x, y)``): the next pass takes its rows from it.
 
         Raises:
-            ValueError: tensors of different lengths, a list that is not one entry a row, a list of examples.
-            TypeError: nothing that has rows, or what cannot be cut, such as a sparse tensor.
-            RuntimeError: the step iterates over :meth:`SharpnessAwareOptimizer.micro_batches`, which are cut already;
-                the batch is what the pass before kept of it.
+            ValueError: tensors of different lengths; a list whose length is not the number of rows; a list of examples.
+            TypeError: nothing has rows, or an object cannot be cut, such as a sparse tensor.
+            RuntimeError: the step iterates over :meth:`SharpnessAwareOptimizer.micro_batches`, which are already cut;
+                or the batch is the part that the previous pass kept of it.
 
         >>> import torch
         >>> Turn(0, 2, share=0.25).rows(torch.arange(8), {"weight": torch.ones(8, 3)})
@@ -186,9 +197,9 @@ class Turn:
         return found[0] if len(batch) == 1 else found
 
     def count(self, n: int) -> int:
-        """How many of ``n`` rows this pass is to see: for batches that :meth:`rows` does not know how to cut.
+        """Return how many of ``n`` rows this pass sees, for batches that :meth:`rows` cannot cut.
 
-        The nearest whole number to ``share · n``, at least 1. Raises RuntimeError as :meth:`rows` does.
+        The result is the integer nearest to ``share · n``, at least 1. Raises RuntimeError as :meth:`rows` does.
 
         >>> Turn(0, 4, share=0.25).count(10), Turn(3, 4).count(10)
         (3, 10)
@@ -196,24 +207,25 @@ class Turn:
         return self._portion.count(n, self._share)
 
     def backward(self, loss: Tensor) -> None:
-        """``loss.backward()``, for a loop that serves every method: ExactGAM differentiates the loss itself, twice.
+        """Call ``loss.backward()``; for ExactGAM, hand over the loss, which the optimizer differentiates twice.
 
-        Called several times in one pass, the losses add up; ExactGAM then holds the graphs of all of them at once.
+        So one loop serves every method. The losses of several calls in one pass add up; ExactGAM holds all their graphs
+        at once.
 
         Raises:
-            TypeError, RuntimeError: for ExactGAM, a loss that is not one number in a tensor, or a constant.
+            TypeError, RuntimeError: for ExactGAM, the loss is not a tensor of one element, or is constant.
         """
         self._backward(loss)
 
 
 def first_pass(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell the first pass of a step from the others, for logging and metrics in code that is called once a pass.
+    """Return whether this is the first pass of a step, for logging and metrics in code that runs once per pass.
 
-    True in the first pass and outside a step, where the weights are not perturbed, and always for an optimizer that is
-    not of gam_fast. Wrappers (of Lightning, Fabric and Accelerate) are looked into.
+    The result is True in the first pass and outside a step, where the weights are not perturbed, and always for other
+    packages' optimizers. Wrappers (of Lightning, Fabric and Accelerate) are looked through.
 
     Raises:
-        TypeError: not an optimizer, such as the list that ``self.optimizers()`` of Lightning is for several of them.
+        TypeError: not an optimizer, but, for example, the list that Lightning's ``self.optimizers()`` returns.
 
     >>> import torch, gam_fast
     >>> weight = torch.nn.Parameter(torch.ones(1))
@@ -239,17 +251,17 @@ Loss = TypeVar("Loss", covariant=True)
 
 
 class TurnClosure(Protocol[Loss]):
-    """A closure that is given the turn."""
+    """A closure that takes the turn as its argument."""
 
     def __call__(self, turn: Turn) -> Loss:
-        """The loss in this pass."""
+        """Return the loss in this pass."""
 
 
 def evaluation(closure: Any) -> Callable[[Turn], Any]:
-    """The closure as a function of the turn, which it gets if it requires an argument of that name, and no other.
+    """Return the closure as a function of the turn, which it gets if ``turn`` is its only required argument.
 
     Raises:
-        TypeError: it cannot be called, or requires other arguments.
+        TypeError: the closure cannot be called, or requires other arguments.
 
     >>> evaluation(lambda: "loss")(Turn(0, 2)), evaluation(lambda turn, scale=2: turn.passes * scale)(Turn(0, 2))
     ('loss', 4)
@@ -260,16 +272,16 @@ def evaluation(closure: Any) -> Callable[[Turn], Any]:
             f"step() takes a closure{hint}; got {type(closure).__name__}. The loop form is "
             "`for turn in optimizer.passes(): criterion(model(x), y).backward()`"
         )
-    if type(closure) is FunctionType and not hasattr(closure, "__wrapped__"):  # what follows takes 20 µs
+    if type(closure) is FunctionType and not hasattr(closure, "__wrapped__"):  # the general case takes 20 µs
         code = closure.__code__
         if not code.co_kwonlyargcount and not code.co_flags & inspect.CO_VARARGS:
             return _bound(closure, code.co_varnames[: code.co_argcount - len(closure.__defaults__ or ())])
     try:
         parameters = inspect.signature(closure, follow_wrapped=False).parameters.values()
         forwards = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        if forwards:  # of a decorator: what it decorates has the arguments, some of which it may give itself
+        if forwards:  # a decorator: the decorated function has the arguments, and the decorator may supply some
             parameters = inspect.signature(closure).parameters.values()
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):  # a builtin has no signature
         return lambda turn: closure()
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if forwards:
@@ -291,7 +303,7 @@ def _bound(closure: Callable[..., Any], needed: Sequence[str]) -> Callable[[Turn
 
 
 def frames_of_libraries() -> int:
-    """The ``stacklevel`` at which a warning points at the user's code."""
+    """Return the ``stacklevel`` at which a warning points at the user's code."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1

@@ -1,7 +1,7 @@
-"""From the final direction to the new parameters: torch's SGD, Adam and AdamW as one primitive, any other as it is.
+"""From the final direction to the new parameters. SGD, Adam, AdamW and Lion run as one primitive, others as they are.
 
-The state of the base optimizer is laid out by torch's own conventions (``momentum_buffer``; ``step``, ``exp_avg``,
-``exp_avg_sq``, ``max_exp_avg_sq``), so that checkpoints go both ways between it and the plain optimizer.
+The state of the base optimizer has torch's layout (``momentum_buffer``; ``step``, ``exp_avg``, ``exp_avg_sq``,
+``max_exp_avg_sq``), so checkpoints can be exchanged with the plain optimizer in both directions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Fused:
     Attributes:
         formula: its name in the backends.
         state: the names of its state in torch's layout, in the order of the formula.
-        counts: whether each parameter's state has the number of its steps (``step``).
+        counts: whether each parameter's state counts its steps (``step``).
     """
 
     formula: ClassVar[str]
@@ -46,21 +46,21 @@ class Fused:
     counts: ClassVar[bool] = False
 
     def fits(self, base: Any) -> bool:
-        """Tell whether the formula takes the step of an optimizer, as its groups are now."""
+        """Return whether the formula can take the step of an optimizer with its present groups."""
         raise NotImplementedError
 
     def numbers(self, base: Any, group: Group) -> Numbers:
-        """Return those of a parameter group, in the order of the formula."""
+        """Return the numbers of a parameter group, in the order of the formula."""
         raise NotImplementedError
 
     def keeps(self, group: Group) -> tuple[bool, ...]:
-        """Tell of each state whether a group has it."""
+        """Return for each state whether a group has it."""
         return (True,) * len(self.state)
 
     def options(self, groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]) -> Options:
-        """Return the numbers of leaves that differ, and for each leaf its place among them.
+        """Return the distinct numbers of the leaves, and for each leaf its index in them.
 
-        For each leaf there is its group, whether it has no state yet, and the number of its step if they are counted.
+        The arguments have, for each leaf, its group, whether it has no state yet, and its step number if counted.
         """
         return [()], [0] * len(of_leaf)
 
@@ -72,53 +72,61 @@ _OF_SGD = ("lr", "momentum", "dampening", "weight_decay")
 
 
 class FusedSGD(Fused):
-    """torch's SGD."""
+    """The step of :class:`torch.optim.SGD`."""
 
     formula = "sgd"
     state = ("momentum_buffer",)
 
     def fits(self, base: Any) -> bool:
+        """Accept torch's SGD with plain numbers as hyper-parameters."""
         return type(base) is SGD and _all_numbers(base.param_groups, _OF_SGD)
 
     def numbers(self, base: Any, group: Group) -> Numbers:
+        """Return lr, momentum, dampening, weight decay, nesterov and maximize."""
         flags = float(group["nesterov"]), float(group.get("maximize", False))
         return (*map(float, map(group.__getitem__, _OF_SGD)), *flags)
 
     def keeps(self, group: Group) -> tuple[bool, ...]:
+        """Return whether the group uses momentum."""
         return (group["momentum"] != 0.0,)
 
     def options(self, groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]) -> Options:
+        """Return 1 for a leaf whose momentum starts in this step, 0 for others."""
         return [(0.0,), (1.0,)], list(map(int, new))
 
 
 class FusedAdam(Fused):
-    """torch's Adam and AdamW."""
+    """The step of :class:`torch.optim.Adam` and :class:`torch.optim.AdamW`."""
 
     formula = "adam"
     state = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     counts = True
 
     def fits(self, base: Any) -> bool:
+        """Accept torch's Adam and AdamW with plain numbers as hyper-parameters and step counters on the host."""
         groups = base.param_groups
         if type(base) not in (Adam, AdamW) or not _all_numbers(groups, ("lr", "eps", "weight_decay")):
             return False
         if any(isinstance(beta, Tensor) for group in groups for beta in group["betas"]):
             return False
-        # their step counters live on the device
+        # capturable and fused optimizers keep their step counters on the device
         on_host = not any(group.get("capturable") or group.get("fused") for group in groups)
         return on_host and all(state["step"].device.type == "cpu" for state in base.state.values() if "step" in state)
 
     def numbers(self, base: Any, group: Group) -> Numbers:
+        """Return β₁, β₂, ε, weight decay (coupled, and as a factor) and maximize."""
         decoupled = isinstance(base, AdamW) or bool(group.get("decoupled_weight_decay", False))
         decay = _decay(float(group["weight_decay"]), float(group["lr"]), decoupled)
         beta1, beta2 = group["betas"]
         return float(beta1), float(beta2), float(group["eps"]), *decay, float(group.get("maximize", False))
 
     def keeps(self, group: Group) -> tuple[bool, ...]:
+        """Return True for both moments, and whether the group uses the maximum of the second."""
         return True, True, bool(group["amsgrad"])
 
     def options(self, groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]) -> Options:
-        places: dict[tuple[int, float], int] = {}  # few: parameters of a group have mostly made as many steps
+        """Return the bias-corrected step size and root correction of each leaf's group and step number."""
+        places: dict[tuple[int, float], int] = {}  # few, because most parameters of a group have the same step number
         option = [places.setdefault(key, len(places)) for key in zip(of_leaf, steps, strict=True)]
         found: list[Numbers] = []
         for g, t in places:
@@ -128,12 +136,13 @@ class FusedAdam(Fused):
 
 
 class FusedLion(Fused):
-    """Lion, whoever wrote it: by the arguments of ``pytorch_optimizer.Lion``, without its extras."""
+    """The step of any Lion with the arguments of ``pytorch_optimizer.Lion``, without its extras."""
 
     formula = "lion"
     state = ("exp_avg",)
 
     def fits(self, base: Any) -> bool:
+        """Accept a Lion without gradient centralisation and other extras."""
         groups = base.param_groups
         return (
             type(base).__name__ == "Lion"
@@ -144,13 +153,15 @@ class FusedLion(Fused):
         )
 
     def numbers(self, base: Any, group: Group) -> Numbers:
+        """Return lr, β₁, β₂, weight decay (coupled, and as a factor) and maximize."""
         rate = 1.0 if group["fixed_decay"] else float(group["lr"])
         decay = _decay(float(group["weight_decay"]), rate, bool(group["weight_decouple"]))
         beta1, beta2 = group["betas"]
         return float(group["lr"]), float(beta1), float(beta2), *decay, float(base.maximize)
 
     def advance(self, base: Any) -> None:
-        for group in base.param_groups:  # as it counts itself
+        """Count the step in each group, as Lion itself does."""
+        for group in base.param_groups:
             group["step"] = group.get("step", 0) + 1
 
 
@@ -164,7 +175,7 @@ def _decay(decay: float, rate: float, decoupled: bool) -> tuple[float, float]:
 
 
 def _all_numbers(groups: list[Group], names: tuple[str, ...]) -> bool:
-    for group in groups:  # no generator: it takes twice as long, in every step
+    for group in groups:  # a generator would take twice as long, in every step
         for name in names:
             if isinstance(group[name], Tensor):
                 return False
@@ -172,10 +183,10 @@ def _all_numbers(groups: list[Group], names: tuple[str, ...]) -> bool:
 
 
 def fused(base: Optimizer) -> Fused | None:
-    """Return how the step of ``base`` is taken by one primitive that also restores θ; ``None`` if torch takes it.
+    """Return the primitive that takes the step of ``base`` and restores θ; ``None`` if torch takes the step.
 
-    torch takes that of every other optimizer (subclasses too), with hyper-parameters that are tensors, with
-    ``differentiable=True``, of Adam with ``capturable`` or ``fused``, and where hooks are registered on ``base``.
+    torch takes the step of all other optimizers (subclasses too), and also with hyper-parameters that are tensors, with
+    ``differentiable=True``, of Adam with ``capturable`` or ``fused``, and if hooks are registered on ``base``.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> fused(torch.optim.SGD([weight], lr=0.1)).formula
@@ -185,7 +196,7 @@ def fused(base: Optimizer) -> Fused | None:
     """
     if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return None
-    for group in base.param_groups:  # no generators: they take twice as long, in every step
+    for group in base.param_groups:  # generators would take twice as long, in every step
         if group.get("differentiable"):
             return None
     for row in FUSED:
@@ -197,16 +208,17 @@ def fused(base: Optimizer) -> Fused | None:
 def apply(
     base: Optimizer, directions: Directions, before: Callable[[], None] | None = None, *, copy: bool = True
 ) -> Sequence[Tensor]:
-    """Restore θ and let the base optimizer step along the directions, one a device.
+    """Restore θ and let the base optimizer step along the directions, one per block.
 
     Args:
         base: the base optimizer, or a chain of them, each of which steps along its part.
-        directions: what stands for the gradients.
-        before: hooks, which find the direction in ``param.grad`` and leave there what is taken in its place; a
-            parameter without a gradient is then left alone.
-        copy: whether ``param.grad`` is afterwards as it was, whatever ``before`` does; else it is what that left.
+        directions: the directions, which stand for the gradients.
+        before: pre-hooks. They find the direction in ``param.grad``, and the step uses what they leave there. A
+            parameter that they leave without a gradient is not updated.
+        copy: whether to restore ``param.grad`` after ``before``; otherwise it stays as the hooks leave it.
 
-    Returns the parameters that have a direction and were left alone.
+    Returns:
+        The parameters that have a direction and were not updated.
     """
     if before is None:
         _step(base, directions)
@@ -216,7 +228,7 @@ def apply(
     try:
         for block, direction in directions:
             made = materialise(block, direction)
-            if copy and made is direction.terms[-1]:  # perhaps the gradients themselves
+            if copy and made is direction.terms[-1]:  # may be the gradients themselves
                 made = [x.clone(memory_format=torch.preserve_format) for x in made]
             _set_gradients(block, made)
         with torch.enable_grad():
@@ -242,7 +254,7 @@ def _set_gradients(block: ParameterBlock, grads: TensorList) -> None:
 
 
 def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions) -> Directions | None:
-    """The directions that hooks have left in ``param.grad``; ``None`` where they gave one to another parameter too."""
+    """Return the directions that hooks left in ``param.grad``; ``None`` if another parameter got one too."""
     found: Directions = []
     count = 0
     for block, direction in directions:
@@ -251,7 +263,7 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
             continue
         count += len(chosen)
         part = _part(block, chosen)
-        part.leaves.backup, part.leaves.saved = [], False  # θ is there, perhaps changed by a hook
+        part.leaves.backup, part.leaves.saved = [], False  # θ is restored, perhaps changed by a hook
         term = take_gradients(part.owners, False, part.leaves.vectors)
         ones = [[1.0] * len(direction.p[0])]
         found.append((part, Direction([block.backend.bookkeeping.hold(term)], ones)))
@@ -260,7 +272,7 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
 
 
 def _part(block: ParameterBlock, chosen: Sequence[int]) -> ParameterBlock:
-    """Some leaves of a block as one of their own."""
+    """Return a block of the chosen leaves."""
     leaves = block.leaves
     group = [leaves.group[i] for i in chosen]
     part = Block(_pick(block, leaves.params, chosen), group, saved=leaves.saved, vectors=leaves.vectors)
@@ -274,7 +286,7 @@ def _pick(block: ParameterBlock, tensors: TensorList, chosen: Sequence[int]) -> 
 
 
 def _step(base: Optimizer, directions: Directions, first_group: int = 0) -> None:
-    """As :func:`apply`, without hooks that look on: each base optimizer of a chain steps along its part."""
+    """Do the work of :func:`apply` without pre-hooks: each base optimizer of a chain steps along its part."""
     if isinstance(base, Chain):
         for member in base.members:
             groups = range(first_group, first_group + len(member.param_groups))
@@ -310,7 +322,7 @@ def _step_by_torch(base: Optimizer, directions: Directions) -> None:
 
 
 def only_makes_state(base: Optimizer) -> bool:
-    """Return whether lr and all gradients are 0: so torch.distributed.checkpoint lets an optimizer make its state.
+    """Return whether lr and all gradients are 0, as in the step by which DCP lets an optimizer make its state.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.zeros(2)
@@ -327,7 +339,7 @@ def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction,
     """Restore θ, and take one step of ``base`` along ``d``.
 
     Raises:
-        RuntimeError: while a CUDA graph is captured, which would repeat the bias correction of one step.
+        RuntimeError: a CUDA graph is being captured; it would repeat the bias correction of one step.
     """
     leaves, owners = block.leaves, block.owners
     count = len(owners)
@@ -338,16 +350,16 @@ def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction,
         )
     groups = base.param_groups
     after = len(d.p[0]) - len(groups) - first_group
-    if first_group or after:  # of one in a chain, at their numbers: it does not read what stands at the others
+    if first_group or after:  # a member of a chain: pad to the chain's group numbers; the padding is not read
         groups = [groups[0]] * first_group + groups + [groups[0]] * after
     keeps = list(map(row.keeps, groups))
     states: Sequence[dict[str, Any]] = [{}] * count
     if any(map(any, keeps)):
         found = base.state
-        # mostly in the order of the dictionary, which is much faster read than looked up in
+        # mostly in the dictionary's order, and iterating is much faster than looking up
         is_in_order = len(found) == count and all(map(operator.is_, found, owners))
         states = list(found.values()) if is_in_order else [found.get(param, {}) for param in owners]
-    made: dict[int, dict[str, Tensor]] = {}  # by leaf; they are put where they belong after the step
+    made: dict[int, dict[str, Tensor]] = {}  # by leaf; put into the state after the step
     steps: list[Tensor] = []
     if row.counts:
         for i, state in enumerate(states):
@@ -389,9 +401,10 @@ def _fitting(
     made: dict[int, dict[str, Tensor]],
     names: Sequence[str],
 ) -> tuple[Backend, Block, Direction, list[list[Any]]]:
-    """State as the backend takes it: in the parameters' order in memory, or by plain torch where its dtype differs.
+    """Return the state as the backend takes it: in the parameters' memory order, and converted by torch if needed.
 
-    It is neither where a model was converted after its optimizer had stepped, or a state loaded from before that.
+    The dtype differs if the model was converted after a step of its optimizer, or if a state from before that was
+    loaded.
     """
     leaves, takes_state = block.leaves, block.backend.takes_state
     if block.layout is not None:

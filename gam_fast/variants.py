@@ -1,4 +1,4 @@
-"""Relatives of SAM of two and three gradients a step."""
+"""Variants of SAM with two or three gradients per step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .options import Options, OptionsWithAlpha, documented
 
 @documented
 class FriendlySAM(SharpnessAwareOptimizer):
-    r"""SAM without the part of the gradient that batches share. Two passes, and a memory of 1 N.
+    r"""SAM along the batch-specific part of the gradient. Two passes, and a memory of 1 N.
 
     .. math:: v = g_0 - σ\, m, \qquad m ← λ\, m + (1-λ)\, g_0, \qquad d = g(θ + ρ\, v/‖v‖)
 
-    A parameter without m goes along its gradient, which becomes its m (``gradient_average`` in the state).
+    A parameter without m is perturbed along its gradient, which becomes m (``gradient_average`` in the state).
 
-    Source: Li, Zhou, He, Cheng, Huang, CVPR 2024, arXiv 2403.12350; the order is that of the authors' code. Errors:
-    :class:`SharpnessAwareOptimizer`.
+    Source: Li, Zhou, He, Cheng, Huang, CVPR 2024, arXiv 2403.12350; the order of operations is that of the authors'
+    code. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
         rho: ρ, radius of the perturbation.
-        sigma: σ, how much of the average is taken away.
+        sigma: σ, weight of the average that is subtracted.
         lam: λ, decay of the average, from 0 to 1.
         options: those of every method.
 
@@ -61,7 +61,7 @@ class VaSSO(SharpnessAwareOptimizer):
 
     .. math:: m ← (1-θ)\, m + θ\, g_0, \qquad d = g(w + ρ\, m/‖m‖)
 
-    θ is here the weight of the newest gradient, and w the parameters. A parameter without m has its gradient for it
+    θ is here the weight of the newest gradient, and w the parameters. A parameter without m uses its gradient
     (``gradient_average`` in the state).
 
     Source: Li, Giannakis, NeurIPS 2023, arXiv 2309.15639. Errors: :class:`SharpnessAwareOptimizer`.
@@ -96,7 +96,7 @@ class VaSSO(SharpnessAwareOptimizer):
 
 @documented
 class LookSAM(SharpnessAwareOptimizer):
-    r"""SAM in every k-th step, and what it found in the steps between. 1 + 1/k passes, and a memory of 1 N.
+    r"""SAM in every k-th step, whose result the steps between reuse. 1 + 1/k passes, and a memory of 1 N.
 
     .. math::
         \text{every k-th:}\quad & d = g_1, \quad m = g_1 - \frac{⟨g_1, g_0⟩}{‖g_0‖^2}\, g_0, \\
@@ -109,7 +109,7 @@ class LookSAM(SharpnessAwareOptimizer):
     Args:
         params: as everywhere.
         rho: ρ, radius of the perturbation.
-        k: the first of every k steps is one of SAM; it is the option ``interval`` of other methods.
+        k: the first of every k steps is one of SAM. (Other methods call this option ``interval``.)
         alpha: α, weight of m.
         options: those of every method.
 
@@ -143,21 +143,21 @@ class LookSAM(SharpnessAwareOptimizer):
 
 @documented
 class WSAM(SharpnessAwareOptimizer):
-    r"""SAM with the sharpness as a term of its own, as decay is in AdamW. Two passes.
+    r"""SAM with a decoupled sharpness term, like the weight decay of AdamW. Two passes.
 
     .. math:: θ ← \text{base}(θ, g_0) - η\, \frac{γ}{1-γ}\, (g_1 - g_0)
 
     η is the learning rate of the base optimizer, whose steps should be proportional to it. With ``decouple=False`` the
-    base optimizer gets :math:`g_0 + \frac{γ}{1-γ} (g_1 - g_0)`.
-    ``clip_grad_norm`` bounds what the base optimizer gets.
+    base optimizer gets :math:`g_0 + \frac{γ}{1-γ} (g_1 - g_0)`. ``clip_grad_norm`` limits the direction that the base
+    optimizer gets.
 
     Source: Yue, Jiang, Ye, Gao, Liu, Zhang, KDD 2023, arXiv 2305.15817. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
         rho: ρ, radius of the perturbation.
-        gamma: γ, weight of the sharpness, from 0 and below 1; 0.5 is SAM, if coupled.
-        decouple: whether the sharpness goes around the base optimizer.
+        gamma: γ, weight of the sharpness, at least 0 and below 1; with ``decouple=False``, 0.5 is SAM.
+        decouple: whether the sharpness term bypasses the base optimizer.
         options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -169,7 +169,7 @@ class WSAM(SharpnessAwareOptimizer):
 
     Raises:
         ValueError: ``sync="local"`` with ``decouple``.
-        TypeError: with ``decouple``, a base optimizer whose ``lr`` is no number.
+        TypeError: with ``decouple``, a base optimizer whose ``lr`` is not a number.
     """
 
     recipe = recipes.WSAM
@@ -203,7 +203,7 @@ class CRSAM(SharpnessAwareOptimizer):
         params: as everywhere.
         rho: ρ, radius of both perturbations.
         gamma: γ, weight of the second difference of gradients.
-        beta: β, weight of the first; with β = γ nothing is left of g₋.
+        beta: β, weight of the first difference; with β = γ, g₋ cancels.
         options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -240,7 +240,7 @@ class SAGM(SharpnessAwareOptimizer):
     Args:
         params: as everywhere.
         rho: ρ, radius of the perturbation.
-        alpha: α, step of the gradient that the perturbed loss is matched by.
+        alpha: α, length, in gradients, of the descent step that is matched with the perturbation.
         options: those of every method.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -267,17 +267,17 @@ class SAGM(SharpnessAwareOptimizer):
 
 @documented
 class USAM(SharpnessAwareOptimizer):
-    r"""SAM whose perturbation grows with the gradient, or half so. Two passes.
+    r"""SAM with an unnormalized or partly normalized perturbation. Two passes.
 
     .. math:: d = g\left(θ + ρ \left(1 - λ + \tfrac{λ}{‖g_0‖}\right) g_0\right)
 
-    λ = 0 is the perturbation that is not normalized, λ = 1 is SAM.
+    With λ = 0 the perturbation is not normalized; λ = 1 is SAM.
 
     Source: Oikonomou, Loizou, ICLR 2025, arXiv 2503.02225. Errors: :class:`SharpnessAwareOptimizer`.
 
     Args:
         params: as everywhere.
-        rho: ρ, of the perturbation; with λ = 0 a multiple of the gradient.
+        rho: ρ, radius of the perturbation; with λ = 0, a multiple of the gradient.
         lam: λ, from 0 to 1.
         options: those of every method.
 
@@ -305,7 +305,7 @@ class USAM(SharpnessAwareOptimizer):
 
 @documented
 class StableSAM(SharpnessAwareOptimizer):
-    r"""SAM whose gradient is scaled to the length of the gradient at θ. Two passes.
+    r"""SAM with its gradient rescaled to the length of the gradient at θ. Two passes.
 
     .. math:: d = \frac{‖g_0‖}{‖g_1‖}\, g_1, \qquad g_1 = g(θ + ρ\, g_0/‖g_0‖)
 

@@ -1,1 +1,1 @@
-"""The primitives as Triton kernels, for NVIDIA and AMD GPUs. What a launch gets is described in :mod:`.table`."""
+"""The primitives as Triton kernels, for NVIDIA and AMD GPUs. :mod:`.table` describes the arguments of a launch."""

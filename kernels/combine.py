@@ -1,7 +1,7 @@
-"""The combination Σ factor X of terms, whose factors may follow from sums that lie in the memory of the device.
+"""The combination Σ factor X of terms, whose factors may depend on sums in device memory.
 
-The numbers of a group end with three for each term: p, q, and whether the group uses the term (1 or 0). What a group
-does not use is not read: its elements may be anything. ``PARTLY``: the bits of the terms that not all groups use.
+The numbers of a group end with three for each term: p, q, and whether the group uses the term (1 or 0). An unused term
+is not read, because its elements are arbitrary. ``PARTLY`` is a bit mask of the terms that some group does not use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OF_TERM = tl.constexpr(len(host.TERM))
 
 @triton.jit
 def kappa_and_scale(products, clipping, rows, PROJECT: tl.constexpr, CLIP: tl.constexpr, ROWS: tl.constexpr):
-    """Return κ and s of a direction: 0 and 1 where they are not asked for.
+    """Return κ and s of a direction: 0 without ``PROJECT``, and 1 without ``CLIP``.
 
     ``products`` has ``rows`` times ‖u‖², ⟨m,u⟩, ‖m‖²; ``clipping`` the limit, then γ of each row.
     """

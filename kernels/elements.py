@@ -1,8 +1,8 @@
-"""How a kernel reads and writes the elements of the lists of tensors; what it gets of them is in :mod:`.table`.
+"""Reads and writes of the elements of tensor lists; :mod:`.table` describes the arguments of a launch.
 
-A kernel is compiled for one type. It runs over its piece twice: over the whole blocks of a packed leaf without masks,
-then over the rest, ``MASKED``. Launches must not contract ``a * b + c`` (``enable_fp_fusion=False``): what is fused
-says ``fma``, so that results have the bits of the compiled core.
+A kernel is compiled for one dtype. It runs over its piece twice: over the whole blocks of a packed leaf without masks,
+then over the rest with ``MASKED``. Launches must not contract ``a * b + c`` (``enable_fp_fusion=False``): fused
+operations are written as ``fma``, so that results have the bits of the compiled core.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER = tl.constexpr(host.HEADER)
 
 @triton.jit
 def piece_of(pieces, table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the row of this program's leaf, its first element, and how many it has in whole blocks and in all."""
+    """Return the row of this program's leaf, its first element, and its length in whole blocks and in all."""
     piece = pieces + 3 * tl.program_id(0).to(tl.int64)
     row = table + tl.load(piece) * WIDTH
     length = tl.load(piece + 2).to(tl.int32)
@@ -30,7 +30,7 @@ def piece_of(pieces, table, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def numbers_at(pointer, COUNT: tl.constexpr):
-    """Return the numbers there."""
+    """Return the ``COUNT`` numbers at the pointer."""
     found = ()
     for i in tl.static_range(COUNT):
         found += (tl.load(pointer + i),)
@@ -39,13 +39,13 @@ def numbers_at(pointer, COUNT: tl.constexpr):
 
 @triton.jit
 def flag(number):
-    """Return whether the number there is not 0, by way of an integer: of fp64 the interpreter makes no usable mask."""
+    """Return whether the number is not 0, through an integer: the interpreter makes no usable mask of fp64."""
     return tl.load(number).to(tl.int32) != 0
 
 
 @triton.jit
 def array(row, LIST: tl.constexpr, begin, TYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Return where the piece begins in the array of a list."""
+    """Return a pointer to the piece in the array of a list."""
     pointer = tl.load(row + (HEADER + LIST)).to(tl.pointer_type(TYPE)) + begin
     if not MASKED:
         pointer = tl.multiple_of(pointer, 16)
@@ -54,7 +54,7 @@ def array(row, LIST: tl.constexpr, begin, TYPE: tl.constexpr, MASKED: tl.constex
 
 @triton.jit
 def arrays(row, LIST: tl.constexpr, COUNT: tl.constexpr, begin, TYPE: tl.constexpr, MASKED: tl.constexpr):
-    """Return those of ``COUNT`` lists, from number ``LIST`` on."""
+    """Return the pointers of :func:`array` for ``COUNT`` lists, from number ``LIST`` on."""
     found = ()
     for i in tl.static_range(COUNT):
         found += (array(row, LIST + i, begin, TYPE, MASKED),)
@@ -63,7 +63,7 @@ def arrays(row, LIST: tl.constexpr, COUNT: tl.constexpr, begin, TYPE: tl.constex
 
 @triton.jit
 def load(pointer, index, length, MASKED: tl.constexpr):
-    """Return the elements as they are stored."""
+    """Return the elements in their stored dtype."""
     if MASKED:
         return tl.load(pointer + index, mask=index < length, other=0)
     else:
@@ -72,7 +72,7 @@ def load(pointer, index, length, MASKED: tl.constexpr):
 
 @triton.jit
 def working(value):
-    """Return the elements in the precision of the arithmetic."""
+    """Convert elements to the working precision."""
     if value.dtype == tl.float64:
         return value
     else:
@@ -81,13 +81,13 @@ def working(value):
 
 @triton.jit
 def read(pointer, index, length, MASKED: tl.constexpr):
-    """Return the elements in the precision of the arithmetic."""
+    """Return the elements in the working precision."""
     return working(load(pointer, index, length, MASKED))
 
 
 @triton.jit
 def read_if(pointer, index, length, some, MASKED: tl.constexpr):
-    """As :func:`read`; nothing is read, and the elements are 0, unless ``some``."""
+    """Return the elements as :func:`read` if ``some``; otherwise return 0 without reading."""
     if MASKED:
         return working(tl.load(pointer + index, mask=(index < length) & some, other=0))
     else:
@@ -96,7 +96,7 @@ def read_if(pointer, index, length, some, MASKED: tl.constexpr):
 
 @triton.jit
 def read_all(pointers, used, index, length, COUNT: tl.constexpr, PARTLY: tl.constexpr, MASKED: tl.constexpr):
-    """Return the elements of each array; ``PARTLY`` has the bits of those that are read only if ``used``."""
+    """Return the elements of each array; those with a bit in ``PARTLY`` are read only if ``used``."""
     found = ()
     for i in tl.static_range(COUNT):
         if PARTLY & (1 << i):
@@ -108,6 +108,7 @@ def read_all(pointers, used, index, length, COUNT: tl.constexpr, PARTLY: tl.cons
 
 @triton.jit
 def write(pointer, index, value, length, MASKED: tl.constexpr):
+    """Store elements, rounded to the array's dtype."""
     if MASKED:
         tl.store(pointer + index, value.to(pointer.dtype.element_ty), mask=index < length)
     else:
@@ -116,7 +117,7 @@ def write(pointer, index, value, length, MASKED: tl.constexpr):
 
 @triton.jit
 def write_if(pointer, index, value, length, some, MASKED: tl.constexpr):
-    """As :func:`write`, but nothing unless ``some``."""
+    """Store elements as :func:`write` if ``some``; otherwise do nothing."""
     if MASKED:
         tl.store(pointer + index, value.to(pointer.dtype.element_ty), mask=(index < length) & some)
     else:

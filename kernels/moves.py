@@ -1,7 +1,7 @@
 """The primitive that moves parameters.
 
-Of a block everything is read before anything that may be the same array is written: an argument may be the very array
-that is written, but may not overlap it otherwise.
+All inputs of a block are read before anything is written. So an input may be the same array as an output, but must not
+overlap it otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from . import table as host
 from .elements import GROUP, array, load, piece_of, read, working, write
 from .formulas import folded, inverse_norm, perturbed, weigh
 
-# The lists of perturb: B, INTO and OTHER may be missing, BACKUP unless it is needed.
+# The lists of perturb. B, INTO and OTHER may be missing, and BACKUP if it is not needed.
 PARAMS = tl.constexpr(0)
 BACKUP = tl.constexpr(1)
 A = tl.constexpr(2)
@@ -47,9 +47,12 @@ def perturb(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``, with ``SAVE`` a copy of the parameters to
-    the backup first, with ``FOLDED`` a fold. The origin is the backup with ``FROM_START``. There is one square, or one
-    per group with a stride of 1. A launch that saves leaves a ticket."""
+    """Compute ``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``.
+
+    With ``SAVE``, first copy the parameters to the backup, and leave a ticket. With ``FOLDED``, then fold. The origin
+    is the backup with ``FROM_START``, and the parameters otherwise. There is one square, or with a stride of 1 one per
+    group.
+    """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     place = tl.load(row + GROUP)
     group = numbers + place * OF_PERTURB
@@ -76,10 +79,10 @@ def perturb(
                 v -= read(b, index, length, MASKED)
             if WEIGHTED:
                 theta = origin
-                if not (SAVE or FROM_START):  # the origin is not θ
+                if not (SAVE or FROM_START):  # θ is not the origin, so it must be read
                     theta = read(backup, index, length, MASKED)
                 v = weigh(weigh(v, theta, eta), theta, eta)
-            # The fold may overwrite a or b: all is read by all threads before anything is written.
+            # The fold may overwrite a or b, so all threads read everything before any of them writes.
             if FOLDED:
                 x = read(into, index, length, MASKED)
                 y = read(other, index, length, MASKED)

@@ -1,8 +1,8 @@
-"""The primitives that only read: sums of a chunk by its program, then of all chunks by one program a group.
+"""The read-only primitives: one program sums each chunk, then one program per group sums its chunks.
 
-A block has an accumulator for each of its elements in the working precision; they are added up in fp64. A sum of
-squares of fp32 numbers is therefore off by (8 + 1) 2⁻²⁴ = 5.4e-7 of itself at most, however many there are. Everything
-is added in an order that depends on the numbers of elements only.
+A block has one accumulator per element in the working precision; the accumulators are added up in fp64. So the relative
+error of a sum of squares of fp32 numbers is at most (8 + 1) 2⁻²⁴ = 5.4e-7, however many there are. The order of all
+additions depends only on the numbers of elements.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .combine import OF_TERM, combine, factors_of, used_of
 from .elements import GROUP, array, arrays, piece_of, read, read_all, working
 from .formulas import weigh
 
-# The lists: θ, which may be missing, and the terms.
+# The lists: θ (may be missing), then the terms.
 THETA = tl.constexpr(0)
 TERM = tl.constexpr(1)
 
@@ -34,9 +34,9 @@ def sums(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``parts[SUMS piece:] ←`` Σ (T u)², and of 3 sums Σ m u and Σ m².
+    """Compute ``parts[SUMS piece:] ←`` Σ (T u)² and, for 3 sums, Σ m u and Σ m².
 
-    The numbers of a group: η, and the terms by the coefficients of u, then ``WITH_M`` by those of m.
+    The numbers of a group are η, the terms by the coefficients of u, and ``WITH_M`` the terms by those of m.
     """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * (1 + (1 + WITH_M) * OF_TERM * TERMS)
@@ -71,7 +71,7 @@ def sums(
 
 @triton.jit
 def totals(parts, starts, out, SUMS: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[SUMS group:] ←`` the sums over a group's pieces, ``starts[group]`` to ``starts[group + 1]``"""
+    """Compute ``out[SUMS group:] ←`` the sums over the pieces ``starts[group]`` to ``starts[group + 1]``."""
     group = tl.program_id(0)
     first = tl.load(starts + group)
     last = tl.load(starts + group + 1)

@@ -1,4 +1,4 @@
-"""The steps of base optimizers, all by one kernel. Of a block everything is read before anything is written."""
+"""The steps of base optimizers, in one kernel. All inputs of a block are read before anything is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import table as host
 from .combine import OF_TERM, combine, factors_of, kappa_and_scale, used_of
 from .elements import GROUP, HEADER, OPTION, array, arrays, numbers_at, piece_of, read, read_all, write, write_if
 
-# The lists: these, the terms, and the state, whose last lists may be missing.
+# The lists: these, then the terms, then the state, whose last lists may be missing.
 PARAMS = tl.constexpr(0)
 THETA = tl.constexpr(1)
 TERM = tl.constexpr(2)
@@ -40,10 +40,10 @@ def update(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``params ←`` θ after a step along d by ``FORMULA``, which advances the state too.
+    """Compute ``params ←`` θ after a step along d by ``FORMULA``, and advance the state.
 
-    The numbers of a group are those of the formula and then the terms; ``options`` are the numbers of leaves.
-    ``LACKED``: the bits of the lists of state that not all leaves have.
+    The numbers of a group are those of the formula, then the terms; ``options`` are the numbers of leaves. ``LACKED``
+    is a bit mask of the state lists that some leaf does not have.
     """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * (OF_GROUP + OF_TERM * TERMS)

@@ -248,7 +248,7 @@ PLAIN = r"a\[1\] must be a plain tensor"
 UNLIKE = r"a\[1\] must (have the dtype, shape and strides of|be a plain tensor .* as) its parameter"
 
 BAD = {
-    "too few": (lambda good: {"a": good["a"][:1]}, "a must have one tensor a parameter, that is 2, got 1"),
+    "too few": (lambda good: {"a": good["a"][:1]}, "a must have one tensor per parameter, that is 2, got 1"),
     "shape": (other_a(torch.ones(4)), UNLIKE),
     "dimensions": (other_a(torch.ones(5, 1)), UNLIKE),
     "dtype": (other_a(torch.ones(5).double()), UNLIKE),
@@ -280,13 +280,13 @@ BAD = {
         lambda good: {"params": [torch.nn.Parameter(p) for p in good["params"]]},
         r"params\[0\] requires grad and would be written: call under torch.no_grad\(\)",
     ),
-    "no backup": (lambda good: {"backup": []}, "backup must have one tensor a parameter, that is 2, got 0"),
+    "no backup": (lambda good: {"backup": []}, "backup must have one tensor per parameter, that is 2, got 0"),
     "group": (lambda good: {"group": [0, -1]}, r"group(\[1\])? must be (the index|indices) of (a )?parameter group"),
-    "radius": (lambda good: {"radius": [0.1]}, "radius must have one entry a parameter group, that is 2, got 1"),
-    "eta": (lambda good: {"eta": [0.1]}, "eta must have one entry a parameter group, that is 2, got 1"),
+    "radius": (lambda good: {"radius": [0.1]}, "radius must have one entry per parameter group, that is 2, got 1"),
+    "eta": (lambda good: {"eta": [0.1]}, "eta must have one entry per parameter group, that is 2, got 1"),
     "fold": (
         lambda good: {"fold": base.FoldInto(good["a"][:1], good["a"], [1.0] * 2, [1.0] * 2)},
-        "into must have one tensor a parameter, that is 2, got 1",
+        "into must have one tensor per parameter, that is 2, got 1",
     ),
 }
 
@@ -336,11 +336,11 @@ def test_bad_numbers_are_refused(place):
         (along([a], factors, factors, place.sums([[1.0] * 4]), [0.1]), "products must be .*(three|3) numbers"),
         (
             along([a], factors, factors, products, [0.1], 1.0),
-            "gamma must have one number a row of products, .* 2, got 1",
+            "gamma must have one number per row of products, .* 2, got 1",
         ),
         (update(state=[a] * 2), "state must (be|have)( at most)? 1 (lists|entries)"),
-        (update(state=[a[:1]]), r"state\[0\] must have one tensor a parameter, that is 2, got 1"),
-        (update(groups=[row]), "groups must have one entry a parameter group, that is 2, got 1"),
+        (update(state=[a[:1]]), r"state\[0\] must have one tensor per parameter, that is 2, got 1"),
+        (update(groups=[row]), "groups must have one entry per parameter group, that is 2, got 1"),
         (update(groups=[row, row[:5]]), r"groups(\[1\])? must have 6 (numbers|entries)"),
         (update(options=[()]), r"options(\[0\])? must have 1 (numbers|entries)"),
         (

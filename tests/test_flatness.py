@@ -608,7 +608,7 @@ REFUSED = [
     (lambda: trace(small(), method="dense"), ValueError, "method must be one of 'hutchinson'"),
     (lambda: flatness.spectral_density(small(), steps=1), ValueError, "steps must be at least 2, got 1"),
     (lambda: flatness.spectral_density(small(), kappa=1.0), ValueError, "kappa must be greater than 1"),
-    (lambda: flatness.slice_1d(small(), [torch.ones(5)]), ValueError, "a direction must have a tensor a parameter"),
+    (lambda: flatness.slice_1d(small(), [torch.ones(5)]), ValueError, "a direction must have one tensor per parameter"),
     (lambda: flatness.measure(small(), eigenvalues=-1), ValueError, "eigenvalues must not be negative, got -1"),
     (lambda: flatness.Loss(F.relu, F.mse_loss, BATCH), TypeError, "model must be a torch.nn.Module"),
     (lambda: of_linear(iter(BATCH)), TypeError, "data can be read once only"),

@@ -234,7 +234,7 @@ def test_rows_of_what_the_pass_before_has_kept_are_refused_and_the_step_is_undon
                 x, y = x[:n], y[:n]
             loss_of(model, x, y).backward()
 
-    message = "a batch of 3 rows in this pass, which is what the pass before kept of 12"
+    message = "a batch of 3 rows in this pass, the part that the pass before kept of 12"
     with unchanged(model, optimizer), pytest.raises(RuntimeError, match=message):
         step(*batches[0])
 

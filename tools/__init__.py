@@ -1,0 +1,1 @@
+"""Tools for development: calls per step, GPU checks, and inspection of compiled kernels."""

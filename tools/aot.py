@@ -1,8 +1,8 @@
-"""What Triton makes of the kernels for GPUs that are not here: registers, local memory, vector accesses.
+"""Compile the Triton kernels for absent GPUs, and check registers, local memory and vector accesses.
 
-Each kernel is compiled ahead of time, for every type, and checked: the loop over whole blocks keeps
-nothing in local memory, and reads and writes 16 bytes at once, as many times as there are arrays. Needs Triton and no
-GPU; not for a process with ``TRITON_INTERPRET=1``. `make aot` runs this.
+Each kernel is compiled ahead of time for every dtype. The loop over whole blocks must not use local memory, and must
+read and write 16 bytes at once, as many times as there are arrays. This needs Triton and no GPU, and a process without
+``TRITON_INTERPRET=1``. `make aot` runs it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ALONG = {"PROJECT": True, "CLIP": True, "ROWS": 16}
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with its constants; how many arrays a block reads and writes."""
+    """A kernel with its constants, and the numbers of arrays that a block reads and writes."""
 
     kernel: Any
     constants: dict[str, Any]
@@ -52,13 +52,14 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """The kernel's name with the constants that distinguish it."""
         hidden = ("ROWS", "FORMULA", "OF_GROUP", "OF_LEAF")
         chosen = [f"{k.lower()}={int(v)}" for k, v in self.constants.items() if k not in hidden]
         return f"{self.constants.get('FORMULA', self.kernel).__name__} {' '.join(chosen)}"
 
 
 def update(formula: str, terms: int, partly: int, states: int, lacked: int) -> Variant:
-    """Return the kernel of a base optimizer's step with so many lists of state."""
+    """Return the kernel of a base optimizer's step with ``states`` lists of state."""
     of_group, of_leaf, _ = FORMULAS[formula]
     chosen = {"FORMULA": getattr(formulas, formula), "OF_GROUP": of_group, "OF_LEAF": of_leaf, "STATES": states}
     constants = {**chosen, "LACKED": lacked, "TERMS": terms, "PARTLY": partly, **ALONG}
@@ -117,10 +118,10 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler reports.
+    """The compiler's report.
 
-    ``local`` are accesses to local memory, on NVIDIA in the loops over whole blocks, on AMD bytes of it anywhere;
-    ``loads`` and ``stores`` of 16 bytes are those in the text of the program.
+    ``local`` counts accesses to local memory: on NVIDIA in the loops over whole blocks, on AMD its bytes anywhere.
+    ``loads`` and ``stores`` count accesses of 16 bytes in the text of the program.
     """
 
     registers: int
@@ -130,7 +131,7 @@ class Compiled:
 
 
 def compile_for(kernel: Any, constants: dict[str, Any], threads: int, target: GPUTarget) -> Compiled:
-    """Compiles a kernel whose pointers are aligned to 16 bytes, as they are where it is launched."""
+    """Compile a kernel whose pointers are aligned to 16 bytes, as in a launch."""
     integers = ("pieces", "table", "starts", "mark")
     scalars = {"rows": "i32", "stride": "i32", "ticket": "i64"}
     signature, attributes = {}, {}
@@ -175,18 +176,18 @@ def _hip(compiled: Any) -> Compiled:
         return int(found[1])
 
     loads, stores = (len(re.findall(rf"\b(?:global|buffer)_{a}_dwordx4", text)) for a in ("load", "store"))
-    local = number("private_segment_fixed_size") + number("vgpr_spill_count")  # scalars spill to lanes of a vector
+    local = number("private_segment_fixed_size") + number("vgpr_spill_count")  # scalars spill to vector lanes
     return Compiled(number("vgpr_count"), local, loads, stores)
 
 
 def vectors(variant: Variant, dtype: str, shape: Shape) -> tuple[int, int]:
-    """Reads and writes of 16 bytes that a thread needs for its share of a block."""
+    """Return the reads and writes of 16 bytes that a thread needs for its share of a block."""
     vectors_of_one = shape.block // shape.threads * getattr(torch, dtype).itemsize // 16
     return variant.reads * vectors_of_one, variant.writes * vectors_of_one
 
 
 def check(name: str, dtypes: tuple[str, ...], of_updates: Shape = OF_UPDATES) -> list[tuple[str, Compiled, str]]:
-    """Compiles every kernel for one target: what it was, what came of it, and what is wrong with that, if anything."""
+    """Compile every kernel for one target. Return its name, its report, and the errors found."""
     target = TARGETS[name]
     result = []
     for variant in VARIANTS:
@@ -207,6 +208,7 @@ def check(name: str, dtypes: tuple[str, ...], of_updates: Shape = OF_UPDATES) ->
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the checks from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--all", action="store_true", help="show every kernel, not only a summary")

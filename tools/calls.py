@@ -1,4 +1,4 @@
-"""Python calls of one step: what a step costs beside memory and arithmetic, counted where time would be noise.
+"""Count the Python calls of one step, a measure of its overhead where times would be noise.
 
 python -m tools.calls --method GAM --tensors 10
 """
@@ -18,10 +18,10 @@ import gam_fast
 
 
 def count(optimizer: gam_fast.SharpnessAwareOptimizer, warm_up: int = 5) -> Counter[str]:
-    """Return how often each Python function is called in a step, by file and name: in that of several with the least.
+    """Return how often each Python function is called in a step, by file and name, for the step with the fewest calls.
 
-    (A step looks at the generators of Python and NumPy now and then only.) The body of the loop sets gradients without
-    a backward pass.
+    Several steps are counted, because a step checks the generators of Python and NumPy only now and then. The loop's
+    body sets gradients without a backward pass.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     calls: Counter[str] = Counter()
@@ -51,13 +51,14 @@ def count(optimizer: gam_fast.SharpnessAwareOptimizer, warm_up: int = 5) -> Coun
 
 
 def of(method: str, tensors: int, backend: str = "auto") -> Counter[str]:
-    """Return the calls of a step of ``method`` with SGD over so many tensors of 8 elements."""
+    """Return the calls of a step of ``method`` with SGD over ``tensors`` tensors of 8 elements."""
     params = [torch.nn.Parameter(torch.randn(8)) for _ in range(tensors)]
     optimizer = getattr(gam_fast, method)(params, torch.optim.SGD, lr=1e-4, momentum=0.9, backend=backend)
     return count(optimizer)
 
 
 def main() -> None:
+    """Print the calls from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="GAM")
     parser.add_argument("--tensors", type=int, default=10)

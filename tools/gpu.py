@@ -1,14 +1,16 @@
-"""Everything that waits for a real GPU, in stages, the most valuable first, without a network.
+"""Run all checks that need a real GPU, in stages, the most valuable first, without a network.
 
     python tools/gpu.py                                    all stages, within 9 minutes
     python tools/gpu.py --stages core,smoke,times          some of them
     python tools/gpu.py --budget 300 --out /tmp/gpu --results /tmp/gpu
 
-Each stage has a limit and prints one line: its name, ``ok``, ``FAILED`` or ``TIMEOUT``, the seconds it took, and the
-last line of its output. A stage that fails stops no other. The lines are also in ``summary.txt`` of ``--out``, all
-output is in ``log.txt`` there; figures are JSON in ``--results``. The exit status is 1 if a stage failed.
+Each stage has a time limit and prints one line: its name, ``ok``, ``FAILED`` or ``TIMEOUT``, the seconds it took, and
+the last line of its output. A failing stage does not stop the others. The lines are also in ``summary.txt`` of
+``--out``, and all output is in ``log.txt`` there. Figures are JSON files in ``--results``. The exit status is 1 if a
+stage failed.
 
-The Python that runs it needs torch with CUDA, numpy, setuptools, ninja and pytest. What else is missing, a stage says.
+The Python that runs it needs torch with CUDA, numpy, setuptools, ninja and pytest. A stage reports anything else that
+is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 
-# No plugin whose absence or presence changes what is run; warnings of another torch are not what is asked here.
+# No plugins that change the selection of tests. Warnings of another torch release are ignored.
 PYTEST = (
     f"{PYTHON} -m pytest -q -ra --tb=short -m gpu -p no:cacheprovider -p no:randomly -o addopts= "
     "-o filterwarnings=default --durations=3"
@@ -38,15 +40,15 @@ SMOKE = "waits_for or twelve or lr_zero or not_finite or nan_comes_back or captu
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run at the same time, for so many seconds at most.
+    """Commands that run concurrently, within a time limit.
 
     Args:
-        name: what ``--stages`` calls it.
-        seconds: the limit.
-        commands: by name; ``{results}`` and ``{gpu}`` stand for the folder of the figures and the name of the card.
-        environment: what is set for them.
-        needs: a program without which the stage is left out.
-        is_default: whether it runs where no stages are named.
+        name: its name for ``--stages``.
+        seconds: the time limit.
+        commands: by name; ``{results}`` and ``{gpu}`` stand for the results folder and the name of the card.
+        environment: environment variables of the commands.
+        needs: a required program; without it the stage is left out.
+        is_default: whether it runs if no stages are named.
     """
 
     name: str
@@ -58,12 +60,12 @@ class Stage:
 
 
 def module(name: str, *arguments: str, file: str = "") -> Sequence[str]:
-    """A benchmark on the GPU, whose figures go to ``file``."""
+    """Return the command of a benchmark on the GPU, whose figures go to ``file``."""
     return [PYTHON, "-m", name, "--device", "cuda", *arguments, *(["--json", "{results}/{gpu}" + file] if file else [])]
 
 
 def sanitizer(tool: str, which: str) -> Sequence[str]:
-    """Some tests of the kernels under ``compute-sanitizer``."""
+    """Return the command of some kernel tests under ``compute-sanitizer``."""
     limits = ["--report-api-errors", "no", "--launch-timeout", "60", "--error-exitcode", "9"]
     return ["compute-sanitizer", "--tool", tool, *limits, *PYTEST, "tests/test_backends.py", "-k", which]
 
@@ -125,7 +127,7 @@ STAGES = (
 
 @contextlib.contextmanager
 def kernels_in_place() -> Iterator[None]:
-    """``gam_fast.kernels`` is the folder ``kernels``, which an installation maps; without one, a link does."""
+    """Map ``gam_fast.kernels`` to the folder ``kernels`` by a link, if no installation does."""
     link = ROOT / "gam_fast" / "kernels"
     found = subprocess.run(
         [PYTHON, "-c", "import gam_fast.kernels"], cwd=ROOT, env=surroundings(), capture_output=True, check=False
@@ -141,16 +143,16 @@ def kernels_in_place() -> Iterator[None]:
 
 
 def surroundings(**more: str) -> dict[str, str]:
-    """The environment of the commands."""
+    """Return the environment of the commands."""
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4", **more}
 
 
 def look_at_gpu() -> tuple[str, str, str]:
-    """The name of the card as files are called by it, its compute capability, and a line that says what is there.
+    """Return the card's name for file names, its compute capability, and a line that describes the machine.
 
     Raises:
-        SystemExit: torch is not there, or sees no CUDA GPU.
+        SystemExit: torch is missing, or sees no CUDA GPU.
     """
     try:
         import torch
@@ -164,13 +166,13 @@ def look_at_gpu() -> tuple[str, str, str]:
 
 
 class Run:
-    """Stages one after the other, within a budget.
+    """Runs stages one after the other, within a budget.
 
     Args:
-        out: where ``summary.txt`` and ``log.txt`` go.
-        results: where the figures go.
+        out: folder of ``summary.txt`` and ``log.txt``.
+        results: folder of the figures.
         budget: seconds for all stages.
-        gpu: the name of the card, as files are called by it.
+        gpu: the name of the card for file names.
     """
 
     def __init__(self, out: Path, results: Path, budget: float, gpu: str) -> None:
@@ -183,13 +185,13 @@ class Run:
             (out / name).write_text("")
 
     def say(self, line: str) -> None:
-        """Print a line, and keep it."""
+        """Print a line, and append it to the summary."""
         print(line, flush=True)
         with (self._out / "summary.txt").open("a") as file:
             print(line, file=file)
 
     def verdict(self, name: str, word: str, seconds: float, what: str) -> None:
-        """One line of a stage."""
+        """Print the line of a stage."""
         self.failed = self.failed or word in ("FAILED", "TIMEOUT")
         self.say(f"{name:<20} {word:<8} {seconds:4.0f} s  {what[:200]}")
 
@@ -241,6 +243,7 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages from the command line."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], epilog="stages: " + ", ".join(stage.name for stage in STAGES)
     )

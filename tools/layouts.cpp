@@ -1,4 +1,4 @@
-// Prints the arguments of the CUDA kernels as JSON: the size of each structure, and where its fields lie. For those who
+// Prints the arguments of the CUDA kernels as JSON: the size of each structure, and the offset of each field. Use it to
 // execute the kernels' PTX by other means than CUDA (see tools/ptx.py).
 
 #include <cstddef>

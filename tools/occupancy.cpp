@@ -1,4 +1,4 @@
-// How many blocks of a kernel fit a multiprocessor, by the calculator of CUDA's own cuda_occupancy.h, without a GPU.
+// Computes how many blocks of a kernel fit a multiprocessor, by CUDA's cuda_occupancy.h, without a GPU.
 //
 // Reads lines "major minor registers shared_bytes threads", writes the number of blocks for each. Limits of processors:
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -19,7 +19,7 @@ static cudaOccDeviceProp properties(int major, int minor) {
   p.warpSize = 32;
   p.sharedMemPerBlock = 48 << 10;
   p.sharedMemPerMultiprocessor = (data_center ? (major == 8 ? 164 : 228) : 100) << 10;
-  p.numSms = 1;  // says nothing of one multiprocessor
+  p.numSms = 1;  // irrelevant for one multiprocessor
   p.sharedMemPerBlockOptin = p.sharedMemPerMultiprocessor - 1024;
   p.reservedSharedMemPerBlock = 1024;
   return p;

@@ -1,6 +1,6 @@
-"""Writes the PTX of every CUDA kernel, and a JSON file with their names and the layout of their arguments.
+"""Write the PTX of every CUDA kernel, and a JSON file with their names and the layout of their arguments.
 
-Needs nvcc and a C++ compiler, no GPU and no torch; `make ptx` runs this.
+This needs nvcc and a C++ compiler, but no GPU and no torch. `make ptx` runs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def arguments_of(folder: Path) -> dict[str, Any]:
-    """For each structure its size in bytes, and for each field its offset and size."""
+    """Return for each structure its size in bytes, and for each field its offset and size."""
     program = folder / "layouts"
     source = str(ROOT / "tools" / "layouts.cpp")
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-Wno-invalid-offsetof", source, "-o", str(program)]
@@ -30,6 +30,7 @@ def arguments_of(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Write the files from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="90", help="a virtual architecture, such as 90")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "ptx")

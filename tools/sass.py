@@ -1,7 +1,7 @@
-"""What the compiler made of the CUDA kernels, read from the core: registers, spills, vector accesses, occupancy.
+"""Inspect the compiled CUDA kernels of the core: registers, spills, vector accesses, occupancy.
 
-Needs no GPU, but a core built with GAM_FAST_BUILD=cuda, cuobjdump (of a CUDA toolkit or of the triton package) and the
-toolkit's cuda_occupancy.h. The figures are checked against ``tools/sass_limits.json``; `make sass` runs this.
+This needs no GPU, but a core built with GAM_FAST_BUILD=cuda, cuobjdump (of a CUDA toolkit or the triton package) and
+the toolkit's cuda_occupancy.h. The figures are checked against ``tools/sass_limits.json``. `make sass` runs it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Kernel:
 
     architecture: str
     name: str
-    variant: str  # the arguments of the template
+    variant: str  # the template arguments
     registers: int
     shared: int
     stack: int
@@ -49,7 +49,7 @@ class Kernel:
 
 
 def tool(name: str) -> str:
-    """A program of the CUDA toolkit, or of the triton package, which brings some."""
+    """Return the path of a program of the CUDA toolkit, or of the triton package."""
     homes = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
     spec = importlib.util.find_spec("triton")
     if spec and spec.origin:
@@ -61,7 +61,7 @@ def tool(name: str) -> str:
 
 
 def constant(name: str) -> int:
-    """A constant of ``csrc/cuda/table.h``."""
+    """Return a constant of ``csrc/cuda/table.h``."""
     text = (ROOT / "csrc" / "cuda" / "table.h").read_text(encoding="utf-8")
     found = re.search(rf"int {name} = (\d+);", text)
     assert found, name
@@ -69,13 +69,13 @@ def constant(name: str) -> int:
 
 
 def instructions_of(text: str) -> list[tuple[int, str]]:
-    """Address and text of each instruction in what cuobjdump prints of one kernel."""
+    """Return address and text of each instruction in cuobjdump's output for one kernel."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)
     return [(int(address, 16), line.strip()) for address, line in found]
 
 
 def loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
-    """The innermost loops: from the target of a backward branch to the branch, without another loop inside."""
+    """Yield the innermost loops: from the target of a backward branch to the branch, without another loop inside."""
     spans = []
     for address, text in instructions:
         branch = re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)
@@ -87,7 +87,7 @@ def loops(instructions: list[tuple[int, str]]) -> Iterator[list[str]]:
 
 
 def kernels(library: str, architecture: str, cuobjdump: str) -> list[Kernel]:
-    """All kernels of the library for one architecture."""
+    """Return all kernels of the library for one architecture."""
 
     def output(option: str) -> str:
         command = [cuobjdump, "-arch", architecture, option, library]
@@ -114,7 +114,7 @@ def kernels(library: str, architecture: str, cuobjdump: str) -> list[Kernel]:
                 head[1],
                 head[2].replace("gam::any::", ""),
                 registers,
-                # what cuobjdump adds on newer processors is the driver's, and is counted by cuda_occupancy.h
+                # on newer GPUs cuobjdump adds the driver's share, which cuda_occupancy.h counts too
                 shared - 1024 if shared >= 1024 and int(architecture[3:]) >= 90 else shared,
                 stack,
                 sum(bool(SPILLS.search(text)) for _, text in instructions),
@@ -127,7 +127,7 @@ def kernels(library: str, architecture: str, cuobjdump: str) -> list[Kernel]:
 
 
 def add_occupancy(found: list[Kernel], cuda_home: str) -> None:
-    """By a small program with the toolkit's own calculator."""
+    """Compute the occupancy by a small program with the toolkit's own calculator."""
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder, "occupancy"))
         source = str(ROOT / "tools" / "occupancy.cpp")
@@ -145,7 +145,7 @@ def add_occupancy(found: list[Kernel], cuda_home: str) -> None:
 
 
 def check(found: list[Kernel], limits: dict[str, dict[str, float]]) -> list[str]:
-    """What exceeds a limit."""
+    """Return a message for each exceeded limit."""
     wrong = []
     for kernel in found:
         limit = limits[kernel.name]
@@ -162,7 +162,7 @@ def check(found: list[Kernel], limits: dict[str, dict[str, float]]) -> list[str]
 
 
 def table(found: list[Kernel], in_full: bool) -> Iterator[str]:
-    """A line for each kernel, or for each name with its worst figures."""
+    """Yield a line for each kernel, or for each name with its worst figures."""
     columns = f"{'registers':>10}{'spills':>8}{'LDG.128':>9}{'STG.128':>9}{'blocks':>8}{'occupancy':>11}"
     yield f"{'':9}{'kernel':40}{columns}"
     groups: dict[tuple[str, str], list[Kernel]] = {}
@@ -176,6 +176,7 @@ def table(found: list[Kernel], in_full: bool) -> Iterator[str]:
 
 
 def main() -> None:
+    """Print and check the figures from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", help="the compiled core; the one installed if not given")
     parser.add_argument("--all", action="store_true", help="a line for every kernel, not only the worst of each name")

@@ -9,7 +9,7 @@ std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  // F16C, which the conversions of halves use, is in every processor that has both; not every compiler can be asked.
+  // Conversions of halves use F16C. Every processor with AVX2 and FMA has it, and some compilers cannot test for it.
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

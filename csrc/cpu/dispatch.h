@@ -1,4 +1,4 @@
-// Which of the compiled loops run.
+// Selects which of the compiled loops run.
 #pragma once
 
 #include <string>
@@ -8,13 +8,13 @@
 
 namespace gam::cpu {
 
-// The loops in use: the best of those compiled in that this processor runs, unless another was chosen.
+// The loops in use: the best compiled instruction set that this processor supports, unless another was chosen.
 const Kernels& kernels();
 
-// Names of the instruction sets compiled in that this processor runs, best first.
+// Names of the compiled instruction sets that this processor supports, best first.
 std::vector<std::string> instruction_sets();
 
-// Chooses one of them, for the whole process; false, and no change, for another name.
+// Chooses one of them for the whole process. Returns false, without a change, for any other name.
 bool use_instruction_set(const std::string& name);
 
 }  // namespace gam::cpu

@@ -13,8 +13,8 @@
 namespace gam::cpu {
 namespace {
 
-// Set in a process that was forked off one that had loaded the core. The threads of libgomp do not survive a fork, and
-// a region that needs them would wait for ever; such a process (a worker of a DataLoader) works with one thread.
+// True in a process forked from one that had loaded the core. The threads of libgomp do not survive a fork, and a
+// parallel region would wait for them forever. Such a process (a worker of a DataLoader) works with one thread.
 bool forked = false;
 
 #if defined(__unix__) || defined(__APPLE__)

@@ -1,4 +1,4 @@
-// The primitives on CPU tensors: one parallel region over the chunks each.
+// The primitives on CPU tensors: each is one parallel region over the chunks.
 #pragma once
 
 #include "../executor.h"
@@ -16,7 +16,7 @@ class Executor final : public gam::Executor {
   void update(const Update& arguments) override;
 
  private:
-  // Calls loop(work, arguments, range) for ranges that make up all pieces of the plan.
+  // Calls loop(work, arguments, range) for ranges that cover all pieces of the plan.
   template <class Arguments, class Loop>
   void run(const Arguments& arguments, const Loop& loop) const;
 

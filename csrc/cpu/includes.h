@@ -1,4 +1,4 @@
-// What the loops include, before a file changes the target of the compiler (see kernels.h).
+// Includes of the loops, before a file changes the compiler's target (see kernels.h).
 #pragma once
 
 #include <c10/util/Half.h>

@@ -1,4 +1,4 @@
-// The loops, compiled for the instruction set that the including file has chosen and named GAM_ISA.
+// The loops, compiled for the instruction set that the including file chooses and names GAM_ISA.
 
 #include "../elements.h"
 #include "../math.h"
@@ -6,7 +6,7 @@
 namespace gam::cpu::GAM_ISA {
 namespace {
 
-// clang-format off: each needs those before it
+// clang-format off: each needs the files before it
 #include "tiles.inl"
 #include "pieces.inl"
 #include "sums.inl"

@@ -1,7 +1,7 @@
-// The loops on CPU: what they get besides the arguments of the primitives, the tables of them, and which one is used.
+// The loops on CPU: their arguments besides those of the primitives, and the table of functions.
 //
-// Nothing in the loops instantiates a template of the standard library. They are compiled for processors newer than the
-// one at hand may be, and the linker keeps one copy of an inline function for all files.
+// The loops must not instantiate a template of the standard library. They are compiled for processors that may be newer
+// than the present one, and the linker keeps one copy of an inline function for all files.
 #pragma once
 
 #include "../primitives.h"
@@ -22,12 +22,12 @@ struct Work {
   Dtype dtype;
   const Leaf* leaves;
   const Piece* pieces;
-  const List* lists;  // of the arguments
+  const List* lists;  // the lists of the arguments
   int count;
 };
 
-// The loops, compiled for one instruction set. Sums are kSums doubles a piece of the plan, of which without m only the
-// first is written.
+// The loops, compiled for one instruction set. Sums are kSums doubles per piece of the plan; without m only the first
+// is written.
 struct Kernels {
   const char* isa;
   void (*sums)(const Work&, const Sums&, Range, double* sums);

@@ -1,7 +1,7 @@
 // The primitives that move parameters: tiles in, a formula of math.h on every element, tiles out.
 //
-// Of each tile everything is read before anything is written, so an argument may be the very array that is written; it
-// may not overlap it otherwise.
+// All inputs of a tile are read before anything is written. So an input may be the same array as an output, but must
+// not overlap it otherwise.
 
 #if defined(__clang__)
 #define GAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -11,8 +11,8 @@
 #define GAM_INDEPENDENT
 #endif
 
-// A formula on the n elements of a tile; v is a function of the element's index. What a loop reads comes by value:
-// behind a reference any store might change it, and the loop would not be vectorized.
+// A formula on the n elements of a tile; v is a function of the element's index. Inputs of the loop are passed by
+// value: through a reference, any store might change them, and the loop would not be vectorized.
 template <class V, class Formula, class D>
 void map_tile(int n, V* out, Formula formula, const V* x, D v) {
   GAM_INDEPENDENT

@@ -1,9 +1,9 @@
-// Pieces of a plan, and the combination of terms that most primitives read.
+// Pieces of a plan, and the combination of terms that most primitives use.
 //
 // Included once for each instruction set, inside namespace gam::cpu::GAM_ISA (see isa.inl), as are the other .inl
 // files.
 
-// The number of the leaf's group.
+// The number for the leaf's group.
 template <class T>
 T of_group(PerGroup values, const Leaf& leaf) {
   return static_cast<T>(values[leaf.group]);
@@ -14,8 +14,8 @@ struct Tuple {
   T values[N];
 };
 
-// Asks for the beginning of a piece in all arrays. The processor finds by itself what follows, but not where the next
-// of many small tensors lies.
+// Prefetches the beginning of a piece in all arrays. The processor prefetches what follows by itself, but cannot
+// predict where the next of many small tensors lies.
 inline void prefetch(const Work& work, const Piece& piece) {
 #if defined(__GNUC__)
   constexpr int64_t kLine = 64, kMost = 512;
@@ -29,8 +29,8 @@ inline void prefetch(const Work& work, const Piece& piece) {
 #endif
 }
 
-// Calls f(element, piece, leaf, array_of) for the pieces of a range; `element` is one of the dtype, and array_of(k) the
-// array of the leaf in list k, null where it or the list has none.
+// Calls f(element, piece, leaf, array_of) for the pieces of a range. `element` is a value of the dtype, and array_of(k)
+// the array of the leaf in list k, or null if it has none.
 template <class F>
 void each_piece(const Work& work, Range range, F f) {
   constexpr int64_t kPiecesAhead = 3;
@@ -44,7 +44,7 @@ void each_piece(const Work& work, Range range, F f) {
   });
 }
 
-// The combination Σ factor x of a leaf, tile by tile. The lists of terms begin with number `first`.
+// The combination Σ factor x of a leaf, tile by tile. The lists of terms start at index `first`.
 template <class T, int Terms>
 class Combined {
  public:
@@ -53,7 +53,7 @@ class Combined {
     for (int t = 0; t < Terms; ++t) readers_[t] = Reader<T>(array_of(first + terms.index[t]));
   }
 
-  // A function of j, the element i + j.
+  // Returns a function of j that gives element i + j.
   auto tile(int64_t i, int n) {
     const auto* x = readers_[0].tile(i, n);
     if constexpr (Terms == 1) {

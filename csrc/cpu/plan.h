@@ -1,4 +1,4 @@
-// How the elements of all parameters are shared out: chunks of equal size, whatever the sizes of the tensors.
+// Divides the elements of all parameters into chunks of equal size, whatever the sizes of the tensors.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,11 @@
 
 namespace gam::cpu {
 
-// Bytes of a chunk of parameters: long enough that a chunk costs much more than its start, short enough that a small
-// model still gives work to all threads; a quarter of it is what a sum reads at each of four places.
+// Bytes of a chunk of parameters. A chunk must cost much more than its start, and a small model must still give work to
+// all threads. A sum reads a quarter of a chunk at each of four places.
 inline constexpr int64_t kChunkBytes = 1 << 18;
 
-// A tensor is cut at multiples of this many elements, so that the parts start on cache lines if the tensor does.
+// Tensors are cut at multiples of this many elements, so that the parts start on cache lines if the tensor does.
 inline constexpr int64_t kCut = 64;
 
 class Plan {
@@ -46,7 +46,7 @@ class Plan {
 
  private:
   std::vector<Piece> pieces_;
-  std::vector<int64_t> starts_;  // of each chunk in pieces_, and the end
+  std::vector<int64_t> starts_;  // first piece of each chunk, and the end
 };
 
 }  // namespace gam::cpu

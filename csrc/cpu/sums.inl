@@ -1,13 +1,13 @@
-// The primitives that only read: norms and inner products.
+// The read-only primitives: norms and inner products.
 
-// Adds up, over the elements of a piece, the `Count` numbers that `value(x...)` makes of the elements x of `Lists`
-// arrays. They are kept in as many lanes as kLanes, whatever the width of the vectors, so every processor makes the
-// same additions: in the working precision over one tile, 32 numbers a lane, and in fp64 over tiles and lanes.
+// Adds up, over the elements of a piece, the `Count` numbers that `value(x...)` computes from the elements x of `Lists`
+// arrays. There are kLanes accumulators at any vector width, so every processor makes the same additions: in the
+// working precision over one tile (32 numbers per lane), and in fp64 over tiles and lanes.
 template <class T, int Count, int Lists, class Value>
 class Summation {
   using O = opmath_t<T>;
   static constexpr int kLanes = 16;
-  // One stream of reads does not keep the memory busy: a sum over one array reads four places at once.
+  // One stream of reads does not keep the memory busy, so a sum over one array reads four places at once.
   static constexpr int kPlaces = Lists == 1 ? 4 : Lists == 2 ? 2 : 1;
 
  public:
@@ -28,7 +28,7 @@ class Summation {
   }
 
  private:
-  // One tile of each place; places lie `distance` apart.
+  // One tile at each place; places are `distance` apart.
   template <int Places>
   void add(int64_t i, int64_t distance, int n) {
     const seen_t<T>* x[Places][Lists];
@@ -66,7 +66,7 @@ void add_up(const Tuple<void*, Lists>& arrays, const Piece& piece, double* sums,
   Summation<T, Count, Lists, Value>(arrays, value)(piece, sums);
 }
 
-// sums[kSums k …] for the k-th piece of the range
+// Writes sums[kSums k …] for the k-th piece of the range.
 void sums(const Work& work, const Sums& arguments, Range range, double* sums) {
   each_piece(work, range, [&](auto element, const Piece& piece, const Leaf& leaf, auto array_of) {
     using T = decltype(element);

@@ -2,8 +2,8 @@
 //
 // Included once for each instruction set, inside namespace gam::cpu::GAM_ISA (see isa.inl).
 
-// Elements of a tile. The loops over formulas run on tiles only: they then do not know dtypes, and the arrays
-// of one tile, eight of 2 KiB of fp32 at most, fit the first-level cache.
+// Elements of a tile. The loops over formulas only see tiles. So they do not depend on dtypes, and the arrays of one
+// tile (at most eight of 2 KiB in fp32) fit the first-level cache.
 constexpr int kTile = 512;
 
 template <class T, class U>
@@ -11,8 +11,8 @@ inline constexpr bool kSame = false;
 template <class T>
 inline constexpr bool kSame<T, T> = true;
 
-// What loops see of an element: itself where it can be widened and rounded among other operations, so that these
-// overlap with the reading of memory; of a half, which takes instructions that compilers do not find, its value.
+// The type of an element in the loops. It is the stored type if widening and rounding can overlap with reads of memory.
+// For a half it is the value, because compilers do not find the conversion instructions.
 template <class T>
 struct Seen {
   using type = T;
@@ -43,7 +43,7 @@ inline void narrow(const float* from, Half* to, int n) {
   for (; j < n; ++j) put(from[j], to[j]);
 }
 
-// Copy past the caches; `to` starts on a cache line.
+// Copies past the caches; `to` starts on a cache line.
 inline void stream(const void* from, void* to, size_t bytes) {
   size_t done = 0;
 #if defined(GAM_X86)
@@ -66,15 +66,15 @@ inline void stream(const void* from, void* to, size_t bytes) {
   std::memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, bytes - done);
 }
 
-// Streaming stores are ordered by nothing else.
+// Orders the streaming stores; nothing else does.
 inline void end_of_streaming() {
 #if defined(GAM_X86)
   _mm_sfence();
 #endif
 }
 
-// Room for a tile. The alignment is that of the whole: elements of a type that is aligned beyond its size, which
-// alignas on the array would make, are not vectorized by GCC.
+// Memory for a tile. The array as a whole is aligned. (alignas on the array would align each element beyond its size,
+// and GCC does not vectorize such elements.)
 template <class T, bool Used = true>
 struct alignas(64) Room {
   T values[Used ? kTile : 1];
@@ -88,10 +88,10 @@ class Reader {
   Reader() = default;
   explicit Reader(const void* array) : data_(static_cast<const T*>(array)) {}
 
-  // Elements from the i-th on as they are stored.
+  // Elements from the i-th on, in their stored type.
   const T* raw(int64_t i) const { return data_ + i; }
 
-  // Elements [i, i + n) as the loops see them; valid until the next call.
+  // Elements [i, i + n) in the type of the loops; valid until the next call.
   const Value* tile(int64_t i, [[maybe_unused]] int n) {
     if constexpr (kSame<T, Value>) {
       return raw(i);
@@ -106,7 +106,7 @@ class Reader {
   Room<Value, !kSame<T, Value>> tile_;
 };
 
-// Without an array, what is put is lost.
+// Without an array, stores are discarded.
 template <class T>
 class Writer {
   using Value = seen_t<T>;
@@ -116,7 +116,7 @@ class Writer {
   Writer(void* array, bool streaming)
       : data_(static_cast<T*>(array)), stream_(streaming && reinterpret_cast<uintptr_t>(array) % 64 == 0) {}
 
-  // Where to put elements [i, i + n) before store(): the array itself where that is possible.
+  // Memory for elements [i, i + n) before store(): the array itself if possible.
   Value* tile(int64_t i) {
     if constexpr (kSame<T, Value>) {
       if (data_ && !stream_) return data_ + i;
@@ -134,7 +134,7 @@ class Writer {
     }
   }
 
-  // Elements as they are stored.
+  // Stores elements in their stored type.
   void raw(const T* stored, int64_t i, int n) {
     const size_t bytes = static_cast<size_t>(n) * sizeof(T);
     if (stream_) {

@@ -1,4 +1,4 @@
-// The steps of the base optimizers. Of each tile everything is read before anything is written.
+// The steps of the base optimizers. All inputs of a tile are read before anything is written.
 
 template <class V>
 const V* zeros() {

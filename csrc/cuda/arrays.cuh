@@ -1,4 +1,4 @@
-// Elements of the arrays of a leaf: packs of 16 bytes where all arrays are aligned, one by one elsewhere.
+// Elements of the arrays of a leaf: packs of 16 bytes if all arrays are aligned, single elements otherwise.
 #pragma once
 
 #include "../elements.h"
@@ -7,7 +7,7 @@
 
 namespace gam::cuda {
 
-// The elements of one thread's share: those of 16 bytes of the parameter's type.
+// Elements of a pack: 16 bytes of the parameter's type, the share of one thread.
 template <class T>
 inline constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ const Row& row_of(const Table& table, int leaf) {
   return *reinterpret_cast<const Row*>(table.rows + static_cast<int64_t>(leaf) * table.row_bytes);
 }
 
-// The array of a leaf in a list, if it has one.
+// The array of a leaf in a list, or null.
 template <class T>
 class View {
  public:
@@ -37,7 +37,7 @@ class View {
 
   __device__ __forceinline__ bool exists() const { return data_ != nullptr; }
 
-  // V elements from the i-th on: a whole number of aligned vectors, or one element.
+  // V elements from the i-th on: whole aligned vectors, or one element.
   template <int V>
   __device__ __forceinline__ Pack<T, V> load(int64_t i) const {
     Pack<T, V> pack;
@@ -70,7 +70,7 @@ class View {
     }
   }
 
-  // The same as numbers in the working precision.
+  // The same elements in the working precision.
   template <int V>
   __device__ __forceinline__ Pack<opmath_t<T>, V> values(int64_t i) const {
     const Pack<T, V> pack = load<V>(i);
@@ -92,17 +92,17 @@ class View {
   T* data_;
 };
 
-// Calls f(Constant<V>, i, 0) for the packs of a piece that are this thread's, and f(Constant<1>, i, k) for single
-// elements, the k-th of their pack. Which elements share a pack, and which thread has it, does not depend on
-// alignment; nor, then, does any sum. With `Unroll` the reads of several packs are under way at once; where f also
-// writes, they would have to wait for each other anyway.
+// Calls f(Constant<V>, i, 0) for this thread's packs of a piece, and f(Constant<1>, i, k) for its single elements, the
+// k-th of their pack. The assignment of elements to packs and threads does not depend on alignment, so sums do not
+// either. With `Unroll` several packs are read ahead. If f also writes, that gains nothing, because reads would have to
+// wait for the writes.
 template <int V, int Unroll = 1, class F>
 __device__ __forceinline__ void each_pack(const Piece& piece, bool packed, F f) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int whole = packed ? piece.length / V : 0;  // packs that are read as such
+  const int whole = packed ? piece.length / V : 0;  // packs that are read whole
 #pragma unroll Unroll
   for (int p = thread; p < whole; p += kBlock) f(Constant<V>(), piece.begin + p * V, 0);
-  const int next = whole + (thread - whole % kBlock + kBlock) % kBlock;  // the thread's first of the others
+  const int next = whole + (thread - whole % kBlock + kBlock) % kBlock;  // this thread's first remaining pack
 #pragma unroll 1
   for (int p = next; p * V < piece.length; p += kBlock) {
 #pragma unroll 1

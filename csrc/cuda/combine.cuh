@@ -1,4 +1,4 @@
-// The combination Σ factor x of terms, whose factors may follow from sums that lie in the memory of the device.
+// The combination Σ factor x of terms, whose factors may depend on sums in device memory.
 #pragma once
 
 #include "arguments.h"
@@ -7,8 +7,8 @@
 
 namespace gam::cuda {
 
-// Writes the factors of a group's terms. Called by all threads of the block; the first warp works, and what it writes
-// is to be read after a barrier.
+// Writes the factors of a group's terms. All threads of the block call it, and the first warp does the work. Read the
+// result only after a barrier.
 __device__ __forceinline__ void find_factors(const UpdateArguments& arguments, const GroupTerms& terms_of_group,
                                              double* factor) {
   if (threadIdx.x >= kWarp) return;
@@ -37,8 +37,8 @@ __device__ __forceinline__ void find_factors(const UpdateArguments& arguments, c
     factor[lane] = factor_of(terms_of_group.p[lane], terms_of_group.q[lane], kappa, scale);
 }
 
-// The terms of one leaf; their lists start at number `first` of the table. How many there are is the same for all
-// threads of a block, so the branches on it cost next to nothing, and everything is read before the first is used.
+// The terms of one leaf; their lists start at index `first` of the table. All threads of a block have the same number
+// of terms, so branches on it cost next to nothing. Everything is read before the first element is used.
 template <class T>
 class Combined {
   using O = opmath_t<T>;

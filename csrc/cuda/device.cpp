@@ -28,7 +28,7 @@ Stream current_stream() {
     cudaStreamCaptureStatus status;
     unsigned long long id = 0;
     C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
-    result.capture = id + 1;  // so that it is never 0
+    result.capture = id + 1;  // + 1, so that it is never 0
   }
   return result;
 }
@@ -50,8 +50,8 @@ void record_use(const at::Tensor& tensor) {
 
 namespace {
 
-// Pinned memory of the host. It is never given back: freeing it may wait for the device, and is not allowed while a
-// graph is captured. None of this may disturb a capture, by this thread or another.
+// Pinned host memory. It is never freed: freeing may wait for the device, and is not allowed during a capture. None of
+// this may disturb a capture, by this thread or another.
 void* pinned(size_t bytes) {
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   void* host = nullptr;
@@ -59,7 +59,7 @@ void* pinned(size_t bytes) {
   return host;
 }
 
-// Room for a copy; `copied` is to be recorded on its stream after it.
+// Memory for a copy; record `copied` on the copy's stream after it.
 struct Slot {
   void* host = nullptr;
   size_t bytes = 0;
@@ -77,10 +77,10 @@ struct Slot {
   }
 };
 
-// Slots are a multiple of this, so that they fit tables that grow a little.
+// Slot sizes are multiples of this, so that they fit tables that grow a little.
 constexpr size_t kSlotBytes = 1 << 16;
 
-// One of the slots of a device that is free and large enough, made where there is none.
+// Returns a free slot of a device that is large enough; makes one if there is none.
 Slot& slot_for(size_t bytes, std::vector<Slot>& slots) {
   for (Slot& slot : slots) {
     if (slot.bytes >= bytes && slot.is_free()) return slot;
@@ -102,7 +102,7 @@ void upload(const void* from, int64_t bytes, void* to) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto size = static_cast<size_t>(bytes);
-  // what a graph copies is kept as it is
+  // a graph keeps its own copy forever
   const Slot slot = current_stream().capture != 0 ? Slot{pinned(size)} : slot_for(size, slots[stream.device_index()]);
   std::memcpy(slot.host, from, size);
   C10_CUDA_CHECK(cudaMemcpyAsync(to, slot.host, size, cudaMemcpyHostToDevice, stream));

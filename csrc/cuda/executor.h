@@ -1,4 +1,4 @@
-// The primitives on CUDA tensors: one launch each, and one more to add up sums.
+// The primitives on CUDA tensors: each is one launch, and sums take one more.
 #pragma once
 
 #include "../executor.h"

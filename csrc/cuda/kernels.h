@@ -1,11 +1,11 @@
-// The launches as the executor sees them, without CUDA's headers. Each function is one launch.
+// The launches, declared without CUDA's headers for the executor. Each function is one launch.
 #pragma once
 
 #include "arguments.h"
 
 namespace gam::cuda {
 
-// A grid of as many blocks, on a stream (a cudaStream_t).
+// A grid of `blocks` blocks on a stream (a cudaStream_t).
 struct Grid {
   int64_t blocks;
   void* stream;
@@ -20,7 +20,7 @@ void perturb(const Grid& grid, Dtype dtype, bool difference, bool weighted, bool
 void copy(const Grid& grid, Dtype dtype, const CopyArguments& arguments);
 void update(const Grid& grid, Dtype dtype, const UpdateArguments& arguments);
 
-// How many kernels have been launched in this process.
+// The number of kernels launched in this process.
 int64_t launches();
 
 }  // namespace gam::cuda

@@ -1,4 +1,4 @@
-// One launch: the right instance of a kernel, counted and checked.
+// One launch: selects the instance of a kernel, counts the launch and checks it.
 #pragma once
 
 #include <atomic>
@@ -12,8 +12,8 @@ namespace gam::cuda {
 
 inline std::atomic<int64_t> launch_count{0};
 
-// Raises RuntimeError, in Python, where the kernel could not be started. Errors that come later, while it runs, appear
-// where torch next waits for the device; CUDA_LAUNCH_BLOCKING=1 makes that here.
+// Raises RuntimeError in Python if the kernel could not be started. Errors of a running kernel appear where torch next
+// waits for the device; with CUDA_LAUNCH_BLOCKING=1 they appear here.
 inline void check_launch([[maybe_unused]] const char* kernel) {
   launch_count.fetch_add(1, std::memory_order_relaxed);
 #if defined(__CUDACC__)

@@ -1,13 +1,13 @@
-// The primitives that move parameters. Of a pack everything is read before anything is written, so an argument may be
-// the very array that is written; it may not overlap it otherwise.
+// The primitives that move parameters. All inputs of a pack are read before anything is written. So an input may be the
+// same array as an output, but must not overlap it otherwise.
 
 #include "combine.cuh"
 #include "launch.cuh"
 
 namespace gam::cuda {
 
-// Left to itself the compiler keeps some registers of the fp64 kernels in memory (`make sass` shows it); with four
-// blocks on a multiprocessor to aim at, it does not.
+// By default the compiler spills registers of the fp64 kernels to memory (`make sass` shows it). With a target of four
+// blocks per multiprocessor it does not.
 template <class T, bool Difference, bool Weighted, bool Folding>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 4 : 0)
     perturb_kernel(GAM_PARAM(PerturbArguments) arguments) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 4 : 0)
       for (int k = 0; k < W; ++k) v.v[k] = v.v[k] - y.v[k];
     }
     if constexpr (Weighted) {
-      const bool other = !arguments.save && !arguments.from_start;  // the origin is not θ
+      const bool other = !arguments.save && !arguments.from_start;  // θ is not the origin, so it must be read
       const Pack<T, W> theta = other ? backup.template load<W>(i) : stored;
 #pragma unroll
       for (int k = 0; k < W; ++k) {

@@ -8,7 +8,7 @@ namespace gam::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The sum over the warp, in every lane: each step adds the same two numbers in either lane of a pair.
+// Returns the sum over the warp in every lane: each step adds the same two numbers in both lanes of a pair.
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -17,7 +17,7 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// The sums over the block, in its first thread. To be called once in a kernel, by all threads; blocks are whole warps.
+// Returns the sums over the block in its first thread. Call it once per kernel, by all threads of whole warps.
 template <int Sums>
 __device__ __forceinline__ void block_sum(double (&values)[Sums]) {
   GAM_SHARED(double, of_warp, kWarp* Sums);

@@ -1,23 +1,23 @@
-// The primitives that only read: sums of a chunk by its block, then of all chunks by one block.
+// The read-only primitives: one block sums each chunk, then one block sums all chunks.
 //
-// A thread adds up its elements of a chunk, at most 32, in the working precision: each of its kPack accumulators gets
-// kChunk / kBlock / kPack of them, 8 in fp32 and 4 in 16 bits, by one fused operation each. Everything after that is
-// added in fp64. A sum of squares of fp32 numbers is therefore off by (8 + 1) 2⁻²⁴ = 5.4e-7 of itself at most, however
-// many there are: 10⁹ elements make 122,000 chunks, of which each thread of the last block adds up 120, so that fp64
-// adds another 160 · 2⁻⁵³ = 1.8e-14.
+// A thread adds up its elements of a chunk, at most 32, in the working precision: each of its kPack accumulators takes
+// kChunk / kBlock / kPack of them (8 in fp32, 4 in 16 bits), by one fused operation each. All further additions are in
+// fp64. So the relative error of a sum of squares of fp32 numbers is at most (8 + 1) 2⁻²⁴ = 5.4e-7, however many there
+// are: 10⁹ elements make 122,000 chunks, each thread of the last block adds up 120 of them, and fp64 contributes
+// another 160 · 2⁻⁵³ = 1.8e-14.
 
 #include "combine.cuh"
 #include "launch.cuh"
 
 namespace gam::cuda {
 
-// How often the loops over packs are unrolled. The compiler then reads four packs of one list before it uses the first;
-// of two lists mostly two each, and of the terms of products one each. With eight blocks on a multiprocessor four packs
-// are 128 KiB under way, and two or three still more than the 20 KiB or so that keep the memory of an H100 busy (3.35
-// TB/s for about 0.7 µs, by 132 multiprocessors).
+// Unroll factor of the loops over packs. The compiler reads four packs of one list before it uses the first, mostly two
+// packs each of two lists, and one pack each of the terms of products. With eight blocks per multiprocessor, four packs
+// are 128 KiB of outstanding reads. Two or three packs still exceed the 20 KiB or so that keep the memory of an H100
+// busy (3.35 TB/s for about 0.7 µs, by 132 multiprocessors).
 inline constexpr int kReadsAhead = 4;
 
-// sum[slot] += x y. The slot of a single element is known at run time only, but registers cannot be indexed.
+// sum[slot] += x y. The slot of a single element is known only at run time, and registers cannot be indexed.
 template <class O, int V>
 __device__ __forceinline__ void add_product(O (&sum)[V], int slot, O x, O y) {
 #pragma unroll
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kBlock) inner_products_kernel(GAM_PARAM(SumsAr
   }
 }
 
-// One block a group.
+// One block per group.
 template <int Sums>
 __global__ void __launch_bounds__(kTotalsBlock) totals_kernel(GAM_PARAM(TotalsArguments) arguments) {
   const int group = static_cast<int>(blockIdx.x);

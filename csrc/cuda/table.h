@@ -1,25 +1,25 @@
-// What kernels get of the lists of tensors: one table in the memory of the device.
+// The launch metadata of tensor lists: one table in device memory.
 #pragma once
 
 #include "../primitives.h"
 
 namespace gam::cuda {
 
-// Threads of a block: enough that eight blocks fill a multiprocessor of 2,048 threads, few enough that two blocks of
-// the kernel with the most registers, 128 for a thread, fit beside each other.
+// Threads per block: few enough that two blocks of the kernel with the most registers (128 per thread) fit on a
+// multiprocessor, and enough that eight blocks fill its 2,048 threads.
 inline constexpr int kBlock = 256;
 
-// Elements of a chunk, the work of one block. The 25.6 M elements of a ResNet-50 make 3,222 of them, three rounds of
-// the 1,056 blocks that an H100 holds; chunks of 64 K, as torch's own, would make 508, half a round. Each thread then
-// handles 32 elements: enough that the start of a block (a few reads that depend on each other) is a small part of it.
-// The blocks are not persistent: the hardware hands them out as others end, which balances tensors of all sizes, and a
-// sum of a chunk does not depend on how many multiprocessors there are.
+// Elements of a chunk, the work of one block. The 25.6 M elements of a ResNet-50 make 3,222 chunks, three rounds of the
+// 1,056 blocks that an H100 holds. Chunks of 64 K, torch's size, would make 508, half a round. Each thread handles 32
+// elements, so that the start of a block (a few dependent reads) is a small part of its work. Blocks are not
+// persistent: the hardware schedules a new one when another ends, which balances tensors of all sizes. The sum of a
+// chunk does not depend on the number of multiprocessors.
 inline constexpr int kChunk = 8192;
 
-// Threads of the one block that adds up the sums of the chunks: 10⁹ elements have 122,000 of them.
+// Threads of the block that adds up the sums of the chunks. 10⁹ elements have 122,000 chunks.
 inline constexpr int kTotalsBlock = 1024;
 
-// Numbers of so many groups travel in the arguments of a kernel; of more, in the table.
+// Numbers of up to this many groups are kernel arguments; those of more groups are in the table.
 inline constexpr int kFew = 16;
 
 // Elements [begin, begin + length) of a leaf.
@@ -28,10 +28,10 @@ struct Piece {
   int32_t leaf, length;
 };
 
-// The arrays of one leaf: their addresses, in the order of the lists, follow.
+// Header of a leaf's row. The addresses of its arrays follow, in the order of the lists.
 struct alignas(8) Row {
   int32_t group;
-  int32_t option;  // of an update, the place of the leaf's numbers among its options
+  int32_t option;  // in an update, the index of the leaf's numbers among the options
   bool packed;     // all arrays are aligned to 16 bytes
 };
 
@@ -43,10 +43,10 @@ struct Table {
 
 inline constexpr int64_t row_bytes(int lists) { return static_cast<int64_t>(sizeof(Row)) + 8 * lists; }
 
-// By group, or another index.
+// Numbers by group, or by another index.
 template <class N>
 struct Numbers {
-  int64_t many = 0;  // where they lie in the table, if there are more than a few
+  int64_t many = 0;  // their offset in the table, if there are more than kFew
   N few[kFew] = {};
 };
 

@@ -8,10 +8,10 @@
 namespace gam::cuda {
 namespace {
 
-// Tables that are kept. A step has about eight; the memory of gradients may alternate between a few places.
+// Number of tables kept. A step has about eight, and the memory of gradients may alternate between a few places.
 constexpr size_t kEntries = 32;
 
-// Streams, and captures, whose table of pieces is kept.
+// Number of streams and captures whose table of pieces is kept.
 constexpr size_t kStreams = 4;
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -36,7 +36,7 @@ Tables::Tables(const Shapes& shapes) : shapes_(shapes) {
 void Tables::begin(const List* lists, int count, const int32_t* option) {
   const int64_t width = row_bytes(count);
   row_bytes_ = static_cast<int32_t>(width);
-  bytes_.assign(shapes_.size() * static_cast<size_t>(width), 0);  // padding too: tables are compared byte by byte
+  bytes_.assign(shapes_.size() * static_cast<size_t>(width), 0);  // padding too: tables are compared bytewise
   for (size_t i = 0; i < shapes_.size(); ++i) {
     unsigned char* const at = bytes_.data() + static_cast<int64_t>(i) * width;
     Row row;
@@ -85,7 +85,7 @@ const unsigned char* Tables::fixed(const Stream& stream) {
 }
 
 const unsigned char* Tables::on_device(const Stream& stream) {
-  if (stream.capture != 0) {  // in the memory of the graph, which copies it anew each time
+  if (stream.capture != 0) {  // use the graph's memory; each replay copies the table anew
     captured_ = copied(bytes_, stream);
     return captured_.get();
   }

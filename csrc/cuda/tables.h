@@ -1,4 +1,4 @@
-// The tables of one optimizer's parameters on one device: made on the host, copied to the device when they changed.
+// The tables of one optimizer's parameters on one device: built on the host, and copied when they change.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +17,13 @@ class Tables {
  public:
   explicit Tables(const Shapes& shapes);
 
-  // Blocks of a grid over all leaves.
+  // Number of blocks in a grid over all leaves.
   int64_t chunks() const { return static_cast<int64_t>(pieces_.size()); }
 
-  // Begins the table of a launch: the lists of a primitive and, for an update, by leaf its place among the options.
+  // Begins the table of a launch: the lists of a primitive and, for an update, each leaf's index among the options.
   void begin(const List* lists, int count, const int32_t* option = nullptr);
 
-  // Numbers of the launch. The table has those that do not fit the arguments of a kernel.
+  // Adds numbers of the launch. Those that do not fit the kernel's arguments go into the table.
   template <class N>
   Numbers<N> numbers(const N* values, size_t count) {
     Numbers<N> result;
@@ -36,14 +36,14 @@ class Tables {
     return numbers(values, static_cast<size_t>(shapes_.groups()));
   }
 
-  // The table on the device, for one launch on the current stream: valid until the next.
+  // Returns the table on the device, for one launch on the current stream; valid until the next call.
   Table finish();
 
-  // Where each group's chunks begin, and the end; on the device, as the last table.
+  // First chunk of each group, and the end, on the device; valid as long as the last table.
   const int64_t* starts() const { return starts_on_device_; }
 
  private:
-  // Memory of the device with what was copied to it, on a stream and perhaps for a graph.
+  // Device memory and the bytes copied to it, on a stream and perhaps for a graph.
   struct Entry {
     Bytes bytes;
     c10::DataPtr memory;
@@ -55,7 +55,7 @@ class Tables {
     const unsigned char* get() const { return static_cast<const unsigned char*>(memory.get()); }
   };
 
-  // Appends values, aligned to 16 bytes. Returns where they begin.
+  // Appends values, aligned to 16 bytes. Returns their offset.
   template <class T>
   static int64_t append(Bytes& bytes, const T* values, size_t count) {
     const auto offset = static_cast<int64_t>(bytes.size());
@@ -67,19 +67,19 @@ class Tables {
 
   static Entry copied(const Bytes& bytes, const Stream& stream);
 
-  // The table of pieces, which is the same for all launches.
+  // Returns the table of pieces, which all launches share.
   const unsigned char* fixed(const Stream& stream);
   const unsigned char* on_device(const Stream& stream);
 
   const Shapes& shapes_;
-  std::vector<Piece> pieces_;  // in the order of groups
+  std::vector<Piece> pieces_;  // ordered by group
   std::vector<int64_t> starts_;
   const int64_t* starts_on_device_ = nullptr;
-  Bytes bytes_;               // of the table of the launch
-  int32_t row_bytes_ = 0;     // in it
-  std::vector<Entry> fixed_;  // one a stream or capture, without bytes
+  Bytes bytes_;               // table of the present launch
+  int32_t row_bytes_ = 0;     // bytes per row of bytes_
+  std::vector<Entry> fixed_;  // one per stream or capture, without bytes
   std::vector<Entry> entries_;
-  Entry captured_;  // of the launch being prepared, while a graph is captured
+  Entry captured_;  // for the launch being prepared during a capture
   uint64_t clock_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// The step of a base optimizer. Of a pack everything is read before anything is written.
+// The step of a base optimizer. All inputs of a pack are read before anything is written.
 
 #include "combine.cuh"
 #include "launch.cuh"
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kBlock) update_kernel(GAM_PARAM(UpdateArgument
   GAM_SHARED(double, factor, kMaxTerms);
   GAM_SHARED(Functor<O>, functor, 1);
   find_factors(arguments, terms, factor);
-  if (threadIdx.x == kWarp) {  // the first warp is at work on the factors
+  if (threadIdx.x == kWarp) {  // the first warp computes the factors
     functor[0] = Functor<O>(number(arguments.table, arguments.groups, row.group).numbers,
                             number(arguments.table, arguments.options, row.option).numbers);
   }

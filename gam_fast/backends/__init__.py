@@ -1,4 +1,4 @@
-"""The backends: those that run here, and the one that a device gets."""
+"""The backends: list those that run here, and select one for a device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PREFERENCE = ("native", "triton", "eager")
 
 @dataclass(frozen=True)
 class Status:
-    """The availability of a backend in this process, and what it does or why it cannot be used."""
+    """Availability of a backend in this process; ``reason`` describes it or says why it cannot be used."""
 
     available: bool
     reason: str
@@ -31,7 +31,7 @@ class Status:
 
 @cache
 def _classes() -> dict[str, type[Backend] | str]:
-    """For each backend its class, or why there is none."""
+    """Return for each backend its class, or the reason why it is missing."""
     found: dict[str, type[Backend] | str] = {}
     for name, class_name in (("native", "NativeBackend"), ("triton", "TritonBackend")):
         try:
@@ -43,7 +43,7 @@ def _classes() -> dict[str, type[Backend] | str]:
 
 @cache
 def _warn_of_misfit() -> None:
-    """Warn, once in a process, of a compiled core that is installed and does not fit this torch."""
+    """Warn, once per process, that the installed compiled core does not fit this torch."""
     try:
         from . import native  # noqa: F401
     except ImportError as error:
@@ -56,7 +56,7 @@ def _warn_of_misfit() -> None:
 
 
 def available() -> dict[str, Status]:
-    """All backends in order of preference: what each does, or why no device of this machine can have it.
+    """Return all backends in order of preference, each with a description or the reason why it cannot be used.
 
     >>> available()["eager"]
     Status(available=True, reason='torch._foreach_* operations, on any device')
@@ -73,15 +73,15 @@ def available() -> dict[str, Status]:
 
 
 def select(name: str, device: torch.device) -> Backend:
-    """A backend called ``name`` for tensors on ``device``; ``"auto"`` takes the first that there is for it.
+    """Return a backend called ``name`` for tensors on ``device``; ``"auto"`` takes the first available one.
 
-    The order is native, triton, eager. Triton is imported when it comes to it: for an NVIDIA or AMD GPU that the
+    The order is native, triton, eager. Triton is imported only when its turn comes: for an NVIDIA or AMD GPU that the
     compiled core has no code for.
 
-    ``"auto"`` warns, once in a process, where the compiled core is installed and does not fit this torch.
+    ``"auto"`` warns, once per process, if the compiled core is installed but does not fit this torch.
 
-    The environment variable ``GAM_FAST_BACKEND``, when set, is used in place of ``name``. Each optimizer has a backend
-    of its own for each device, so that it may keep plans between steps.
+    If the environment variable ``GAM_FAST_BACKEND`` is set, it replaces ``name``. Each optimizer has its own backend
+    for each device, so a backend may keep plans between steps.
 
     Raises:
         ValueError: for an unknown name.

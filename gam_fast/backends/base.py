@@ -1,19 +1,19 @@
-r"""The primitives a backend implements, and the data they work on.
+r"""The primitives that a backend implements, and their data types.
 
-Every primitive handles a list of any number of tensors, of all parameter groups of one device, in one call.
-Conventions for all of them:
+Every primitive handles, in one call, any number of tensors: those of all parameter groups on one device. Conventions
+for all primitives:
 
-- Lists of tensors are aligned with :attr:`Block.params`: same length, shapes, dtypes and order in memory, same
-  device. The parameters are of one dtype, without gaps in memory, and none overlaps another. Only ``eager`` takes
-  others, and vectors of another dtype (:attr:`Block.vectors`).
+- Lists of tensors are aligned with :attr:`Block.params`: same length, shapes, dtypes, memory order and device. The
+  parameters have one dtype, no gaps in memory, and do not overlap. Only ``eager`` accepts other parameters, and
+  vectors of another dtype (:attr:`Block.vectors`).
 - Scalars that may differ between parameter groups come as a sequence indexed by group.
 - Tensors are float16, bfloat16, float32 or float64. Arithmetic is done in fp32 (fp64 for float64) and
   rounded once, when a value is stored. Sums are combined in fp64 in a fixed order: a result depends neither on the
   number of threads nor on the run.
-- Nothing waits for the device: norms and inner products (:data:`Scalar`, :data:`Products`) stay tensors on an
-  accelerator; on a CPU, where reading a tensor costs nothing, the engine hands them back as numbers.
-- Reads and writes are given in units of N, the number of elements of the leaves.
-- Arguments come from the engine, which has checked them.
+- No primitive waits for the device: norms and inner products (:data:`Scalar`, :data:`Products`) stay tensors on an
+  accelerator. On a CPU, where reading a tensor costs nothing, the engine passes them back as numbers.
+- Reads and writes are counted in units of N, the number of elements of the parameters.
+- The engine has checked the arguments.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(eq=False)
 class Block:
-    """The parameters of one device that take part in a step, and their backup.
+    """The parameters on one device that take part in a step, and their backup.
 
     Attributes:
         params: the parameters.
         group: for each, the index of its parameter group.
-        backup: θ, one tensor a parameter, from :meth:`Backend.allocate`; it counts only once ``saved`` is true.
-        vectors: the dtype of the gradients and directions where they have more bits than the parameters, else ``None``.
-        saved: set by :meth:`Backend.perturb` once the backup is complete; no signal finds a parameter moved before.
-        prepared: what a backend has made of params and group; whoever changes these sets it to ``None``.
-        ticket: of the launch that has saved, where a backend cannot tell otherwise whether one has.
+        backup: a copy of θ, one tensor per parameter, from :meth:`Backend.allocate`; valid once ``saved`` is true.
+        vectors: the dtype of gradients and directions if it has more bits than the parameters' dtype, else ``None``.
+        saved: set by :meth:`Backend.perturb` when the backup is complete and before any parameter moves, so that an
+            interrupt at any point can be undone.
+        prepared: data that a backend has derived from params and group; code that changes these sets it to ``None``.
+        ticket: identifies the launch that made the backup, for a backend that cannot otherwise tell whether it ran.
     """
 
     params: TensorList = field(default_factory=list)
@@ -69,7 +70,7 @@ class Block:
 
 @dataclass(frozen=True)
 class FoldInto:
-    """``into ← k · into + l · other``, ``k`` and ``l`` by group; carried out in the same sweep as a perturbation."""
+    """``into ← k · into + l · other``, with ``k`` and ``l`` by group; done in the same sweep as a perturbation."""
 
     into: TensorList
     other: TensorList
@@ -81,16 +82,16 @@ class FoldInto:
 class Direction:
     r"""The final direction :math:`d = s \sum_t (p_t + κ q_t) X_t`, never stored by a fused backend.
 
-    κ is :math:`⟨m,u⟩/‖u‖²` over all groups, and s is :math:`\min(1, limit / (‖d‖ + 10^{-6}))`; both follow from the
-    products, which a backend takes as they are (formulas: :mod:`gam_fast.backends.scalars`).
+    κ is :math:`⟨m,u⟩/‖u‖²` over all groups, and s is :math:`\min(1, limit / (‖d‖ + 10^{-6}))`. The backend computes
+    both from the products (formulas: :mod:`gam_fast.backends.scalars`).
 
     Attributes:
         terms: the lists of tensors :math:`X_t`, at most three.
         p: for each term, the plain coefficients by group.
-        q: for each term, the coefficients by group that κ multiplies; ``None`` without the projection.
-        products: what :meth:`Backend.inner_products` gave, summed over devices; needed with ``q`` or ``limit``.
+        q: for each term, the coefficients by group that are multiplied by κ; ``None`` without the projection.
+        products: the result of :meth:`Backend.inner_products`, summed over devices; needed with ``q`` or ``limit``.
         gamma: γ by group; needed with ``limit``.
-        limit: what ‖d‖ is clipped to, or ``None``.
+        limit: the largest ‖d‖ allowed, or ``None``.
     """
 
     terms: list[TensorList]
@@ -102,81 +103,84 @@ class Direction:
 
 
 class Versions(Protocol):
-    """How often tensors had been written to at some time, as autograd counts it."""
+    """The autograd version counters of tensors at some point in time."""
 
     def first_changed(self, tensors: TensorList) -> int:
-        """The position of the first tensor that was written to since; -1 without one."""
+        """Return the position of the first tensor written to since then, or -1."""
         ...
 
 
 class Bookkeeping(Protocol):
-    """What the engine does with lists of parameters and gradients, between the passes, without touching an element.
+    """Operations on lists of parameters and gradients, between the passes, that do not read or write elements.
 
-    On CPU models of many small tensors this, and not memory, is what a step costs. ``tensors`` and ``params`` are what
-    :meth:`hold` gave. A module may serve: :mod:`gam_fast.ownership` and the compiled core do.
+    On CPU models with many small tensors, they take most of the time of a step. ``tensors`` and ``params`` are results
+    of :meth:`hold`. A module may implement this protocol: :mod:`gam_fast.ownership` and the compiled core do.
     """
 
     def hold(self, tensors: TensorList, before: TensorList | None = None) -> TensorList:
-        """The same tensors as the backend likes them best in several calls.
+        """Return the same tensors in the form that is fastest for repeated calls.
 
-        They may be held by what held them ``before``, which then knows what it knew of them.
+        ``before``, an earlier result, may be reused, with everything it has found out about its tensors.
         """
         ...
 
     def let_go(self, tensors: TensorList) -> None:
-        """Hold the tensors no longer, until the next call of :meth:`hold`."""
+        """Release the tensors until the next call of :meth:`hold`."""
         ...
 
     def kinds(self, tensors: TensorList) -> Sequence[tuple[torch.device, torch.dtype, bool]]:
-        """Return the kinds of the tensors, each once: device, dtype, and whether they are dense in memory."""
+        """Return each distinct kind of tensor: device, dtype, and whether it is dense in memory."""
         ...
 
-    def versions(self, tensors: TensorList) -> Versions: ...
+    def versions(self, tensors: TensorList) -> Versions:
+        """Return the current autograd versions of the tensors."""
 
     def survey_gradients(self, params: TensorList, flags: bytearray) -> tuple[list[int], bool, int]:
-        """Look for gradients.
+        """Find the gradients.
 
-        Returns the positions of the parameters that have a gradient and no flag; whether any has a gradient; and the
-        position of the first whose gradient is sparse, or -1.
+        Returns:
+            The positions of the parameters that have a gradient and no flag; whether any parameter has a gradient; and
+            the position of the first sparse gradient, or -1.
         """
         ...
 
     def clear_gradients(self, params: TensorList, recycle: int, keep_parts: bool = True) -> list[tuple[int, Tensor]]:
-        """Take all gradients away; those that are parts of a buffer which somebody else holds stay, and are zeroed.
+        """Remove all gradients, except parts of a buffer that other code holds: these stay and are zeroed.
 
-        Without ``keep_parts`` these are taken away too.
-        Those of ``recycle`` bytes and more on a CPU that could serve as memory for the backup, as nobody else has a
-        hold on them, are handed out with their positions.
+        Without ``keep_parts`` they are removed too. Return, with their positions, the removed CPU gradients of at least
+        ``recycle`` bytes that no other code can reach: their memory can serve for the backup.
         """
         ...
 
     def take_all_gradients(self, params: TensorList, versions: Any, flags: bytearray, keep: bool) -> TensorList | None:
-        """:meth:`take_gradients` where all is as it mostly is.
+        """Fast path of :meth:`take_gradients`. Return None, and do nothing, if it does not apply.
 
-        That is, no tensor was written to since, all flags are the same, and every parameter has a dense gradient, of no
-        more bits than it. Otherwise None, and nothing is done.
+        It applies if no tensor was written to since ``versions``, all flags are equal, and every parameter has a dense
+        gradient whose dtype has no more bits than the parameter's.
         """
         ...
 
     def take_gradients(self, params: TensorList, keep: bool) -> TensorList:
-        """The gradients in the dtypes of the parameters and in their order in memory, zeros where there is none.
+        """Return the gradients in the parameters' dtypes and memory order, and zeros for missing gradients.
 
-        With ``keep`` they are the engine's to overwrite, and the parameters have none; one that somebody else could see
-        change is copied, and stays where it is if it may be part of a buffer.
+        With ``keep`` the engine may overwrite the result, and the parameters' gradients are removed. A gradient that
+        other code could see change is copied; it stays in place if it may be part of a buffer.
         """
         ...
 
 
 class Backend(Protocol):
-    """What the engine asks of a backend. See the module's docstring for the conventions.
+    """The primitives that the engine needs. See the module's docstring for the conventions.
 
-    An instance belongs to one optimizer and one device, and may keep between steps what is not of a parameter's size.
+    An instance belongs to one optimizer and one device. Between steps it may keep data, but nothing of a parameter's
+    size.
     """
 
     name: str
 
     @property
-    def bookkeeping(self) -> Bookkeeping: ...
+    def bookkeeping(self) -> Bookkeeping:
+        """The backend's implementation of :class:`Bookkeeping`."""
 
     @staticmethod
     def describe() -> str:
@@ -185,20 +189,20 @@ class Backend(Protocol):
 
     @staticmethod
     def refusal(device: torch.device) -> str | None:
-        """Why it cannot work on tensors of ``device``; ``None`` if it can."""
+        """Return why the backend cannot work on tensors of ``device``, or ``None`` if it can."""
         ...
 
     def allocate(self, like: TensorList) -> TensorList:
-        """Uninitialised tensors of the same shapes, dtypes and order in memory."""
+        """Return uninitialised tensors of the same shapes, dtypes and order in memory."""
         ...
 
     def square_norm(
         self, leaves: Block, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
-        r""":math:`\sum ‖T (a - b)‖²` over all leaves, 0-dim.
+        r"""Return :math:`\sum ‖T (a - b)‖²` over all leaves, 0-dim.
 
-        ``b=None`` stands for 0. Without ``eta``, T = 1; with it, T = \|θ\| + eta elementwise, where θ is the backup if
-        it is saved, else the parameters. Reads 1 N per list (a, b, θ), writes nothing.
+        ``b=None`` means 0. Without ``eta``, T = 1; with it, T = \|θ\| + eta elementwise, where θ is the backup if it is
+        saved, and the parameters otherwise. Reads 1 N per list (a, b, θ), writes nothing.
         """
         ...
 
@@ -215,30 +219,31 @@ class Backend(Protocol):
         fold: FoldInto | None = None,
         multiple: PerGroup | None = None,
     ) -> None:
-        r"""``params ← origin + (radius / (√square + ξ) + multiple) · T² (a − b)``, then the fold.
+        r"""Compute ``params ← origin + (radius / (√square + ξ) + multiple) · T² (a − b)``, then the fold.
 
-        ``square`` is what :meth:`square_norm` gave, summed over devices, or a float64 tensor of one number per group;
-        ξ = 1e-12; ``multiple=None`` is 0.
-        The origin is θ with ``from_start``, else the parameters themselves; T as in :meth:`square_norm`. When the
-        leaves are not yet saved, the parameters are first copied to the backup. Reads 1 N for each of origin, a, b and
-        (with ``eta``, unless it is the origin) θ; writes 1 N, and 1 N more for the first backup. A fold reads at most
-        1 N and writes 1 N more than the move it accompanies.
+        ``square`` is the result of :meth:`square_norm`, summed over devices, or a float64 tensor of one number per
+        group; ξ = 1e-12; ``multiple=None`` is 0. The origin is θ with ``from_start``, and the parameters themselves
+        otherwise. T is as in :meth:`square_norm`. If the leaves are not saved yet, the parameters are first copied to
+        the backup.
+
+        Reads 1 N each for origin, a, b and (with ``eta``, unless it is the origin) θ; writes 1 N, and 1 N more for the
+        first backup. A fold reads at most 1 N and writes 1 N more.
         """
         ...
 
     def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
-        r"""A ``(groups, 3)`` tensor of :math:`‖u‖²`, :math:`⟨m,u⟩`, :math:`‖m‖²` by parameter group.
+        r"""Return a ``(groups, 3)`` tensor of :math:`‖u‖²`, :math:`⟨m,u⟩`, :math:`‖m‖²` by parameter group.
 
-        ``u`` and ``m`` share their terms. Without ``m`` the last two columns are 0. Reads 1 N a term.
+        ``u`` and ``m`` share their terms. Without ``m`` the last two columns are 0. Reads 1 N per term.
         """
         ...
 
     def restore(self, leaves: Block) -> None:
-        """``params ← backup``, bit for bit; nothing when the leaves are not saved. Reads 1 N, writes 1 N."""
+        """Set ``params ← backup``, bit for bit, if the leaves are saved. Reads 1 N, writes 1 N."""
         ...
 
     def direction(self, leaves: Block, d: Direction, out: TensorList) -> None:
-        """``out ← d`` and restore. ``out`` may be one of the terms. Reads 1 N a term and θ, writes 2 N."""
+        """Set ``out ← d`` and restore. ``out`` may be one of the terms. Reads 1 N for θ and per term, writes 2 N."""
         ...
 
     def takes_state(self, leaves: Block, state: Sequence[Sequence[Tensor | None]]) -> bool:
@@ -255,9 +260,9 @@ class Backend(Protocol):
         options: Sequence[Sequence[float]],
         option: Sequence[int],
     ) -> None:
-        r"""Restore θ, then one step of a base optimizer with ``d`` in place of the gradient.
+        r"""Restore θ, then take one step of a base optimizer with ``d`` in place of the gradient.
 
-        The formulas, each with the names of its ``state``, of its numbers by group, and of those of a leaf:
+        For each formula: the names of its ``state``, of its numbers by group and by leaf, then the update.
 
         - ``sgd``: b; lr, μ, τ, λ, nesterov, maximize; first.
           :math:`d ← ±d + λ θ`, :math:`b ← μ b + (1−τ) d`, :math:`θ ← θ − lr\,(d + μ b \text{ if nesterov else } b)`,
@@ -270,8 +275,8 @@ class Backend(Protocol):
           :math:`d ← ±d + λ θ`, :math:`θ ← shrink\,θ − lr \operatorname{sign}(m + (1−β_1)(d − m))`,
           :math:`m ← m + (1−β_2)(d − m)`.
 
-        ``state`` has for each of them one tensor a leaf, new ones zeros, or ``None`` where the group does without.
-        ``options`` are the numbers of leaves that differ, ``option`` has for each leaf its place among them. Reads 1 N
-        for θ, each term and each state, writes 1 N for params and each state.
+        ``state`` has, for each name, one tensor per leaf: zeros before the first step, or ``None`` if the group does
+        not use it. ``options`` are the distinct numbers of the leaves; ``option`` gives for each leaf its index in
+        them. Reads 1 N for θ, each term and each state; writes 1 N for params and each state.
         """
         ...

@@ -1,8 +1,8 @@
 """The backend that runs wherever torch runs: chunks of tensors through ``torch._foreach_*``.
 
-It is the readable definition of the primitives. Each chunk is worked on in scratch memory of a fixed size, in fp32
-(fp64 for float64), and rounded when it is stored: the intermediates of low-precision parameters are not rounded, no
-parameter-sized temporary is allocated.
+It is the readable definition of the primitives. Each chunk is processed in scratch memory of a fixed size, in fp32
+(fp64 for float64), and rounded when it is stored. So the intermediates of low-precision parameters are not rounded,
+and no parameter-sized temporary is allocated.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from . import scalars
 from .base import Block, Bookkeeping, Direction, FoldInto, PerGroup, Scalar, TensorList, accumulate_dtype
 
 CPU_CHUNK = 1 << 20
-"""Elements of a chunk on CPU; below this, waking the threads for each operation costs more than a cache saves."""
+"""Elements per chunk on a CPU. With fewer, waking the threads for each operation costs more than the cache saves."""
 
 DEVICE_CHUNK = 1 << 24
-"""Elements of a chunk on an accelerator: large, so that launches are few."""
+"""Elements per chunk on an accelerator: large, for few launches."""
 
 NORM_PART = 1 << 16
-"""Elements of a norm that a CPU sums in fp32, whose error grows with their number (4e-7 here, 1e-5 at 2²⁰)."""
+"""Elements of a norm that a CPU sums in fp32. The error grows with their number: 4e-7 here, 1e-5 at 2²⁰."""
 
 ROW = 1024
-"""Elements of a product that are summed in the working precision; the sums of rows are summed in fp64."""
+"""Elements of a product that are summed in the working precision. The row sums are added in fp64."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one leaf: what is left of it after cutting ``(dim, start, length)``, one cut after the other."""
+    """A part of one leaf: the result of narrowing it by each ``(dim, start, length)`` in ``cuts``."""
 
     leaf: int
     cuts: tuple[tuple[int, int, int], ...]
 
     def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return this part of its leaf in ``tensors``, as a view."""
         tensor = tensors[self.leaf]
         assert tensor is not None
         for dim, start, length in self.cuts:
@@ -49,18 +50,18 @@ class Piece:
 
 
 class Arena:
-    """Scratch memory that the chunks of a step use one after the other, so that it is allocated and paged in once."""
+    """Scratch memory that the chunks of a step reuse, so that it is allocated and paged in once."""
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
         self._used = 0
 
     def reset(self) -> None:
-        """Give all blocks back: the next chunk begins."""
+        """Release all blocks before the next chunk."""
         self._used = 0
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised block, distinct from all that were taken since :meth:`reset`."""
+        """Return an uninitialised block, distinct from all blocks taken since :meth:`reset`."""
         if self._used == len(self._blocks):
             self._blocks.append(torch.empty(0, dtype=dtype, device=device))
         block = self._blocks[self._used]
@@ -71,7 +72,7 @@ class Arena:
 
 
 class Chunk:
-    """Pieces of leaves of one dtype and one group, and the scratch memory they are worked on in."""
+    """Pieces of leaves of one dtype and one group, and the scratch memory for working on them."""
 
     def __init__(self, pieces: list[Piece], group: int, leaves: Block, arena: Arena) -> None:
         self.pieces = pieces
@@ -86,11 +87,11 @@ class Chunk:
         self.numel = sum(size.numel() for size in self.sizes)
 
     def __call__(self, tensors: Sequence[Tensor | None]) -> TensorList:
-        """The pieces of ``tensors`` that belong to this chunk, as views."""
+        """Return the pieces of ``tensors`` that belong to this chunk, as views."""
         return [piece.of(tensors) for piece in self.pieces]
 
     def scratch(self) -> tuple[Tensor, TensorList]:
-        """Uninitialised flat memory of whole rows, its padding zero, and its views, one a piece."""
+        """Return uninitialised one-dimensional memory of whole rows, its padding zero, and one view of it per piece."""
         padded = -(-self.numel // ROW) * ROW
         flat = self.arena.take(padded, self.opmath, self.device)
         flat[self.numel :].zero_()
@@ -98,17 +99,17 @@ class Chunk:
         return flat, [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def copy(self, tensors: Sequence[Tensor | None]) -> TensorList:
-        """The chunk of ``tensors`` in scratch memory."""
+        """Copy the chunk of ``tensors`` to scratch memory and return it."""
         return self.own(self(tensors))
 
     def own(self, values: TensorList) -> TensorList:
-        """``values`` of this chunk, in scratch memory."""
+        """Return ``values`` of this chunk in scratch memory."""
         out = self.scratch()[1]
         torch._foreach_copy_(out, values)
         return out
 
     def difference(self, a: TensorList, b: TensorList | None) -> TensorList:
-        """The chunk of ``a − b``, or of ``a``, in the working precision and to be read only."""
+        """Return the chunk of ``a − b``, or of ``a``, in the working precision. Do not write to it."""
         if b is None and self.dtype == self.opmath:
             return self(a)
         out = self.copy(a)
@@ -117,11 +118,11 @@ class Chunk:
         return out
 
     def open(self, tensors: Sequence[Tensor | None]) -> TensorList:
-        """The chunk of ``tensors`` to be changed in place: views where their dtype is precise enough, else scratch."""
+        """Return the chunk of ``tensors`` to change in place: views if their dtype is precise enough, else scratch."""
         return self(tensors) if self.dtype == self.opmath else self.copy(tensors)
 
     def close(self, tensors: Sequence[Tensor | None], work: TensorList) -> None:
-        """Store what :meth:`open` gave."""
+        """Store ``work``, a result of :meth:`open`, in ``tensors``."""
         if self.dtype != self.opmath:
             torch._foreach_copy_(self(tensors), work)
 
@@ -142,7 +143,7 @@ def _cuts(size: Sequence[int], dims: Sequence[int], limit: int) -> Iterator[tupl
 
 
 def chunks(leaves: Block) -> list[Chunk]:
-    """All elements of the leaves, as chunks of one dtype and group each, of a common size where tensors allow it.
+    """Divide the leaves into chunks of one dtype and group each, of equal size if the tensors allow it.
 
     >>> leaves = Block([torch.zeros(600, 4000), torch.zeros(3)], group=[0, 0])
     >>> [chunk.numel for chunk in chunks(leaves)]
@@ -176,14 +177,14 @@ def chunks(leaves: Block) -> list[Chunk]:
 
 
 def _each(leaves: Block) -> Iterator[Chunk]:
-    """The chunks one after the other, each with the scratch memory of the one before."""
+    """Yield the chunks one by one; all use the same scratch memory."""
     for chunk in chunks(leaves):
         chunk.arena.reset()
         yield chunk
 
 
 def _add(chunk: Chunk, out: TensorList, terms: TensorList, factor: Scalar) -> None:
-    """``out ← out + factor · terms`` in the dtype of ``out``."""
+    """Compute ``out ← out + factor · terms`` in the dtype of ``out``."""
     if isinstance(factor, Tensor):
         product = chunk.scratch()[1]
         torch._foreach_copy_(product, terms)
@@ -197,7 +198,7 @@ Factors: TypeAlias = "Sequence[Sequence[Scalar]]"  # by term, by group
 
 
 def _combine(chunk: Chunk, terms: Sequence[TensorList], factors: Factors, own: bool = True) -> TensorList:
-    """``Σ factor · term`` on one chunk, in scratch memory; without ``own`` to be read only, and maybe a term."""
+    """Return ``Σ factor · term`` of a chunk in scratch memory; without ``own`` read-only, and maybe a term itself."""
     pairs = [(row[chunk.group], term) for row, term in zip(factors, terms, strict=True)]
     used = [(factor, term) for factor, term in pairs if isinstance(factor, Tensor) or factor != 0.0] or pairs[:1]
     (factor, term), *rest = used
@@ -214,7 +215,7 @@ def _combine(chunk: Chunk, terms: Sequence[TensorList], factors: Factors, own: b
 
 
 def _multiply_weights(chunk: Chunk, out: TensorList, leaves: Block, eta: PerGroup, power: int) -> None:
-    """``out ← T^power out`` with T = |θ| + eta."""
+    """Compute ``out ← T^power out`` with T = |θ| + eta."""
     weights = chunk.copy(leaves.backup if leaves.saved else leaves.params)
     torch._foreach_abs_(weights)
     torch._foreach_add_(weights, eta[chunk.group])
@@ -223,7 +224,7 @@ def _multiply_weights(chunk: Chunk, out: TensorList, leaves: Block, eta: PerGrou
 
 
 def _sum(partial: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of fp64 vectors in a fixed order, whatever the number of threads: tree of rows that one thread sums each."""
+    """Sum fp64 vectors in an order that does not depend on the number of threads: one thread sums each tree row."""
     dtype = accumulate_dtype(device)
     if not partial:
         return torch.zeros((), dtype=dtype, device=device)
@@ -235,7 +236,7 @@ def _sum(partial: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _square_norms(values: TensorList) -> Tensor:
-    """Square norms of parts of ``values``, as an fp64 vector; on a CPU of parts short enough to be summed in fp32."""
+    """Return squared norms of ``values`` as an fp64 vector; on a CPU, of parts short enough for fp32 sums."""
     if values[0].device.type == "cpu":
         values = [part for value in values for part in _flat_parts(value)]
     norms = torch.stack(list(torch._foreach_norm(values)))
@@ -243,7 +244,7 @@ def _square_norms(values: TensorList) -> Tensor:
 
 
 def _flat_parts(value: Tensor) -> Sequence[Tensor]:
-    """``value`` in parts of ``NORM_PART`` elements, where it lies in memory without gaps."""
+    """Split ``value`` into parts of ``NORM_PART`` elements if it has no gaps in memory."""
     if value.numel() <= NORM_PART:
         return (value,)
     in_memory_order = value.permute(sorted(range(value.dim()), key=value.stride, reverse=True))
@@ -251,7 +252,7 @@ def _flat_parts(value: Tensor) -> Sequence[Tensor]:
 
 
 def copy_bits(target: TensorList, source: TensorList) -> None:
-    """``target ← source`` bit for bit: on a GPU torch copies 16-bit numbers by way of fp32, which alters a NaN."""
+    """Copy bit for bit. (On a GPU, torch copies 16-bit numbers through fp32, which alters a NaN.)"""
     if target and target[0].is_cuda:
         target, source = [_as_integers(tensor) for tensor in target], [_as_integers(tensor) for tensor in source]
     torch._foreach_copy_(target, source)
@@ -263,7 +264,7 @@ def _as_integers(tensor: Tensor) -> Tensor:
 
 
 class EagerBackend:
-    """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
+    """Reference implementation of :class:`gam_fast.backends.base.Backend`, which documents the primitives."""
 
     name = "eager"
     bookkeeping: Bookkeeping = ownership
@@ -369,7 +370,8 @@ class EagerBackend:
         factors = scalars.factors(d)
         for chunk in _each(leaves):
             of_leaf = [options[option[piece.leaf]] for piece in chunk.pieces]
-            used = [values for values in state if values[chunk.pieces[0].leaf] is not None]  # by all of a group
+            # all leaves of a group have the same states
+            used = [values for values in state if values[chunk.pieces[0].leaf] is not None]
             step = _combine(chunk, d.terms, factors)
             params, *work = (chunk.open(values) for values in (leaves.params, *used))
             _FORMULAS[formula](step, params, work, groups[chunk.group], of_leaf)
@@ -377,8 +379,7 @@ class EagerBackend:
                 chunk.close(values, opened)
 
 
-# The steps of base optimizers on the tensors of a chunk, as csrc/math.h has them. What comes in as d is theirs to
-# overwrite.
+# Base optimizer steps on the tensors of a chunk, as in csrc/math.h. They may overwrite d.
 
 
 def _decay(d: TensorList, theta: TensorList, decay: float, shrink: float, maximize: float) -> None:

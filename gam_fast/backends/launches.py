@@ -1,4 +1,4 @@
-"""Starting Triton kernels: their device, stream and shape, and what others must know of what was started."""
+"""Launch Triton kernels: device, stream, launch shape, and notes to autograd and the allocator."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from .tables import Argument, Prepared
 
 
 class Shape(NamedTuple):
-    """The shape of a program: ``block`` elements of each array at once, by ``threads`` threads (whole warps)."""
+    """Launch shape: a program loads ``block`` elements per array at once, with ``threads`` threads (whole warps)."""
 
     block: int
     threads: int
 
 
 OF_UPDATES = Shape(1024, 128)
-"""16 bytes of each 16-bit array for a thread, the widest access there is, and two such of fp32: of the five to nine
-arrays of an update that is enough under way to keep memory busy, and takes 60 to 130 registers."""
+"""A thread loads 16 bytes of each 16-bit array, the widest access there is, and twice that of an fp32 array. With the
+five to nine arrays of an update, this is enough to keep memory busy, and takes 60 to 130 registers."""
 
 OF_SUMS = Shape(BLOCK_OF_SUMS, THREADS_OF_SUMS)
-"""Results depend on it."""
+"""The bits of a sum depend on this shape."""
 
 
 def start(kernel: Any, programs: int, *arguments: object, warps: int, **constants: object) -> None:
-    """Start a kernel on the current stream of the current device: the one place where that is done."""
+    """Start a kernel on the current stream of the current device. All launches go through here."""
     if programs:
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False, **constants)
 
 
 def launch(kernel: Any, prepared: Prepared, *arguments: object, is_sum: bool = False, **constants: object) -> None:
-    """Start a kernel with one program a piece."""
+    """Start a kernel with one program per piece."""
     from triton import language
 
     shape = OF_SUMS if is_sum else OF_UPDATES
@@ -54,19 +54,19 @@ def launch(kernel: Any, prepared: Prepared, *arguments: object, is_sum: bool = F
 
 
 def launch_totals(kernel: Any, prepared: Prepared, parts: Tensor, starts: Tensor, found: Tensor) -> None:
-    """Start the kernel that adds up the parts of each group, with one program a group."""
+    """Start the kernel that adds up the parts of each group, with one program per group."""
     warps = OF_SUMS.threads // prepared.warp
     groups = starts.numel() - 1
     start(kernel, groups, parts, starts, found, SUMS=found.size(1), BLOCK=BLOCK_OF_TOTALS, warps=warps)
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device the current one, on whose current stream kernels are started."""
+    """Make ``device`` current, so that kernels start on its current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph is being captured, in which nothing can be tried or waited for."""
+    """Return whether a CUDA graph is being captured; code must then not probe or wait for the device."""
     if device.type != "cuda" or not torch.cuda.is_initialized():
         return False
     with guard(device):
@@ -74,11 +74,11 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) -> None:
-    """Let autograd know what was written, and the allocator what may be freed soon but is still being read.
+    """Tell autograd which tensors were written, and the allocator which memory is still being read.
 
     Args:
         arguments: all lists of the launch.
-        last: those that others allocated, perhaps for another stream: gradients, and the backup.
+        last: lists that other code allocated, perhaps for another stream: gradients, and the backup.
     """
     written = [
         tensor

@@ -1,14 +1,16 @@
-"""The compiled core: one fused sweep over memory for each primitive. On a CPU it is carried out by all of torch's
-threads, on a GPU by one launch, and a second, of one block a group, where sums are added up.
+"""The compiled core: one fused sweep over memory for each primitive.
 
-On a GPU a step never waits for the device: kernels read norms and products where they lie, and tables of addresses are
-copied to the device, asynchronously, only when they have changed. A sum of squares of fp32 numbers is off by at most
-9 · 2⁻²⁴ = 5.4e-7 of itself, of 10⁹ elements as of few: a thread adds up 8 numbers in fp32 in each of its accumulators,
-and everything after that is added in fp64, in an order that depends on the numbers of elements only
-(``csrc/cuda/sums.cu``). That of 16-bit numbers is off by 5 · 2⁻²⁴ at most; of fp64 numbers by 2 · 10⁻¹⁴.
+On a CPU, all of torch's threads share a sweep. On a GPU a sweep is one launch; sums take a second launch, of one block
+per group.
 
-Importing this module raises ``ImportError``, with the reason, where the core was not built or does not fit this torch;
-its ``path`` is the file of a core that does not fit.
+On a GPU a step never waits for the device: kernels read norms and products from device memory, and tables of addresses
+are copied to the device, asynchronously, only when they have changed. The relative error of a sum of squares does not
+depend on the number of elements: at most 9 · 2⁻²⁴ = 5.4e-7 for fp32 numbers, 5 · 2⁻²⁴ for 16-bit numbers and 2 · 10⁻¹⁴
+for fp64 numbers. A thread adds up 8 numbers in fp32 in each of its accumulators; all further additions are in fp64, in
+an order that depends only on the numbers of elements (``csrc/cuda/sums.cu``).
+
+If the core was not built or does not fit this torch, importing this module raises ``ImportError`` with the reason. The
+error's ``path`` is the file of a core that does not fit.
 """
 
 from __future__ import annotations
@@ -56,11 +58,11 @@ if _release(_C.torch_version) != _release(torch.__version__):
 
 
 MAX_PLANS = 4
-"""Plans that an optimizer keeps on each device."""
+"""Number of plans that an optimizer keeps on each device."""
 
 
 def _why_not_on(device: torch.device) -> str | None:
-    """Why the kernels do not run on this GPU: code runs on the same major number, PTX on all that is newer."""
+    """Return why the kernels do not run on this GPU. Code runs on the same major version, PTX on all newer ones."""
     capability = torch.cuda.get_device_capability(device)
     if runs_on(capability, _C.cuda_architectures):
         return None
@@ -85,14 +87,14 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
 
 
 class NativeBackend:
-    """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
+    """Compiled implementation of :class:`gam_fast.backends.base.Backend`, which documents the primitives."""
 
     name = "native"
     core = _C
 
     def __init__(self) -> None:
-        self._plans: list[_C.Plan] = []  # the last one used first
-        self._device: torch.device | None = None  # where kernels read norms and products; a CPU gets numbers
+        self._plans: list[_C.Plan] = []  # most recently used first
+        self._device: torch.device | None = None  # of norms and products; None on a CPU
 
     @property
     def bookkeeping(self) -> Bookkeeping:
@@ -112,9 +114,9 @@ class NativeBackend:
         return f"the compiled core was built for {' and '.join(_C.device_types())} tensors only"
 
     def _plan_for(self, leaves: Block) -> _C.Plan:
-        """The plan of a step before where one fits; looked at once a step, and when leaves were added.
+        """Return an earlier plan that fits, or a new one. Look once per step, and again when leaves were added.
 
-        A few are kept, for models of which now these parameters take part, now those.
+        Several plans are kept, for models in which the participating parameters alternate.
         """
         for found in self._plans:
             if found.fits(leaves.params, leaves.group):
@@ -185,6 +187,6 @@ class NativeBackend:
         self.core.update(plan, leaves, d, formula, state, groups, options, option)
 
     def _on_device(self, d: Direction) -> Direction:
-        """Return ``d`` with products where the kernels read them."""
+        """Return ``d`` with its products in device memory, where kernels read them."""
         assert self._device is not None
         return d if d.products is None else replace(d, products=scalars.on_device(d.products, self._device))

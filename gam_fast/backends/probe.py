@@ -1,4 +1,4 @@
-"""Find out whether Triton works in this process, and for a device, before a step depends on it."""
+"""Check whether Triton works in this process and on a device, before a step depends on it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def kernels() -> ModuleType:
     return import_module("gam_fast.kernels")
 
 
-_reasons: dict[torch.device, str | None] = {}  # by device, once it has been tried
+_reasons: dict[torch.device, str | None] = {}  # by device, once probed
 
 
 def why_unusable(device: torch.device) -> str | None:
-    """Return why Triton, once imported, is of no use for a device: found out by a small sum, once a process."""
+    """Return why Triton cannot be used on a device, or None. Probe it by a small sum, once per process."""
     if device not in _reasons:
         try:
             reason = _try(device)
-        except torch.OutOfMemoryError as error:  # which may pass
+        except torch.OutOfMemoryError as error:  # may be temporary
             return f"Triton could not be tried: {error}"
-        except Exception as error:  # a Triton that does not fit this machine fails in many ways: without a C compiler
+        except Exception as error:  # Triton fails in many ways, for example without a C compiler
             first = f"{error}".partition("\n")[0]
             reason = f"Triton does not work there: {type(error).__name__}: {first}"
         _reasons[device] = reason

@@ -1,8 +1,8 @@
-"""The few numbers between the sums and what uses them: 1/‖v‖, κ, the clipping factor, the factors of a direction.
+"""Scalars computed from the sums: 1/‖v‖, κ, the clipping factor, and the factors of a direction.
 
-Sums are plain numbers where all parameters are on a CPU, where reading a tensor waits for nothing; with an accelerator
-they are tensors, so that nothing waits for it. Each function does the same with both. Kernels of a device that take the
-sums themselves compute the same by ``csrc/math.h``.
+Sums are Python numbers if all parameters are on a CPU, where reading a tensor does not wait. With an accelerator they
+are tensors, so that nothing waits. Each function accepts both. Kernels that take the sums themselves compute the same
+formulas from ``csrc/math.h``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLIP_EPSILON = 1e-6
 
 
 def root(square: Scalar) -> Scalar:
-    """The square root, of 0 for what rounding has made negative.
+    """Return the square root; 0 for a number that rounding has made negative.
 
     >>> root(9.0), root(-1e-20)
     (3.0, 0.0)
@@ -33,7 +33,7 @@ def root(square: Scalar) -> Scalar:
 
 
 def inverse_norm(square: Scalar) -> Scalar:
-    """``1 / (‖v‖ + ξ)``.
+    """Return ``1 / (‖v‖ + ξ)``.
 
     >>> inverse_norm(4.0)
     0.49999999999975
@@ -42,7 +42,7 @@ def inverse_norm(square: Scalar) -> Scalar:
 
 
 def ratio(numerator: Scalar, square: Scalar) -> Scalar:
-    """``numerator / square``, and 0 where the square is 0 (or not a number).
+    """Return ``numerator / square``, or 0 if the square is 0 or NaN.
 
     >>> ratio(1.0, 4.0), ratio(1.0, 0.0)
     (0.25, 0.0)
@@ -53,7 +53,7 @@ def ratio(numerator: Scalar, square: Scalar) -> Scalar:
 
 
 def length_ratio(square: Scalar, other: Scalar) -> Scalar:
-    """``‖v‖ / ‖w‖`` from their squares, and 0 where w is 0.
+    """Return ``‖v‖ / ‖w‖`` from their squares, or 0 if w is 0.
 
     >>> length_ratio(9.0, 4.0), length_ratio(9.0, 0.0)
     (1.5, 0.0)
@@ -62,7 +62,7 @@ def length_ratio(square: Scalar, other: Scalar) -> Scalar:
 
 
 def given(kappa: Any, square: Any, groups: int) -> Products:
-    """Products from which a direction takes a κ of another formula, and ‖d‖² for clipping, if its γ are 0.
+    """Return products that give a direction this κ, and this ‖d‖² for clipping if all γ are 0.
 
     >>> given(0.5, 4.0, groups=2)
     [[4.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
@@ -75,7 +75,7 @@ def given(kappa: Any, square: Any, groups: int) -> Products:
 
 
 def columns(products: Products) -> list[Sequence[Scalar]]:
-    """‖u‖², ⟨m,u⟩ and ‖m‖² by group.
+    """Return ‖u‖², ⟨m,u⟩ and ‖m‖² by group.
 
     >>> columns([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     [(1.0, 4.0), (2.0, 5.0), (3.0, 6.0)]
@@ -86,7 +86,7 @@ def columns(products: Products) -> list[Sequence[Scalar]]:
 
 
 def clip_factor(square: Scalar, limit: float) -> Scalar:
-    """``min(1, limit / ‖d‖)``.
+    """Return ``min(1, limit / (‖d‖ + 1e-6))``.
 
     >>> clip_factor(4.0, 3.0), clip_factor(36.0, 3.0)
     (1.0, 0.4999999166666...)
@@ -96,9 +96,9 @@ def clip_factor(square: Scalar, limit: float) -> Scalar:
 
 
 def factors(d: Direction) -> list[Sequence[Scalar]]:
-    """``s (p + κ q)`` of each term, by group.
+    """Return ``s (p + κ q)`` of each term, by group.
 
-    s clips the direction d = a u − γ m with a = 1 + γ κ, and d = u without ``q``:
+    s clips the direction d = a u − γ m, where a = 1 + γ κ (d = u without ``q``):
     ``‖d‖² = Σ_groups a² ‖u‖² − 2 a γ ⟨m,u⟩ + γ² ‖m‖²``, by the γ of each group.
 
     >>> projected = Direction([], [[1.0], [2.0]], [[0.5], [0.0]], products=[[4.0, 2.0, 1.0]], gamma=[0.1])
@@ -127,7 +127,7 @@ def factors(d: Direction) -> list[Sequence[Scalar]]:
 
 
 def steps(radius: PerGroup, square: Scalar, multiple: PerGroup | None = None) -> list[Scalar]:
-    """``radius / (‖v‖ + ξ) + multiple`` by group, from ‖v‖², which may be one number per group.
+    """Return ``radius / (‖v‖ + ξ) + multiple`` by group, from ‖v‖², which may be one number per group.
 
     >>> steps([1.0, 2.0], 4.0), steps([1.0], 4.0, [0.5])
     ([0.49999999999975, 0.9999999999995], [0.99999999999975])
@@ -157,7 +157,7 @@ def bounded(square: Scalar, radius: PerGroup, offset: PerGroup, cap: PerGroup, w
 
 
 def on_device(value: Scalar | Products, device: torch.device) -> Tensor:
-    """Sums as kernels read them where they lie: a contiguous tensor of float64, whatever they were handed over as.
+    """Return sums, given as numbers or tensors, as a contiguous float64 tensor on ``device`` for kernels.
 
     >>> on_device(2.0, torch.device("cpu"))
     tensor(2., dtype=torch.float64)

@@ -1,12 +1,12 @@
-"""The lists of tensors of one launch as kernels take them: checked, and their addresses in the memory of the device.
+"""Launch metadata: the tensor lists of one launch, checked, and their addresses in device memory.
 
-For kernels that are launched from Python; the compiled core does the same in C++ (``csrc/ops.cpp``,
-``csrc/cuda/tables.cpp``). What a table holds is described in ``kernels/table.py``.
+This is for kernels that are launched from Python; the compiled core does the same in C++ (``csrc/ops.cpp``,
+``csrc/cuda/tables.cpp``). ``kernels/table.py`` describes the layout of a table.
 
-A table is made and copied to the device, asynchronously, when the tensors are others than in the step before, and
-numbers when they have changed (Adam's corrections do in each step): one copy a launch at most, and mostly none. While a
-CUDA graph is captured each launch has a copy of its own, from memory that is kept for good, because the graph repeats
-it.
+A table is built and copied to the device, asynchronously, only if the tensors differ from those of the step before.
+Numbers are copied only if they have changed (Adam's corrections change in each step). So a launch needs at most one
+copy, and mostly none. During the capture of a CUDA graph each launch gets its own copy, from memory that is kept for
+good, because the graph repeats the copy.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from ..ownership import is_dense
 from .base import Block
 
 KEPT = 96
-"""Copies that are kept: of tables, pieces and numbers. A step has about eight launches; the memory of gradients may
-alternate between a few places."""
+"""Number of copies that are kept: of tables, pieces and numbers. A step has about eight launches, and the memory of
+gradients may alternate between a few places."""
 
 DTYPES: dict[torch.dtype, str] = {getattr(torch, name): name for name in table.DTYPES}
-"""Dtypes that kernels take, by their names."""
+"""Names of the dtypes that kernels accept."""
 
 _ABSENT = torch.empty(0, dtype=torch.float32, device="cpu")  # its address is 0
 
 graph_memory: list[Tensor] = []
-"""The memory that CUDA graphs read each time they are replayed: it is never used again, nor given back."""
+"""Memory that CUDA graphs read at each replay. It is neither reused nor freed."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One list of a launch, or ``None`` where it has none; some leaves may have no tensor in it.
+    """One list of a launch. The list, or single tensors in it, may be ``None``.
 
     Attributes:
-        name: what errors call it.
+        name: its name in error messages.
         tensors: aligned with the leaves.
-        written: if the launch writes to it.
+        written: whether the launch writes to it.
     """
 
     name: str
@@ -55,9 +55,9 @@ class Argument:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a launch gets: one program a piece; of ``starts``, where the pieces of each group begin, and the end.
+    """Arguments of a launch with one program per piece. ``starts`` has the first piece of each group, and the end.
 
-    ``warp`` is the number of threads in a warp of the device, ``width`` that of words in a row of the table.
+    ``warp`` is the number of threads in a warp of the device, ``width`` the number of words in a table row.
     """
 
     programs: int
@@ -98,14 +98,14 @@ class Tables:
         pieces, starts = self._pieces()
         self.programs = len(pieces) // 3
         self._fixed = torch.tensor([*pieces, *starts, 0, self.programs], dtype=torch.int64, device="cpu")
-        self._kept: dict[object, Tensor] = {}  # by stream and content, the last used last
+        self._kept: dict[object, Tensor] = {}  # by stream and content, most recently used last
         self._pieces_for_graphs: Tensor | None = None
         self.warp = 32
         if self.device.type == "cuda":
             self.warp = getattr(torch.cuda.get_device_properties(self.device), "warp_size", 32)
 
     def fits(self, leaves: Block) -> bool:
-        """Return whether these are leaves of the same shapes, strides, dtype, groups and device."""
+        """Return whether ``leaves`` have the same shapes, strides, dtype, groups and device."""
         return (
             self.group == leaves.group
             and self.sizes == [param.size() for param in leaves.params]
@@ -114,7 +114,7 @@ class Tables:
         )
 
     def _pieces(self) -> tuple[list[int], list[int]]:
-        """Return leaf, first element and length of each piece, group by group, and where each group begins."""
+        """Return leaf, first element and length of each piece, ordered by group, and the first piece of each group."""
         leaves_of: list[list[int]] = [[] for _ in range(self.groups)]
         for leaf, group in enumerate(self.group):
             leaves_of[group].append(leaf)
@@ -134,12 +134,12 @@ class Tables:
         """Return the table of a launch on the current stream.
 
         Args:
-            arguments: its lists, in the order in which the kernel numbers them.
-            numbers: what else it reads; each sequence becomes a tensor of float64.
-            option: what else an update must know of each leaf.
+            arguments: its lists, in the order of the kernel's numbering.
+            numbers: further numbers for the kernel; each sequence becomes a float64 tensor.
+            option: for each leaf, the index of its numbers in an update.
 
         Raises:
-            ValueError: a tensor is not as its parameter is, or it overlaps another of its list and would be written.
+            ValueError: a tensor does not match its parameter, or overlaps another one in a list that is written.
         """
         lists = [self._tensors(argument) for argument in arguments]
         addresses = [tuple(map(Tensor.data_ptr, tensors)) for tensors in lists]
@@ -153,14 +153,14 @@ class Tables:
                 words += (self.group[leaf], option[leaf] if option else 0, packed, *of_leaf)
             return torch.tensor(words, dtype=torch.int64, device="cpu")
 
-        padded = [[*row, *[0.0] * (len(row) % 2)] for row in numbers]  # each begins at a multiple of 16 bytes
+        padded = [[*row, *[0.0] * (len(row) % 2)] for row in numbers]  # each row begins at a multiple of 16 bytes
         flat = [number for row in padded for number in row]
         of_numbers = torch.tensor(flat, dtype=torch.float64, device="cpu").view(torch.int64)
         fixed, words, values = self._on_device(
             [
                 ("pieces", lambda: self._fixed),
                 ((*addresses, *lazy, tuple(option)), rows),
-                (struct.pack(f"{len(flat)}d", *flat), lambda: of_numbers),  # bytes tell −0 from 0
+                (struct.pack(f"{len(flat)}d", *flat), lambda: of_numbers),  # bytes distinguish −0 from 0
             ]
         )
         pieces, starts, whole = fixed.split([3 * self.programs, self.groups + 1, 2])
@@ -169,16 +169,16 @@ class Tables:
         return Prepared(self.programs, self.warp, pieces, starts, whole, words, width, dtype, split)
 
     def _tensors(self, argument: Argument) -> list[Tensor]:
-        """Return the tensors of a list, with one of address 0 in place of those that are missing."""
+        """Return the tensors of a list, with a tensor of address 0 in place of missing ones."""
         given = [None] * len(self.sizes) if argument.tensors is None else argument.tensors
         if len(given) != len(self.sizes):
             raise ValueError(
-                f"{argument.name} must have one tensor a parameter, that is {len(self.sizes)}, got {len(given)}"
+                f"{argument.name} must have one tensor per parameter, that is {len(self.sizes)}, got {len(given)}"
             )
         return [_ABSENT if tensor is None else tensor for tensor in given]
 
     def _check(self, arguments: Sequence[Argument], lists: Sequence[Sequence[Tensor]]) -> None:
-        """Check that every tensor can be taken by its address as one like its parameter."""
+        """Check that every tensor matches its parameter in dtype, device, shape, strides and memory."""
         for argument, tensors in zip(arguments, lists, strict=True):
             for i, (tensor, size, strides) in enumerate(zip(tensors, self.sizes, self.strides, strict=True)):
                 if tensor is not _ABSENT and not self._is_like(tensor, size, strides):
@@ -205,12 +205,12 @@ class Tables:
         )
 
     def _on_device(self, wanted: Sequence[tuple[object, Callable[[], Tensor]]]) -> list[Tensor]:
-        """Return copies on the current stream's device: those of before, and the others, made by one transfer."""
+        """Return copies on the current stream's device: earlier copies where possible, the rest by one transfer."""
         stream, capturing = 0, False
         if self.device.type != "cpu":
             capturing = torch.cuda.is_current_stream_capturing()
             stream = torch.cuda.current_stream(self.device).cuda_stream
-        # A graph gets copies of its own, but for the pieces, which never change: those of any stream will do.
+        # A graph gets its own copies, except of the pieces: these never change, so a copy of any stream serves.
         found = [None if capturing else self._kept.pop((stream, key), None) for key, _ in wanted]
         if capturing:
             found[0] = self._pieces_for_graphs
@@ -230,7 +230,7 @@ class Tables:
 
 
 def _check_apart(name: str, tensors: Sequence[Tensor]) -> None:
-    """Check that no two tensors of a list overlap, as all are worked on at once."""
+    """Check that no two tensors of a list overlap, because the kernel processes them concurrently."""
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i) for i, t in enumerate(tensors))
     for (_, end, i), (begin, _, j) in pairwise(span for span in spans if span[0] < span[1]):
         if begin < end:
@@ -241,9 +241,9 @@ def _check_apart(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def copies(values: Sequence[Tensor], device: torch.device, capturing: bool) -> list[Tensor]:
-    """Return copies of vectors of int64 on ``device``, aligned to 16 bytes, by a transfer that nothing waits for.
+    """Return copies of int64 vectors on ``device``, aligned to 16 bytes, by one asynchronous transfer.
 
-    The memory of the host that a CUDA graph copies tables from is kept, and pinned: torch captures no other copies.
+    For a CUDA graph, the host memory of the transfer is pinned and kept: torch captures no other copies.
     """
     sizes = [value.numel() for value in values]
     even = [size + size % 2 for size in sizes]

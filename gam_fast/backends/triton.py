@@ -1,15 +1,15 @@
-"""The primitives as Triton kernels, on NVIDIA and AMD GPUs: one launch each for any number of tensors, and a second, of
-one program a group, where sums are added up.
+"""The primitives as Triton kernels, on NVIDIA and AMD GPUs.
 
-Formulas, order and rounding are those of the compiled core: the same bits, but for sums. As there, nothing waits for
-the device; kernels read norms and products where they lie. What the core does in C++ before a launch is done in Python
-here, which takes the processor longer, not the GPU.
+Each primitive is one launch for any number of tensors; sums take a second launch, of one program per group. Formulas,
+order and rounding are those of the compiled core: results have the same bits, except sums. As there, nothing waits for
+the device, and kernels read norms and products from device memory. The preparation of a launch, which the core does in
+C++, is Python here: it takes more time of the host, but not of the GPU.
 
-On CPU tensors the kernels run in Triton's interpreter, where ``TRITON_INTERPRET=1`` was set before anything imported
-Triton: thousands of times slower, to test them.
+On CPU tensors the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before Triton was imported. It
+is thousands of times slower, and meant for tests.
 
-Importing this module raises ``ImportError``, with the reason, where there is no Triton. Triton itself is imported when
-a tensor needs it.
+Without Triton, importing this module raises ``ImportError`` with the reason. Triton itself is imported only when a
+tensor needs it.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ if util.find_spec("triton") is None:
     raise ImportError("Triton is not installed: pip install triton on Linux, or a build of torch for CUDA or ROCm")
 
 MAX_PLANS = 4
-"""Sets of leaves whose tables an optimizer keeps on each device."""
+"""Number of sets of leaves whose tables an optimizer keeps on each device."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of a direction that any group uses.
+    """The terms of a direction that at least one group uses.
 
     Attributes:
         lists: the lists of tensors.
-        numbers: by group, p, q and 1 if the group uses it, for each of them.
-        partly: the bits of those that a group does not use.
+        numbers: for each term, p, q and 1 if the group uses it, by group.
+        partly: a bit mask of the terms that some group does not use.
     """
 
     lists: list[TensorList]
@@ -59,7 +59,7 @@ class Terms:
 
 
 def terms_of(d: Direction, groups: int, m: Direction | None = None) -> Terms:
-    """Return the terms that ``d`` or ``m`` uses. Their elements may be anything in the groups that do not."""
+    """Return the terms that ``d`` or ``m`` uses. In groups that do not use a term, its elements are arbitrary."""
     count = len(d.terms)
     coefficients = [d.p, *([d.q] if d.q else []), *([m.p] if m else [])]
     used = [[any(c[t][g] != 0.0 for c in coefficients) for t in range(count)] for g in range(groups)]
@@ -75,15 +75,15 @@ def terms_of(d: Direction, groups: int, m: Direction | None = None) -> Terms:
 
 
 class TritonBackend:
-    """See :class:`gam_fast.backends.base.Backend` for what each primitive computes."""
+    """Triton implementation of :class:`gam_fast.backends.base.Backend`, which documents the primitives."""
 
     name = "triton"
     bookkeeping: Bookkeeping = ownership
 
     def __init__(self) -> None:
-        self._plans: list[Tables] = []  # the last one used first
+        self._plans: list[Tables] = []  # most recently used first
         self._mark: Tensor | None = None
-        # Above all that 32 bits hold, so that the type of the argument stays; no other's, as memory is not cleared.
+        # Above 2³², so that the argument's type does not change, and random, because memory is not cleared.
         self._ticket = (1 << 40) + int.from_bytes(os.urandom(7), "little")
 
     @staticmethod
@@ -101,10 +101,10 @@ class TritonBackend:
         elif device.type != "cuda":
             also = "; with TRITON_INTERPRET=1 in the environment on CPU tensors, slowly" if device.type == "cpu" else ""
             return f"the Triton kernels run on tensors of NVIDIA and AMD GPUs{also}"
-        return None if is_capturing(device) else why_unusable(device)  # a capture forbids to try
+        return None if is_capturing(device) else why_unusable(device)  # probing is forbidden during a capture
 
     def _tables_for(self, leaves: Block) -> Tables:
-        """Return the tables of a step before where they fit. Look once a step, and when leaves were added."""
+        """Return earlier tables that fit, or new ones. Look once per step, and again when leaves were added."""
         if leaves.prepared is not None:
             tables: Tables = leaves.prepared
             return tables
@@ -188,7 +188,7 @@ class TritonBackend:
             }
             total, mark = scalars.on_device(square, tables.device), self._mark_on(tables.device)
             self._ticket += 1
-            if save:  # an interrupt may come before the launch, or after it: restore() finds out
+            if save:  # an interrupt may come before or after the launch: restore() checks which
                 leaves.ticket = self._ticket
             stride = int(total.numel() > 1)
             launch(kernels().moves.perturb, prepared, *prepared.numbers, total, stride, mark, self._ticket, **constants)
@@ -197,19 +197,19 @@ class TritonBackend:
 
     @staticmethod
     def _saves_apart(device: torch.device) -> bool:
-        """Return whether the backup needs its own launch: the interpreter may be interrupted in the middle of one."""
+        """Return whether the backup needs its own launch, as in the interpreter, where a launch can be interrupted."""
         return device.type == "cpu"
 
     def _mark_on(self, device: torch.device) -> Tensor:
-        """Return the place where a launch that saves leaves its ticket, which tells whether it came to that."""
-        if is_capturing(device):  # nothing is run
+        """Return the memory where the launch that makes the backup writes its ticket, as proof that it ran."""
+        if is_capturing(device):  # nothing runs
             return torch.empty(1, dtype=torch.int64, device=device)
         if self._mark is None:
             self._mark = torch.empty(1, dtype=torch.int64, device=device)
         return self._mark
 
     def restore(self, leaves: Block) -> None:
-        """Done by torch, in one call that nothing interrupts, compiles or needs memory: it is the way back."""
+        """Restore by one torch call, which cannot be interrupted and needs no compilation and no memory."""
         ticket = leaves.ticket
         if not leaves.saved and ticket is not None and not is_capturing(leaves.params[0].device):
             mark = self._mark_on(leaves.params[0].device)

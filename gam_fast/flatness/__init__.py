@@ -1,4 +1,4 @@
-"""How flat a minimum is: zeroth- and first-order flatness, eigenvalues, trace and spectral density of the Hessian.
+"""Measure flatness: zeroth- and first-order flatness, eigenvalues, trace and spectral density of the Hessian.
 
 >>> import torch
 >>> from gam_fast import flatness
@@ -9,9 +9,8 @@
 >>> found.value >= flatness.zeroth_order_flatness(loss, rho=0.1).value
 True
 
-Zeroth- and first-order flatness and slices need torch alone; curvature needs curvlinops and SciPy, pictures matplotlib
-and progress bars tqdm: ``pip install 'gam-fast[flatness]'``. ``python -m gam_fast.flatness --help`` measures a
-checkpoint.
+Flatness and slices need only torch. Curvature needs curvlinops and SciPy, pictures need matplotlib, and progress bars
+need tqdm: ``pip install 'gam-fast[flatness]'``. ``python -m gam_fast.flatness --help`` measures a checkpoint.
 """
 
 from .ascent import Flatness, first_order_flatness, zeroth_order_flatness

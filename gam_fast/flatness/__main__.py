@@ -34,7 +34,7 @@ python -m gam_fast.flatness train.py:build --checkpoint last.pt --rho 0.05,0.1""
 
 
 class First:
-    """The first batches of an iterable."""
+    """An iterable over the first batches of another."""
 
     def __init__(self, data: Iterable[Any], count: int) -> None:
         self.data, self.count = data, count
@@ -44,6 +44,7 @@ class First:
 
 
 def radii(text: str) -> tuple[float, ...]:
+    """Parse radii separated by commas."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -54,6 +55,7 @@ def radii(text: str) -> tuple[float, ...]:
 
 
 def positive(text: str) -> float:
+    """Parse a positive number."""
     try:
         value = float(text)
     except ValueError:
@@ -64,7 +66,7 @@ def positive(text: str) -> float:
 
 
 def at_least(least: int) -> Any:
-    """A whole number from ``least`` on, or 0, which stands for none."""
+    """Return a parser of integers: at least ``least``, or 0 for none."""
 
     def parse(text: str) -> int:
         try:
@@ -79,6 +81,7 @@ def at_least(least: int) -> Any:
 
 
 def whole(text: str) -> int:
+    """Parse a positive integer."""
     value: int = at_least(1)(text)
     if value == 0:
         raise argparse.ArgumentTypeError("must be at least 1, got 0")
@@ -86,6 +89,7 @@ def whole(text: str) -> int:
 
 
 def mapping(text: str) -> dict[str, Any]:
+    """Parse a JSON object."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -96,6 +100,7 @@ def mapping(text: str) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser("python -m gam_fast.flatness", description=DESCRIPTION, epilog=EPILOG)
 
     def option(name: str, text: str, **settings: Any) -> None:
@@ -108,19 +113,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="state dict to load into the model (weights only)"
     )
-    parser.add_argument("--key", help="entry of the checkpoint that is the state dict, where it is not the whole")
+    parser.add_argument("--key", help="entry of the checkpoint that is the state dict, unless the whole checkpoint is")
     option("--rho", "radii, with commas between", type=radii, metavar="R[,R…]", default="0.1")
-    option("--mode", "of the modules: running statistics, or those of each batch", choices=MODES, default="eval")
-    option("--eigenvalues", "how many of the largest; 0: none", type=at_least(1), metavar="K", default=1)
+    option("--mode", "mode of the modules; frozen: as the factory leaves them", choices=MODES, default="eval")
+    option("--eigenvalues", "number of largest eigenvalues; 0: none", type=at_least(1), metavar="K", default=1)
     option("--trace-samples", "products for the trace; 0: no trace", type=at_least(2), metavar="N", default=30)
-    option("--density-steps", "of Lanczos' method for the spectrum; 0: none", type=at_least(2), metavar="N", default=0)
-    option("--restarts", "ascents for R0 and R1", type=whole, metavar="N", default=3)
+    option("--density-steps", "Lanczos steps for the spectrum; 0: none", type=at_least(2), metavar="N", default=0)
+    option("--restarts", "number of ascents for R0 and R1", type=whole, metavar="N", default=3)
     option("--max-iterations", "of each ascent", type=whole, metavar="N", default=100)
-    option("--tolerance", "at which an ascent has converged", type=positive, metavar="T", default=1e-3)
-    option("--batches", "the first N batches only; 0: all", type=at_least(1), metavar="N", default=0)
-    option("--seed", "of all random numbers", type=int, metavar="N", default=0)
-    option("--device", "for model and data", default="cpu")
-    option("--threads", "CPU threads of torch; 0: its own choice", type=at_least(1), metavar="N", default=0)
+    option("--tolerance", "residual below which an ascent has converged", type=positive, metavar="T", default=1e-3)
+    option("--batches", "use the first N batches only; 0: all", type=at_least(1), metavar="N", default=0)
+    option("--seed", "seed of all random numbers", type=int, metavar="N", default=0)
+    option("--device", "device for model and data", default="cpu")
+    option("--threads", "CPU threads of torch; 0: torch's default", type=at_least(1), metavar="N", default=0)
     parser.add_argument("--per-group", action="store_true", help="also measure each child of the model by itself")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures to PATH")
     parser.add_argument("--png", type=Path, metavar="PATH", help="write a picture to PATH")
@@ -129,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load(name: str) -> Any:
-    """The object that ``module:function`` or ``file.py:function`` names.
+    """Return the object that ``module:function`` or ``file.py:function`` names.
 
     Raises:
         ValueError: it does not exist.
@@ -156,10 +161,10 @@ def load(name: str) -> Any:
 
 
 def build(made: Any, arguments: argparse.Namespace) -> Loss:
-    """The loss to measure, of what the factory made, with the checkpoint loaded.
+    """Return the loss to measure from the factory's result, with the checkpoint loaded.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError: a factory, checkpoint or device that does not fit.
+        ValueError, TypeError, RuntimeError, OSError: the factory, checkpoint or device cannot be used.
     """
     model: nn.Module | None
     if isinstance(made, Loss):
@@ -167,7 +172,7 @@ def build(made: Any, arguments: argparse.Namespace) -> Loss:
     elif isinstance(made, tuple | list) and len(made) == 3 and isinstance(made[0], nn.Module):
         try:
             model = made[0].to(arguments.device)
-        except (RuntimeError, AssertionError) as error:  # torch without that device asserts
+        except (RuntimeError, AssertionError) as error:  # torch built without that device raises AssertionError
             raise ValueError(f"--device {arguments.device} cannot be used: {error}") from error
     else:
         raise ValueError(
@@ -191,12 +196,12 @@ def build(made: Any, arguments: argparse.Namespace) -> Loss:
 
 
 def state_dict(path: Path, key: str | None, device: str) -> Any:
-    """The state dict in a checkpoint, or under ``key`` in it."""
+    """Return the checkpoint's state dict: the whole checkpoint, or its entry ``key``."""
     try:
         found = torch.load(path, map_location=device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch and pickle raise whatever a file that is no checkpoint leads to
+    except Exception as error:  # torch and pickle raise many kinds of errors for other files
         raise ValueError(f"{path} is not a checkpoint that holds weights only: {error!r}") from error
     if key is not None:
         if not isinstance(found, dict) or key not in found:
@@ -207,7 +212,7 @@ def state_dict(path: Path, key: str | None, device: str) -> Any:
 
 
 def children(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The parameters that require a gradient, by child module; those of the model itself under ``(own)``."""
+    """Return the parameters that require a gradient, by child module; the model's own ones as ``(own)``."""
     groups: dict[str, list[torch.Tensor]] = {}
     seen: set[torch.Tensor] = set()
     own = ("(own)", model.parameters(recurse=False))
@@ -220,7 +225,7 @@ def children(model: nn.Module) -> dict[str, list[torch.Tensor]]:
 
 
 def picture(loss: Loss, found: Measurement, path: Path) -> None:
-    """The spectrum, if there is one, and slices of loss and gradient norm along the sharpest direction known."""
+    """Plot the spectrum, if measured, and slices of loss and gradient norm along the sharpest known direction."""
     pyplot = require("matplotlib.pyplot", "a picture")
     if found.eigenvalues is not None:
         direction, about = found.eigenvalues.vectors[0], "along the first eigenvector"
@@ -241,7 +246,7 @@ def picture(loss: Loss, found: Measurement, path: Path) -> None:
 
 
 def require_all(arguments: argparse.Namespace) -> None:
-    """Import what will be needed, so that nothing measured is lost for want of a package."""
+    """Import all packages that will be needed, so that a missing one is found before measuring."""
     require("rich.table", "the table")
     if not arguments.quiet:
         require("tqdm", "a progress bar (left out by --quiet)")
@@ -254,7 +259,7 @@ def require_all(arguments: argparse.Namespace) -> None:
 
 
 def show(title: str, found: Measurement) -> None:
-    """A table in the terminal."""
+    """Print a table in the terminal."""
     table = require("rich.table", "the table").Table(title=title)
     for heading, justify in (("quantity", "left"), ("value", "right"), ("", "left")):
         table.add_column(heading, justify=justify)
@@ -264,7 +269,7 @@ def show(title: str, found: Measurement) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit status."""
+    """Measure, print and write. Return the exit status."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     for path in (arguments.json, arguments.png):

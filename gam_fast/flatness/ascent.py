@@ -4,13 +4,14 @@ r"""Zeroth- and first-order flatness: maxima over a ball around θ, found by asc
     R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ), \qquad
     R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖, \qquad R^0_ρ ≤ R^1_ρ .
 
-At a minimum of a quadratic, :math:`R^0 = ρ² λ_{max}/2` and :math:`R^1 = ρ² λ_{max}`. In general what an ascent reaches
-is a lower bound of the maximum; the largest of several starts is reported, with the facts by which to judge it. Source:
-Zhang et al., CVPR 2023, arXiv 2303.03108.
+At a minimum of a quadratic, :math:`R^0 = ρ² λ_{max}/2` and :math:`R^1 = ρ² λ_{max}`. In general an ascent reaches a
+lower bound of the maximum. The largest bound of several starts is reported, with data to judge it. Source: Zhang et
+al., CVPR 2023, arXiv 2303.03108.
 
-The ascent is projected gradient ascent with Nesterov's momentum, restarted whenever the value falls. Its step is long:
-with the longest, the next point is that of the ball which lies farthest along the gradient, on a quadratic one step of
-the power method, which momentum makes about as fast as Lanczos' method. When a plain step fails, it is shortened.
+The method is projected gradient ascent with Nesterov's momentum, restarted whenever the value falls. It starts with a
+very long step, which leads to the point of the ball that lies farthest along the gradient. On a quadratic this is one
+step of the power method, and momentum makes it about as fast as Lanczos' method. If a plain step fails, the step
+length is reduced.
 """
 
 from __future__ import annotations
@@ -28,33 +29,33 @@ from .loss import Loss
 from .vectors import Vector, checked, norm, plus, random, scaled
 
 Evaluate: TypeAlias = "Callable[[Vector | None], tuple[float, Vector]]"
-"""From a displacement δ (``None``: 0) to the value there and its gradient."""
+"""Maps a displacement δ (``None``: 0) to the value there and its gradient."""
 
 LONGEST, SHORTEST = 1e4, 1e-6
-"""Lengths of a step before projection, in radii, where the slope is the steepest yet: the longest is endless."""
+"""Lengths of a step before projection, in radii, at the steepest slope so far. The longest is practically infinite."""
 
 
 HALVINGS = 20
-"""Of the distance from θ of a start where the value is not finite."""
+"""How often a start with a non-finite value is moved to half its distance from θ."""
 
 
 @dataclass(frozen=True)
 class Flatness:
-    """What an ascent in the ball found.
+    """Result of the ascents in the ball.
 
     Attributes:
         value: the bound reached, R0 or R1, in units of the loss.
         rho: ρ, the radius of the ball.
         loss: L(θ).
-        converged: whether the ascent that reached it ended at a stationary point: ``residual`` is below the tolerance.
-        residual: 0 at a stationary point. On the sphere, the distance, in radii, to where a gradient step of length ρ
-            leads, projected into the ball; inside, what a step of length ρ would gain to first order, relative to what
-            was gained so far. At the minimum of a quadratic the value is off, relatively, by about its square over the
-            relative gap of the two largest eigenvalues; elsewhere no such law holds.
-        iterations: of the ascent that reached the value.
-        evaluations: of value and gradient, of all ascents.
-        starts: the bound that each start reached, those given first: if they differ, there are several local maxima.
-        point: δ, one tensor a parameter: where the maximum is.
+        converged: whether the ascent that reached ``value`` ended with a ``residual`` below the tolerance.
+        residual: 0 at a stationary point. On the sphere: the distance, in radii, to the projection of a gradient step
+            of length ρ. Inside: the first-order gain of a step of length ρ, relative to the gain so far. At the minimum
+            of a quadratic, the relative error of ``value`` is about the residual's square over the relative gap of the
+            two largest eigenvalues; elsewhere no such law holds.
+        iterations: iterations of the ascent that reached ``value``.
+        evaluations: evaluations of value and gradient, in all ascents.
+        starts: the bound that each start reached, given starts first. If they differ, there are several local maxima.
+        point: δ of the maximum, one tensor per parameter.
     """
 
     value: float
@@ -70,7 +71,7 @@ class Flatness:
 
 @dataclass(frozen=True)
 class _Ball:
-    """Where to look, how long, and how closely."""
+    """The ball, and when an ascent in it ends."""
 
     rho: float
     max_iterations: int
@@ -85,14 +86,14 @@ class _Ball:
             raise ValueError(f"tolerance must be positive, got {self.tolerance!r}")
 
     def project(self, delta: Vector) -> Vector:
-        """The nearest point of the ball."""
+        """Return the point of the ball nearest to ``delta``."""
         size = norm(delta)
         return delta if size <= self.rho else scaled(delta, self.rho / size)
 
 
 @dataclass(frozen=True)
 class _Ascent:
-    """Where one ascent ended."""
+    """The end of one ascent."""
 
     value: float
     point: Vector
@@ -111,21 +112,21 @@ def zeroth_order_flatness(
     starts: Sequence[Sequence[Tensor]] = (),
     progress: bool = False,
 ) -> Flatness:
-    r""":math:`R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ)`, what SAM minimises; a lower bound of it, by ascent.
+    r""":math:`R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ)`, which SAM minimises: a lower bound by ascent.
 
     The norm is over all parameters of ``loss``. Each evaluation is one gradient over the whole data set. A rise of the
-    loss smaller than its rounding cannot be measured, and is never said to have converged: with weights or losses in
-    half precision convert the model to float32 first, for small ρ to float64.
+    loss below its rounding error cannot be measured and is never reported as converged. So convert a half-precision
+    model to float32 first, and for a small ρ to float64.
 
     Args:
         loss: see :class:`Loss`.
         rho: ρ, in units of the parameters.
-        restarts: how many ascents. The first starts at θ, along the gradient as SAM does (unless that is 0), the others
-            at random points of the sphere.
-        max_iterations: of each ascent.
-        tolerance: an ascent has converged when its residual is below (see :class:`Flatness`).
-        seed: of the random directions.
-        starts: displacements δ to start from besides, each with one tensor a parameter.
+        restarts: number of ascents. The first starts at θ along the gradient (unless that is 0), as SAM does, the
+            others at random points of the sphere.
+        max_iterations: iterations of each ascent.
+        tolerance: an ascent has converged when its residual is below this (see :class:`Flatness`).
+        seed: seed of the random directions.
+        starts: further displacements δ to start from, each with one tensor per parameter.
         progress: show a bar (needs tqdm).
 
     Raises:
@@ -141,7 +142,7 @@ def zeroth_order_flatness(
     found, slope = _search(
         loss, ball, loss.gradient, lambda value, at_theta: value - at_theta, restarts, seed, starts, progress
     )
-    # a rise below the rounding of the loss is not known
+    # a rise below the rounding error of the loss cannot be measured
     known = rho == 0 or slope == 0 or found.value > 8 * loss.resolution * abs(found.loss)
     return found if known else replace(found, converged=False)
 
@@ -157,10 +158,10 @@ def first_order_flatness(
     starts: Sequence[Sequence[Tensor]] = (),
     progress: bool = False,
 ) -> Flatness:
-    r""":math:`R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖`, what GAM minimises; a lower bound of it, by ascent.
+    r""":math:`R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖`, which GAM minimises: a lower bound by ascent.
 
-    As :func:`zeroth_order_flatness`, but that the first ascent sets out along the gradient of the gradient norm, as GAM
-    does, and that each evaluation is a gradient and a Hessian-vector product over the whole data set.
+    As :func:`zeroth_order_flatness`, with two differences. The first ascent starts along the gradient of the gradient
+    norm, as GAM does. Each evaluation is a gradient and a Hessian-vector product over the whole data set.
 
     Raises:
         SecondDerivativeError: the loss cannot be differentiated twice.
@@ -186,9 +187,10 @@ def _search(
     starts: Sequence[Sequence[Tensor]],
     progress: bool,
 ) -> tuple[Flatness, float]:
-    """The largest value in the ball, and the length of its gradient at θ.
+    """Return the largest value in the ball, and the length of its gradient at θ.
 
-    ``read`` gives value and gradient at the parameters as they are, ``bound`` the measure of a value and of L(θ).
+    ``read`` evaluates value and gradient at the present parameters. ``bound`` computes the measure from a value and
+    L(θ).
     """
     if restarts < 1:
         raise ValueError(f"restarts must be at least 1, got {restarts}")
@@ -213,7 +215,7 @@ def _search(
 def _starting_points(
     loss: Loss, slope: Vector, ball: _Ball, restarts: int, seed: int, starts: Sequence[Vector]
 ) -> Iterator[Vector | None]:
-    """Those given; θ itself (``None``), unless nothing leads up from there; and random points of the sphere."""
+    """Yield the given starts, θ itself (``None``) unless its gradient is 0, and random points of the sphere."""
     generator = torch.Generator().manual_seed(seed)
     for start in starts:
         yield ball.project(start)
@@ -234,9 +236,9 @@ def _maximise(
     bound: Callable[[float], float],
     resolution: float,
 ) -> Flatness:
-    """The best of the ascents from ``points``; ``bound`` makes the measure of a value.
+    """Return the best of the ascents from ``points``. ``bound`` computes the measure from a value.
 
-    ``resolution`` is the relative rounding of a value.
+    ``resolution`` is the relative rounding error of a value.
     """
     if not math.isfinite(at_zero[0]):
         raise ValueError(f"the loss or its gradient is not finite at the parameters given: {at_zero[0]}")
@@ -270,7 +272,7 @@ def _maximise(
 def _ascend(
     evaluate: Evaluate, at_zero: tuple[float, Vector], point: Vector | None, ball: _Ball, resolution: float
 ) -> _Ascent:
-    """One ascent from ``point``, or from 0 with what was found there. ``last`` and ``here`` are Nesterov's x and y."""
+    """Ascend from ``point``, or from 0 with the evaluation there. ``last`` and ``here`` are Nesterov's x and y."""
     if point is None:
         point, (value, slope) = scaled(at_zero[1], 0.0), at_zero
     else:
@@ -307,12 +309,12 @@ def _ascend(
         elif length > SHORTEST:
             length /= 10.0
         else:
-            break  # no step leads up: what is left is rounding
+            break  # no step leads up: the rest is rounding
     return best
 
 
 def _residual(here: Vector, slope: Vector, gain: float, ball: _Ball) -> float:
-    """See :class:`Flatness`."""
+    """Return the residual that :class:`Flatness` defines."""
     size = norm(slope)
     if size == 0.0:
         return 0.0

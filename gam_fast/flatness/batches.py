@@ -1,4 +1,4 @@
-"""What a loss is made of: parameters in groups, batches and their weights, and what a reading of data may change."""
+"""Parts of a loss: groups of parameters, batches and their weights, and state that reading the data may change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def grouped(params: Any) -> dict[str, list[Tensor]]:
-    """Parameters, named or not, or groups of them, by the name of the group."""
+    """Return parameters by group name, from parameters, named parameters or groups."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors, got one tensor: write [tensor]")
     if isinstance(params, Mapping):
@@ -22,14 +22,14 @@ def grouped(params: Any) -> dict[str, list[Tensor]]:
 
 
 def loss_of(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], x: Any, target: Any) -> Tensor:
-    """The loss of one batch."""
+    """Return the loss of one batch."""
     if isinstance(x, Mapping):
         return loss_fn(model(**x), target)
     return loss_fn(model(*x) if isinstance(x, tuple | list) else model(x), target)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The tensors in ``value`` on ``device``."""
+    """Move the tensors in ``value`` to ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -40,7 +40,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def length(*values: Any) -> float:
-    """The length of the first tensor in ``values`` that has one."""
+    """Return the length of the first tensor in ``values`` that has one."""
     for value in values:
         if isinstance(value, Tensor) and value.dim():
             return float(len(value))
@@ -64,7 +64,7 @@ def count_of(loss_fn: Any, target: Any, x: Any) -> float:
 
 
 def generators_of(data: Any) -> list[torch.Generator]:
-    """Those that a DataLoader and its samplers draw from, besides torch's default ones."""
+    """Return the generators of a DataLoader and its samplers, besides torch's default ones."""
     places = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
     places.append(getattr(places[-1], "sampler", None))
     found = [getattr(place, "generator", None) for place in places]
@@ -72,7 +72,7 @@ def generators_of(data: Any) -> list[torch.Generator]:
 
 
 def buffers_of(model: nn.Module | None) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """All buffers of a model, with copies."""
+    """Return all buffers of a model, with copies."""
     modules = [] if model is None else list(model.modules())
     return [
         (module, name, buffer, buffer.detach().clone())
@@ -84,14 +84,14 @@ def buffers_of(model: nn.Module | None) -> list[tuple[nn.Module, str, Tensor, Te
 
 @torch.no_grad()
 def put_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    """The buffers themselves where they were, with what was in them."""
+    """Put the same buffers back in place, with their old values."""
     for module, name, buffer, saved in buffers:
         module._buffers[name] = buffer
         buffer.copy_(saved)
 
 
 def differentiable(loss: Tensor) -> Tensor:
-    """``loss``, if it is one number that depends on a parameter."""
+    """Return ``loss`` if it is one number that depends on a parameter; raise otherwise."""
     if not checked(loss).requires_grad:
         raise ValueError(
             "the loss does not depend on a parameter that requires a gradient: it is constant or detached, or computed "
@@ -101,7 +101,7 @@ def differentiable(loss: Tensor) -> Tensor:
 
 
 def checked(loss: Tensor) -> Tensor:
-    """``loss``, if it is a tensor of one element."""
+    """Return ``loss`` if it is a tensor of one element; raise otherwise."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise TypeError(f"the loss of a batch must be a tensor of one element, got {given}")

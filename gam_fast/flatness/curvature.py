@@ -15,7 +15,7 @@ from .loss import Loss
 from .vectors import flat, norm, plus, random, split, wide
 
 DENSE = 32
-"""Up to this many parameters the whole Hessian is computed: Krylov methods want more dimensions than they take."""
+"""Up to this many parameters, the whole Hessian is computed: Krylov methods need more dimensions than steps."""
 
 WHICH = ("LA", "SA", "LM")
 TRACE_METHODS = ("hutchinson", "xtrace")
@@ -23,13 +23,13 @@ TRACE_METHODS = ("hutchinson", "xtrace")
 
 @dataclass(frozen=True)
 class Eigenvalues:
-    """Eigenvalues of the Hessian, and how well they are known.
+    """Eigenvalues of the Hessian, with error bounds.
 
     Attributes:
         values: in descending order (``"LM"``: of the absolute value), in units of the loss by parameters squared.
-        residuals: ‖H v − λ v‖ for each: there is an eigenvalue within that distance of λ.
-        products: Hessian-vector products made.
-        vectors: unit eigenvectors, each with one tensor a parameter.
+        residuals: ‖H v − λ v‖ for each; the Hessian has an eigenvalue within that distance of λ.
+        products: number of Hessian-vector products used.
+        vectors: unit eigenvectors, each with one tensor per parameter.
     """
 
     values: tuple[float, ...]
@@ -40,12 +40,12 @@ class Eigenvalues:
 
 @dataclass(frozen=True)
 class Trace:
-    """An estimate of the trace.
+    """An estimate of the trace of the Hessian.
 
     Attributes:
         value: the estimate, in units of the loss by parameters squared.
         error: its standard error, 0 where the trace is exact; ``None`` where the method gives none.
-        products: Hessian-vector products made.
+        products: number of Hessian-vector products used.
     """
 
     value: float
@@ -58,11 +58,11 @@ class SpectralDensity:
     r"""A smoothed density of eigenvalues, :math:`\frac1N \sum_i δ(λ − λ_i)`: its integral is 1.
 
     Attributes:
-        grid: λ.
-        density: at each, per unit of λ.
-        extremes: the smallest and the largest eigenvalue that Lanczos' method saw: those at the ends are found first.
-        steps: of Lanczos' method.
-        products: Hessian-vector products made.
+        grid: values of λ.
+        density: density at each λ, per unit of λ.
+        extremes: the smallest and the largest eigenvalue that Lanczos' method found; it finds the extremes first.
+        steps: number of steps of Lanczos' method.
+        products: number of Hessian-vector products used.
     """
 
     grid: tuple[float, ...] = field(repr=False)
@@ -73,10 +73,10 @@ class SpectralDensity:
 
 
 def hessian(loss: Loss, tick: Callable[[], None] = lambda: None) -> Any:
-    """The Hessian as a ``curvlinops`` linear operator, for its and SciPy's methods (``.to_scipy()``).
+    """Return the Hessian as a ``curvlinops`` linear operator, for its and SciPy's methods (``.to_scipy()``).
 
-    Unlike ``curvlinops.HessianLinearOperator`` it takes what :class:`Loss` takes: any ``loss_fn``, closures, frozen
-    statistics. Use it inside ``with loss.measuring():`` where many products are made.
+    Unlike ``curvlinops.HessianLinearOperator`` it accepts everything that :class:`Loss` accepts: any ``loss_fn``,
+    closures, frozen statistics. For many products, use it inside ``with loss.measuring():``.
 
     Args:
         loss: see :class:`Loss`.
@@ -121,15 +121,15 @@ def hessian_eigenvalues(
     seed: int = 0,
     progress: bool = False,
 ) -> Eigenvalues:
-    """``k`` eigenvalues of the Hessian of ``loss`` with their eigenvectors, by Lanczos' method (ARPACK).
+    """Compute ``k`` eigenvalues of the Hessian of ``loss`` and their eigenvectors, by Lanczos' method (ARPACK).
 
     Args:
         loss: see :class:`Loss`.
-        k: how many.
+        k: number of eigenvalues.
         which: ``"LA"``, the largest; ``"SA"``, the smallest; ``"LM"``, the largest in absolute value.
-        tolerance: of the residual, relative to the eigenvalue (or to a typical one, where it is near 0).
-        max_iterations: of ARPACK, each of some ten products, before it gives up.
-        seed: of the vector it starts with.
+        tolerance: largest residual, relative to the eigenvalue (or to a typical one, for an eigenvalue near 0).
+        max_iterations: iterations of ARPACK before it gives up, each of about ten products.
+        seed: seed of the start vector.
         progress: show a bar (needs tqdm).
 
     Raises:
@@ -167,15 +167,15 @@ def hessian_eigenvalues(
 def hessian_trace(
     loss: Loss, *, samples: int = 30, method: str = "hutchinson", seed: int = 0, progress: bool = False
 ) -> Trace:
-    """The trace of the Hessian of ``loss``; exact where ``samples`` is at least the number of parameters.
+    """Estimate the trace of the Hessian; it is exact if ``samples`` is at least the number of parameters.
 
     Args:
         loss: see :class:`Loss`.
         samples: Hessian-vector products to spend.
         method: ``"hutchinson"``, the mean of ``samples`` products with random signs, with its standard error; or
-            ``"xtrace"`` (Epperly, Tropp, Webber 2024), usually much more precise where few eigenvalues dominate, which
-            holds ``2 · samples`` vectors at once.
-        seed: of the random vectors.
+            ``"xtrace"`` (Epperly, Tropp, Webber 2024), which is usually much more precise if few eigenvalues dominate,
+            and holds ``2 · samples`` vectors at once.
+        seed: seed of the random vectors.
         progress: show a bar (needs tqdm).
 
     Raises:
@@ -218,17 +218,17 @@ def spectral_density(
     seed: int = 0,
     progress: bool = False,
 ) -> SpectralDensity:
-    """The density of the eigenvalues of the Hessian of ``loss``, by stochastic Lanczos quadrature (Papyan 2020).
+    """Estimate the eigenvalue density of the Hessian, by stochastic Lanczos quadrature (Papyan 2020).
 
-    Each peak is drawn as a Gaussian, so that the width of a feature is at least about ``1 / steps`` of the whole range.
+    Each peak becomes a Gaussian, so a feature is at least about ``1 / steps`` of the whole range wide.
 
     Args:
         loss: see :class:`Loss`.
-        steps: of Lanczos' method, each one Hessian-vector product: the resolution.
-        repeats: random vectors to average over.
-        points: of the grid.
-        kappa: the larger, the narrower the Gaussians.
-        seed: of the random vectors.
+        steps: steps of Lanczos' method, one Hessian-vector product each; they set the resolution.
+        repeats: number of random vectors to average over.
+        points: number of grid points.
+        kappa: a larger value makes the Gaussians narrower.
+        seed: seed of the random vectors.
         progress: show a bar (needs tqdm).
 
     Raises:
@@ -274,7 +274,7 @@ def spectral_density(
 
 
 def _quadrature(spectrum: Any, operator: Any, steps: int) -> tuple[Tensor, Tensor]:
-    """Lanczos' method; with fewer steps where the Hessian has fewer eigenvalues that differ."""
+    """Run Lanczos' method, with fewer steps if the Hessian has fewer distinct eigenvalues."""
     while steps >= 2:
         values, vectors = spectrum.fast_lanczos(operator, steps)
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
@@ -284,7 +284,7 @@ def _quadrature(spectrum: Any, operator: Any, steps: int) -> tuple[Tensor, Tenso
 
 
 def _dense(operator: Any) -> Tensor:
-    """The whole matrix."""
+    """Return the whole matrix."""
     identity = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
     matrix = torch.stack([operator @ column for column in identity])
     return (matrix + matrix.T) / 2
@@ -293,12 +293,12 @@ def _dense(operator: Any) -> Tensor:
 def _lanczos(
     loss: Loss, operator: Any, k: int, which: str, tolerance: float, max_iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """By ARPACK, of the shifted Hessian: its tolerance is relative to each eigenvalue, so it misses those near 0."""
+    """Run ARPACK on the shifted Hessian. (Its tolerance is relative to each eigenvalue, so it misses those near 0.)"""
     linalg = require("scipy.sparse.linalg", "eigenvalues of the Hessian")
     start = flat(random(loss.params, torch.Generator().manual_seed(seed))).to(operator.dtype)
-    # the root mean square of the eigenvalues, about; none of the largest is 3 times as far below 0, nor vice versa
+    # about the root mean square of the eigenvalues; none of the largest is 3 times as far below 0, nor vice versa
     size = float(torch.linalg.vector_norm(operator @ start) / torch.linalg.vector_norm(start))
-    if size == 0.0:  # a loss that is linear in the parameters
+    if size == 0.0:  # the loss is linear in the parameters
         return start.new_zeros(k), torch.eye(loss.size, k, dtype=start.dtype, device=start.device)
     shift = {"LA": 3.0, "SA": -3.0, "LM": 0.0}[which] * size
     plain = operator.to_scipy()
@@ -310,7 +310,7 @@ def _lanczos(
             k=k,
             which=which,
             v0=start.cpu().numpy(),
-            tol=tolerance if which == "LM" else tolerance / 4,  # relative to an eigenvalue with its shift
+            tol=tolerance if which == "LM" else tolerance / 4,  # relative to the shifted eigenvalue
             ncv=basis,
             maxiter=max_iterations,
         )

@@ -12,17 +12,17 @@ INSTALL = "pip install 'gam-fast[flatness]' (from a checkout: pip install -e '.[
 
 
 def require(name: str, purpose: str) -> ModuleType:
-    """The module ``name``.
+    """Import and return the module ``name``.
 
     Raises:
-        ImportError: it, or something it needs, is not installed; the message says what to install.
+        ImportError: it or one of its dependencies is not installed; the message says what to install.
 
     >>> require("math", "arithmetic").pi
     3.141592653589793
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dependencies use what torch has deprecated
+            warnings.simplefilter("ignore")  # dependencies use deprecated functions of torch
             return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{purpose} needs {name} ({error}): {INSTALL}") from error
@@ -30,7 +30,7 @@ def require(name: str, purpose: str) -> ModuleType:
 
 @contextmanager
 def counting(show: bool, description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Gives a function to call once for each evaluation; with ``show`` it moves a progress bar.
+    """Yield a function to call once per evaluation; with ``show`` it advances a progress bar.
 
     >>> with counting(False, "products") as tick:
     ...     tick()

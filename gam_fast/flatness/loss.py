@@ -1,4 +1,4 @@
-"""What is measured: a loss as a function of the parameters, with its gradient and Hessian-vector products."""
+"""The measured loss as a function of the parameters, with its gradient and Hessian-vector products."""
 
 from __future__ import annotations
 
@@ -29,35 +29,36 @@ from .vectors import Vector, norm, scaled, wide
 MODES = ("eval", "frozen")
 Params: TypeAlias = "Iterable[Any] | Mapping[str, Iterable[Tensor]] | None"
 Terms: TypeAlias = "Callable[[], Iterator[tuple[Callable[[], Tensor], float]]]"
-"""For each batch its loss, not yet computed, and what it is multiplied by before the sum."""
+"""For each batch, a function that computes its loss, and the loss's weight in the sum."""
 
 
 class Loss:
     r"""The mean loss over a whole data set, :math:`L(θ) = \sum_b n_b L_b(θ) / \sum_b n_b`, read batch by batch.
 
-    The measures of :mod:`gam_fast.flatness` take it as their first argument. They leave parameters, gradients, running
-    statistics, modes of modules and random state as they were, bit for bit, whatever happens.
+    The measures of :mod:`gam_fast.flatness` take it as their first argument. They always leave parameters, gradients,
+    running statistics, modes of modules and random state as they were, bit for bit, also after an error.
 
     Args:
         model: called with the inputs of a batch: ``model(x)``; ``model(*x)`` for a tuple or list, ``model(**x)`` for a
             mapping. Batches are moved to its device.
-        loss_fn: ``loss_fn(output, target)``, a tensor of one element. Its attribute ``reduction`` is heeded, as torch's
-            losses have it.
+        loss_fn: ``loss_fn(output, target)``, a tensor of one element. Its attribute ``reduction`` counts, as in torch's
+            losses.
         data: an iterable of pairs ``(x, target)`` that can be read again and again: a list, a ``DataLoader``. Each
             reading starts from the same random state, so that a shuffling loader gives the same batches.
-        params: what L is a function of: parameters (default: those of ``model`` that require a gradient), named
-            parameters, the ``param_groups`` of an optimizer, or a mapping of names to parameters. The latter two make
+        params: the variables of L: parameters (default: those of ``model`` that require a gradient), named
+            parameters, the ``param_groups`` of an optimizer, or a mapping of names to parameters. The latter two define
             groups, which :meth:`by_group` measures one by one.
-        mode: of the modules: ``"eval"``, or ``"frozen"``: as they are, so that in train mode BatchNorm normalises by
-            the batch and dropout draws the same masks each time, but running statistics do not move.
+        mode: the mode of the modules. ``"eval"``; or ``"frozen"``: the mode they are in. In train mode BatchNorm then
+            normalises by the batch and dropout draws the same masks each time, but running statistics do not move.
         reduction: ``"mean"`` or ``"sum"`` over the examples of a batch; ``None``: that of ``loss_fn``, or ``"mean"``.
-        count: :math:`n_b` of a batch; ``None``: the length of its target, but for ``CrossEntropyLoss`` and ``NLLLoss``,
-            what they divide by: the classes of the target that are not ``ignore_index``, each with its ``weight``. Any
-            other loss that divides by something else than examples needs it.
-        seed: of the random state in which each reading of the data starts.
+        count: a function of the batch that returns :math:`n_b`. ``None``: the length of the target; for
+            ``CrossEntropyLoss`` and ``NLLLoss``, the number they divide by: the targets that are not ``ignore_index``,
+            each with its class's ``weight``. Give it for any other loss that divides by a number other than that of the
+            examples.
+        seed: seed of the random state in which each reading of the data starts.
 
     Raises:
-        TypeError: data that can be read once only; complex parameters.
+        TypeError: data that can only be read once; complex parameters.
         ValueError: an unknown mode or reduction, no parameters, a parameter twice.
 
     >>> model = nn.Linear(1, 1, bias=False)
@@ -120,9 +121,9 @@ class Loss:
         mode: str = "frozen",
         seed: int = 0,
     ) -> Loss:
-        """A loss computed by ``closure``, which does not call backward.
+        """Make a loss from ``closure``, which computes it and does not call backward.
 
-        It is called anew for each evaluation, in the same random state. With ``model``, ``mode`` is that of its
+        Each evaluation calls it once, in the same random state. With ``model``, ``mode`` is the mode of its
         modules, and its running statistics do not move.
 
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -165,11 +166,11 @@ class Loss:
 
     @property
     def size(self) -> int:
-        """How many numbers the parameters are."""
+        """The number of elements of all parameters."""
         return sum(param.numel() for param in self.params)
 
     def by_group(self) -> dict[str, Loss]:
-        """The same loss as a function of one group at a time, the other parameters being constant.
+        """Return the loss as a function of one group at a time, with the other parameters constant.
 
         >>> model = nn.Linear(2, 1)
         >>> loss = Loss(model, nn.MSELoss(), [], params={"weight": [model.weight], "bias": [model.bias]})
@@ -186,7 +187,7 @@ class Loss:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Vector]:
-        """While it is open parameters may be moved; gives θ. At the end everything is as before, bit for bit."""
+        """Yield θ; within the block parameters may be moved. At the end everything is restored, bit for bit."""
         if self._open:
             raise RuntimeError("a measurement of this loss is under way already")
         theta = [param.detach().clone(memory_format=torch.preserve_format) for param in self.params]
@@ -216,12 +217,12 @@ class Loss:
 
     @torch.no_grad()
     def move(self, theta: Vector, delta: Vector | None) -> None:
-        """Put the parameters to ``theta + delta``; inside :meth:`measuring`."""
+        """Set the parameters to ``theta + delta``; only inside :meth:`measuring`."""
         for i, (param, start) in enumerate(zip(self.params, theta, strict=True)):
             param.copy_(start if delta is None else start + delta[i])
 
     def value(self) -> float:
-        """L.
+        """Return L(θ).
 
         Raises:
             ValueError: there is no batch.
@@ -229,7 +230,7 @@ class Loss:
         """
         with (
             self._within()
-        ):  # with gradients, which a loss may take itself, and without which torch takes other kernels
+        ):  # gradients stay enabled: a loss may use them, and without them torch selects other kernels
             total, weight = 0.0, 0.0
             for term, n in self._read():
                 total += self._factor(n) * self._number(term())
@@ -237,7 +238,7 @@ class Loss:
             return total / self._positive(weight)
 
     def gradient(self) -> tuple[float, Vector]:
-        """L and its gradient, as lists of tensors like the parameters. Errors: as :meth:`value`."""
+        """Return L and its gradient, a list of tensors like the parameters. Raises the errors of :meth:`value`."""
         with self._within():
             total, weight = 0.0, 0.0
             sums = self._zeros()
@@ -246,15 +247,15 @@ class Loss:
                 self._add(sums, hvp.gradient([loss], self.params, twice=False), self._factor(n))
                 total += self._factor(n) * self._number(loss)
                 weight += n
-                del loss  # and its graph, before the next batch
+                del loss  # also frees its graph, before the next batch
             return total / self._positive(weight), scaled(sums, 1.0 / weight)
 
     def product(self, vector: Sequence[Tensor]) -> Vector:
-        """H v, the Hessian of L times a vector.
+        """Return H v, the Hessian of L times a vector.
 
         Raises:
-            SecondDerivativeError: the loss cannot be differentiated twice; besides as :meth:`value`.
-            ValueError: a vector of other shapes than the parameters.
+            SecondDerivativeError: the loss cannot be differentiated twice. Further errors: :meth:`value`.
+            ValueError: the vector's shapes are not those of the parameters.
         """
         wide_vector = vectors.checked(vector, self.params, "a vector")
         with self._within():
@@ -270,7 +271,7 @@ class Loss:
             return scaled(sums, 1.0 / weight)
 
     def norm_gradient(self) -> tuple[float, Vector]:
-        """‖∇L‖ and its gradient H ∇L/‖∇L‖ (0 where ∇L is 0). Reads the data twice if there is more than one batch.
+        """Return ‖∇L‖ and its gradient H ∇L/‖∇L‖ (0 if ∇L is 0). Several batches are read twice.
 
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> Loss.from_closure(lambda: weight.square().sum() / 2, [weight]).norm_gradient()
@@ -300,18 +301,18 @@ class Loss:
         return contextlib.nullcontext() if self._open else self.measuring()
 
     def seed_generators(self, seed: int) -> None:
-        """Seed torch's generators of the devices in use; inside :meth:`measuring`, which puts them back at its end."""
+        """Seed torch's generators of the devices in use; only inside :meth:`measuring`, which restores them."""
         for device in self._devices:
             rng.seed(device, seed)
 
     def _read(self) -> Iterator[tuple[Callable[[], Tensor], float]]:
-        """One reading of the data, the same each time. Batches without an example are left out."""
+        """Read the data once, the same each time. Batches without examples are left out."""
         with self._same_state():
             yield from (term for term in self._terms() if term[1] != 0)
 
     @contextlib.contextmanager
     def _same_state(self) -> Iterator[None]:
-        """The same random state and buffers each time; afterwards they are as before."""
+        """Start each time from the same random state and buffers; restore both afterwards."""
         states = [rng.get_state(device) for device in self._devices]
         own = [(generator, generator.get_state()) for generator in self._generators]
         buffers = buffers_of(self.model)
@@ -334,10 +335,10 @@ class Loss:
         return float(loss)
 
     def check(self) -> None:
-        """Evaluate L twice, if that was not done before.
+        """Check, once, that two evaluations of L agree.
 
         Raises:
-            ValueError: it differs between the two.
+            ValueError: they differ.
         """
         if self._known_steady:
             return

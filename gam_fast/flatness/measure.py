@@ -1,4 +1,4 @@
-"""All measures at once, as a table and as JSON."""
+"""Compute all measures at once; give them as a table or JSON."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .vectors import norm
 
 @dataclass(frozen=True)
 class Measurement:
-    """What :func:`measure` found.
+    """Result of :func:`measure`.
 
     Attributes:
-        parameters: how many numbers the loss is a function of.
-        loss: L(θ), and
+        parameters: number of elements of the parameters.
+        loss: L(θ).
         gradient_norm: ‖∇L(θ)‖.
         zeroth_order: R0 for each radius.
         first_order: R1 for each radius.
-        eigenvalues: the largest of the Hessian; ``None`` where not asked for.
-        trace: of the Hessian; ``None`` where not asked for.
-        density: of its eigenvalues; ``None`` where not asked for.
+        eigenvalues: the largest eigenvalues of the Hessian; ``None`` if not requested.
+        trace: trace of the Hessian; ``None`` if not requested.
+        density: density of its eigenvalues; ``None`` if not requested.
     """
 
     parameters: int
@@ -45,7 +45,7 @@ class Measurement:
     density: SpectralDensity | None
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Name, value and remark of each quantity, for a table."""
+        """Return name, value and remark of each quantity, for a table."""
         rows = [
             ("loss", f"{self.loss:.6g}", f"{self.parameters:,} parameters"),
             ("gradient norm", f"{self.gradient_norm:.4g}", ""),
@@ -65,7 +65,7 @@ class Measurement:
         return rows
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures, for JSON; without points and eigenvectors."""
+        """Return the numbers, for JSON, without points and eigenvectors."""
 
         def plain(value: Any, leave_out: str) -> Any:
             if value is None:
@@ -102,23 +102,25 @@ def measure(
     seed: int = 0,
     progress: bool = False,
 ) -> Measurement:
-    """Flatness for each radius, top eigenvalues, trace and, with ``density_steps``, the spectral density.
+    """Measure flatness for each radius, top eigenvalues, trace and, with ``density_steps``, the spectral density.
 
-    The first-order ascents start from where the zeroth-order ascent ended, besides the ``restarts`` of their own.
+    The first-order ascents have one more start besides their ``restarts``: the end of the zeroth-order ascent.
 
     Args:
         loss: see :class:`Loss`.
         rho: one radius or several, in units of the parameters.
-        eigenvalues: how many; 0 leaves them out. They and what follows need ``gam-fast[flatness]``.
+        eigenvalues: number of top eigenvalues; 0 leaves them out. They, trace and density need ``gam-fast[flatness]``.
         trace_samples: Hessian-vector products for the trace; 0 leaves it out.
         density_steps: steps of Lanczos' method for the spectral density; 0 leaves it out.
-        restarts: see :func:`zeroth_order_flatness`; so for ``max_iterations`` and ``tolerance``.
-        seed: of all random numbers.
+        restarts: see :func:`zeroth_order_flatness`.
+        max_iterations: see :func:`zeroth_order_flatness`.
+        tolerance: see :func:`zeroth_order_flatness`.
+        seed: seed of all random numbers.
         progress: show bars (needs tqdm).
 
     Raises:
         ValueError: an argument out of range; or a loss that differs between two evaluations at the same parameters.
-        ImportError, SecondDerivativeError, RuntimeError: as the functions it calls.
+        ImportError, SecondDerivativeError, RuntimeError: see the functions it calls.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
@@ -140,7 +142,7 @@ def measure(
     options = {"restarts": restarts, "max_iterations": max_iterations, "tolerance": tolerance}
     common = {"seed": seed, "progress": progress}
     zeroth: tuple[Flatness, ...] = ()
-    for r in radii:  # what was found in a smaller ball is a start in a larger one
+    for r in radii:  # the maximum in a smaller ball is a start in a larger one
         smaller = [found.point for found in zeroth if found.rho < r][-1:]
         zeroth += (zeroth_order_flatness(loss, r, starts=smaller, **options, **common),)  # type: ignore[arg-type]
     first = tuple(

@@ -1,4 +1,4 @@
-"""Pictures of spectra and slices, on axes of matplotlib."""
+"""Plot spectra and slices with matplotlib."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def plot_spectrum(
     floor: float = 1e-6,
     axes: Axes | None = None,
 ) -> Axes:
-    """The density of the Hessian's eigenvalues on a logarithmic scale; of several losses by name.
+    """Plot the eigenvalue density of the Hessian on a logarithmic scale; of several losses by name.
 
     Args:
-        spectra: one, or several by name.
+        spectra: one spectrum, or several by name.
         eigenvalues: drawn as ticks on the axis.
         floor: the lowest density to show.
-        axes: to draw on; ``None``: new ones.
+        axes: axes to draw on; ``None`` makes new ones.
 
     Returns:
         The axes.
@@ -54,13 +54,13 @@ def plot_spectrum(
 def plot_slice(
     slices: Slice | Mapping[str, Slice], quantity: str = "loss", *, log: bool = False, axes: Axes | None = None
 ) -> Axes:
-    """The loss (or ``quantity="gradient_norm"``) along a direction; of several losses by name.
+    """Plot the loss (or ``quantity="gradient_norm"``) along a direction; of several losses by name.
 
     Args:
-        slices: one, or several by name.
+        slices: one slice, or several by name.
         quantity: ``"loss"`` or ``"gradient_norm"``.
-        log: logarithmic scale.
-        axes: to draw on; ``None``: new ones.
+        log: whether the scale is logarithmic.
+        axes: axes to draw on; ``None`` makes new ones.
 
     Returns:
         The axes.
@@ -83,13 +83,13 @@ def plot_slice(
 def plot_surface(
     surface: Surface, quantity: str = "loss", *, levels: int | Sequence[float] = 20, axes: Axes | None = None
 ) -> Axes:
-    """The loss (or ``quantity="gradient_norm"``) over a plane, as filled contours with a scale; θ is the cross.
+    """Plot the loss (or ``quantity="gradient_norm"``) over a plane, as filled contours; a cross marks θ.
 
     Args:
-        surface: from :func:`slice_2d`.
+        surface: a result of :func:`slice_2d`.
         quantity: ``"loss"`` or ``"gradient_norm"``.
-        levels: of the contours: how many, or which.
-        axes: to draw on; ``None``: new ones.
+        levels: number of contour levels, or the levels.
+        axes: axes to draw on; ``None`` makes new ones.
 
     Returns:
         The axes.

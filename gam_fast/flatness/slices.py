@@ -1,4 +1,4 @@
-"""The loss and the norm of its gradient along directions through θ."""
+"""Evaluate the loss and its gradient norm along directions through θ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .vectors import Vector, checked, norm, plus, random, scaled
 
 @dataclass(frozen=True)
 class Slice:
-    """Along one direction: L(θ + t d) and ‖∇L(θ + t d)‖ for each offset t."""
+    """L(θ + t d) and ‖∇L(θ + t d)‖ along one direction d, for each offset t."""
 
     offsets: tuple[float, ...]
     loss: tuple[float, ...]
@@ -24,7 +24,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Surface:
-    """Over a plane: entry [i][j] is at offset i along the first direction and offset j along the second."""
+    """Loss and gradient norm over a plane; entry [i][j] is at offset i of the first direction and j of the second."""
 
     offsets: tuple[tuple[float, ...], tuple[float, ...]]
     loss: tuple[tuple[float, ...], ...]
@@ -32,14 +32,14 @@ class Surface:
 
 
 def filter_normalised_direction(loss: Loss, seed: int = 0) -> Vector:
-    """A random direction in which each filter, or row of a matrix, is as long as that of the weights; 0 for vectors.
+    """Return a random direction whose filters (or matrix rows) are as long as those of the weights; 0 for vectors.
 
-    So slices of networks whose weights differ in scale can be compared. Source: Li et al., Visualizing the Loss
+    This makes slices of networks with differently scaled weights comparable. Source: Li et al., Visualizing the Loss
     Landscape of Neural Nets, NeurIPS 2018, arXiv 1712.09913.
 
     Args:
-        loss: whose parameters.
-        seed: of the random numbers, the same on every device.
+        loss: the loss whose parameters set the scale.
+        seed: seed of the random numbers, which are the same on every device.
 
     >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     >>> direction = filter_normalised_direction(Loss.from_closure(lambda: weight.sum(), [weight]))
@@ -59,16 +59,16 @@ def filter_normalised_direction(loss: Loss, seed: int = 0) -> Vector:
 def slice_1d(
     loss: Loss, direction: Sequence[Tensor], offsets: Sequence[float] | None = None, *, progress: bool = False
 ) -> Slice:
-    """L(θ + t d) and ‖∇L(θ + t d)‖ for each t in ``offsets`` (31 from −1 to 1 unless given).
+    """Evaluate L(θ + t d) and ‖∇L(θ + t d)‖ for each t in ``offsets`` (default: 31 from −1 to 1).
 
     Args:
         loss: see :class:`Loss`.
-        direction: d, one tensor a parameter.
-        offsets: t.
+        direction: d, one tensor per parameter.
+        offsets: values of t.
         progress: show a bar (needs tqdm).
 
     Raises:
-        ValueError: a direction of another shape than the parameters.
+        ValueError: the direction's shapes are not those of the parameters.
 
     >>> weight = torch.nn.Parameter(torch.zeros(1))
     >>> slice_1d(Loss.from_closure(lambda: weight.square().sum(), [weight]), [torch.ones(1)], [-1.0, 0.0, 2.0])
@@ -90,7 +90,7 @@ def slice_2d(
     *,
     progress: bool = False,
 ) -> Surface:
-    """As :func:`slice_1d` over the plane of two directions; 15 offsets from −1 to 1 along each unless given.
+    """Evaluate like :func:`slice_1d` over the plane of two directions (default: 15 offsets from −1 to 1 along each).
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> loss = Loss.from_closure(lambda: weight.square().sum(), [weight])

@@ -1,8 +1,7 @@
-"""What joins the optimizers to frameworks that own the training loop.
+"""Adapters to frameworks that own the training loop.
 
-``SharpnessAwareTrainer`` (Hugging Face Transformers), ``SharpnessAwareCallback`` (Lightning) and ``register_timm``
-(timm). The package of a
-framework is imported when its name is first asked for here, and by nothing else in gam_fast.
+These are ``SharpnessAwareTrainer`` (Hugging Face Transformers), ``SharpnessAwareCallback`` (Lightning) and
+``register_timm`` (timm). A framework's package is imported only when its adapter is first accessed here.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _PARTS = {
     "SharpnessAwareTrainer": ("transformers", "transformers accelerate"),
     "register_timm": ("timm", "timm"),
 }
-"""The module of each name, and what has to be installed for it."""
+"""For each name, its module and the packages to install for it."""
 
 __all__ = ["SharpnessAwareCallback", "SharpnessAwareTrainer", "register_timm"]
 

@@ -1,4 +1,4 @@
-"""Lightning: a callback that tells the optimizers about the run, and refuses what would go wrong in silence."""
+"""Lightning: a callback that prepares the optimizers for the run, and refuses settings that fail silently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ try:
     from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 except ModuleNotFoundError as error:
-    try:  # the same under its older name
+    try:  # the same package under its older name
         from pytorch_lightning import LightningModule, Trainer
         from pytorch_lightning.callbacks import Callback
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -22,23 +22,24 @@ except ModuleNotFoundError as error:
 class SharpnessAwareCallback(Callback):
     """Prepare a ``Trainer`` whose module is optimized by gam_fast.
 
-    Lightning adds it by itself where gam_fast is installed (an entry point, ``lightning.pytorch.callbacks_factory``),
-    and it leaves other optimizers alone. Add it to the callbacks where gam_fast is only on the path.
+    If gam_fast is installed, Lightning adds this callback itself (by the entry point
+    ``lightning.pytorch.callbacks_factory``). If gam_fast is only on the path, add it to the callbacks. It leaves other
+    optimizers alone.
 
     At the start of the run it sets ``model=`` of the optimizers to the model as the strategy has wrapped it, for
-    BatchNorm and DistributedDataParallel. It refuses, with what to use instead, settings under which Lightning shows
-    the optimizer something else than the gradients of its passes:
+    BatchNorm and DistributedDataParallel. It refuses three settings under which the optimizer would not see the
+    gradients of its passes, and names an alternative:
 
     - ``gradient_clip_val`` with automatic optimization, which clips the gradient of each pass;
-    - ``accumulate_grad_batches`` with automatic optimization, which shows a step the last batch only;
+    - ``accumulate_grad_batches`` with automatic optimization, which passes only the last batch to a step;
     - ``precision="16-mixed"`` with automatic optimization, which evaluates the closure once.
 
-    Lightning calls ``training_step`` once a pass. What it logs, and metrics that it updates, are of perturbed weights
-    in all passes but the first: write ``if gam_fast.first_pass(self.optimizers()):`` around them, which holds for any
-    optimizer, and in validation.
+    Lightning calls ``training_step`` once per pass. In all passes but the first, the values that it logs and the
+    metrics that it updates belong to perturbed weights. Write ``if gam_fast.first_pass(self.optimizers()):`` around
+    them; it also works for other optimizers and in validation.
 
     Raises:
-        MisconfigurationException: at the start of the run, or once they are there, for these settings.
+        MisconfigurationException: one of these settings, at the start of the run or when it appears.
         TypeError: DeepSpeed or FSDP1 as strategy; use ``ModelParallelStrategy`` (FSDP2) or ``ddp``.
 
     >>> import lightning.pytorch as pl
@@ -48,7 +49,7 @@ class SharpnessAwareCallback(Callback):
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the optimizers what is trained; check the settings."""
+        """Set the optimizers' ``model``; check the settings."""
         for optimizer in _flat(trainer):
             optimizer.model = trainer.strategy.model
         self._check(trainer, pl_module)
@@ -65,13 +66,13 @@ class SharpnessAwareCallback(Callback):
         several = max(optimizer.recipe.passes for optimizer in found) > 1
         if several and trainer.gradient_clip_val:
             raise MisconfigurationException(
-                f"gradient_clip_val={trainer.gradient_clip_val} clips the gradient of each pass of {name}, and not its "
+                f"gradient_clip_val={trainer.gradient_clip_val} clips the gradient of each pass of {name}, not its "
                 f"step: leave it out, and construct the optimizer with clip_grad_norm={trainer.gradient_clip_val}"
             )
         if trainer.accumulate_grad_batches != 1:
             raise MisconfigurationException(
-                f"accumulate_grad_batches={trainer.accumulate_grad_batches}: automatic optimization shows a step of "
-                f"{name} the last of its batches only. Use manual optimization: collect the batches in training_step, "
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches}: automatic optimization gives a step of "
+                f"{name} only the last of its batches. Use manual optimization: collect the batches in training_step, "
                 "and iterate over optimizer.micro_batches() in each pass"
             )
         if several and getattr(trainer.precision_plugin, "scaler", None) is not None:
@@ -83,12 +84,12 @@ class SharpnessAwareCallback(Callback):
 
 
 def external_callbacks() -> list[Callback]:
-    """For the entry point ``lightning.pytorch.callbacks_factory``."""
+    """Return the callbacks for the entry point ``lightning.pytorch.callbacks_factory``."""
     return [SharpnessAwareCallback()] if _is_lightning else []
 
 
 def external_callbacks_of_older_name() -> list[Callback]:
-    """For the entry point ``pytorch_lightning.callbacks_factory``; a process has the callback for one name."""
+    """Return the callbacks for the entry point ``pytorch_lightning.callbacks_factory``."""
     return [] if _is_lightning else [SharpnessAwareCallback()]
 
 

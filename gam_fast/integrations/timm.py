@@ -1,4 +1,4 @@
-"""timm: the optimizers of gam_fast in the registry of its optimizer factory."""
+"""timm: register the optimizers of gam_fast in timm's optimizer factory."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _METHODS: list[Any] = [
 def register_timm() -> list[str]:
     """Let ``timm.optim.create_optimizer_v2`` make these optimizers around every base that timm knows.
 
-    A name is that of the method followed by that of the base, in lower case: ``"gamsgd"``, ``"gamadamw"``,
-    ``"samlamb"``, ``"gradientnormpenaltyadamw"``, and ``"basesgd"`` for the base alone, stepped as the others. Weight
-    decay, layer decay and timm's defaults are those of the base; the method's hyper-parameters are keyword arguments.
-    ``model=`` is the model that the factory is given, unless it is passed, and timm's own optimizers do not get it: one
-    line serves every name. Where base and method have a hyper-parameter of the same name (``alpha`` of RMSprop), it is
-    the method's. A base whose package or device is missing says so when it is made; with timm's prefix ``lookahead_``
-    there is the closure form only. Calling it again changes nothing.
+    A name is the method followed by the base, in lower case: ``"gamsgd"``, ``"gamadamw"``, ``"samlamb"``,
+    ``"gradientnormpenaltyadamw"``. ``"basesgd"`` is the base alone, stepped like the others. Weight decay, layer decay
+    and timm's defaults are those of the base. The method's hyper-parameters are keyword arguments. The factory passes
+    its model as ``model=``, but not to timm's own optimizers, so one line serves every name. If base and method have a
+    hyper-parameter of the same name (``alpha`` of RMSprop), the keyword is the method's. If the package or device of a
+    base is missing, its construction raises the error. With timm's prefix ``lookahead_`` only the closure form works.
+    Further calls of this function change nothing.
 
-    Returns the names that it added.
+    Returns:
+        The names that it added.
 
     >>> import timm.optim, torch
     >>> from gam_fast.integrations import register_timm
@@ -62,7 +63,7 @@ def register_timm() -> list[str]:
                 )
             )
             added.append(name)
-    # the factory tells an optimizer its parameters, but not the module that they are of
+    # the factory passes the parameters to an optimizer, but not the module
     create = default_registry.create_optimizer
     if not hasattr(create, "__wrapped__"):
         default_registry.create_optimizer = _with_model(create)
@@ -70,7 +71,7 @@ def register_timm() -> list[str]:
 
 
 def _with_model(create: Callable[..., Any]) -> Callable[..., Any]:
-    """The factory, with ``model=`` for the optimizers of gam_fast and for no other."""
+    """Wrap the factory to pass ``model=`` to the optimizers of gam_fast only."""
 
     @wraps(create)
     def create_optimizer(model_or_params: Any, opt: str, *args: Any, **arguments: Any) -> Any:
@@ -87,7 +88,7 @@ def _with_model(create: Callable[..., Any]) -> Callable[..., Any]:
 def _make(
     method: Callable[..., SharpnessAwareOptimizer], base: str, defaults: dict[str, Any], params: Any, **arguments: Any
 ) -> SharpnessAwareOptimizer:
-    # timm's defaults go to the base, which may have a hyper-parameter of the same name as the method
+    # timm's defaults go to the base alone, because method and base may share a hyper-parameter name
     return method(params, partial(get_optimizer_class(base, bind_defaults=False), **defaults), **arguments)
 
 

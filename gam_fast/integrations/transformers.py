@@ -20,32 +20,31 @@ if not hasattr(Trainer, "_clip_grad_norm"):
 
 
 class _Ended(TrainerCallback):
-    """Told by the Trainer that it has called ``optimizer.step()``."""
+    """Callback that runs after the Trainer has called ``optimizer.step()``."""
 
     def __init__(self, trainer: SharpnessAwareTrainer) -> None:
         self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The step is over; one that was skipped is none for the learning-rate schedule."""
+        """End the step; tell the learning-rate schedule if it was skipped."""
         self.trainer._end_step()
 
 
 class SharpnessAwareTrainer(Trainer):
-    """:class:`transformers.Trainer` for the optimizers of gam_fast; with any other optimizer it is the Trainer itself.
+    """:class:`transformers.Trainer` for the optimizers of gam_fast; with any other optimizer, a plain Trainer.
 
     Give it the optimizer as the Trainer's ``optimizers=(optimizer, None)``, or as
     ``optimizer_cls_and_kwargs=(gam_fast.GAM, {"base_optimizer": torch.optim.AdamW, "lr": …, "rho": …})``, for which the
-    Trainer makes the parameter groups. What a step means is then
+    Trainer makes the parameter groups. Under this Trainer:
 
-    - accumulation (``gradient_accumulation_steps``): all micro-batches are in each pass;
-    - the training loss: that at the weights, before any perturbation;
-    - ``max_grad_norm`` (1.0, unless you say otherwise): the limit of the final direction, not of the gradient of one
-      pass; the optimizer's own ``clip_grad_norm`` comes before it. The ``grad_norm`` that is logged is the norm of the
-      last pass's gradient;
+    - accumulation (``gradient_accumulation_steps``): each pass runs all micro-batches;
+    - the training loss is the loss at the weights before any perturbation;
+    - ``max_grad_norm`` (default 1.0) limits the final direction, not the gradient of one pass; the optimizer's own
+      ``clip_grad_norm`` takes precedence. The logged ``grad_norm`` is the norm of the last pass's gradient;
     - data parallelism and BatchNorm: ``model=`` of the optimizer is the model as the Trainer has wrapped it;
     - fp16: an overflow in any pass undoes the step, and the learning-rate schedule waits; bf16 needs nothing.
 
-    A run that ends by an exception leaves the weights as they were before the step.
+    A run that ends by an exception leaves the weights as they were before the current step.
 
     Raises:
         TypeError: in training, DeepSpeed, FSDP1, ``ExactGAM``, ``ascent_share``, a rule ``WhenSteep``, several GPUs in
@@ -72,22 +71,22 @@ class SharpnessAwareTrainer(Trainer):
     2
     """
 
-    _passes: Passes | None = None  # of the step that is under way
+    _passes: Passes | None = None  # of the current step
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._batches: list[dict[str, Any]] = []  # the micro-batches of the step so far
+        self._batches: list[dict[str, Any]] = []  # micro-batches of the current step so far
         self._skipped_before = 0
         self.add_callback(_Ended(self))
 
     @property
     def flat_optimizer(self) -> SharpnessAwareOptimizer | None:
-        """The optimizer of gam_fast, out of the wrapper of Accelerate; ``None`` if it is another."""
+        """The optimizer of gam_fast inside Accelerate's wrapper; ``None`` for any other optimizer."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """:meth:`transformers.Trainer.train`; a step that is under way when it ends is undone."""
+        """:meth:`transformers.Trainer.train`; a step in progress at its end is undone."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -96,11 +95,12 @@ class SharpnessAwareTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch in the first pass, and with the last of a step the other passes.
+        """Run the first pass on one micro-batch; with the last micro-batch of a step, run the other passes too.
 
-        The Trainer then ends the step by ``optimizer.step()``, as that of any other optimizer.
+        The Trainer then ends the step by ``optimizer.step()``, as for any other optimizer.
 
-        Returns the loss in the first pass.
+        Returns:
+            The loss in the first pass.
         """
         optimizer = self.flat_optimizer
         if optimizer is None:
@@ -112,7 +112,7 @@ class SharpnessAwareTrainer(Trainer):
             loss = self._backward(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
                 while optimizer.turn is None or not optimizer.turn.last:
-                    if next(self._passes, None) is None:  # skipped: there is nothing to end
+                    if next(self._passes, None) is None:  # the step was skipped, so there is nothing to end
                         self.accelerator.gradient_state._set_sync_gradients(False)
                         break
                     for batch in optimizer.micro_batches(self._batches):
@@ -128,7 +128,7 @@ class SharpnessAwareTrainer(Trainer):
             optimizer.model = model
         if optimizer.clip_grad_norm is None and self.args.max_grad_norm:
             optimizer.clip_grad_norm = self.args.max_grad_norm
-        if hasattr(optimizer, "train"):  # of a schedule-free base; the Trainer calls it in each pass
+        if hasattr(optimizer, "train"):  # a schedule-free base; the Trainer calls train() in each pass
             optimizer.train()
         self._batches, self._skipped_before = [], optimizer.skipped_steps
         passes = optimizer.passes(self.accelerator.scaler)
@@ -144,17 +144,17 @@ class SharpnessAwareTrainer(Trainer):
         if optimizer.ascent_share < 1.0:
             raise TypeError(
                 f"ascent_share={optimizer.ascent_share}: the Trainer divides each loss by the number of tokens in the "
-                "whole batch, of which a pass would see a part only: leave it out, or use a loop of your own"
+                "whole batch, but a pass would see only a part of it: leave it out, or use a loop of your own"
             )
         if optimizer.decides_in_first_pass:
             raise TypeError(
-                "active=WhenSteep(): the Trainer ends a step in its last pass, and which one that is would be known "
-                "after the first only: use another rule, or a loop of your own"
+                "active=WhenSteep(): the Trainer ends a step in its last pass, but that pass would be known only "
+                "after the first: use another rule, or a loop of your own"
             )
         if self.args.n_gpu > 1:
             raise TypeError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel): random numbers of the others cannot be "
-                "replayed. Start one process a GPU, by torchrun or accelerate launch"
+                f"{self.args.n_gpu} GPUs in one process (DataParallel): the random numbers of the other GPUs cannot be "
+                "replayed. Start one process per GPU, by torchrun or accelerate launch"
             )
         if getattr(getattr(self.accelerator, "parallelism_config", None), "cp_size", 1) > 1:
             raise TypeError("context parallelism splits the inputs in place, for one pass only: leave it out")
@@ -165,7 +165,7 @@ class SharpnessAwareTrainer(Trainer):
 
     def _end_step(self) -> None:
         if self._passes is not None and self.flat_optimizer is not None:
-            # as Accelerate says that the step was skipped
+            # Accelerate's flag for a skipped step
             self.optimizer._is_overflow = self.flat_optimizer.skipped_steps > self._skipped_before
             self._leave()
 
@@ -173,7 +173,7 @@ class SharpnessAwareTrainer(Trainer):
         passes, self._passes = self._passes, None
         self._batches = []
         if passes is not None:
-            passes.close()  # which undoes the step, unless optimizer.step() has ended it
+            passes.close()  # undoes the step, unless optimizer.step() has ended it
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self.flat_optimizer is None:
@@ -186,7 +186,7 @@ class SharpnessAwareTrainer(Trainer):
         return self._norm(model) if grad_norm is None else grad_norm
 
     def _norm(self, model: nn.Module) -> Tensor:
-        """The norm of the gradient that is there, not scaled."""
+        """Return the norm of the present gradients, without loss scaling."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         scaler = self.accelerator.scaler
         return norm if scaler is None else norm / scaler.get_scale()
