@@ -30,6 +30,7 @@ def build_mode() -> str:
 
 
 def say(text: str) -> None:
+    """Print a line to stderr."""
     print(f"gam_fast: {text}", file=sys.stderr, flush=True)
 
 

@@ -36,4 +36,5 @@ def signature(app: Any, what: str, name: str, entity: Any, *rest: Any) -> tuple[
 
 
 def setup(app: Any) -> None:
+    """Connect :func:`signature`."""
     app.connect("autodoc-process-signature", signature)

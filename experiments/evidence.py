@@ -3,13 +3,13 @@
 python -m experiments.evidence --data cifar10.npz --results bench/results/evidence_cpu.json
 
 Each run is an arm (a method with its settings), a length of training, a share of wrong labels and a seed. Finished runs
-are in the file of results and are not run again, so that a run that was stopped goes on, and another machine may add
-seeds. ``--seconds`` ends with the last run that fits. ``--tune`` runs the settings that arms were chosen from, on seeds
-and images of their own: part of the training set, never a test image.
+are in the results file and are not repeated, so a stopped run can continue, and another machine may add seeds.
+``--seconds`` stops after the last run that fits. ``--tune`` runs the settings that arms were chosen from, on their own
+seeds and images: a part of the training set, never a test image.
 
-Task ``cpu`` has 10,000 images, which its small network does not fit by heart in so short a training; ``few`` has 2,000,
-which it does. The networks and the training are those of ``examples/cifar.py``. The plain base optimizer also runs for
-twice and four times as long, which is what SAM and GAM cost: equal time is one row against another.
+Task ``cpu`` has 10,000 images, which its small network cannot memorise in so short a training; ``few`` has 2,000, which
+it can. Networks and training are those of ``examples/cifar.py``. The plain base optimizer also trains for twice and
+four times as long, the cost of SAM and GAM, so that rows of equal time can be compared.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Arm:
     """A method with its settings.
 
     Attributes:
-        times: how many times as long it trains as the others.
+        times: length of its training, relative to the others.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Arm:
 
     @property
     def gradients(self) -> float:
-        """Gradients of the run, divided by those of the base optimizer in one of the same length: the cost by count."""
+        """The cost: gradients of the run, relative to the base optimizer's in a run of normal length."""
         passes: int = getattr(gam_fast, "Base" if self.method == "SGD" else self.method).recipe.passes
         whole = (passes - 1) * self.share + 1
         return self.times * (1 + self.late * (whole - 1) / self.interval)
@@ -96,10 +96,10 @@ class Task:
     """The settings that all arms share.
 
     Attributes:
-        settings: of :mod:`cifar`, without those of an arm.
-        lengths: epochs of training.
-        held: images of the training set that the settings are tested on, when they are chosen.
-        measured: images that flatness is measured on.
+        settings: settings of :mod:`cifar`, without those of an arm.
+        lengths: numbers of epochs.
+        held: number of training images that are held out to choose settings.
+        measured: number of images on which flatness is measured.
     """
 
     settings: cifar.Settings
@@ -131,7 +131,7 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A run, of which one with the same key is not run again."""
+    """A planned run. A finished run with the same key is not repeated."""
 
     arm: Arm
     epochs: int
@@ -141,6 +141,7 @@ class Planned:
 
     @property
     def key(self) -> str:
+        """The key of the run in the results."""
         kind = "tune" if self.tune else "test"
         return f"{kind}, {self.arm.name}, {self.epochs} epochs, wrong {self.wrong_labels}, seed {self.seed}"
 
@@ -163,7 +164,7 @@ def plan(task: Task, *, tune: bool = False) -> Iterator[Planned]:
 
 
 def settings_of(task: Task, planned: Planned) -> cifar.Settings:
-    """Return what examples/cifar.py is to run."""
+    """Return the settings of a run for examples/cifar.py."""
     arm = planned.arm
     return replace(
         task.settings,
@@ -180,14 +181,14 @@ def settings_of(task: Task, planned: Planned) -> cifar.Settings:
 
 
 def run(task: Task, planned: Planned, data: Path, device: torch.device) -> dict[str, Any]:
-    """Train, and measure what was found."""
+    """Train, and measure the result."""
     training = cifar.Run(settings_of(task, planned), data, device)
     start, losses = time.perf_counter(), []
     while training.epoch < training.settings.epochs:
         losses.append(training.train())
         training.epoch += 1
     seconds = time.perf_counter() - start
-    test_loss, test_accuracy = training.test()  # once, as it takes longer than to train on few images
+    test_loss, test_accuracy = training.test()  # only once, because it takes longer than training on few images
     found = {
         "arm": planned.arm.name,
         "epochs": planned.epochs,
@@ -219,19 +220,19 @@ def run(task: Task, planned: Planned, data: Path, device: torch.device) -> dict[
 
 
 def commit() -> str:
-    """Return the commit of this checkout, or nothing where there is none."""
+    """Return the commit of this checkout, or an empty string."""
     asked = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return asked.stdout.strip()
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return mean ± standard deviation, of one value the value alone."""
+    """Return mean ± standard deviation as text; for one value, the value alone."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Return a table for each length and share of wrong labels, and before them those that settings are chosen by."""
+    """Return a table for each length and share of wrong labels, after those of the choice of settings."""
     columns = {
         "arm": "",
         "seeds": "seeds",
@@ -277,25 +278,26 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def stored(results: Path) -> dict[str, Any]:
-    """Return the runs that are in the file."""
+    """Return the runs in the results file."""
     return json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--data", type=Path, required=True, help="as for examples/cifar.py")
     found.add_argument("--task", choices=TASKS, default="cpu", help="(default: %(default)s)")
-    found.add_argument("--results", type=options.output, required=True, metavar="PATH", help="read, and added to")
-    found.add_argument("--tune", action="store_true", help="the runs that settings are chosen by")
-    found.add_argument("--seed", type=int, help="only runs of this seed: for processes side by side")
-    found.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
+    found.add_argument("--results", type=options.output, required=True, metavar="PATH", help="file to read and extend")
+    found.add_argument("--tune", action="store_true", help="run the candidates for the choice of settings")
+    found.add_argument("--seed", type=int, help="only runs of this seed, for parallel processes")
+    found.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--threads", type=options.positive, help="CPU threads of torch")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, and print the tables."""
     given = parser().parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -308,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         print(planned.key, file=sys.stderr)
         found = run(task, planned, given.data, torch.device(given.device))
-        runs = stored(given.results) | {planned.key: found}  # with what others have added meanwhile
+        runs = stored(given.results) | {planned.key: found}  # includes runs that other processes have added meanwhile
         write_json(given.results, runs)
     for table in tables(runs):
         print(f"### {table.title}\n\n{table.markdown()}\n")

@@ -10,7 +10,7 @@ from bench.report import Table, conditions, png
 from .front import Row, front
 
 FIGURES = {"accuracy": "test accuracy, %", "lambda_max": "λmax", "r1": "R1"}
-"""What is drawn against cost, with its headings."""
+"""The figures that are drawn against cost, with their headings."""
 
 COSTS = {"gradients": "gradients per step", "step_ms": "ms per step"}
 
@@ -19,14 +19,14 @@ MARKERS = {1: "o", 2: "s", 4: "^"}
 
 
 def plus_minus(value: float | None, error: float | None, digits: int = 2) -> str | None:
-    """With as many decimals each."""
+    """Format a value and its error with the same number of decimals."""
     if value is None:
         return None
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def flat(row: Row) -> Row:
-    """A row as tables show it."""
+    """Return a row as tables show it."""
     return {
         **row,
         "accuracy": plus_minus(row["accuracy"], row["accuracy_std"]),
@@ -38,7 +38,7 @@ def flat(row: Row) -> Row:
 
 
 def found(task: dict[str, Any]) -> Table:
-    """What was found, for how many gradients."""
+    """Return the table of results against gradients."""
     columns = {
         "contender": "contender",
         "gradients": "gradients per step",
@@ -54,7 +54,7 @@ def found(task: dict[str, Any]) -> Table:
 
 
 def times(task: dict[str, Any]) -> Table:
-    """Time against what the count of gradients predicts."""
+    """Return the table of times against the prediction from the count of gradients."""
     columns = {
         "contender": "contender",
         "gradients": "gradients per step",
@@ -69,14 +69,14 @@ def times(task: dict[str, Any]) -> Table:
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
-    """Two for each task."""
+    """Return two tables for each task."""
     shown = [table for task in figures["tasks"] for table in (found(task), times(task))]
     last = shown[-1]
     return [*shown[:-1], Table(last.title, last.columns, last.rows, [*last.notes, conditions(figures)])]
 
 
 def fronts(task: dict[str, Any], cost: str) -> dict[str, list[str]]:
-    """Of each figure, those that no other beats at that cost."""
+    """Return, for each figure, the contenders on the Pareto front."""
     return {
         key: front({row["contender"]: (row[cost], row[key]) for row in task["rows"]}, higher=key == "accuracy")
         for key in FIGURES
@@ -84,9 +84,9 @@ def fronts(task: dict[str, Any], cost: str) -> dict[str, list[str]]:
 
 
 def chart(figures: dict[str, Any]) -> bytes:
-    """Each figure against both costs, two rows of panels for each task; error bars are standard deviations.
+    """Draw each figure against both costs, two rows of panels for each task; error bars are standard deviations.
 
-    Labels keep off each other, as adjustText places them; where it is not installed, they stand beside their points.
+    adjustText keeps the labels apart; if it is not installed, they are next to their points.
     """
     from matplotlib.figure import Figure
 
@@ -102,7 +102,7 @@ def chart(figures: dict[str, Any]) -> bytes:
             panels.append((axis, task["rows"], cost, key))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
-    figure.draw_without_rendering()  # the panels have their places now
+    figure.draw_without_rendering()  # fixes the positions of the panels
     figure.set_layout_engine("none")
     for panel in panels:
         _label(*panel)
@@ -110,7 +110,7 @@ def chart(figures: dict[str, Any]) -> bytes:
 
 
 def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[str]) -> None:
-    """Points of all contenders; those of the front are ringed and joined, costs and curvature drawn by logarithms."""
+    """Draw the points of all contenders on logarithmic axes for cost and curvature; ring and join the front."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     places = {row["contender"]: (row[cost], row[key]) for row in rows}
@@ -142,7 +142,7 @@ def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[s
 
 
 def _label(axis: Any, rows: Sequence[Row], cost: str, key: str) -> list[Any]:
-    """The name of each point, off the others, their bars and their names."""
+    """Label each point, away from other points, bars and labels."""
     texts = [axis.text(row[cost], row[key], f" {_short(row)}", fontsize=7, color="#444") for row in rows]
     try:
         from adjustText import adjust_text
@@ -151,11 +151,11 @@ def _label(axis: Any, rows: Sequence[Row], cost: str, key: str) -> list[Any]:
     bars = [(row[cost], row[key] + part * (row[f"{key}_std"] or 0.0)) for row in rows for part in (-1, -0.5, 0, 0.5, 1)]
     x, y = zip(*bars, strict=True)
     arrows = {"arrowstyle": "-", "color": "#999", "linewidth": 0.5}
-    # iterations are counted, not timed: the same picture anywhere
+    # iterations are counted, not timed, so the picture is the same on every machine
     adjust_text(texts, x, y, ax=axis, iter_lim=100, expand=(1.6, 2.0), force_text=(0.3, 0.5), arrowprops=arrows)
     return texts
 
 
 def _short(row: Row) -> str:
-    """The name without its method, or that."""
+    """Return the name without its method, or the method."""
     return str(row["contender"]).removeprefix(row["method"]).strip() or str(row["method"])

@@ -33,7 +33,7 @@ _under_way: WeakSet[ForwardState] = WeakSet()
 
 
 def modules_of(model: nn.Module | None) -> list[nn.Module]:
-    """Return all modules. (Nested generators make ``model.modules()`` slower than the rest of the work here.)"""
+    """Return all modules, without the nested generators of ``model.modules()``, which take long."""
     found: list[nn.Module] = []
     seen: set[nn.Module | None] = {None}
     rest = [model]

@@ -61,15 +61,15 @@ class SharpnessAwareOptimizer(AroundBase):
             would need more than three buffers.
         RuntimeError: a backend that is not available.
 
-        >>> from gam_fast.recipes import Perturbation, Recipe
-        >>> class HalfSAM(SharpnessAwareOptimizer):
-        ...     recipe = Recipe("HalfSAM", "", {"rho": 0.05}, path=(Perturbation(0, "rho"),), u=(0.5, 0.5))
-        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
-        >>> optimizer = HalfSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
-        >>> for turn in optimizer.passes():
-        ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
-        >>> weight.item()
-        0.375
+    >>> from gam_fast.recipes import Perturbation, Recipe
+    >>> class HalfSAM(SharpnessAwareOptimizer):
+    ...     recipe = Recipe("HalfSAM", "", {"rho": 0.05}, path=(Perturbation(0, "rho"),), u=(0.5, 0.5))
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = HalfSAM([weight], torch.optim.SGD, lr=0.25, rho=0.5)
+    >>> for turn in optimizer.passes():
+    ...     weight.square().sum().backward()     # 2 at 1, then 3 at 1.5
+    >>> weight.item()
+    0.375
     """
 
     _step_supports_amp_scaling: ClassVar[bool] = True  # read by GradScaler.step
@@ -123,6 +123,7 @@ class SharpnessAwareOptimizer(AroundBase):
     if not TYPE_CHECKING:  # type checkers would accept any argument and any attribute
 
         def __new__(cls, *args: Any, **options: Any) -> SharpnessAwareOptimizer:
+            """Record the names of the given options for the constructor."""
             self = super().__new__(cls)
             self._given = set(options)  # also arguments given at their default value
             return self
