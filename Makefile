@@ -128,10 +128,10 @@ figures: setup-test  ## the figures of docs/performance.md, measured anew on thi
 	$(PY) -m bench.readme
 
 # A quick run keeps away from the figures that are stored.
-PARETO_FILES = $(if $(findstring --quick,$(ARGS)),build/pareto.json build/pareto.png build/pareto.md,bench/results/pareto_cpu.json docs/pareto.png docs/results/pareto.md)
+PARETO_FILES = $(if $(findstring --quick,$(ARGS)),build/pareto.json build/pareto build/pareto.md,bench/results/pareto_cpu.json docs/pareto docs/results/pareto.md)
 pareto: setup-test  ## accuracy and flatness of cheaper ascents against gradients and time (50 minutes)
 	@mkdir -p build
-	$(PY) -m experiments.pareto $(join --json= --png= --markdown=,$(PARETO_FILES)) $(ARGS)
+	$(PY) -m experiments.pareto $(join --json= --pictures= --markdown=,$(PARETO_FILES)) $(ARGS)
 
 # The package is copied to build/sanitize with a core of its own; it is found first, as the tests run from there. Tests of
 # the plain backend have nothing for a sanitizer.

@@ -112,9 +112,9 @@ def draw(sweeps: list[Sweep], facts: dict[str, Any]) -> bytes:
             counts = sweep.of(sweep.labels[0])[0]
             axis.set_xticks(counts, [str(count) for count in counts])
             axis.minorticks_off()
-        axis.set_xlabel(f"{sweep.name} {sweep.what}", fontsize=8)
+        axis.set_xlabel(f"{sweep.name} {sweep.what}", fontsize=10)
         axis.set_ylabel("ms, optimizer's part of a step")
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=9)
         axis.grid(alpha=0.3)
     return png(figure)
 

@@ -230,10 +230,10 @@ def draw(models: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> byte
             axis.bar(places, [speed.get(name, 0.0) for name in names], 0.8 / len(found), label=backend)
         copy = next(row["gb_per_s"] for row in rows if row["primitive"] == "copy")
         axis.axhline(copy, color="black", linewidth=1, linestyle="--", label="torch's copy")
-        axis.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=8)
+        axis.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=10)
         axis.set_ylabel("GB/s")
-        axis.set_title(model, loc="left", fontsize=10)
-    axes[0].legend(fontsize=8)
+        axis.set_title(model, loc="left", fontsize=11)
+    axes[0].legend(fontsize=10)
     return png(figure)
 
 

@@ -140,10 +140,11 @@ PerGroup by_group(const Plan& plan, const Numbers& numbers, const char* name) {
 const double* sums_of(const Plan& plan, const at::Tensor& tensor, int64_t columns, const char* name) {
   if (!tensor.defined()) refuse_type(c10::str(name, " must be given, got None"));
   if (tensor.device() != plan.device() || tensor.scalar_type() != at::kDouble || !tensor.is_contiguous() ||
-      tensor.numel() < columns || tensor.numel() % columns != 0 || (columns == 1 && tensor.numel() != 1)) {
+      tensor.numel() < columns || tensor.numel() % columns != 0 ||
+      (columns == 1 && tensor.numel() != 1 && tensor.numel() < plan.groups())) {
     refuse_value(c10::str(name, " must be a contiguous float64 tensor on ", plan.device(), " of ",
-                          columns == 1 ? "one number" : "three numbers per parameter group", ", got ", tensor.dtype(),
-                          " of shape ", tensor.sizes(), " on ", tensor.device()));
+                          columns == 1 ? "one number, or one" : "three numbers", " per parameter group, got ",
+                          tensor.dtype(), " of shape ", tensor.sizes(), " on ", tensor.device()));
   }
   return tensor.const_data_ptr<double>();
 }
@@ -300,11 +301,13 @@ void perturb(Plan& plan, const Block& leaves, const TensorList& a, const std::op
   if (b) lists[Perturbation::kB] = call.read_last(*b);
   arguments.radius = by_group(plan, radius, "radius");
   arguments.square = sums_of(plan, square, 1, "square");
+  arguments.by_group = square.numel() > 1;
   if (multiple) arguments.multiple = by_group(plan, *multiple, "multiple");
   Numbers factors = radius;
   if (!plan.executor().on_device()) {
-    const double scale = inverse_norm(*arguments.square);
-    for (double& factor : factors) factor = scale * factor;
+    for (size_t g = 0; g < factors.size(); ++g) {
+      factors[g] = inverse_norm(arguments.square[arguments.by_group ? g : 0]) * factors[g];
+    }
     for (int g = 0; multiple && g < plan.groups(); ++g) factors[static_cast<size_t>(g)] += arguments.multiple[g];
     arguments.radius = factors.data();
   }

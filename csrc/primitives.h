@@ -57,6 +57,7 @@ struct Perturbation {
   PerGroup radius = nullptr, eta = nullptr, k = nullptr, l = nullptr;  // eta: null if not adaptive; k, l: with a fold
   PerGroup multiple = nullptr;     // device only, may be null; the factor is radius / (√square + ξ) + multiple
   const double* square = nullptr;  // device only; without it the radius is the factor
+  bool by_group = false;           // one square per group
   bool save = false;               // copy the parameters to the backup first
   bool from_start = false;         // the origin is the backup
   bool stream = false;

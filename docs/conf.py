@@ -1,4 +1,4 @@
-"""The site: Sphinx with MyST pages, the furo theme, and a reference made of the docstrings."""
+"""The site: Sphinx with MyST pages, furo, and a reference made of the docstrings."""
 
 from __future__ import annotations
 
@@ -22,16 +22,23 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"gam_fast {version}"
 html_show_sphinx = False
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 
-def signature(app: Any, what: str, name: str, entity: Any, *rest: Any) -> tuple[str, str] | None:
-    """Return the signature of an optimizer's constructor, which Sphinx takes from ``__new__``."""
+def signature(
+    app: Any, what: str, name: str, entity: Any, *rest: Any
+) -> tuple[str, str] | None:
+    """Return the signature of an optimizer's constructor; Sphinx reads ``__new__``."""
     if what == "class" and issubclass(entity, gam_fast.SharpnessAwareOptimizer):
-        return str(inspect.signature(entity)).removesuffix(" -> 'None'").replace("'", ""), ""
+        return str(inspect.signature(entity)).removesuffix(" -> 'None'").replace(
+            "'", ""
+        ), ""
     return None
 
 

@@ -40,6 +40,7 @@ class Settings(training_runs.Settings):
     weight_decay: float = 0.1
     clip: float = 1.0
     test_every: int = 250
+    train_letters: int = 0
 
 
 PRESETS: Mapping[str, Settings] = {
@@ -49,14 +50,24 @@ PRESETS: Mapping[str, Settings] = {
 
 
 class Text:
-    """A text as letter indices: the first nine tenths for training, the rest for tests."""
+    """A text as letter indices: the first nine tenths for training, the rest for tests.
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    Args:
+        path: file of the text, in UTF-8.
+        device: device of the indices.
+        train_letters: number of letters to train on, the last of the nine tenths; 0: all of these.
+        validation: test on this many letters before those, and not on the rest, to choose settings.
+    """
+
+    def __init__(self, path: Path, device: torch.device, train_letters: int = 0, validation: int = 0) -> None:
         text = path.read_text(encoding="utf-8")
         self.letters = sorted(set(text))
         numbers = {letter: i for i, letter in enumerate(self.letters)}
         tokens = torch.tensor([numbers[letter] for letter in text], device=device)
         self.train, self.test = tokens.tensor_split([len(tokens) * 9 // 10])
+        before, self.train = self.train[:-train_letters], self.train[-train_letters:]
+        if validation:
+            self.test = before[-validation:]
 
     def batch(self, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
         """Return pieces of the text and their next letters; both depend only on the seed and the step.
@@ -249,7 +260,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
         "--data": {"type": Path, "required": True, "help": "a text in UTF-8"},
         "--sample": {"type": int, "default": 0, "metavar": "LETTERS", "help": "let the model write, at the end"},
     }
-    helps = {"warm_up": "steps in which the learning rate rises", "clip": "the largest norm of a direction"}
+    helps = {
+        "warm_up": "steps in which the learning rate rises",
+        "clip": "the largest norm of a direction",
+        "train_letters": "number of letters to train on; 0: all of the first nine tenths",
+    }
     return training_runs.parse(argv, PRESETS, ["AdamW"], more, {}, helps)
 
 
@@ -257,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> Curve:
     """Train from the command line, and return the curve."""
     arguments, settings = parse(argv)
     device = torch.device(arguments.device)
-    run = Run(settings, Text(arguments.data, device), device)
+    run = Run(settings, Text(arguments.data, device, settings.train_letters), device)
     curve: Curve = training_runs.carry_out(run, arguments)
     if arguments.sample:
         print(run.sample(arguments.sample))

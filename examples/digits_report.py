@@ -106,7 +106,7 @@ def _points(axes: Axes, figures: dict[str, Any], label: str, value: Callable[[di
         mean = statistics.mean(values)
         axes.hlines(mean, place - 0.2, place + 0.2, color=COLORS[name], linewidth=2, zorder=2)
         axes.annotate(f"{mean:.1f}", (place + 0.23, mean), va="center", color=COLORS[name], bbox=behind, weight="bold")
-    axes.set_xticks(range(len(by_method)), list(by_method))
+    axes.set_xticks(range(len(by_method)), [name.replace(" ", "\n", 1) for name in by_method])
     axes.set(ylabel=label, xlim=(-0.4, len(by_method) - 0.3))
 
 
@@ -128,7 +128,8 @@ def _slice(axes: Axes, figures: dict[str, Any], quantity: str, label: str) -> No
         for name, run in firsts.items()
     }
     flatness.plot_slice(slices, quantity, log=True, axes=axes)
-    axes.set(xlabel="offset along a random direction, in lengths of each filter", ylabel=label)
+    axes.set(xlabel="offset along a random direction, in filter lengths", ylabel=label)
+    axes.legend(loc="upper center", frameon=False, fontsize=9)
 
 
 def _spectra(axes: Axes, figures: dict[str, Any]) -> None:
@@ -142,10 +143,10 @@ def _spectra(axes: Axes, figures: dict[str, Any]) -> None:
     flatness.plot_spectrum(spectra, axes=axes)
 
 
-def _figure(*draw: Callable[[Axes], None], dpi: int = 110) -> bytes:
+def _figure(*draw: Callable[[Axes], None], width: float = 5.5, dpi: int = 110) -> bytes:
     """Return panels side by side, as PNG."""
     figure: Figure
-    figure, axes = plt.subplots(1, len(draw), figsize=(5.5 * len(draw), 4.0), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(draw), figsize=(width * len(draw), 4.0), layout="constrained", squeeze=False)
     for axis, paint in zip(axes[0], draw, strict=True):
         paint(axis)
         axis.spines[["top", "right"]].set_visible(False)
@@ -160,6 +161,8 @@ def picture(figures: dict[str, Any]) -> bytes:
     return _figure(
         lambda axes: _accuracy(axes, figures),
         lambda axes: _slice(axes, figures, "gradient_norm", "gradient norm around the minimum"),
+        width=4.2,
+        dpi=150,
     )
 
 

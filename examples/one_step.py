@@ -72,7 +72,7 @@ def picture(paths: dict[str, Path2D], file: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(paths), figsize=(13.0, 3.7), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, len(paths), figsize=(8.4, 4.0), layout="constrained", sharey=True)
     x, y = torch.meshgrid(torch.linspace(0.0, 2.2, 150), torch.linspace(-0.35, 1.45, 150), indexing="xy")
     for axes, (name, path) in zip(panels, paths.items(), strict=True):
         axes.contour(x, y, loss_at(x, y), levels=[0.02 * k**2 for k in range(1, 20)], colors="#8887", linewidths=0.8)
@@ -98,10 +98,10 @@ def picture(paths: dict[str, Path2D], file: Path) -> None:
             arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 2.5},
         )
         axes.plot(*path.end, "s", color="black", label="after the step")
-        axes.set_title(name, fontsize=11)
+        axes.set_title(name, fontsize=12)
         axes.set(xlim=(0.0, 2.2), ylim=(-0.35, 1.45), aspect="equal", xticks=[], yticks=[])
-        axes.legend(loc="lower left", fontsize=9, framealpha=0.9)
-    figure.savefig(file, dpi=110)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), fontsize=10, frameon=False)
+    figure.savefig(file, dpi=150)
     plt.close(figure)
 
 

@@ -65,14 +65,14 @@ def picture(slices: dict[str, flatness.Slice], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10.0, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3.4), layout="constrained")
     for axis, quantity in zip(axes, ("loss", "gradient_norm"), strict=True):
         flatness.plot_slice(slices, quantity, axes=axis)
         axis.axvspan(-RHO, RHO, color="#8884", zorder=0, label="ball")
         axis.set_xlabel("distance from the minimum")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_title("R0: the same height at the edge of the ball", fontsize=10)
-    axes[1].set_title("R1: the steepest place in the ball", fontsize=10)
+    axes[0].set_title("R0: the same height at the edge", fontsize=11)
+    axes[1].set_title("R1: the steepest place inside", fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -75,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--contenders", default="all", help=f"of {known}, with commas; base first (default: all)")
     found.add_argument("--threads", type=options.positive, default=1, help="CPU threads of torch (default: 1)")
     found.add_argument("--json", type=options.output, metavar="PATH", help="also write the figures to PATH")
-    found.add_argument("--png", type=options.output, metavar="PATH", help="also draw the figures to PATH")
+    drawn = "also draw accuracy and λmax against time, to PATH_<task>_<what>.png"
+    found.add_argument("--pictures", type=options.output, metavar="PATH", help=drawn)
     found.add_argument("--markdown", type=options.output, metavar="PATH", help="also write the page of docs/results")
     found.add_argument(
         "--read", type=Path, metavar="PATH", help="train nothing, and show the figures of an earlier --json"
@@ -165,8 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     if figures["quick"]:
         print("A quick run: it shows that everything works; its figures mean nothing.")
     write_json(given.json, figures)
-    if given.png:
-        given.png.write_bytes(pareto_report.chart(figures))
+    if given.pictures:
+        for name, picture in pareto_report.pictures(figures).items():
+            given.pictures.with_name(f"{given.pictures.name}_{name}.png").write_bytes(picture)
     if given.markdown:
         given.markdown.write_text(pareto_page.page(figures), encoding="utf-8")
     if not given.check:

@@ -7,7 +7,7 @@ from typing import Any
 from bench.report import conditions
 
 from .front import CHEAP, CLOSE, beats_sam, check, difference, needed
-from .pareto_report import FIGURES, found, fronts, times
+from .pareto_report import DRAWN, FIGURES, found, fronts, times
 
 
 def words(mean: float, error: float | None) -> str:
@@ -140,13 +140,12 @@ def page(figures: dict[str, Any]) -> str:
         "took turns, an epoch each; ÷ predicted is time ÷ base over gradients per step. A step of the base has one",
         "gradient and one update.",
         "",
-        "![Accuracy, λmax and R1 against gradients and time](../pareto.png)",
-        "",
-        "Error bars are standard deviations; those that no other beats at that cost are ringed and joined.",
+        "Bars in the pictures are standard errors.",
         "",
     ]
     for task in figures["tasks"]:
-        lines += [f"## {task['name']}", "", task["about"] + ".", "", _shared(task), "", found(task).markdown(), ""]
+        lines += [f"## {task['name']}", "", task["about"] + ".", "", _shared(task), "", *_pictures(task)]
+        lines += [found(task).markdown(), ""]
         lines += [*(f"- {line}." for line in advice(figures, task)), "", "Time:", "", times(task).markdown(), ""]
         lines += [f"{note[0].upper()}{note[1:]}." for note in times(task).notes]
         lines += ["", *_settings(task), ""]
@@ -182,6 +181,14 @@ def _shared(task: dict[str, Any]) -> str:
         f"set. Settings were chosen on seeds {seeds}, by accuracy on the same test set"
         f"{', with wrong labels' if task['name'] == 'clean' else ''}."
     )
+
+
+def _pictures(task: dict[str, Any]) -> list[str]:
+    return [
+        line
+        for key, (label, _) in DRAWN.items()
+        for line in (f"![{task['name']}: {label} against time](../pareto_{task['name']}_{key}.png)", "")
+    ]
 
 
 def _settings(task: dict[str, Any]) -> list[str]:

@@ -1,21 +1,16 @@
-"""Show the findings of :mod:`experiments.pareto` as tables and as a picture."""
+"""Show the findings of :mod:`experiments.pareto` as tables and as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from bench.report import Table, conditions, png
+from bench.report import Table, conditions
 
 from .front import Row, front
+from .picture import Point, against_cost
 
 FIGURES = {"accuracy": "test accuracy, %", "lambda_max": "λmax", "r1": "R1"}
-"""The figures that are drawn against cost, with their headings."""
-
-COSTS = {"gradients": "gradients per step", "step_ms": "ms per step"}
-
-COLORS = {"base": "#8a8f98", "SAM": "#d9822b", "GAM": "#1f77c9"}
-MARKERS = {1: "o", 2: "s", 4: "^"}
+"""The figures that are compared at each cost, with their headings."""
 
 
 def plus_minus(value: float | None, error: float | None, digits: int = 2) -> str | None:
@@ -83,79 +78,32 @@ def fronts(task: dict[str, Any], cost: str) -> dict[str, list[str]]:
     }
 
 
-def chart(figures: dict[str, Any]) -> bytes:
-    """Draw each figure against both costs, two rows of panels for each task; error bars are standard deviations.
-
-    adjustText keeps the labels apart; if it is not installed, they are next to their points.
-    """
-    from matplotlib.figure import Figure
-
-    lines = [(task, cost) for task in figures["tasks"] for cost in COSTS]
-    figure = Figure(figsize=(15, 3.9 * len(lines) + 0.8), layout="constrained")
-    figure.suptitle(conditions(figures), fontsize=9)
-    panels = []
-    for (task, cost), axes in zip(lines, figure.subplots(len(lines), 3, squeeze=False), strict=True):
-        for (key, label), axis in zip(FIGURES.items(), axes, strict=True):
-            _panel(axis, task["rows"], cost, key, fronts(task, cost)[key])
-            axis.set(xlabel=COSTS[cost], ylabel=label)
-            axis.set_title(task["name"], loc="left", fontsize=10)
-            panels.append((axis, task["rows"], cost, key))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8, frameon=False)
-    figure.draw_without_rendering()  # fixes the positions of the panels
-    figure.set_layout_engine("none")
-    for panel in panels:
-        _label(*panel)
-    return png(figure)
+DRAWN = {
+    "accuracy": ("test accuracy, %", "accuracy"),
+    "lambda_max": ("λmax: smaller is flatter", "the curvature of the minimum"),
+}
+"""What is drawn against time, a picture for each task: label, and words of the title."""
 
 
-def _panel(axis: Any, rows: Sequence[Row], cost: str, key: str, best: Sequence[str]) -> None:
-    """Draw the points of all contenders on logarithmic axes for cost and curvature; ring and join the front."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    places = {row["contender"]: (row[cost], row[key]) for row in rows}
-    axis.plot(*zip(*(places[name] for name in best), strict=True), color="#555", linewidth=1, linestyle="--", zorder=1)
-    for row in rows:
-        name = row["contender"]
-        axis.errorbar(
-            *places[name],
-            yerr=row[f"{key}_std"],
-            color=COLORS[row["method"]],
-            alpha=0.35 + 0.65 * row["share"] ** 0.5,
-            marker=MARKERS.get(row["interval"], "D"),
-            markersize=7,
-            markeredgecolor="none",
-            capsize=2,
-            linestyle="none",
-            label=name,
-        )
-        if name in best:
-            axis.plot(*places[name], marker="o", markersize=11, markerfacecolor="none", color="#555", linewidth=1)
-    axis.margins(x=0.08)
-    axis.set_xscale("log")
-    if key != "accuracy":
-        axis.set_yscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.spines[["top", "right"]].set_visible(False)
+def pictures(figures: dict[str, Any]) -> dict[str, bytes]:
+    """Each of ``DRAWN`` of each task against time; the key is ``<task>_<what>``, bars are standard errors."""
+    found = {}
+    for task in figures["tasks"]:
+        for key, (label, words) in DRAWN.items():
+            points = [
+                Point(
+                    task["base"] if row["contender"] == "base" else row["contender"],
+                    row["method"],
+                    row["cost"],
+                    row[key],
+                    None if row[f"{key}_std"] is None else row[f"{key}_std"] / len(figures["seeds"]) ** 0.5,
+                )
+                for row in task["rows"]
+            ]
+            title = f"{TITLES.get(task['name'], task['name'])}: {words} for its time"
+            cost = f"time of a step ÷ that of {task['base']}"
+            found[f"{task['name']}_{key}"] = against_cost(points, cost, label, title, log=key != "accuracy")
+    return found
 
 
-def _label(axis: Any, rows: Sequence[Row], cost: str, key: str) -> list[Any]:
-    """Label each point, away from other points, bars and labels."""
-    texts = [axis.text(row[cost], row[key], f" {_short(row)}", fontsize=7, color="#444") for row in rows]
-    try:
-        from adjustText import adjust_text
-    except ImportError:
-        return texts
-    bars = [(row[cost], row[key] + part * (row[f"{key}_std"] or 0.0)) for row in rows for part in (-1, -0.5, 0, 0.5, 1)]
-    x, y = zip(*bars, strict=True)
-    arrows = {"arrowstyle": "-", "color": "#999", "linewidth": 0.5}
-    # iterations are counted, not timed, so the picture is the same on every machine
-    adjust_text(texts, x, y, ax=axis, iter_lim=100, expand=(1.6, 2.0), force_text=(0.3, 0.5), arrowprops=arrows)
-    return texts
-
-
-def _short(row: Row) -> str:
-    """Return the name without its method, or the method."""
-    return str(row["contender"]).removeprefix(row["method"]).strip() or str(row["method"])
+TITLES = {"digits": "Digits, 30 % wrong labels", "clean": "Digits, right labels", "names": "Names, a small transformer"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -50,23 +49,24 @@ def modules_of(model: nn.Module | None) -> list[nn.Module]:
 class ForwardState:
     """Restores a model's buffers, and its parameters that are not trained, so that they move once per step.
 
-    As a context manager it spans one step: call :meth:`enter` (``with`` does it for ``model`` alone) and then
-    :meth:`begin` at the start of each pass. All passes see the values at entry. On leaving, the model has, bit for bit,
-    the values after the first pass (with ``begin(keep_last=True)``, after the last); if the block raises, the values at
-    entry. Buffers that are written in place keep their identity and address, and modules are not switched, so that a
-    compiled model is not recompiled. One object serves many steps: the first one finds out which buffers move.
+    A step lasts from :meth:`enter` to :meth:`exit`, with :meth:`begin` at the start of each pass. All passes see the
+    values at entry. On leaving, the model has, bit for bit, the values after the first pass (with
+    ``begin(keep_last=True)``, after the last); an undone step restores the values at entry. Buffers that are written in
+    place keep their identity and address, and modules are not switched, so that a compiled model is not recompiled. One
+    object serves many steps: the first one finds out which buffers move.
 
     >>> model = nn.BatchNorm1d(2)
-    >>> with ForwardState(model) as state:
-    ...     for scale in (1.0, 100.0):
-    ...         state.begin()
-    ...         _ = model(scale * torch.ones(4, 2))
+    >>> state = ForwardState()
+    >>> state.enter(model)
+    >>> for scale in (1.0, 100.0):
+    ...     state.begin()
+    ...     _ = model(scale * torch.ones(4, 2))
+    >>> state.exit(undo=False)
     >>> model.running_mean, int(model.num_batches_tracked)
     (tensor([0.1000, 0.1000]), 1)
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._given = model
+    def __init__(self) -> None:
         self._layout: Any = None
         self._modules: list[nn.Module] = []
         self._places: list[Place] = []  # first those of buffers, then those of parameters
@@ -81,15 +81,6 @@ class ForwardState:
     def moves_parameters(self) -> bool:
         """Whether a parameter of the optimizer moves without being trained; in the first step, whether one may."""
         return self._learning or any(place.moves for place in self._places[self._buffers :])
-
-    def __enter__(self) -> ForwardState:
-        self.enter(self._given)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.exit(undo=kind is not None)
 
     def enter(
         self,

@@ -27,6 +27,7 @@ class Coefficients:
         u, m: the coefficients of each vector, by group; zeros where the recipe has no m.
         gamma: γ by group.
         radius, multiple: of each perturbation, by its index in the path and by group; negative in groups that ascend.
+        bounds: the offset and the cap of each perturbation that has one, by its index and by group.
         after: coefficient of the step after that of the base optimizer, by group.
         mix, update, add: the coefficients of the memory, by group.
         weights: for each vector that only covers a part of the micro-batches, its factor.
@@ -56,6 +57,7 @@ class Coefficients:
         self.eta = [float(h[recipe.adaptive]) for h in hyper] if recipe.adaptive else None
         self.radius: dict[int, list[float]] = {}
         self.multiple: dict[int, list[float]] = {}
+        self.bounds: dict[int, tuple[list[float], list[float]]] = {}
         for i, move in ((BEFORE, recipe.before), *enumerate(recipe.path)):
             if isinstance(move, Perturbation):
                 given = move.along == MEMORY and recipe.memory is not None and not recipe.memory.is_updated
@@ -65,6 +67,8 @@ class Coefficients:
                 self.radius[i] = [s * x for s, x in zip(signs, self._by_group(size), strict=True)]
                 if move.multiple is not None:
                     self.multiple[i] = [s * x for s, x in zip(signs, self._by_group(move.multiple), strict=True)]
+                if move.cap is not None:
+                    self.bounds[i] = self._by_group(move.offset), self._by_group(move.cap)
         memory = recipe.memory
         self.mix = list(map(self._by_group, memory.mix or ())) if memory else []
         self.update = list(map(self._by_group, memory.update or ())) if memory else []

@@ -63,11 +63,11 @@ class SecondDerivativeError(RuntimeError):
         )
 
 
-def check_loss(loss: Tensor, method: str) -> Tensor:
-    """Return ``loss`` if it is a tensor of one element that requires grad.
+def check_loss(loss: Tensor, method: str) -> None:
+    """Refuse a loss that is not a tensor of one element, or does not require grad.
 
     Raises:
-        TypeError, RuntimeError: otherwise.
+        TypeError, RuntimeError: it is such a loss.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -77,7 +77,6 @@ def check_loss(loss: Tensor, method: str) -> Tensor:
             f"the loss given to {method} does not depend on a parameter that requires a gradient: it must not be "
             "detached, nor computed under torch.no_grad()"
         )
-    return loss
 
 
 def gradient(losses: Sequence[Tensor], params: Sequence[Tensor], *, twice: bool) -> list[Tensor | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, cast, overload
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from .distributed import SYNC, check_supported
 from .groups import AroundBase
 from .hooks import any_before, call_before
 from .models import ModelOfCopy, Surroundings
-from .options import Settings, check_choice, check_clip, check_share, documented, no_attribute, patterns
+from .options import Settings, check_choice, check_clip, check_norm, check_share, documented, no_attribute, patterns
 from .parameters import StepParameters
 from .passes import PassDriver, Passes
 from .progress import Progress
@@ -87,6 +87,7 @@ class SharpnessAwareOptimizer(AroundBase):
         replay_rng: bool | Iterable[Any] = True,
         freeze_running_statistics: bool = True,
         moving_buffers: Sequence[str] = (),
+        norm: str = "global",
         clip_grad_norm: float | None = None,
         on_nonfinite: str = "raise",
         sync: str = "global",
@@ -97,6 +98,7 @@ class SharpnessAwareOptimizer(AroundBase):
     ) -> None:
         check_choice("sync", sync, SYNC)
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
+        check_norm(norm, self.recipe)
         check_clip(clip_grad_norm)
         check_share(ascent_share)
         self._schedule = StepSchedule(interval, active)
@@ -111,6 +113,7 @@ class SharpnessAwareOptimizer(AroundBase):
             "replay_rng": ReplayRNG.wanted(replay_rng),
             "freeze_running_statistics": bool(freeze_running_statistics),
             "moving_buffers": patterns(moving_buffers),
+            "norm": norm,
             "clip_grad_norm": clip_grad_norm,
             "on_nonfinite": on_nonfinite,
             "ascent_share": float(ascent_share),
@@ -162,8 +165,7 @@ class SharpnessAwareOptimizer(AroundBase):
     @property
     def clip_grad_norm(self) -> float | None:
         """The largest norm of the final direction, or ``None``; may be set between steps."""
-        limit: float | None = self._options["clip_grad_norm"]
-        return limit
+        return cast("float | None", self._options["clip_grad_norm"])
 
     @clip_grad_norm.setter
     def clip_grad_norm(self, limit: float | None) -> None:
@@ -174,8 +176,7 @@ class SharpnessAwareOptimizer(AroundBase):
     @property
     def ascent_share(self) -> float:
         """The share of the batch that all passes but the last see; may be set between steps."""
-        share: float = self._options["ascent_share"]
-        return share
+        return cast(float, self._options["ascent_share"])
 
     @ascent_share.setter
     def ascent_share(self, share: float) -> None:
@@ -482,7 +483,8 @@ class SharpnessAwareOptimizer(AroundBase):
             keys |= known
         self._ascends = "base" in state and ascends(self.base)
         if hasattr(self, "_options"):
-            self._options.setdefault("ascent_share", 1.0)  # older pickles lack it
+            for name, default in (("ascent_share", 1.0), ("norm", "global")):
+                self._options.setdefault(name, default)  # older pickles lack them
             if isinstance(self._options["replay_rng"], bool):  # release 0.7.0 and before
                 self._options["replay_rng"] = ReplayRNG.wanted(self._options["replay_rng"])
 

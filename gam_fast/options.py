@@ -47,6 +47,9 @@ interval: take the whole recipe at every ``interval``-th step, and a step of the
     ``math.inf``: never take the whole recipe.
 active: further restricts the steps that take the whole recipe: a rule of :mod:`gam_fast.active`, a function of the
     step number, or a list of these, which must all agree.
+norm: the norm that the radius of a perturbation refers to: ``"global"``, over all perturbed parameters, or
+    ``"group"``: each parameter group has its own norm, and is perturbed by the whole radius. For one norm per layer,
+    make one group per layer (:func:`gam_fast.subsets.layers`). Not for ASAM, which has a radius per element.
 clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
 sync: for data parallelism. ``"global"``: each pass averages its gradient, as DistributedDataParallel does, and all
     processes go to the same points. ``"local"``: each process perturbs along its own gradients (m-sharpness), and
@@ -113,6 +116,7 @@ class Options(BaseArguments, total=False):
     replay_rng: bool | Iterable[Any]
     freeze_running_statistics: bool
     moving_buffers: Sequence[str]
+    norm: str
     clip_grad_norm: float | None
     on_nonfinite: str
     sync: str
@@ -143,6 +147,7 @@ class Settings:
     freeze_running_statistics: bool = True
     moving_buffers: Sequence[str] = ()
     forward_state: ForwardState | None = None
+    norm: str = "global"
     clip_grad_norm: float | None = None
     on_nonfinite: str = "raise"
     sync: str = "global"
@@ -267,6 +272,13 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not among ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_norm(norm: str, recipe: Recipe) -> None:
+    """Refuse a norm that there is not, or not for this recipe."""
+    check_choice("norm", norm, ("global", "group"))
+    if norm == "group" and recipe.adaptive is not None:
+        raise ValueError(f"norm='group' is not for {recipe.name}, which has a radius per element: leave it out")
 
 
 def check_clip(limit: float | None) -> None:

@@ -325,7 +325,18 @@ class StepParameters:
             return float(squares[0])
         if not squares:  # no perturbed parameter has a gradient
             return 0.0 if self.on_host else torch.zeros((), dtype=torch.float64, device=self.devices[0])
-        return sums.square_norm(self._over_processes(squares, blocks), self.on_host)
+        total = sums.add_up(self._over_processes(squares, blocks))
+        return float(total) if self.on_host else total
+
+    def square_norms(self, vector: int, minus: int | None = None) -> Tensor:
+        """Return ‖g − g[minus]‖² by group of what is perturbed, a float64 tensor; zeros of groups without a part."""
+        names = (vector,) if minus is None else (vector, minus)
+        terms = [(block, [block.grads[k] for k in names]) for block in self.all if block.perturbed]
+        if not terms:
+            return torch.zeros(len(self.groups), dtype=torch.float64, device=self.devices[0])
+        found = self.inner_products(terms, [[sign] * len(self.groups) for sign in (1.0, -1.0)[: len(names)]])
+        table = found if isinstance(found, Tensor) else torch.tensor(found, dtype=torch.float64)
+        return table[:, 0].contiguous()
 
     def inner_products(
         self,
@@ -341,7 +352,8 @@ class StepParameters:
         if len(tables) == 1 and self.on_host and not self.sharded:
             found: Products = tables[0].tolist()
             return found
-        return sums.inner_products(self._over_processes(tables, self.all), self.on_host)
+        total = sums.add_up(self._over_processes(tables, [block for block, _ in terms]))
+        return total.tolist() if self.on_host else total
 
     def _over_processes(self, found: list[Tensor], blocks: Sequence[ParameterBlock]) -> list[Tensor]:
         return add_up_over_processes(found, [block.layout for block in blocks]) if self.sharded else found

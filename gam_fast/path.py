@@ -112,16 +112,20 @@ class Path:
         blocks.activate(known)
         for block in blocks.all:
             block.grads[BEFORE] = stored.of_block(block, names, state).values
-        self.perturb(blocks.square_norm(BEFORE))
+        self.perturb(older=True)
 
-    def perturb(self, square_of_older: Scalar | None = None) -> None:
+    def perturb(self, *, older: bool = False) -> None:
         """Move from the last pass to the next point of the path, and fold vectors that are no longer needed.
 
-        With ``square_of_older`` = ‖v‖² of an older vector v (index :data:`BEFORE`), move to the point of the only pass.
+        With ``older``, move along the older vector :data:`BEFORE` to the point of the only pass.
         """
         recipe, coefficients = self.recipe, self.coefficients
-        if square_of_older is not None:
-            index, along, minus, total = BEFORE, BEFORE, None, square_of_older
+        by_group = self.settings.norm == "group"
+        square: Scalar  # ‖v‖², or a tensor of one per group
+        total: Scalar
+        if older:
+            index, along, minus = BEFORE, BEFORE, None
+            square = self.blocks.square_norms(BEFORE) if by_group else self.blocks.square_norm(BEFORE)
             move: Perturbation | HessianProduct | None = recipe.before
             fold: Fold | None = None
             live: tuple[int, ...] = ()
@@ -137,12 +141,17 @@ class Path:
                 self._unscale([along], self._watch.scale)
             if recipe.memory is not None and recipe.memory.mix is not None:
                 self._mix(recipe.memory)
-            known = None
-            if along == 0 and minus is None and coefficients.eta is None:
-                known = self.first_square
-                if known is None:
-                    self.first_square = known = self.blocks.square_norm(0)
-            total = self.blocks.square_norm(along, minus, coefficients.eta) if known is None else known
+            if by_group:
+                squares = self.blocks.square_norms(along, minus)
+                square, total = squares, float(squares.sum()) if self.blocks.on_host else squares.sum()
+            else:
+                known = None
+                if along == 0 and minus is None and coefficients.eta is None:
+                    known = self.first_square
+                    if known is None:
+                        self.first_square = known = self.blocks.square_norm(0)
+                total = self.blocks.square_norm(along, minus, coefficients.eta) if known is None else known
+                square = total
             if recipe.rescale:
                 self._wanted_square = self.blocks.square_norm(0, whole=True) if self.blocks.is_mixed else total
                 self._watch.check(self._wanted_square, {0}, last=False)
@@ -150,8 +159,11 @@ class Path:
             self.squares.append(total)
         assert isinstance(move, Perturbation)
         multiple = coefficients.multiple.get(index) if coefficients.multiple else None
-        if multiple is not None and along in coefficients.weights:
-            multiple = [coefficients.weights[along] * x for x in multiple]
+        weight = coefficients.weights.get(along, 1.0) if coefficients.weights else 1.0
+        if multiple is not None and weight != 1.0:
+            multiple = [weight * x for x in multiple]
+        if index in coefficients.bounds:
+            square = scalars.bounded(square, coefficients.radius[index], *coefficients.bounds[index], weight)
         eta = coefficients.eta
         for block in self.blocks.all:
             into = None
@@ -161,13 +173,13 @@ class Path:
             if block.perturbed:
                 if not block.leaves.saved:
                     block.leaves.backup = self.blocks.allocate_backup(block)
-                square = total if self.blocks.on_host else sums.on(total, block.leaves.params[0].device)
+                seen = square if self.blocks.on_host else sums.on(square, block.leaves.params[0].device)
                 block.backend.perturb(
                     block.leaves,
                     block.grads[along],
                     None if minus is None else block.grads[minus],
                     coefficients.radius[index],
-                    square,
+                    seen,
                     from_start=move.from_start,
                     eta=eta if block.adaptive else None,
                     fold=into,

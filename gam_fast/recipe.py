@@ -79,8 +79,9 @@ class Perturbation:
     The origin is θ with ``from_start``, and the point of the last pass otherwise. ξ is 1e-12. For an adaptive recipe
     (ASAM) the norm is ``‖T v‖`` and the step ``radius · T² v / (‖T v‖ + ξ)`` with ``T = |θ| + eta``, elementwise.
 
-    In general the step is ``(size / (‖v‖ + ξ) + multiple) v``, where ``size`` defaults to the radius. ``along`` is the
-    index of a vector of the step, or names an older vector: :data:`MOMENTUM`, :data:`MEMORY`, :data:`NOISE`.
+    In general the step is ``(size / (‖v‖ + ξ) + multiple) v``, where ``size`` defaults to the radius; with ``cap`` it
+    is ``min(size / (‖v‖ + offset), cap) v``. ``along`` is the index of a vector of the step, or names an older vector:
+    :data:`MOMENTUM`, :data:`MEMORY`, :data:`NOISE`.
     """
 
     along: int | str
@@ -89,6 +90,8 @@ class Perturbation:
     from_start: bool = False
     size: Coefficient = None
     multiple: Coefficient = None
+    offset: Coefficient = None
+    cap: Coefficient = None
 
 
 MEMORIES = ("gradient_average", "previous_gradient", "sharpness_direction", "direction")
@@ -214,6 +217,8 @@ class Recipe:
                 if i in self.products:
                     raise ValueError(f"recipe {self.name}: step {i} would differentiate a Hessian-vector product")
                 continue
+            if move.cap is None and move.offset is not None:
+                raise ValueError(f"recipe {self.name}: an offset belongs to a cap: {move}")
             taken = not isinstance(move.along, str) and 0 <= move.along <= i
             if not taken or (move.minus is not None and not 0 <= move.minus <= i):
                 raise ValueError(f"recipe {self.name}: move {i} goes along a gradient that is not taken yet: {move}")
@@ -240,7 +245,8 @@ class Recipe:
     @cached_property
     def needs_lengths(self) -> bool:
         """Whether a gradient's length is needed before the last pass, so that it must be unscaled at once."""
-        lengths = any(move.multiple is not None for move in self.perturbations) or self.rescale
+        laws = [x for move in self.perturbations for x in (move.multiple, move.cap)]
+        lengths = any(x is not None for x in laws) or self.rescale
         return lengths or (self.memory is not None and self.memory.mix is not None)
 
     @cached_property

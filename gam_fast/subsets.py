@@ -1,4 +1,4 @@
-"""Split parameters into a group that is perturbed and a group that stays in place.
+"""Split parameters into a perturbed group and a group that stays in place, or into one group per layer.
 
 A group with ``perturb=False`` stays at θ in every pass. Norms are over the other groups, and only these are backed up.
 All groups get the final direction. The functions here choose the perturbed parameters by kind or name.
@@ -115,6 +115,38 @@ def named(model: nn.Module, *patterns: str) -> list[dict[str, Any]]:
             )
         chosen |= found
     return _groups(model, chosen, "parameter to perturb")
+
+
+def layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Make one group per layer, that is, per module with its own parameters.
+
+    With ``norm="group"`` each layer is then perturbed by the whole radius along its own part of the gradient. A
+    parameter that several modules share belongs to the first. To leave a layer in place, set ``group["perturb"] =
+    False``.
+
+    Args:
+        model: the model.
+
+    Returns:
+        One parameter group per layer, in the order of ``model.modules()``.
+
+    Raises:
+        ValueError: there is no parameter that requires a gradient.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4))
+    >>> [[tuple(p.shape) for p in group["params"]] for group in layers(model)]
+    [[(4, 2), (4,)], [(4,), (4,)]]
+    """
+    seen: set[int] = set()
+    groups = []
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+        seen.update(map(id, own))
+        if own:
+            groups.append({"params": own})
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient")
+    return groups
 
 
 def _groups(model: nn.Module, chosen: set[int], what: str) -> list[dict[str, Any]]:

@@ -13,28 +13,16 @@ from .backends.base import Products, Scalar, accumulate_dtype
 
 
 def add_up(values: Sequence[Tensor]) -> Tensor:
-    """Sum over devices in their order, on the first of them."""
+    """Sum over devices in their order, on the first of them.
+
+    >>> import torch
+    >>> float(add_up([torch.tensor(9.0), torch.tensor(16.0)]))
+    25.0
+    """
     total = values[0]
     for value in values[1:]:
         total = total + value.to(total.device, accumulate_dtype(total.device))
     return total
-
-
-def square_norm(values: Sequence[Tensor], on_host: bool) -> Scalar:
-    """Return the sum of 0-dim tensors, one per device; a Python number if all parameters are on a CPU.
-
-    >>> import torch
-    >>> square_norm([torch.tensor(9.0), torch.tensor(16.0)], on_host=True)
-    25.0
-    """
-    total = add_up(values)
-    return float(total) if on_host else total
-
-
-def inner_products(values: Sequence[Tensor], on_host: bool) -> Products:
-    """Return the sum of tables of products, one per device; Python numbers if all parameters are on a CPU."""
-    total = add_up(values)
-    return total.tolist() if on_host else total
 
 
 def is_finite(values: Sequence[Scalar | Products]) -> bool:
@@ -56,11 +44,11 @@ def reads_are_free(device: torch.device) -> bool:
 
 
 def on(value: Scalar, device: torch.device) -> Scalar:
-    """Return the scalar for a backend on ``device``: a number on a CPU."""
+    """Return the scalar, or one per group, for a backend on ``device``: a single one is a number on a CPU."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(device)
-    return float(value) if reads_are_free(device) else value
+    return float(value) if reads_are_free(device) and value.numel() == 1 else value
 
 
 def products_on(products: Tensor, device: torch.device) -> Products:

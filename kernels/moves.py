@@ -29,12 +29,13 @@ MULTIPLE = tl.constexpr(host.PERTURB.index("multiple"))
 OF_PERTURB = tl.constexpr(len(host.PERTURB))
 
 
-@triton.jit(do_not_specialize=["ticket"])
+@triton.jit(do_not_specialize=["stride", "ticket"])
 def perturb(
     pieces,
     table,
     numbers,
     square,
+    stride,
     mark,
     ticket,
     TYPE: tl.constexpr,
@@ -49,11 +50,13 @@ def perturb(
     """Compute ``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``.
 
     With ``SAVE``, first copy the parameters to the backup, and leave a ticket. With ``FOLDED``, then fold. The origin
-    is the backup with ``FROM_START``, and the parameters otherwise.
+    is the backup with ``FROM_START``, and the parameters otherwise. There is one square, or one per group with a stride
+    of 1.
     """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
-    group = numbers + tl.load(row + GROUP) * OF_PERTURB
-    factor = inverse_norm(tl.load(square)) * tl.load(group + RADIUS) + tl.load(group + MULTIPLE)
+    place = tl.load(row + GROUP)
+    group = numbers + place * OF_PERTURB
+    factor = inverse_norm(tl.load(square + place * stride)) * tl.load(group + RADIUS) + tl.load(group + MULTIPLE)
     eta = tl.load(group + ETA)
     k = tl.load(group + K)
     l = tl.load(group + L)  # noqa: E741

@@ -56,8 +56,3 @@ def by_hand(
                     if turn.index == 0:
                         losses.append(float(loss.detach()))
     return model, losses
-
-
-def assert_same_model(ours: nn.Module, theirs: nn.Module) -> None:
-    for (name, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name

@@ -120,7 +120,8 @@ class Formulas:
         moves = list(self._weighted(block, a, b, eta, 2))
         for i, (g, move) in enumerate(zip(block.group, moves, strict=True)):
             origin = block.backup[i] if from_start else block.params[i]
-            factor = radius[g] / (math.sqrt(square) + 1e-12) + (multiple[g] if multiple else 0.0)
+            own = square[g] if isinstance(square, torch.Tensor) and square.numel() > 1 else square
+            factor = radius[g] / (math.sqrt(own) + 1e-12) + (multiple[g] if multiple else 0.0)
             block.params[i].copy_(origin + factor * move)
             if fold is not None:
                 fold.into[i].copy_(fold.k[g] * fold.into[i] + fold.l[g] * fold.other[i])
@@ -197,11 +198,14 @@ def square_norm(place, lists, difference, weighted, saved):
     return Found([place.backend.square_norm(lists.block(saved), lists(3), b, eta)])
 
 
-def perturb(place, lists, difference, weighted, folds, saved, from_start, multiple):
+def perturb(place, lists, difference, weighted, folds, saved, from_start, multiple, by_group):
+    """With ``by_group`` there is one square per group, and of one group no parameter is here."""
     block, b, eta = lists.block(saved), lists(4) if difference else None, lists.by_group(*ETA) if weighted else None
     k, l = lists.by_group(0.5, 2.0, 1.0), lists.by_group(-1.0, 0.25, 0.5)  # noqa: E741
     fold = base.FoldInto(lists(5), lists(6), k, l) if folds else None
     radius, square = lists.by_group(0.5, -0.25, 1.0), place.sums(7.0)
+    if by_group:
+        square = torch.tensor([*lists.by_group(7.0, 0.5, 3.0), 0.25], dtype=torch.float64, device=place.device)
     more = {"multiple": lists.by_group(-0.25, 0.5, 0.0)} if multiple else {}
     place.backend.perturb(block, lists(3), b, radius, square, from_start=from_start, eta=eta, fold=fold, **more)
     assert block.saved
@@ -299,7 +303,7 @@ def _by_flags(primitive, *flags):
 
 CASES: dict[str, Callable[[Place, Lists], Found]] = {
     **_by_flags(square_norm, "difference", "weighted", "saved"),
-    **_by_flags(perturb, "difference", "weighted", "folds", "saved", "from_start", "multiple"),
+    **_by_flags(perturb, "difference", "weighted", "folds", "saved", "from_start", "multiple", "by_group"),
     **{
         f"inner_products-of_{terms}{'-with_m' * with_m}": partial(inner_products, terms=terms, with_m=with_m)
         for terms in (1, 2, 3)

@@ -45,11 +45,21 @@ def combine(*terms: tuple[object, Vector]) -> Vector:
     return out
 
 
+def lengths(v: Vector, radii: list, groups: list[int] | None) -> list[Tensor]:
+    """‖v‖ + ξ for each parameter, over those of its group, or over all; what has None as its ρ is not in the norm."""
+    own = groups or [0] * len(v)
+    return [norm([x for x, r, h in zip(v, radii, own, strict=True) if r is not None and h == g]) + XI for g in own]
+
+
+NORMS: list[int] | None = None
+"""For each parameter the group whose norm counts for it, or one norm over all."""
+
+
 def climb(origin: Vector, along: Vector, radius) -> Vector:
-    """origin + ρ v / (‖v‖ + ξ); what has None as its ρ stays in place, and is not in the norm."""
+    """origin + ρ v / (‖v‖ + ξ); what has None as its ρ stays in place."""
     radii = per_parameter(radius, origin)
-    size = norm([v for v, r in zip(along, radii, strict=True) if r is not None]) + XI
-    return [o if r is None else o + r * v / size for o, v, r in zip(origin, along, radii, strict=True)]
+    rows = zip(origin, along, radii, lengths(along, radii, NORMS), strict=True)
+    return [o if r is None else o + r * v / size for o, v, r, size in rows]
 
 
 def project_out(m: Vector, u: Vector) -> Vector:
@@ -242,15 +252,10 @@ def cr_sam(gradient: Gradient, theta: Vector, *, state: dict, rho, gamma, beta) 
 
 
 def scaled_gradient(gradient: Gradient, theta: Vector, g0: Vector, rho, scale) -> Vector:
-    """The gradient at θ + scale(ρ, ‖g₀‖, i) g₀; what has None as its ρ stays in place, and is not in the norm."""
+    """The gradient at θ + scale(ρ, ‖g₀‖, i) g₀; what has None as its ρ stays in place."""
     radii = per_parameter(rho, theta)
-    size = norm([g for g, r in zip(g0, radii, strict=True) if r is not None]) + XI
-    return gradient(
-        [
-            w if r is None else w + scale(r, size, i) * g
-            for i, (w, g, r) in enumerate(zip(theta, g0, radii, strict=True))
-        ]
-    )
+    rows = zip(theta, g0, radii, lengths(g0, radii, NORMS), strict=True)
+    return gradient([w if r is None else w + scale(r, size, i) * g for i, (w, g, r, size) in enumerate(rows)])
 
 
 def sagm(gradient: Gradient, theta: Vector, *, state: dict, rho, alpha) -> Vector:

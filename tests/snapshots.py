@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
+import pickle
 from contextlib import contextmanager
+from functools import partial
 
+import pytest
 import torch
 
 
@@ -31,6 +35,18 @@ def unchanged(model, optimizer):
     assert_same(before, everything(model, optimizer))
 
 
+def leave(optimizer, body, index, error=KeyError):
+    """A step that an error ends in pass ``index``, after its body."""
+
+    def closure(turn):
+        body()
+        if turn.index == index:
+            raise error
+
+    with pytest.raises(error):
+        optimizer.step(closure)
+
+
 def assert_close(ours, theirs, rtol=0.0, atol=0.0):
     """The parameters of two modules; bit for bit where no tolerance is given."""
     torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=rtol, atol=atol)
@@ -41,6 +57,14 @@ def through_a_file(value, weights_only=True):
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": partial(through_a_file, weights_only=False),
+}
+"""Ways to copy a model with its optimizer."""
 
 
 def assert_same(before, after):

@@ -47,18 +47,6 @@ def test_micro_batches_take_the_step_of_the_large_batch(method_name, given):
         assert next(loader, None) is None  # each was read once
 
 
-def test_exact_gam_over_micro_batches():
-    (whole, batches), (model, _) = make("mlp"), make("mlp")
-    large = gam_fast.ExactGAM(whole.parameters(), torch.optim.SGD, lr=0.1)
-    small = gam_fast.ExactGAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    for x, y in batches:
-        large.step(lambda x=x, y=y: loss_of(whole, x, y))
-        for turn in small.passes():
-            for a, b in small.micro_batches(parts_of(x, y)):
-                turn.backward(loss_of(model, a, b) / 4)
-    assert_close(whole, model, rtol=1e-9, atol=1e-10)
-
-
 def test_each_micro_batch_has_masks_of_its_own_the_same_in_every_pass():
     model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1)).double()
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.0, rho_prime=0.0)

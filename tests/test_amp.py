@@ -402,27 +402,3 @@ def test_scalers_of_something_else_are_no_matter():
     del used
     gc.collect()
     assert found() is None  # it is not kept alive
-
-
-@pytest.mark.parametrize("where", ["passes", "closure"])
-def test_autocast_around_the_step_sees_the_weights_of_each_pass(where):
-    """Its cache of converted weights lives as long as the outermost autocast."""
-    found = []
-    for around in (False, True):
-        model, optimizer, batches = setting("sam", dtype=torch.float32, rho=0.5)
-
-        def loss(model=model, batch=batches[0]):
-            with torch.autocast("cpu", torch.bfloat16):
-                value = loss_of(model, *batch)
-            value.backward()
-            return value
-
-        with torch.autocast("cpu", torch.bfloat16, enabled=around):
-            for _ in range(3):
-                if where == "closure":
-                    optimizer.step(loss)
-                else:
-                    for _turn in optimizer.passes():
-                        loss()
-        found.append(model)
-    assert_close(*found)

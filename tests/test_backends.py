@@ -180,16 +180,6 @@ def test_numbers_that_are_not_finite_go_their_way(place):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-44, equal_nan=True)
 
 
-def test_chunks_may_be_made_anew():
-    target = base.Block([torch.zeros(3, 1 << 20), torch.zeros(9, 7)], [0, 1])
-    found = eager.chunks(target)
-    assert eager.chunks(target) is found
-    target.params.append(torch.zeros(2))
-    target.group.append(0)
-    target.prepared = None
-    assert sum(chunk.numel for chunk in eager.chunks(target)) == sum(p.numel() for p in target.params)
-
-
 def test_the_accumulator_is_fp32_where_there_is_no_fp64():
     assert base.accumulate_dtype(torch.device("mps")) == torch.float32
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from functools import partial
 
 import pytest
 import torch
 from cases import METHODS, in_turn
-from snapshots import through_a_file
+from snapshots import COPIES
 from torch import nn
 
 import gam_fast
@@ -70,7 +69,7 @@ def test_what_the_user_has_set_in_a_group_stays():
     assert values_of(classes) == [0.3]
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, partial(through_a_file, weights_only=False)], ids=["copy", "file"])
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 def test_a_copy_is_known_to_have_been_wrapped(how):
     twin = how(gam_fast.SAM(None, instance(rho=0.0), rho=0.05))
     assert values_of(twin) == [0.05, 0.0]

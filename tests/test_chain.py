@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import ALL, METHODS, closure_of, in_turn, loss_of, make
 from schedule_free import Lookahead
-from snapshots import assert_close, through_a_file, unchanged
+from snapshots import COPIES, assert_close, through_a_file, unchanged
 from test_trajectories import reference_step
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -200,7 +200,7 @@ def test_groups_and_rates_are_shared_with_the_members():
     assert not adamw.state
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, partial(through_a_file, weights_only=False)], ids=["copy", "file"])
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 def test_copies_go_on_alike(how):
     model, optimizer, batches = made("gam", "sgd+adam")
     optimizer.step(closure_of(model, *batches[0]))

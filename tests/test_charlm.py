@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import charlm
 import pytest
 import torch
 
-TINY = [
-    "--layers",
-    "1",
-    "--heads",
-    "2",
-    "--width",
-    "16",
-    "--context",
-    "8",
-    "--batch",
-    "8",
-    "--steps",
-    "40",
-    "--test-every",
-    "20",
-    "--warm-up",
-    "4",
-    "--lr",
-    "0.01",
-]
+from experiments import evidence
+
+TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "8", "--batch", "8", "--steps", "40"]
+TINY += ["--test-every", "20", "--warm-up", "4", "--lr", "0.01"]
 
 
 @pytest.fixture
@@ -86,3 +71,31 @@ def test_a_text_that_is_too_short_is_said(tmp_path):
     path.write_text("to be " * 10, encoding="utf-8")
     with pytest.raises(SystemExit, match="too short"):
         charlm.main(["--data", str(path), "--device", "cpu", *TINY])
+
+
+def test_the_experiment_on_a_text(text, tmp_path, capsys, monkeypatch):
+    arms = tuple(arm for arm in evidence.OF_TEXT if arm.name in ("AdamW", "GAM, share .25"))
+    monkeypatch.setitem(evidence.TASKS, "quick-text", replace(evidence.TASKS["quick-text"], arms=arms))
+    monkeypatch.setattr(evidence, "TUNED", evidence.TUNED[:1])
+    results = tmp_path / "results.json"
+    command = ["--data", str(text), "--task", "quick-text", "--device", "cpu", "--results", str(results)]
+    assert evidence.main([*command, "--tune"]) == 0
+    drawn = tmp_path / "gains.png"
+    assert evidence.main([*command, "--picture", str(drawn)]) == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    runs = json.loads(results.read_text())
+    assert [(found["arm"], found["tune"]) for found in runs.values()] == [
+        ("AdamW", True),
+        ("SAM, rho 0.02", True),
+        ("AdamW", False),
+        ("GAM, share .25", False),
+    ]
+    assert all(found["lambda_max"] > 0 and found["steps"] == 2 for found in runs.values() if not found["tune"])
+    assert "| GAM, share .25 | 1 | 1.75 |" in capsys.readouterr().out
+
+
+def test_settings_are_chosen_by_letters_that_nothing_is_trained_or_tested_on(text):
+    whole, held = (charlm.Text(text, torch.device("cpu"), 100, n) for n in (0, 50))
+    assert torch.equal(whole.train, held.train)
+    every = charlm.Text(text, torch.device("cpu")).train
+    assert torch.equal(held.test, every[-150:-100])

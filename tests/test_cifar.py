@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import cifar
 import cifar_images
@@ -145,18 +146,6 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, packed, optio
         cifar.main([*arguments, "--lr", "0.3", "--checkpoint", str(checkpoint)])
 
 
-def test_a_late_phase_is_plain_before(packed):
-    arguments = ["--data", str(packed), *TINY]
-    passes = []
-    for late in ("0", "1"):
-        _, settings = cifar.parse([*arguments, "--method", "GAM", "--late", late])
-        run = cifar.Run(settings, packed, torch.device("cpu"))
-        passes.append(run.train())
-    _, plain = cifar.parse([*arguments, "--method", "SGD"])
-    assert passes[0] == cifar.Run(plain, packed, torch.device("cpu")).train()
-    assert passes[0] != passes[1]
-
-
 def test_test_images_are_left_alone_where_some_are_set_apart(packed):
     _, settings = cifar.parse(["--data", str(packed), *TINY, "--train-images", "0", "--validation", "16"])
     train, held = cifar.split(settings, packed)
@@ -166,7 +155,8 @@ def test_test_images_are_left_alone_where_some_are_set_apart(packed):
 
 
 def test_an_experiment_runs_what_it_has_not_run_yet(packed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evidence, "ARMS", [arm for arm in evidence.ARMS if arm.name in ("SGD", "GAM, last .3")])
+    arms = tuple(arm for arm in evidence.ARMS if arm.name in ("SGD", "GAM, last .3"))
+    monkeypatch.setitem(evidence.TASKS, "quick", replace(evidence.TASKS["quick"], arms=arms))
     monkeypatch.setattr(evidence, "TUNED", evidence.TUNED[:1])
     results = tmp_path / "results.json"
     command = ["--data", str(packed), "--task", "quick", "--device", "cpu", "--results", str(results)]
@@ -187,6 +177,22 @@ def test_an_experiment_runs_what_it_has_not_run_yet(packed, tmp_path, capsys, mo
     out = capsys.readouterr().out
     assert "### 1 epochs, 20% wrong labels" in out
     assert "| GAM, last .3 | 1 |" in out
+    picture = tmp_path / "picture.png"
+    assert evidence.main([*command, "--seconds", "0", "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_gains_are_over_the_base_of_the_same_seed():
+    def run(arm, seed, accuracy, tune=False):
+        return {
+            "arm": arm, "seed": seed, "test_accuracy": accuracy, "tune": tune, "epochs": 60, "wrong_labels": 0.2
+        }  # fmt: skip
+
+    runs = [run("SGD", 0, 50.0), run("SGD", 1, 40.0), run("SAM", 0, 52.0), run("SAM", 1, 43.0), run("GAM", 2, 60.0)]
+    runs += [run("SAM", 0, 0.0, tune=True)]
+    sgd, sam = evidence.gains(evidence.TASKS["few"], dict(enumerate(runs)), 60, 0.2)
+    assert (sgd.name, sgd.cost, sgd.value, sgd.error) == ("SGD", 1.0, 0.0, 0.0)
+    assert (sam.name, sam.cost, sam.value, sam.error) == ("SAM", 2.0, 2.5, 0.5)
 
 
 def on_two(rank, world, path):

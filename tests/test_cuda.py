@@ -208,27 +208,6 @@ def test_the_allocator_hears_of_gradients_and_backup(core, monkeypatch):
     assert not core.was_recorded(weight.data_ptr())
 
 
-def test_what_is_no_sum_is_refused(core):
-    backend = emulated.backend()
-    leaves = base.Block([torch.randn(3)], [0], [torch.randn(3)], True)
-    plan, values = backend._plan_for(leaves), [torch.randn(3)]
-    double = torch.float64
-    for square in (
-        torch.ones(2, dtype=torch.float64),
-        torch.ones(()),
-        torch.ones((), dtype=torch.float64, device="meta"),
-    ):
-        with pytest.raises(ValueError, match="square must be a contiguous float64 tensor on cpu of one number"):
-            core.perturb(plan, leaves, values, None, [1.0], square, True, None, None)
-    for products in (torch.ones(4, dtype=double), torch.ones(1, 3), torch.ones(3, 2, dtype=double).T[:1]):
-        d = base.Direction([values], [[1.0]], [[1.0]], products, [0.1])
-        with pytest.raises(ValueError, match="products must be .* three numbers per parameter group"):
-            core.direction(plan, leaves, d, [torch.empty(3)])
-    d = base.Direction([values], [[1.0]], None, torch.ones(2, 3, dtype=torch.float64), [0.1], 1.0)
-    with pytest.raises(ValueError, match="gamma must have one number per row of products, that is 2, got 1"):
-        core.direction(plan, leaves, d, [torch.empty(3)])
-
-
 # The emulator itself
 
 PLANTED = {

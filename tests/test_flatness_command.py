@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 
+import digits
+import landscape
 import one_step
 import pytest
 import torch
@@ -197,3 +199,14 @@ def test_the_example_of_two_minima_prints_and_draws(tmp_path, capsys):
     assert two_minima.main(["--picture", str(tmp_path / "picture.png")]) == 0
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"wide +1.000 +2.000 .*\nnarrow +1.000 +3.033", capsys.readouterr().out)
+
+
+def test_the_landscape_of_the_digits_is_drawn(tmp_path, monkeypatch):
+    images, labels = digits.mnist_data()
+    monkeypatch.setattr(digits, "mnist_data", lambda: (images[:200], labels[:200]))
+    monkeypatch.setattr(digits, "TRAIN_IMAGES", 40)
+    monkeypatch.setattr(landscape, "METHODS", ("SGD", "GAM"))
+    paths = [tmp_path / "slices.png", tmp_path / "surfaces.png"]
+    options = [f"--slices={paths[0]}", f"--surfaces={paths[1]}", "--epochs=1", "--points=3"]
+    assert landscape.main(options) == 0
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

@@ -8,14 +8,13 @@ import warnings
 
 import pytest
 import torch
-from cases import METHODS, in_turn
+from cases import METHODS, MULTIPASS, in_turn
+from snapshots import leave
 from torch import nn
 from torch.nn import functional as F
 
 import gam_fast
 from gam_fast import buffers, places
-
-MULTIPASS = [name for name in METHODS if METHODS[name].passes > 1]
 
 
 def register(norm, value):
@@ -180,20 +179,10 @@ def step(model, optimizer, x=None, y=None):
     optimizer.step(lambda: loss_of(model, x, y).backward())
 
 
-def leave(model, optimizer, at):
-    def closure(turn):
-        loss_of(model, *batch()).backward()
-        if turn.index == at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(closure)
-
-
 def leave_in_each_pass(model, optimizer):
     for at in range(optimizer.recipe.passes):
         before = state_of(model)
-        leave(model, optimizer, at)
+        leave(optimizer, lambda: loss_of(model, *batch()).backward(), at, KeyboardInterrupt)
         after = state_of(model)
         assert_same(after, before)
         assert all(tensor is before[name][1] for name, (_, tensor) in after.items())

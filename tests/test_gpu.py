@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -95,16 +96,19 @@ def momentum_of(base):
 
 
 @pytest.mark.parametrize(
-    ("method_name", "base", "model_name"),
-    pairwise(ALL, [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop], MODELS),
+    ("method_name", "base", "model_name", "norm"),
+    pairwise(ALL, [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop], MODELS, ["global", "group"]),
 )
-def test_trajectories_are_those_of_the_cpu(method_name, base, model_name, monkeypatch):
+def test_trajectories_are_those_of_the_cpu(method_name, base, model_name, norm, monkeypatch):
     method, more = ALL[method_name], momentum_of(base)
+    if method_name != "asam":
+        more["norm"] = norm
     model, batches = make(model_name)
     twin = copy.deepcopy(model).cuda()
 
     def optimizer_of(m):
-        return method.optimizer(m.parameters(), base, lr=1e-3, model=m, clip_grad_norm=5.0, **more, **method.hyper)
+        groups = gam_fast.subsets.layers(m)
+        return method.optimizer(groups, base, lr=1e-3, model=m, clip_grad_norm=5.0, **more, **method.hyper)
 
     optimizers = [on_the_cpu(monkeypatch, optimizer_of, model), optimizer_of(twin)]
     for k in range(8):
@@ -127,12 +131,15 @@ def parabola():
     return weight, closure
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("method_name", ALL)
-def test_nothing_waits_for_the_device(method_name, base):
+@pytest.mark.parametrize(
+    ("method_name", "base", "norm"),
+    [*product(ALL, [torch.optim.SGD, torch.optim.AdamW], ["global"]), ("gam", torch.optim.SGD, "group")],
+)
+def test_nothing_waits_for_the_device(method_name, base, norm):
     method = ALL[method_name]
     weight, closure = parabola()
-    optimizer = method.optimizer([weight], base, lr=1e-2, **momentum_of(base), **method.hyper, **UNCHECKED)
+    more = {**momentum_of(base), **method.hyper, **UNCHECKED}
+    optimizer = method.optimizer([weight], base, lr=1e-2, norm=norm, **more)
     optimizer.step(closure)
     torch.cuda.set_sync_debug_mode("error")
     try:

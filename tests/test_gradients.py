@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from cases import BASES, METHODS, closure_of, in_turn, loss_of, make, pairwise, setting
-from snapshots import assert_close
+from snapshots import assert_close, leave
 from torch import nn
 
 import gam_fast
@@ -45,18 +45,6 @@ def in_storage(params):
 def one_each(params):
     """A buffer for each parameter, whose gradient is all of it."""
     return [buffer for p in params for buffer in flattened([p])]
-
-
-def leave(optimizer, body, index):
-    """A step whose body fails in pass ``index``."""
-
-    def closure(turn):
-        body()
-        if turn.index == index:
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        optimizer.step(closure)
 
 
 def with_buffer(method_name="gam", base=SGD, **options):
@@ -474,16 +462,6 @@ def test_a_local_step_does_not_write_into_gradients(two, method_name, large, bit
 
 
 # Gradients that are not used
-
-
-@pytest.mark.parametrize("method_name", SOME)
-def test_accumulation_by_hand_is_noticed(method_name):
-    model, optimizer, [(x, y), *_] = setting(method_name)
-    optimizer.step(closure_of(model, x, y))
-    optimizer.step(closure_of(model, x, y))  # nothing came between
-    loss_of(model, x, y).backward()
-    with pytest.warns(UserWarning, match=r"gradients that were there before this step .* are not used"):
-        optimizer.step(closure_of(model, x, y))
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from cases import METHODS, closure_of, loss_of, make
+from cases import METHODS, MULTIPASS, closure_of, loss_of, make
+from snapshots import assert_equal
 from torch import nn
 
 import gam_fast
@@ -47,7 +48,7 @@ def test_methods_that_coincide(what):
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].passes > 1])
+@pytest.mark.parametrize("name", MULTIPASS)
 def test_with_all_radii_zero_every_method_is_the_base(name):
     method = METHODS[name]
     radii = {move.radius: 0.0 for move in method.optimizer.recipe.path}
@@ -69,8 +70,7 @@ def test_base_with_sgd_is_torch_sgd_bit_for_bit():
         plain.zero_grad()
         loss_of(theirs, x, y).backward()
         plain.step()
-    for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(p, q)
+    assert_equal(ours, theirs)
 
 
 def gradient_at(model, x, y, create_graph=False):
@@ -108,18 +108,9 @@ def test_h0_approaches_the_exact_hessian_vector_product_at_first_order():
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)
 
 
-class WithDropout(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 3))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 @pytest.mark.parametrize("replay", [True, False])
 def test_dropout_masks_are_the_same_in_all_passes_unless_switched_off(replay):
-    model = WithDropout().double()
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 3)).double()
     x, y = torch.randn(16, 6, dtype=torch.float64), torch.randint(3, (16,))
     start = torch.get_rng_state()
     h0, g0 = h0_of_the_engine(model, x, y, 1e-3, replay_rng=replay)

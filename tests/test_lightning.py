@@ -13,12 +13,13 @@ import lightning_automatic
 import lightning_manual
 import pytest
 import torch
-from frameworks import GAM, assert_same_model, by_hand, loader, net
+from frameworks import GAM, by_hand, loader, net
 from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import same_on_all_ranks
+from snapshots import assert_equal
 from torch import distributed
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -92,7 +93,7 @@ def test_automatic_optimization_takes_the_steps_of_the_loop(precision):
     module = Module(clip_grad_norm=0.5)
     trainer = fit(module, precision=precision)
     model, losses = by_hand(autocast=torch.bfloat16 if precision == "bf16-mixed" else None, clip_grad_norm=0.5)
-    assert_same_model(module.net, model)
+    assert_equal(module.net, model)
     assert module.losses == losses
     assert trainer.global_step == 8
     assert module.calls == 4 * 8
@@ -102,7 +103,7 @@ def test_cheaper_steps_are_those_of_the_loop():
     options = {"ascent_share": 0.5, "interval": 2}
     module = Module(**options)
     trainer = fit(module)
-    assert_same_model(module.net, by_hand(**options)[0])
+    assert_equal(module.net, by_hand(**options)[0])
     assert trainer.global_step == 8
     assert module.calls == 4 * (1 + 4)
 
@@ -112,7 +113,7 @@ def test_manual_optimization_takes_the_steps_of_the_loop(accumulate, precision):
     module = Module(automatic=False, accumulate=accumulate)
     trainer = fit(module, precision=precision)
     model, losses = by_hand(accumulate, torch.bfloat16 if precision == "bf16-mixed" else None)
-    assert_same_model(module.net, model)
+    assert_equal(module.net, model)
     assert module.losses == losses
     assert trainer.global_step == 8 // accumulate
 
@@ -129,7 +130,7 @@ def test_a_checkpoint_resumes_with_the_same_bits(tmp_path):
     trainer = fit(resumed, ckpt_path=path)
     assert trainer.global_step == 8
     assert resumed.losses == straight.losses[4:]
-    assert_same_model(resumed, straight)
+    assert_equal(resumed, straight)
 
 
 def mixed_precision():
@@ -151,7 +152,7 @@ def test_the_callback_refuses_what_would_go_wrong_in_silence(options, message):
     before = copy.deepcopy(module.net)
     with pytest.raises(MisconfigurationException, match=message):
         fit(module, **options)
-    assert_same_model(module.net, before)
+    assert_equal(module.net, before)
 
 
 def test_the_callback_finds_accumulation_that_begins_later():
@@ -292,7 +293,7 @@ def test_manual_optimization_in_fp16_takes_the_steps_of_the_loop_and_skips_an_ov
     plugin, module = mixed_precision(), Overflowing(automatic=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     assert fit(module, plugins=plugin).global_step == 8
-    assert_same_model(module.net, by_hand(autocast=torch.float16, scaler=scaler, spoil=spoil)[0])
+    assert_equal(module.net, by_hand(autocast=torch.float16, scaler=scaler, spoil=spoil)[0])
     assert plugin.scaler.state_dict() == scaler.state_dict()
     assert plugin.scaler.get_scale() == 512.0
 

@@ -125,6 +125,12 @@ def test_only_the_loops_hold_instructions_of_newer_processors():
 # Bad objects: lists and numbers are those of test_backends.py
 
 
+FP64 = torch.float64
+NO_SUM = [torch.ones(()), torch.ones(0, dtype=FP64), torch.ones((), dtype=FP64, device="meta")]
+ONE_SUM = "square must be a contiguous float64 tensor on cpu of one number"
+NO_SUMS = [torch.ones(2, 3), torch.ones(4, dtype=FP64), torch.ones(3, 2, dtype=FP64).T[:1]]
+
+
 def test_objects_of_other_types_are_refused():
     params, a = ([torch.randn(3, 4), torch.randn(5)] for _ in range(2))
     plan, block = _C.Plan(params, [0, 1]), base.Block(params, [0, 1], [torch.zeros(3, 4), torch.zeros(5)], True)
@@ -133,6 +139,10 @@ def test_objects_of_other_types_are_refused():
 
     def perturb(a=a, b=None, radius=(0.1, 0.2), square=0.5):
         return lambda: _C.perturb(plan, block, a, b, radius, square, True, None, None)
+
+    def perturb_three_groups(square):
+        three = _C.Plan(params, [0, 2])
+        return lambda: _C.perturb(three, block, a, None, (0.1, 0.2, 0.3), square, True, None, None)
 
     def update(formula="sgd", groups=rows, option=(0, 0)):
         return lambda: _C.update(plan, block, d, formula, [a], groups, [(1.0,)], option)
@@ -149,7 +159,8 @@ def test_objects_of_other_types_are_refused():
         (perturb(radius=None), TypeError, "radius must be a list of numbers, got NoneType"),
         (perturb(radius=["1", 2.0]), TypeError, r"radius\[0\] must be one of the numbers, got str"),
         (perturb(square=None), TypeError, "square must be given, got None"),
-        (perturb(square=torch.ones(())), ValueError, "square must be a contiguous float64 tensor on cpu of one number"),
+        *((perturb(square=square), ValueError, ONE_SUM) for square in NO_SUM),
+        (perturb_three_groups(torch.ones(2, dtype=FP64)), ValueError, f"{ONE_SUM}, or one per parameter group"),
         (lambda: _C.Plan(params, [0]), ValueError, "group must have one index per parameter, that is 2, got 1"),
         (lambda: _C.Plan(params, [0, 2**62]), ValueError, r"group\[1\] must be the index"),
         (lambda: _C.Plan([torch.ones(1).expand(2**40)], [0]), ValueError, r"params\[0\] must be a plain tensor"),
@@ -162,7 +173,10 @@ def test_objects_of_other_types_are_refused():
         (lambda: _C.inner_products(plan, [a], factors, None, 2**62), ValueError, "groups must be 2 to 1048576"),
         (lambda: _C.direction(plan, block, None, a), TypeError, "d must be a Direction"),
         (lambda: _C.direction(plan, block, d, [None] * 2), TypeError, r"out\[0\] must be a tensor, got NoneType"),
-        (products(torch.ones(2, 3)), ValueError, "products must be a contiguous float64 tensor on cpu of three"),
+        *(
+            (products(table), ValueError, "products must be a contiguous float64 tensor on cpu of three")
+            for table in NO_SUMS
+        ),
         (products([[1.0]]), ValueError, "products must be .* of three numbers per parameter group"),
         (update("rmsprop"), ValueError, "formula must be one of sgd, adam, lion, assign, got rmsprop"),
         (update(groups=[(None, *rows[0][1:])] * 2), TypeError, r"groups\[0\]\[0\] must be one of the numbers"),

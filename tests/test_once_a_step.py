@@ -97,13 +97,6 @@ def test_a_rate_that_the_body_sets_anew_in_each_step_is_no_reason_to_warn():
         scheduler.step()
 
 
-def test_a_rate_that_is_a_tensor_is_left_alone():
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = gam_fast.SAM([weight], torch.optim.Adam, lr=torch.tensor(0.1))
-    for _ in optimizer.passes():
-        (weight**2).sum().backward()
-
-
 # Passes
 
 

@@ -6,10 +6,9 @@ import json
 import sys
 
 import pytest
-import torch
 
 from bench.data import DataError
-from experiments import census, front, pareto, pareto_page, runs, tasks
+from experiments import census, front, pareto, pareto_page, radius, runs, tasks
 from experiments.runs import CONTENDERS, Contender, Run
 
 # raised inside a dependency of curvlinops
@@ -28,32 +27,6 @@ def test_contenders_are_called_by_what_they_spare_and_timed_by_the_medians_of_bo
     assert Contender("GAM", interval=4).name == "GAM /4"
     assert runs.mean_step({1: [1.0, 2.0, 90.0], 4: [8.0]}) == (3 * 2.0 + 8.0) / 4
     assert {*front.needed(), *(name for pair in pareto_page.PAIRS for name in pair)} <= CONTENDERS.keys()
-
-
-@pytest.mark.parametrize(
-    ("contender", "gradients"),
-    [
-        (Contender("SAM", 0.5), 1.5),
-        (Contender("GAM", interval=4), 1.75),  # (3 · 1 + 4) / 4
-        (Contender("GAM", 0.5, interval=2), 1.75),  # (1 + 2.5) / 2
-        (Contender("MomentumSAM"), 1.0),
-        (Contender("LookSAM", interval=4), 1.25),
-    ],
-    ids=lambda value: value.name if isinstance(value, Contender) else "",
-)
-def test_contenders_begin_alike_and_gradients_are_counted_by_the_share_of_the_batch(contender, gradients):
-    task = tasks.names().quick(40)
-    trainer, base = (runs.Trainer(one, task, 3) for one in (contender, CONTENDERS["base"]))
-    for p, q in zip(trainer.model.parameters(), base.model.parameters(), strict=True):
-        assert torch.equal(p, q)
-    seen = []
-    trainer.model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    trainer.epoch()
-    base.epoch()
-    assert torch.equal(trainer.batches.get_state(), base.batches.get_state())
-    assert trainer.shares / 4 == sum(seen) / 40 == 1 + contender.ascents * contender.share == gradients
-    assert sum(len(own) for own in trainer.seconds.values()) == 4
-    assert trainer.optimizer.param_groups[0]["lr"] == 0.0  # at the end of the cosine
 
 
 def run(contender: str, seed: int, gradients: float, accuracy: float, lambda_max: float, step_ms: float) -> Run:
@@ -93,47 +66,12 @@ def test_figures_are_those_of_their_definitions():
     assert alone["accuracy_std"] is alone["r1_std"] is None  # one seed has no deviation
 
 
-def test_criteria_are_met_or_missed():
-    assert [one.is_met for one in front.check(known(3.0).values())] == [True, True, True]
-    slow = front.check(known(5.0).values())
-    assert [one.is_met for one in slow] == [True, True, False]
-    assert f"{front.CLOSE} takes 1.57 times as long" in slow[-1].found
-    rows = known()
-    rows[front.CLOSE]["lambda_max"] = 26.1
-    rows[front.CHEAP]["accuracy"] = 91.4
-    assert [one.is_met for one in front.check(rows.values())][:2] == [False, False]
-
-
-def test_names_are_in_one_class_and_end_with_their_end():
-    classes = census.lists()
-    assert sum(map(len, classes)) == len({name for own in classes for name in own})
-    assert classes[0][:2] == ["LINDA", "BARBARA"]  # Mary and Patricia are men's names, too
-    assert classes[2][0] == "SMITH"
-    assert len(classes[2]) == census.SURNAMES
-    assert census.encode("ABZ") == [1, 2, 26, 27] + [0] * 10
-    (x, y), (again, _) = census.names(), census.names()
-    assert torch.equal(x, again)
-    assert x.shape == (len(y), census.LENGTH)
-    assert torch.equal((x == census.END).sum(1), torch.ones(len(y), dtype=torch.int64))
-
-
 def test_names_are_learnt_and_their_minimum_is_measured():
     trainer = runs.Trainer(CONTENDERS["GAM .25"], tasks.names().quick(40), 1)
     trainer.epoch()
     found = trainer.run()
     assert found.gradients == pytest.approx(1.75)
     assert min(found.lambda_max, found.r1, found.loss) > 0
-
-
-def test_the_digits_are_those_of_the_demo():
-    noisy, clean = tasks.digits(), tasks.clean()
-    assert int((noisy.data.train_y != clean.data.train_y).sum()) > 200
-    assert noisy.settings("GAM", 1.0)["alpha"] == noisy.settings("GAM", 0.25)["alpha"] == 0.3
-    assert noisy.settings("GAM", 0.15)["alpha"] < 0.3
-    assert noisy.settings("GAM", 0.25, 2)["rho"] > noisy.settings("GAM", 0.25)["rho"]
-    assert noisy.settings("base", 1.0) == {}
-    reported = {*map(int, pareto.SEEDS.split(","))}
-    assert reported.isdisjoint({*noisy.chosen_on, *clean.chosen_on, *tasks.names().chosen_on})
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path, capsys):
@@ -172,7 +110,7 @@ def test_bad_arguments_are_named(arguments, message, capsys):
 
 def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pareto, "QUICK", 24)
-    files = {name: tmp_path / f"figures.{name}" for name in ("json", "png", "markdown")}
+    files = {name: tmp_path / f"figures.{name}" for name in ("json", "pictures", "markdown")}
     paths = [f"--{name}={path}" for name, path in files.items()]
     assert pareto.main(["--quick", "--task", "digits", "--contenders", ",".join(front.needed()), *paths]) == 0
     figures = json.loads(files["json"].read_text(encoding="utf-8"))
@@ -192,7 +130,9 @@ def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, mon
     advice = f"`{front.CLOSE}` against `GAM`"
     for words in ("A quick run: its figures mean nothing", "## digits", "## Which to take", advice):
         assert words in text
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    drawn = {path.name for path in tmp_path.glob("*.png") if path.read_bytes().startswith(b"\x89PNG")}
+    assert drawn == {"figures.pictures_digits_accuracy.png", "figures.pictures_digits_lambda_max.png"}
+    assert "](../pareto_digits_lambda_max.png)" in text
 
     capsys.readouterr()
     again = tmp_path / "again.md"
@@ -207,3 +147,18 @@ def test_it_runs_writes_its_page_and_shows_figures_of_before_again(tmp_path, mon
     with pytest.raises(SystemExit, match="2"):
         pareto.main(["--read", str(files["json"]), "--check"])
     assert "figures.json has no 'SAM' on the digits" in capsys.readouterr().err
+
+
+def test_radii_are_compared_and_shown_again(tmp_path, capsys):
+    path, drawn = tmp_path / "radius.json", tmp_path / "radius.png"
+    assert radius.main(["--quick", "--seeds", "3", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["method"], row["rho"]) for row in rows] == [
+        ("base", None),
+        *((method, rho) for method in ("SAM", "GAM") for rho in radius.RADII[:2]),
+    ]
+    assert len({row["loss"][0] for row in rows}) == 5
+    first = capsys.readouterr().out
+    assert radius.main(["--read", str(path), "--picture", str(drawn)]) == 0
+    assert capsys.readouterr().out == first
+    assert drawn.read_bytes().startswith(b"\x89PNG")

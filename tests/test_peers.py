@@ -7,12 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import METHODS, closure_of, make
 from torch import nn
 from torch._dynamo.utils import counters
 
 import gam_fast
-from bench import peers
 from bench.peers import PEERS, disagreement
 
 # raised inside torch's compiler, when it is imported
@@ -62,78 +60,6 @@ def test_nothing_is_compiled_after_the_second_step(monkeypatch):
     counters.clear()
     assert disagreement(peer, method_options=hyper_of(peer)) <= peer.tolerance
     assert counters["stats"]["unique_graphs"] == 9
-
-
-@pytest.mark.parametrize("key", ["plain-gam", "plain-sam", "pytorch-optimizer-sam"])
-def test_groups_may_have_radii_of_their_own(key):
-    def groups(model):
-        first, *rest = model.parameters()
-        return [{"params": [first], "rho": 0.3}, {"params": rest, "rho": 0.05}]
-
-    assert disagreement(PEERS[key], groups=groups) <= PEERS[key].tolerance
-
-
-@pytest.mark.parametrize(("key", "case"), [("plain-gam", "gam"), ("plain-sam", "sam")])
-def test_the_plain_loops_are_the_formulas(key, case):
-    """Held against the reference of the tests, which shares no code with gam_fast; one step from θ by plain SGD."""
-    model, ((x, y), *_) = make("tied_transformer")
-    params = list(model.parameters())
-    start = [p.detach().clone() for p in params]
-
-    def gradient(values):
-        for p, value in zip(params, values, strict=True):
-            p.data.copy_(value)
-            p.grad = None
-        closure_of(model, x, y)()
-        return [p.grad for p in params]
-
-    hyper = METHODS[case].hyper
-    expected = METHODS[case].reference(gradient, start, **hyper)
-    for p, value in zip(params, start, strict=True):
-        p.data.copy_(value)
-    optimizer = PEERS[key].make(model, torch.optim.SGD, {"lr": 1.0}, hyper)
-    optimizer.step(closure_of(model, x, y))
-    for p, value, direction in zip(params, start, expected, strict=True):
-        torch.testing.assert_close(p.detach(), value - direction, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("key", WITHOUT_COMPILER)
-def test_a_step_clears_gradients_returns_the_loss_and_leaves_parameters_without_a_gradient(key):
-    peer = PEERS[key]
-    model, ((x, y), *_) = make("partly_used")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    losses = []
-
-    def closure():
-        assert all(p.grad is None for p in model.parameters())
-        losses.append(closure_of(model, x, y)())
-        return losses[-1]
-
-    closure_of(model, x, y)()  # gradients that somebody has left
-    loss = peer.make(model, torch.optim.SGD, SGD, {}).step(closure)
-    assert torch.equal(loss, losses[0])
-    assert len(losses) == getattr(gam_fast, peer.method).recipe.passes
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) == name.startswith(("unused", "frozen")), name
-
-
-class Broken(peers.PlainSAM):
-    def step(self, closure):
-        self.param_groups[0]["params"][0].data.fill_(float("nan"))
-
-
-def test_what_is_checked_before_timing_notices_another_method_another_radius_and_nan():
-    """γ smaller by a hundredth too."""
-    plain = PEERS["plain-gam"]
-    gamma = 0.99 * gam_fast.GAM.recipe.defaults["gamma"]
-    for method, build in (
-        ("GAM", lambda *given, **hyper: PEERS["plain-sam"].build(*given)),
-        ("GAM", lambda *given, **hyper: plain.build(*given, **{**hyper, "gamma": gamma})),
-        ("SAM", peers.without_model(Broken)),
-    ):
-        apart = disagreement(peers.Peer("", method, build))
-        assert apart > 100 * plain.tolerance
-    assert apart == float("inf")
 
 
 def test_what_is_missing_is_named(monkeypatch):

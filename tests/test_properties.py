@@ -98,11 +98,3 @@ def test_chunks_partition_any_shapes_under_any_limit(sizes, limit):
             assert target.group[piece.leaf] == chunk.group
             view.add_(1.0)
     assert all(torch.equal(p, torch.ones_like(p)) for p in target.params)
-
-
-@SETTINGS
-@hypothesis.given(st.integers(0, 5000), st.integers(1, 7))
-def test_the_tree_sum_is_exact_on_integers_and_independent_of_threads(n, threads):
-    values = torch.arange(n, dtype=torch.float64)
-    torch.set_num_threads(threads)
-    assert float(eager._sum([values] if n else [], torch.device("cpu"))) == n * (n - 1) / 2

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import METHODS, in_turn
+from snapshots import leave
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,12 +66,7 @@ def drawn_in_steps(optimizer, weight, draw, steps=3, before=lambda: None):
 
 def undo(optimizer, weight, draw, last):
     """Leave a step by an error in pass ``last``."""
-    with pytest.raises(KeyError):  # noqa: PT012
-        for turn in optimizer.passes():
-            draw()
-            (weight**2).sum().backward()
-            if turn.index == last:
-                raise KeyError
+    leave(optimizer, lambda: (draw(), (weight**2).sum().backward()), last)
 
 
 # Generators of the user's own

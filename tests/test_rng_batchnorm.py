@@ -64,13 +64,15 @@ def test_statistics_move_in_every_pass_without_model_or_when_switched_off(is_giv
 
 def test_a_nan_in_a_later_pass_does_not_reach_the_statistics():
     model = Net(nn.BatchNorm1d(4), (6, 4))
-    with ForwardState(model) as freeze:
-        freeze.begin()
-        model(torch.ones(6, 4))
-        kept = model.norm.running_mean.clone()
-        freeze.begin()
-        model(torch.full((6, 4), float("nan")))
-        assert model.norm.running_mean.isnan().all()
+    state = ForwardState()
+    state.enter(model)
+    state.begin()
+    model(torch.ones(6, 4))
+    kept = model.norm.running_mean.clone()
+    state.begin()
+    model(torch.full((6, 4), float("nan")))
+    assert model.norm.running_mean.isnan().all()
+    state.exit(undo=False)
     assert torch.equal(model.norm.running_mean, kept)
 
 

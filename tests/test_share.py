@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import BASES, METHODS, MODELS, MULTIPASS, in_turn, loss_of, make
+from cases import ALL, BASES, MODELS, MULTIPASS, VARIANTS, in_turn, loss_of, make
 from reference import exact_gam
 from snapshots import assert_close, assert_equal, unchanged
 from test_active import train
@@ -37,10 +37,15 @@ def reference_step(model, optimizer, method, x, y, rows):
     sign = -1.0 if optimizer.param_groups[0].get("maximize") else 1.0
     part, whole = Functional(model, x[:rows], y[:rows], sign), Functional(model, x, y, sign)
     losses = iter([part] * (method.passes - 1) + [whole])
-    theta = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    direction = method.reference(lambda values: next(losses).gradient(values), theta, **method.hyper)
+    params = [p for p in model.parameters() if p.requires_grad]
+    theta = [p.detach().clone() for p in params]
+    state = optimizer.__dict__.setdefault("state_of_reference", {"step": 0, "used": lambda: [True] * len(params)})
+    more = {"state": state} if method in VARIANTS.values() else {}
+    direction = method.reference(lambda values: next(losses).gradient(values), theta, **method.hyper, **more)
     set_gradients(model, direction, sign, x, y)
     optimizer.step()
+    for p, w in zip(params, state.get("after") or [0.0] * len(params), strict=True):
+        p.data.sub_(optimizer.param_groups[0]["lr"] * w)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,7 @@ def reference_step(model, optimizer, method, x, y, rows):
     in_turn(MODELS, MULTIPASS, ["sgd_nesterov", "adamw_maximize"], SHARES),
 )
 def test_a_step_is_that_of_a_plain_loop_over_the_same_rows(model_name, method_name, base_name, share):
-    method, build = METHODS[method_name], BASES[base_name]
+    method, build = ALL[method_name], BASES[base_name]
     ours, batches = make(model_name)
     theirs = copy.deepcopy(ours)
     optimizer = method.optimizer(ours.parameters(), build, model=ours, ascent_share=share, **method.hyper)

@@ -6,6 +6,7 @@ import copy
 from contextlib import suppress
 
 import pytest
+import reference
 import torch
 from cases import ALL, BASES, DTYPES, MULTIPASS, closure_of, in_turn, loss_of, make, pairwise
 from ranks import same_on_all_ranks
@@ -13,6 +14,7 @@ from test_trajectories import assert_same_steps
 from torch import nn
 
 import gam_fast
+from gam_fast import recipe as language
 from gam_fast import subsets
 from gam_fast.backends.native import NativeBackend
 
@@ -43,6 +45,51 @@ def test_agrees_with_the_plain_loops_in_fp64(model_name, method_name, base_name,
         if name in method.hyper
     }
     assert_same_steps(optimizer, ours, plain, theirs, method, {**method.hyper, **radii}, batches)
+
+
+OWN_NORMS = [name for name in ALL if name not in ("base", "asam", "gam_release")]
+
+
+@pytest.mark.parametrize(
+    ("model_name", "method_name", "base_name"), pairwise(["mlp", "batchnorm_cnn"], OWN_NORMS, ["sgd_nesterov", "adamw"])
+)
+def test_each_layer_has_a_norm_of_its_own(model_name, method_name, base_name):
+    method, build = ALL[method_name], BASES[base_name]
+    ours, batches = make(model_name)
+    theirs = copy.deepcopy(ours)
+    optimizer = method.optimizer(subsets.layers(ours), build, model=ours, norm="group", **method.hyper)
+    plain = build(subsets.layers(theirs))
+    of_layer = {p: g for g, group in enumerate(plain.param_groups) for p in group["params"]}
+    assert len(set(of_layer.values())) > 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "NORMS", [of_layer[p] for p in theirs.parameters()])
+        assert_same_steps(optimizer, ours, plain, theirs, method, method.hyper, batches)
+
+
+@pytest.mark.parametrize("norm", ["global", "group"])
+def test_a_radius_that_is_capped(norm):
+    """min(σ/(‖v‖ + ϱ), cap) v in place of ρ/‖v‖ v, by hand; the second group ascends, and the first is at its cap."""
+
+    class Capped(gam_fast.SharpnessAwareOptimizer):
+        recipe = language.Recipe(
+            name="Capped",
+            citation="this test",
+            defaults={"sigma": 0.5, "more": 0.25, "cap": 0.125},
+            path=(language.Perturbation(0, "sigma", offset=language.Value("more"), cap=language.Value("cap")),),
+            u=(None, 1.0),
+        )
+
+    vectors = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, 0.25])]
+    params = [nn.Parameter(torch.zeros(2)) for _ in vectors]
+    groups = [{"params": params[:1], "cap": 0.01}, {"params": params[1:], "maximize": True}]
+    optimizer = Capped(groups, torch.optim.SGD, lr=0.1, norm=norm)
+    for turn in optimizer.passes():
+        at = [p.detach().clone() for p in params]
+        turn.backward(sum((p * v).sum() for p, v in zip(params, vectors, strict=True)))
+    total = (25.0 + 0.0625) ** 0.5
+    factors = [0.01, -min(0.5 / ((total if norm == "global" else 0.25) + 0.25), 0.125)]
+    for point, v, factor in zip(at, vectors, factors, strict=True):
+        torch.testing.assert_close(point, factor * v)
 
 
 def test_exact_gam_takes_the_gradient_norm_of_what_is_perturbed():
@@ -172,8 +219,14 @@ def test_where_nothing_that_is_perturbed_has_a_gradient_the_step_is_that_of_the_
         (lambda m: subsets.named(m, 1), TypeError, "got 1"),
         (lambda m: subsets.named(m), ValueError, "no parameter to perturb"),
         (lambda m: subsets.matrices(m.requires_grad_(False)), ValueError, "two dimensions"),
+        (lambda m: subsets.layers(m.requires_grad_(False)), ValueError, "Linear has no parameter that requires"),
+        (lambda m: gam_fast.SAM(m.parameters(), norm="layer"), ValueError, "norm must be one of global, group, got"),
+        (lambda m: gam_fast.ASAM(m.parameters(), norm="group"), ValueError, "not for ASAM, which has a radius per"),
     ],
-    ids=["number", "misspelt", "no norm", "no lora", "no such name", "no string", "no pattern", "frozen"],
+    ids=[
+        *("number", "misspelt", "no norm", "no lora", "no such name", "no string", "no pattern", "frozen"),
+        *("no layer", "another norm", "asam"),
+    ],
 )
 def test_bad_input_is_named(call, kind, message):
     with pytest.raises(kind, match=message):
@@ -214,8 +267,14 @@ def on_two(rank, world, sync, sharded):
     else:
         trained = nn.parallel.DistributedDataParallel(model)
     hyper = {"lr": 0.1, "rho": 0.2, "rho_prime": 0.1}
-    optimizer = gam_fast.GAM(groups_of(model, "matrices"), torch.optim.SGD, model=trained, sync=sync, **hyper)
-    alone = gam_fast.GAM(groups_of(whole, "matrices"), torch.optim.SGD, **hyper)
+
+    def groups(model):
+        perturbed, rest = groups_of(model, "matrices")
+        return [*({"params": [p]} for p in perturbed["params"]), rest]
+
+    norm = "group" if sharded else "global"
+    optimizer = gam_fast.GAM(groups(model), torch.optim.SGD, model=trained, sync=sync, norm=norm, **hyper)
+    alone = gam_fast.GAM(groups(whole), torch.optim.SGD, norm=norm, **hyper)
     for _ in range(3):
         for _ in optimizer.passes():
             loss_of(trained, x[mine], y[mine]).backward()

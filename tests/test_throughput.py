@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from bench import compare, data, launches, networks, peers, report, throughput, training
+from bench import compare, data, networks, peers, throughput, training
 from bench.spread import Spread
 
 # raised inside dependencies of timm and of pytorch-optimizer
@@ -40,17 +39,6 @@ def test_networks_have_the_parameters_they_are_known_for_and_take_their_batches(
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert x.shape[1:] == network.shape
     assert output.shape == (*y.shape, network.classes)
-
-
-def test_the_own_vit_has_the_shapes_of_timms(monkeypatch):
-    with torch.device("meta"):
-        theirs = networks.vit_tiny()
-        monkeypatch.setitem(sys.modules, "timm", None)
-        own = networks.vit_tiny()
-        assert own(torch.zeros(2, 3, 224, 224)).shape == (2, 1000)
-    assert isinstance(own, networks.VisionTransformer)
-    shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in (own, theirs)]
-    assert shapes[0] == shapes[1]
 
 
 def trainer(key: str, steps: list[tuple[float, float]], passes: int = 1) -> SimpleNamespace:
@@ -83,50 +71,6 @@ def test_figures_are_those_of_their_definitions():
     assert rows[1]["of_copy"] == pytest.approx(40_000 / 3 / 4000)
     assert rows[2]["of_copy"] is None
     assert throughput.rows("mlp", [sgd, exact], copy)[1]["to_sam"] is None
-
-
-def test_a_trainer_takes_the_steps_of_a_plain_loop():
-    own = training.Trainer(training.Entrant("AdamW"), "mlp", training.Setting(base="AdamW", batch=2))
-    torch.manual_seed(0)
-    model = networks.mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **training.HYPER["AdamW"])
-    x, y = networks.NETWORKS["mlp"].batch(2)
-    for _ in range(3):
-        own.step(x, y)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    for p, q in zip(own.params, model.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-def test_precision_and_layout_are_those_of_the_setting():
-    setting = training.Setting(batch=2, dtype="bfloat16", channels_last=True)
-    own = training.Trainer(training.Entrant("SAM"), "resnet18", setting)
-    x, y = setting.place(networks.NETWORKS["resnet18"].batch(2))
-    for tensor in (x, own.params[0]):
-        assert tensor.dtype == torch.bfloat16
-        assert tensor.is_contiguous(memory_format=torch.channels_last)
-    own.step(x, y)
-    autocast = training.Trainer(training.Entrant("SAM"), "mlp", training.Setting(batch=2, autocast="bfloat16"))
-    seen = []
-    autocast.model[-1].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    autocast.step(*networks.NETWORKS["mlp"].batch(2))
-    assert seen == [torch.bfloat16] * 2
-    assert autocast.params[0].dtype == torch.float32
-
-
-def test_kernels_are_counted_without_copies_fills_and_labels():
-    cuda, cpu = SimpleNamespace(name="CUDA"), SimpleNamespace(name="CPU")
-    events = [
-        SimpleNamespace(device_type=cuda, name="void sgd_kernel<float>"),
-        SimpleNamespace(device_type=cuda, name="void sgd_kernel<float>", is_user_annotation=False),
-        SimpleNamespace(device_type=cuda, name="Memcpy HtoD (Pinned -> Device)"),
-        SimpleNamespace(device_type=cuda, name="Memset (Device)"),
-        SimpleNamespace(device_type=cuda, name="Optimizer.step#GAM.step", is_user_annotation=True),
-        SimpleNamespace(device_type=cpu, name="cudaLaunchKernel"),
-    ]
-    assert launches.count(events) == 2
 
 
 def test_digits_are_resized_to_the_network(monkeypatch):
@@ -291,17 +235,3 @@ def test_the_peak_of_gam_is_that_of_its_gradients_momentum_and_three_buffers():
     size = 4 * 3_722_852
     peak = training.peak_in_a_process(training.Entrant("GAM"), "mlp", training.Setting(batch=2))
     assert 4.5 < peak / size < 6.0
-
-
-def test_tables_are_markdown_and_html_of_the_same_cells():
-    rows = [{"method": "SGD", "ms": 0.1234}, {"method": "<GAM>", "ms": 123.45, "ratio": 1234.5}]
-    table = report.Table("title", {"method": "", "ms": "ms", "ratio": "÷ SGD"}, rows, ["note & more"])
-    assert table.markdown().splitlines() == [
-        "| | ms | ÷ SGD |",
-        "|---|---|---|",
-        "| SGD | 0.12 | – |",
-        "| <GAM> | 123.5 | 1234 |",
-    ]
-    page = table.html()
-    assert "<td>&lt;GAM&gt;</td><td>123.5</td>" in page
-    assert "<p>note &amp; more</p>" in page

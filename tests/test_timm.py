@@ -9,6 +9,7 @@ import pytest
 import timm.optim
 import timm_factory
 import torch
+from snapshots import assert_equal
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
@@ -75,8 +76,7 @@ def test_it_steps_as_one_that_is_constructed():
     for _ in range(3):
         step(ours, made)
         step(theirs, by_hand)
-    for p, q in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(p, q)
+    assert_equal(ours, theirs)
 
 
 def test_every_base_has_timms_defaults_and_arguments():

@@ -38,18 +38,6 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(tmp_path):
     assert "seen" in (tmp_path / "out" / "log.txt").read_text()
 
 
-def test_commands_of_a_stage_run_at_the_same_time_and_write_figures_by_the_card(tmp_path):
-    wait = "import pathlib, sys, time\nopen(sys.argv[1], 'w').write('{}')\n" + (
-        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(.01)"
-    )
-    one, other = "{results}/{gpu}_one.json", "{results}/{gpu}_other.json"
-    stage = Stage("both", 30, {"one": [*HERE, wait, one, other], "other": [*HERE, wait, other, one]})
-    found, lines = run(tmp_path, stage)
-    assert not found.failed
-    assert [line[:2] for line in lines] == [["one", "ok"], ["other", "ok"]]
-    assert json.loads((tmp_path / "some_card_one.json").read_text()) == {}
-
-
 def test_what_is_not_there_or_has_no_time_left_is_left_out_by_name(tmp_path):
     nothing = {"x": [*HERE, "raise SystemExit(1)"]}
     found, lines = run(tmp_path, Stage("tool", 20, nothing, needs="no-such-program"), Stage("late", 20, nothing))

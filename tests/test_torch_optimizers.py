@@ -7,7 +7,6 @@ with and without foreach and fused, and the arguments that it refuses. It is pri
 from __future__ import annotations
 
 import copy
-import pickle
 import re
 import sys
 from functools import partial
@@ -15,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 from cases import BACKENDS, METHODS, in_turn, pairwise
-from snapshots import through_a_file
+from snapshots import COPIES, through_a_file
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -103,10 +102,6 @@ def ours(method, name, params, kwargs, **own):
 
 def without_a_radius(method):
     return {key: 0.0 for key in METHODS[method].hyper if key in ("rho", "rho_prime", "gamma")}
-
-
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))
 
 
 def take(optimizer, params, steps=2):
@@ -216,7 +211,7 @@ def test_checkpoints_go_both_ways_with_the_plain_optimizer(name):
 
 @over_bases
 def test_a_copy_has_all_of_it_and_takes_the_same_steps(name):
-    for given, method, copied in inputs(name, SOME, [copy.deepcopy, pickled]):
+    for given, method, copied in inputs(name, SOME, [COPIES["deepcopy"], COPIES["pickle"]]):
         params = parameters(name)
         optimizer = ours(method, name, params, given.kwargs)
         take(optimizer, params)
@@ -354,21 +349,6 @@ def test_a_rate_that_is_a_tensor_is_a_rate(name):
         assert torch.is_tensor(optimizer.state_dict()["param_groups"][0]["lr"])
 
 
-@over_bases
-def test_a_step_without_any_gradient_does_nothing(name):
-    for given, backend in inputs(name, BACKENDS):
-        params, theirs = parameters(name), parameters(name)
-        optimizer = ours("base", name, params, given.kwargs, backend=backend)
-        expected = plain(name, theirs, given.kwargs)
-        before = copy.deepcopy(optimizer.state_dict())
-        optimizer.step()
-        optimizer.step(lambda: None)
-        expected.step()
-        assert_same(params, parameters(name), given.desc)
-        assert_same_state(optimizer.state_dict(), before, given.desc)
-        assert_same_state(optimizer.state_dict(), expected.state_dict(), given.desc)
-
-
 DIVIDES_BY_ELEMENTS = {"Adafactor"}
 """Those whose own step fails for a parameter without elements: Adafactor divides by their number."""
 
@@ -424,17 +404,6 @@ def test_a_scaler_steps_and_skips_as_with_the_plain_optimizer(name):
                 scaler.update()
             assert scaler.get_scale() == 32.0
         assert_alike(optimizer, params, expected, theirs, given.desc, name not in ROUNDED)
-
-
-@over_bases
-def test_parameters_of_two_dtypes(name):
-    for given, method, backend in inputs(name, SOME, BACKENDS):
-        params = [nn.Parameter(torch.ones(3, 2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
-        take(ours(method, name, params, given.kwargs, backend=backend), params, 2)
-        theirs = [nn.Parameter(torch.ones(3, 2, dtype=torch.float64)) for _ in range(2)]
-        take(ours(method, name, theirs, given.kwargs, backend=backend), theirs, 2)
-        assert [p.dtype for p in params] == [torch.float32, torch.float64]
-        assert_same([p.double() for p in params], [p.double() for p in theirs], given.desc, exact=False)
 
 
 SCHEDULERS = {

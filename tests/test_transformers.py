@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers_trainer
-from frameworks import assert_same_model
 from ranks import same_on_all_ranks
 from schedule_free import ScheduleFree
+from snapshots import assert_close, assert_equal
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -104,7 +104,7 @@ def test_it_takes_the_steps_of_a_plain_loop(accumulate, limit, tmp_path):
                 turn.backward(loss)
                 if turn.index == 0:
                     told.append(loss.detach())
-    assert_same_model(trainer.model, twin)
+    assert_equal(trainer.model, twin)
     assert trainer.told == told
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_resumes_with_the_same_bits(tmp_path):
     resumed = trainer_of(tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert len(resumed.seen) == 3 * 2
-    assert_same_model(resumed.model, straight.model)
+    assert_equal(resumed.model, straight.model)
 
 
 def test_another_optimizer_is_trained_as_by_the_trainer(tmp_path):
@@ -138,7 +138,7 @@ def test_another_optimizer_is_trained_as_by_the_trainer(tmp_path):
         trainer = trainer_of(tmp_path, kind=kind, optimizer=(torch.optim.AdamW, {"lr": 1e-3}))
         trainer.train()
         found.append(trainer)
-    assert_same_model(found[0].model, found[1].model)
+    assert_equal(found[0].model, found[1].model)
     ours, theirs = ([entry["loss"] for entry in trainer.state.log_history[:5]] for trainer in found)
     assert ours == theirs
 
@@ -190,7 +190,7 @@ def test_a_run_that_ends_by_an_exception_leaves_the_weights_of_the_step_before(w
         trainer.train()
     assert trainer.state.global_step == 2
     assert trainer.flat_optimizer.turn is None
-    assert_same_model(trainer.model, expected.model)
+    assert_equal(trainer.model, expected.model)
 
 
 def test_an_epoch_may_end_within_an_accumulation(tmp_path):
@@ -227,8 +227,7 @@ def test_fp16_takes_the_steps_of_full_precision(tmp_path):
     plain.train()
     scaled = with_scaler(trainer_of(tmp_path, language_model(0.0).double(), **options))
     scaled.train()
-    for p, q in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+    assert_close(scaled.model, plain.model, rtol=1e-10, atol=1e-10)
     ours, theirs = ([entry["grad_norm"] for entry in t.state.log_history[:-1]] for t in (scaled, plain))
     assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -244,7 +243,7 @@ def test_a_pass_that_is_not_finite_undoes_the_step_and_the_schedule_waits(at, sc
     trainer.train()
     assert trainer.flat_optimizer.skipped_steps == trainer.state.global_step == 5
     assert trainer.lr_scheduler.last_epoch == 0
-    assert_same_model(trainer.model, before)
+    assert_equal(trainer.model, before)
     if scaler:
         assert trainer.accelerator.scaler.get_scale() == 1024.0 / 2**5
 
@@ -370,4 +369,4 @@ def test_a_schedule_free_base_is_trained_and_evaluated_in_its_modes(tmp_path):
     for at, weights in zip((seen[0], seen[-1]), averaged, strict=True):
         for p, q in zip(at, weights, strict=True):
             assert torch.equal(p, q)
-    assert_same_model(model, twin)
+    assert_equal(model, twin)

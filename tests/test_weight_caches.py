@@ -1,4 +1,4 @@
-"""``torch.nn.utils.parametrize.cached()`` around a step: no pass gets the weights of another."""
+"""``torch.nn.utils.parametrize.cached()`` or autocast around a step: no pass gets the weights of another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ class Squared(nn.Module):
         return weight**2
 
 
+def in_bf16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def model_of(parametrization):
+    if parametrization is in_bf16:
+        return make("mlp", torch.float32)
     _, batches = make("mlp")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -37,28 +43,34 @@ def model_of(parametrization):
 
 @pytest.mark.parametrize(
     ("method_name", "where", "parametrization"),
-    pairwise(["base", "sam", "gam"], ["passes", "closure"], [Symmetric, Squared]),
+    pairwise(["base", "sam", "gam"], ["passes", "closure"], [Symmetric, Squared, in_bf16]),
 )
 def test_the_cache_serves_one_pass(method_name, where, parametrization):
+    """The cache of autocast, of converted weights, lives as long as the outermost one."""
     method, found = METHODS[method_name], []
+    inside, outside = contextlib.nullcontext, parametrize.cached
+    if parametrization is in_bf16:
+        inside = outside = in_bf16
     for around in (False, True):
         model, batches = model_of(parametrization)
         optimizer = method.optimizer(model.parameters(), torch.optim.SGD, lr=0.1, **method.hyper)
         losses = []
 
         def closure(model=model, losses=losses, batches=batches):
-            loss = loss_of(model, *batches[0])
+            with inside():
+                loss = loss_of(model, *batches[0])
             loss.backward()
             losses.append(loss.item())
 
-        with parametrize.cached() if around else contextlib.nullcontext():
+        with outside() if around else contextlib.nullcontext():
             for _ in range(2):
                 if where == "closure":
                     optimizer.step(closure)
                 else:
                     for _ in optimizer.passes():
                         closure()
-            losses.append(loss_of(model, *batches[0]).item())  # of the weights after the step
+            with inside():
+                losses.append(loss_of(model, *batches[0]).item())  # of the weights after the step
         found.append((losses, *model.parameters()))
     (plain, *expected), (cached, *params) = found
     assert cached == plain

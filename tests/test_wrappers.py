@@ -10,9 +10,9 @@ from functools import partial
 import cases
 import pytest
 import torch
-from cases import METHODS, MOMENTUM, closure_of, in_turn, make, pairwise
+from cases import METHODS, MOMENTUM, closure_of, in_turn, make
 from schedule_free import Lookahead, ScheduleFree
-from snapshots import assert_close, assert_same, everything, through_a_file, unchanged
+from snapshots import COPIES, assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
 import gam_fast
@@ -31,11 +31,6 @@ def setting(method_name, base, model_name="batchnorm_cnn", **options):
 def train(model, optimizer, batches, steps):
     for k in steps:
         optimizer.step(closure_of(model, *batches[k % len(batches)]))
-
-
-def assert_equal(ours, theirs):
-    """Two modules with their buffers."""
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0.0, atol=0.0)
 
 
 # Modes
@@ -273,13 +268,6 @@ class Unpicklable(nn.Module):
         return self.activation(self.inner(x))
 
 
-def pickled(what):
-    return pickle.loads(pickle.dumps(what))
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": partial(through_a_file, weights_only=False)}
-
-
 @pytest.mark.parametrize(("method_name", "how"), in_turn(["base", "sam", "gam"], COPIES))
 def test_an_optimizer_is_copied_without_its_module(method_name, how):
     model = Unpicklable()
@@ -297,26 +285,9 @@ def test_an_optimizer_is_copied_without_its_module(method_name, how):
     assert twin.model is None
     with pytest.raises(RuntimeError, match="a copy without its model .a Unpicklable, whose buffers"):
         next(iter(twin.passes()))
-    assert pickled(twin).state_dict()["param_groups"] == twin.state_dict()["param_groups"]
+    assert COPIES["pickle"](twin).state_dict()["param_groups"] == twin.state_dict()["param_groups"]
     twin.model = None  # says that it is known
     next(iter(twin.passes())).backward(twin.param_groups[0]["params"][0].sum())
-
-
-@pytest.mark.parametrize(
-    ("method_name", "how", "first"), pairwise(["base", "sam", "gam"], COPIES, ["model", "optimizer"])
-)
-def test_model_and_optimizer_together_stay_together(method_name, how, first):
-    model, optimizer, batches = setting(method_name, MOMENTUM)
-    train(model, optimizer, batches, [0])
-    if first == "model":
-        twin_model, twin = COPIES[how]((model, optimizer))
-    else:
-        twin, twin_model = COPIES[how]((optimizer, model))
-    train(model, optimizer, batches, [1, 2])
-    train(twin_model, twin, batches, [1, 2])
-    assert_equal(model, twin_model)
-    assert twin.model is twin_model
-    assert copy.copy(optimizer).model is model
 
 
 def test_a_copy_needs_no_module_that_has_no_buffers():

@@ -133,7 +133,7 @@ class Compiled:
 def compile_for(kernel: Any, constants: dict[str, Any], threads: int, target: GPUTarget) -> Compiled:
     """Compile a kernel whose pointers are aligned to 16 bytes, as in a launch."""
     integers = ("pieces", "table", "starts", "mark")
-    scalars = {"rows": "i32", "ticket": "i64"}
+    scalars = {"rows": "i32", "stride": "i32", "ticket": "i64"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -25,6 +25,7 @@ struct PerturbArguments {
   Table table;
   const double* square = nullptr;
   bool save = false, from_start = false;
+  bool by_group = false;    // one square per group
   bool multiplied = false;  // whether there are multiples; otherwise none are read
   Numbers<double> radius, eta, k, l, multiple;
 };

@@ -39,6 +39,7 @@ void Executor::perturb(const Perturbation& arguments) {
   const Guard guard(device_);
   PerturbArguments launched;
   launched.square = arguments.square;
+  launched.by_group = arguments.by_group;
   launched.save = arguments.save;
   launched.from_start = arguments.from_start;
   tables_.begin(arguments.lists, Perturbation::kLists);

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? 4 : 0)
   const auto of_group = [&](const Numbers<double>& numbers) { return number(arguments.table, numbers, row.group); };
   GAM_SHARED(double, factor, 1);
   if (threadIdx.x == 0) {
-    factor[0] = inverse_norm(*arguments.square) * of_group(arguments.radius);
+    factor[0] = inverse_norm(arguments.square[arguments.by_group ? row.group : 0]) * of_group(arguments.radius);
     if (arguments.multiplied) factor[0] += of_group(arguments.multiple);
   }
   __syncthreads();

@@ -221,9 +221,10 @@ class Backend(Protocol):
     ) -> None:
         r"""Compute ``params ← origin + (radius / (√square + ξ) + multiple) · T² (a − b)``, then the fold.
 
-        ``square`` is the result of :meth:`square_norm`, summed over devices; ξ = 1e-12; ``multiple=None`` is 0. The
-        origin is θ with ``from_start``, and the parameters themselves otherwise. T is as in :meth:`square_norm`. If the
-        leaves are not saved yet, the parameters are first copied to the backup.
+        ``square`` is the result of :meth:`square_norm`, summed over devices, or a float64 tensor of one number per
+        group; ξ = 1e-12; ``multiple=None`` is 0. The origin is θ with ``from_start``, and the parameters themselves
+        otherwise. T is as in :meth:`square_norm`. If the leaves are not saved yet, the parameters are first copied to
+        the backup.
 
         Reads 1 N each for origin, a, b and (with ``eta``, unless it is the origin) θ; writes 1 N, and 1 N more for the
         first backup. A fold reads at most 1 N and writes 1 N more.

@@ -127,13 +127,35 @@ def factors(d: Direction) -> list[Sequence[Scalar]]:
 
 
 def steps(radius: PerGroup, square: Scalar, multiple: PerGroup | None = None) -> list[Scalar]:
-    """Return ``radius / (‖v‖ + ξ) + multiple`` by group, from ‖v‖².
+    """Return ``radius / (‖v‖ + ξ) + multiple`` by group, from ‖v‖², which may be one number per group.
 
     >>> steps([1.0, 2.0], 4.0), steps([1.0], 4.0, [0.5])
     ([0.49999999999975, 0.9999999999995], [0.99999999999975])
     """
+    n = len(radius)
     scale = inverse_norm(square)
-    return [scale * r + m for r, m in zip(radius, multiple or [0.0] * len(radius), strict=True)]
+    scales = scale[:n] if isinstance(scale, Tensor) and scale.numel() > 1 else [scale] * n
+    return [s * r + m for s, r, m in zip(scales, radius, multiple or [0.0] * n, strict=True)]
+
+
+def bounded(square: Scalar, radius: PerGroup, offset: PerGroup, cap: PerGroup, weight: float) -> Tensor:
+    r"""Return ‖v‖² by group for which ``radius / ‖v‖`` is ``min(|radius| / (‖v‖ + offset), cap)``, with its sign.
+
+    Args:
+        square: ‖v‖², one or one per group.
+        radius: the radius by group, with a sign.
+        offset: the offset by group.
+        cap: the cap by group.
+        weight: the factor of v when it covers only a part of the micro-batches.
+
+    >>> bounded(4.0, [1.0, 1.0], [0.5, 0.0], [9.0, 0.25], 1.0)     # 1/2.5, and 0.25
+    tensor([ 6.2500, 16.0000], dtype=torch.float64)
+    """
+    length = torch.as_tensor(root(square), dtype=torch.float64)
+    lengths = length if length.numel() > 1 else length.expand(len(radius))
+    least = [abs(r) / (c * weight) if c * weight else math.inf if r else 0.0 for r, c in zip(radius, cap, strict=True)]
+    rows = zip(lengths, offset, least, strict=True)
+    return torch.stack([(n + o / weight).clamp_min(floor) for n, o, floor in rows]).square()
 
 
 def on_device(value: Scalar | Products, device: torch.device) -> Tensor:

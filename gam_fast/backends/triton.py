@@ -190,7 +190,8 @@ class TritonBackend:
             self._ticket += 1
             if save:  # an interrupt may come before or after the launch: restore() checks which
                 leaves.ticket = self._ticket
-            launch(kernels().moves.perturb, prepared, *prepared.numbers, total, mark, self._ticket, **constants)
+            stride = int(total.numel() > 1)
+            launch(kernels().moves.perturb, prepared, *prepared.numbers, total, stride, mark, self._ticket, **constants)
             leaves.saved = True
             after(lists, a, b)
 

@@ -1,0 +1,117 @@
+"""Show the effect of a radius that is too small or too large: accuracy and training loss of SAM and GAM on the digits.
+
+python -m experiments.radius --json bench/results/radius_cpu.json --picture docs/radius.png
+
+Only ``rho`` changes, from a tenth of a good value to eight times that; SGD stands for radius 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import options
+from bench.contenders import machine
+from bench.report import Table, png, write_json
+
+from .picture import COLORS
+from .runs import CONTENDERS, Trainer
+from .tasks import Task, digits
+
+RADII = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
+METHODS = ("SAM", "GAM")
+COLUMNS = {"method": "", "rho": "rho", "accuracy": "test accuracy, %", "loss": "training loss"}
+
+
+def found(task: Task, method: str, rho: float | None, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train with each seed; return accuracy and loss."""
+    if rho is not None:
+        task = replace(task, methods={method: {**task.methods[method], "rho": rho}}, own={})
+    accuracy, loss = [], []
+    for seed in seeds:
+        trainer = Trainer(CONTENDERS[method], task, seed)
+        for _ in range(task.epochs):
+            trainer.epoch()
+        accuracy.append(task.accuracy(trainer.model))
+        loss.append(task.training_loss(trainer.model).value())
+    return {"method": method, "rho": rho, "accuracy": accuracy, "loss": loss}
+
+
+def means(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the means over seeds."""
+    return {**row, **{name: statistics.mean(row[name]) for name in ("accuracy", "loss")}}
+
+
+def picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Draw accuracy and training loss against the radius, one line per method and dots for its seeds."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
+
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    labels = {"error": "test error, %", "loss": "training loss at the end"}
+    rows = [{**row, "error": [100.0 - accuracy for accuracy in row["accuracy"]]} for row in rows]
+    for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        base = next(row for row in rows if row["rho"] is None)
+        axes.axhline(statistics.mean(base[key]), color=COLORS["base"], linestyle="--", label="SGD")
+        for method in METHODS:
+            own = [row for row in rows if row["method"] == method]
+            radii = [row["rho"] for row in own]
+            axes.plot(
+                radii, [statistics.mean(row[key]) for row in own], color=COLORS[method], label=method, linewidth=2
+            )
+            for row in own:
+                axes.plot([row["rho"]] * len(row[key]), row[key], ".", color=COLORS[method], alpha=0.6)
+        axes.set(xscale="log", yscale="log" if key == "error" else "linear")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({row["rho"] for row in rows if row["rho"] is not None})[::2]))
+        for axis in (axes.xaxis, axes.yaxis) if key == "error" else (axes.xaxis,):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        if key == "error":
+            axes.yaxis.set_major_locator(FixedLocator([5, 7, 10, 20, 50, 90]))
+        axes.set_xlabel("rho", fontsize=11)
+        axes.set_title(label, loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=10)
+    return png(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print the table, and draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=options.seeds, default="0,1,2", help="with commas (default: %(default)s)")
+    parser.add_argument("--threads", type=options.positive, default=1, help="CPU threads of torch (default: 1)")
+    parser.add_argument("--json", type=options.output, metavar="PATH", help="write the figures to PATH")
+    parser.add_argument("--picture", type=options.output, metavar="PATH", help="draw them to PATH")
+    parser.add_argument(
+        "--read", type=Path, metavar="PATH", help="train nothing, show the figures of an earlier --json"
+    )
+    parser.add_argument("--quick", action="store_true", help="two radii, few examples, to check that it works")
+    given = parser.parse_args(argv)
+    if given.read:
+        figures = json.loads(given.read.read_text(encoding="utf-8"))
+    else:
+        torch.set_num_threads(given.threads)
+        task, radii = (digits().quick(40), RADII[:2]) if given.quick else (digits(), RADII)
+        rows = [found(task, "base", None, given.seeds)]
+        for method in METHODS:
+            for rho in radii:
+                rows.append(found(task, method, rho, given.seeds))
+                print(method, rho, means(rows[-1])["accuracy"], file=sys.stderr)
+        figures = {"benchmark": "radius", "quick": given.quick, **machine(), "seeds": given.seeds, "rows": rows}
+    Table("digits, 30 % wrong labels", COLUMNS, [means(row) for row in figures["rows"]]).show()
+    write_json(given.json, figures)
+    if given.picture:
+        given.picture.write_bytes(picture(figures["rows"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
