@@ -82,11 +82,11 @@ DRAWN = {
     "accuracy": ("test accuracy, %", "accuracy"),
     "lambda_max": ("λmax: smaller is flatter", "the curvature of the minimum"),
 }
-"""What is drawn against time, a picture for each task: label, and words of the title."""
+"""The figures drawn against time, one picture per task: label, and words of the title."""
 
 
 def pictures(figures: dict[str, Any]) -> dict[str, bytes]:
-    """Each of ``DRAWN`` of each task against time; the key is ``<task>_<what>``, bars are standard errors."""
+    """Draw each of ``DRAWN`` against time for each task. Keys are ``<task>_<figure>``; bars are standard errors."""
     found = {}
     for task in figures["tasks"]:
         for key, (label, words) in DRAWN.items():

@@ -203,7 +203,7 @@ class ForwardState:
         return {key for key, name in names.items() if any(fnmatchcase(name, pattern) for pattern in self._left_out)}
 
     def _look_around(self) -> None:
-        """Without a model, watch the buffers of modules in reach of the calling code."""
+        """Watch, without a model, the buffers of modules in reach of the calling code."""
         ours = set(map(id, self._params))
         for model in modules_in_reach(self._params):
             for prefix, module in model.named_modules():
@@ -287,7 +287,7 @@ class ForwardState:
         return [place for place in trained if place.position >= 0]
 
     def _find_silent(self) -> None:
-        """In the first step, compare values to find changes that left no other trace."""
+        """Compare values, in the first step, to find changes that left no other trace."""
         if not self._learning:
             return
         unseen = [place for place in self._places if not place.moved() and place.start is not None]

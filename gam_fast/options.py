@@ -346,7 +346,7 @@ def check_keys(method: str, own: Sequence[str], known: Iterable[str], group: Map
         near = difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
         if near:
             raise ValueError(
-                f"a parameter group of {method} has {key!r} ({group[key]!r}), which nobody reads: did you mean "
+                f"a parameter group of {method} has {key!r} ({group[key]!r}), which no code reads: did you mean "
                 f"{near[0]}?"
             )
 

@@ -36,7 +36,7 @@ ACCUMULATE = torch.float64
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of scalars on ``device``: float64, or float32 where the device has no float64 (MPS).
+    """Return the dtype of scalars on ``device``: float64, or float32 if the device has no float64 (MPS).
 
     >>> accumulate_dtype(torch.device("cpu"))
     torch.float64
@@ -153,7 +153,7 @@ class Bookkeeping(Protocol):
         ...
 
     def take_all_gradients(self, params: TensorList, versions: Any, flags: bytearray, keep: bool) -> TensorList | None:
-        """Fast path of :meth:`take_gradients`. Return None, and do nothing, if it does not apply.
+        """Take the fast path of :meth:`take_gradients`. Return None, and do nothing, if it does not apply.
 
         It applies if no tensor was written to since ``versions``, all flags are equal, and every parameter has a dense
         gradient whose dtype has no more bits than the parameter's.

@@ -112,7 +112,7 @@ def zeroth_order_flatness(
     starts: Sequence[Sequence[Tensor]] = (),
     progress: bool = False,
 ) -> Flatness:
-    r""":math:`R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ)`, which SAM minimises: a lower bound by ascent.
+    r"""Bound :math:`R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ)`, which SAM minimises, from below by ascent.
 
     The norm is over all parameters of ``loss``. Each evaluation is one gradient over the whole data set. A rise of the
     loss below its rounding error cannot be measured and is never reported as converged. So convert a half-precision
@@ -158,7 +158,7 @@ def first_order_flatness(
     starts: Sequence[Sequence[Tensor]] = (),
     progress: bool = False,
 ) -> Flatness:
-    r""":math:`R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖`, which GAM minimises: a lower bound by ascent.
+    r"""Bound :math:`R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖`, which GAM minimises, from below by ascent.
 
     As :func:`zeroth_order_flatness`, with two differences. The first ascent starts along the gradient of the gradient
     norm, as GAM does. Each evaluation is a gradient and a Hessian-vector product over the whole data set.
