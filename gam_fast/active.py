@@ -178,12 +178,12 @@ class Looking(Activity):
 
 @dataclass(frozen=True)
 class WhenSteep(Looking):
-    r"""Take the whole recipe if the gradient at θ is large compared with earlier ones: :math:`‖g_0‖² ≥ μ + c\,σ`.
+    r"""Take the whole recipe if the gradient at θ is large compared with earlier ones: :math:`‖g_0‖^2 ≥ μ + c\,σ`.
 
-    .. math:: μ ← δ μ + (1−δ) ‖g_0‖², \qquad σ² ← δ σ² + (1−δ) (‖g_0‖² − μ)²
+    .. math:: μ ← δ μ + (1−δ) ‖g_0‖^2, \qquad σ^2 ← δ σ^2 + (1−δ) (‖g_0‖^2 − μ)^2
 
-    The rule updates μ and σ² at every step that the other rules allow. At the first such step μ is :math:`‖g_0‖²` and σ
-    is 0, so this step takes the whole recipe. :class:`Looking` describes the consequences of a decision and its cost.
+    The rule updates μ and σ² at every step that the other rules allow. At the first such step μ is :math:`‖g_0‖^2` and
+    σ is 0, so this step takes the whole recipe. :class:`Looking` describes the consequences of a decision and its cost.
 
     Source: Jiang, Yang, Zhang, Kwok, *An Adaptive Policy to Employ Sharpness-Aware Minimization*, ICLR 2023, arXiv
     2304.14647. There c goes from 1 to −1 in the course of the run; here it is constant.

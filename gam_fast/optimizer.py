@@ -233,11 +233,10 @@ class SharpnessAwareOptimizer(AroundBase):
 
         Args:
             scaler: a :class:`torch.amp.GradScaler`. In each pass call ``turn.backward(loss)``, or
-                ``scaler.scale(loss).backward()``. Do not call ``scaler.unscale_``, ``scaler.step`` or
-                ``scaler.update``: the step does all that. (A framework that calls ``scaler.step`` and ``scaler.update``
-                    itself does so in the
-                last pass.) A non-finite gradient in any pass undoes the step, whatever ``on_nonfinite`` is. Then the
-                scale goes down and :attr:`skipped_steps` goes up.
+                ``scaler.scale(loss).backward()``. The step itself unscales, steps and updates the scaler, so do not
+                call ``scaler.unscale_``, ``scaler.step`` or ``scaler.update``. (A framework that calls ``scaler.step``
+                and ``scaler.update`` itself does so in the last pass.) A non-finite gradient in any pass undoes the
+                step, whatever ``on_nonfinite`` is. Then the scale goes down and :attr:`skipped_steps` goes up.
 
         Raises:
             RuntimeError: one of several passes ended without a gradient, or modified a parameter (a write in the first

@@ -4,7 +4,7 @@ r"""Zeroth- and first-order flatness: maxima over a ball around θ, found by asc
     R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ), \qquad
     R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖, \qquad R^0_ρ ≤ R^1_ρ .
 
-At a minimum of a quadratic, :math:`R^0 = ρ² λ_{max}/2` and :math:`R^1 = ρ² λ_{max}`. In general an ascent reaches a
+At a minimum of a quadratic, :math:`R^0 = ρ^2 λ_{\max}/2` and :math:`R^1 = ρ^2 λ_{\max}`. In general an ascent reaches a
 lower bound of the maximum. The largest bound of several starts is reported, with data to judge it. Source: Zhang et
 al., CVPR 2023, arXiv 2303.03108.
 
