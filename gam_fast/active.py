@@ -29,7 +29,15 @@ COUNTS = (STEPS, LOOKS, MEAN, VARIANCE, HEIGHT)
 
 
 class Activity:
-    """A rule for which steps take the whole recipe. To write your own, override :meth:`before`."""
+    """A rule for which steps take the whole recipe. To write your own, override :meth:`before`.
+
+    >>> class EveryThird(Activity):
+    ...     def before(self, step):
+    ...         return step % 3 == 0
+    >>> schedule = StepSchedule(interval=1, active=EveryThird())
+    >>> [step for step in range(7) if schedule.wants(step)]
+    [0, 3, 6]
+    """
 
     def before(self, step: int) -> bool:
         """Return whether step ``step``, counted from 0, may take the whole recipe. Depend on this number only."""
