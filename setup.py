@@ -1,4 +1,4 @@
-"""Build script; everything static is in pyproject.toml. Here: whether, and from what, the compiled core is built."""
+"""Build the compiled core, if possible. All static metadata are in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from setuptools import setup
 BUILD_MODES = ("auto", "cpu", "cuda", "none")
 HINT = "install torch, ninja, setuptools and a C++17 compiler, then: pip install --no-build-isolation ."
 
-# Unless TORCH_CUDA_ARCH_LIST says otherwise: code for these, which later processors of the same major number run too,
-# and PTX, which newer ones translate. nvcc knows the later ones from the version given.
+# Default of TORCH_CUDA_ARCH_LIST: code for these architectures, which later GPUs of the same major version run too, and
+# PTX, which newer ones translate. Each entry has the first version of nvcc that supports it.
 CUDA_ARCHITECTURES = [("8.0+PTX", (11, 0)), ("9.0", (11, 8)), ("10.0", (12, 8)), ("12.0+PTX", (12, 8))]
 
 
 def build_mode() -> str:
-    """``GAM_FAST_BUILD``: ``cpu`` or ``cuda`` or fail, ``none``, or ``auto``, the most that can be built."""
+    """Return ``GAM_FAST_BUILD``: ``cpu`` and ``cuda`` must succeed, ``none``, or ``auto``: build what is possible."""
     mode = os.environ.get("GAM_FAST_BUILD", "auto")
     if mode not in BUILD_MODES:
         raise SystemExit(f"GAM_FAST_BUILD must be one of {', '.join(BUILD_MODES)}, got {mode!r}")
@@ -30,18 +30,19 @@ def build_mode() -> str:
 
 
 def say(text: str) -> None:
+    """Print a line to stderr."""
     print(f"gam_fast: {text}", file=sys.stderr, flush=True)
 
 
 def remove_core() -> None:
-    """Remove a core of before from the source tree, where an editable installation would find it."""
+    """Remove an older core from the source tree, where an editable installation would find it."""
     for path in Path("gam_fast").glob("_C.*"):
         if path.suffix in (".so", ".pyd"):
             path.unlink()
 
 
 def cuda_home() -> str | None:
-    """The folder of the CUDA toolkit: ``CUDA_HOME``, or that of the nvcc on the path, which may be a wrapper script."""
+    """Return the CUDA toolkit: ``CUDA_HOME``, or the folder of the nvcc on the path, which may be a wrapper script."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
             return os.environ[name]
@@ -52,12 +53,12 @@ def cuda_home() -> str | None:
         if top := re.search(r"^#\$ _?TOP=(.+)$", text, re.MULTILINE):
             found.append(Path(top[1].strip()).resolve())
     found.append(Path("/usr/local/cuda"))
-    headers = ("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")  # the second in conda's environments
+    headers = ("include/cuda_runtime.h", "targets/*/include/cuda_runtime.h")  # the second path is conda's
     return next((str(home) for home in found if any(any(home.glob(header)) for header in headers)), None)
 
 
 def nvcc_version(home: str | None) -> tuple[int, int] | None:
-    """The version of the compiler in a CUDA toolkit."""
+    """Return the version of the compiler in a CUDA toolkit."""
     if home is None:
         return None
     try:
@@ -69,7 +70,7 @@ def nvcc_version(home: str | None) -> tuple[int, int] | None:
 
 
 def why_no_cuda() -> str | None:
-    """What is missing for the CUDA part of the core."""
+    """Return what is missing for the CUDA part of the core, or None."""
     import torch
 
     if torch.version.cuda is None:
@@ -83,7 +84,7 @@ def why_no_cuda() -> str | None:
 
 
 def architectures() -> str:
-    """``TORCH_CUDA_ARCH_LIST``, or those that nvcc knows of the default."""
+    """Return ``TORCH_CUDA_ARCH_LIST``, or the default architectures that nvcc supports."""
     version = nvcc_version(os.environ.get("CUDA_HOME"))
     assert version is not None
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or (
@@ -92,7 +93,7 @@ def architectures() -> str:
 
 
 def cxx_flags() -> tuple[list[str], list[str]]:
-    """Arguments of the compiler and of the linker. Formulas round as they are written: no contraction, no fast-math."""
+    """Return compiler and linker flags. Formulas round as they are written: no contraction, no fast-math."""
     if os.name == "nt":
         return ["/O2", "/openmp", "/fp:precise"], []
     if os.environ.get("GAM_FAST_SANITIZE"):
@@ -108,14 +109,14 @@ NVCC_FLAGS = ["-O3", "--fmad=false"]
 
 
 def core(mode: str) -> dict[str, Any]:
-    """The arguments of ``setup`` that build ``gam_fast._C``; none where that is not wanted or not possible."""
+    """Return the arguments of ``setup`` that build ``gam_fast._C``; empty if it is not wanted or not possible."""
     if mode == "none":
         say("GAM_FAST_BUILD=none: the compiled core is left out")
         if "--inplace" in sys.argv:
             remove_core()
         return {}
     if home := cuda_home():
-        os.environ["CUDA_HOME"] = home  # what torch would guess is the parent of a wrapper script
+        os.environ["CUDA_HOME"] = home  # torch's own guess would be the parent of a wrapper script
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -133,7 +134,7 @@ def core(mode: str) -> dict[str, Any]:
     architecture_list = os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else "none"
 
     class Build(BuildExtension):
-        """In ``auto``, a core that cannot be compiled is left out. One built for another torch is built anew."""
+        """Leave out, in ``auto``, a core that cannot be compiled; rebuild one that was built for another torch."""
 
         def run(self) -> None:
             stamp, built_for = (

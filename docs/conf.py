@@ -1,4 +1,4 @@
-"""The site: Sphinx with MyST pages, the furo theme, and a reference made of the docstrings."""
+"""The site: Sphinx with MyST pages, furo, and a reference made of the docstrings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ autodoc_typehints_description_target = "documented"
 def signature(
     app: Any, what: str, name: str, entity: Any, *rest: Any
 ) -> tuple[str, str] | None:
-    """Return the signature of an optimizer's constructor, which Sphinx takes from ``__new__``."""
+    """Return the signature of an optimizer's constructor; Sphinx reads ``__new__``."""
     if what == "class" and issubclass(entity, gam_fast.SharpnessAwareOptimizer):
         return str(inspect.signature(entity)).removesuffix(" -> 'None'").replace(
             "'", ""
@@ -43,4 +43,5 @@ def signature(
 
 
 def setup(app: Any) -> None:
+    """Connect :func:`signature`."""
     app.connect("autodoc-process-signature", signature)

@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: the closure form. Start it by ``python``, or by ``accelerate launch`` for many processes."""
+"""Hugging Face Accelerate: the closure form. Start it by ``python``, or by ``accelerate launch`` on several GPUs."""
 
 import sys
 
@@ -13,7 +13,7 @@ import gam_fast
 
 
 def main(epochs: int = 3, size: int = 1000, mixed_precision: str = "no") -> list[float]:
-    """The mean training loss of each epoch."""
+    """Return the mean training loss of each epoch."""
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
     torch.manual_seed(0)
     data = mnist(size)
@@ -23,7 +23,7 @@ def main(epochs: int = 3, size: int = 1000, mixed_precision: str = "no") -> list
     model, optimizer, loader, scheduler = accelerator.prepare(
         model, flat, DataLoader(data, 100, shuffle=True), scheduler
     )
-    flat.model = model  # as it is wrapped now: for BatchNorm, and for DistributedDataParallel
+    flat.model = model  # the wrapped model, for BatchNorm and DistributedDataParallel
     means = []
     for _ in range(epochs):
         losses = []
@@ -36,7 +36,7 @@ def main(epochs: int = 3, size: int = 1000, mixed_precision: str = "no") -> list
                 seen.append(loss.detach())
                 return loss
 
-            optimizer.step(closure)  # of Accelerate, which returns nothing
+            optimizer.step(closure)  # Accelerate's wrapper returns nothing
             losses.append(seen[0])  # the loss of the first pass, at the weights
             scheduler.step()
         means.append(float(torch.stack(losses).mean()))

@@ -2,8 +2,8 @@
 
 python examples/charlm.py --data shakespeare.txt --method GAM --set rho=0.05 --sample 300
 
-The model sees 90 % of the text and is tested on the rest. With ``--checkpoint``, a run that was stopped goes on after
-its last test when it is started again, and ends with the figures of one that never stopped.
+The model sees 90 % of the text and is tested on the rest. With ``--checkpoint``, a stopped run continues after its last
+test when it is started again, and ends with the figures of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import gam_fast
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(training_runs.Settings):
-    """The settings of a run, beside its text."""
+    """The settings of a run, apart from its text."""
 
     layers: int = 4
     heads: int = 4
@@ -50,13 +50,13 @@ PRESETS: Mapping[str, Settings] = {
 
 
 class Text:
-    """A text as numbers of its letters: the first nine tenths to train on, the rest to test on.
+    """A text as letter indices: the first nine tenths for training, the rest for tests.
 
     Args:
-        path: of the text, in UTF-8.
-        device: where the numbers are.
-        train_letters: train on so many letters, the last before the rest; 0: on all of the nine tenths.
-        validation: test on so many letters before these in place of the rest, to choose settings by.
+        path: file of the text, in UTF-8.
+        device: device of the indices.
+        train_letters: number of letters to train on, the last of the nine tenths; 0: all of these.
+        validation: test on this many letters before those, and not on the rest, to choose settings.
     """
 
     def __init__(self, path: Path, device: torch.device, train_letters: int = 0, validation: int = 0) -> None:
@@ -70,7 +70,7 @@ class Text:
             self.test = before[-validation:]
 
     def batch(self, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
-        """Return pieces of the text, and the letter after each of theirs, that depend on the seed and the step alone.
+        """Return pieces of the text and their next letters; both depend only on the seed and the step.
 
         Both are int64 of shape (batch, context).
         """
@@ -81,7 +81,7 @@ class Text:
 
 
 class Block(nn.Module):
-    """Attention to the letters before, and a perceptron, each normalised first and added."""
+    """Attention to earlier letters, and a perceptron, each with normalisation first and a residual connection."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -91,6 +91,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply attention and perceptron."""
         n, length, width = x.shape
         q, k, v = self.qkv(self.first_norm(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -100,7 +101,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Scores of the next letter, at every place of pieces of shape (n, length)."""
+    """Scores of the next letter, at every position of pieces of shape (n, length)."""
 
     def __init__(self, settings: Settings, letters: int) -> None:
         super().__init__()
@@ -113,6 +114,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the scores of the next letter."""
         x = self.letters(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
         scores: Tensor = self.head(self.norm(self.blocks(x)))
         return scores
@@ -120,7 +122,7 @@ class GPT(nn.Module):
 
 @dataclass
 class Curve:
-    """The figures of a run, an entry for each test; losses are in nats a letter."""
+    """The figures of a run, with one entry per test; losses are in nats per letter."""
 
     steps: list[int] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
@@ -143,20 +145,22 @@ class Run:
         self.step = 0
 
     def build(self) -> nn.Module:
+        """Return the model."""
         return GPT(self.settings, len(self.text.letters))
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return parameter groups: matrices decay, and nothing else."""
+        """Return parameter groups: only matrices have weight decay."""
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim >= 2]
         rest = [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
         return [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
 
     def scores(self, x: Tensor) -> Tensor:
+        """Return the model's scores for ``x``."""
         found: Tensor = self.model(x)
         return found
 
     def factor(self, step: int) -> float:
-        """Return what the learning rate is multiplied by: it warms up, then falls to a tenth as a cosine."""
+        """Return the factor of the learning rate: it warms up, then falls to a tenth along a cosine."""
         settings = self.settings
         if step < settings.warm_up:
             return (step + 1) / settings.warm_up
@@ -164,17 +168,18 @@ class Run:
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, done))
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean cross entropy of a batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
             scores = self.scores(x)
         return F.cross_entropy(scores.float().flatten(0, 1), y.flatten())
 
     def train(self, steps: int) -> float:
-        """Train for so many steps, and return the mean loss."""
+        """Train for ``steps`` steps, and return the mean loss."""
         self.model.train()
         losses = []
         for _ in range(steps):
             x, y = self.text.batch(self.settings, self.step)
-            torch.manual_seed(self.settings.seed * 1_000_000 + self.step)  # of dropout, so that a run can go on
+            torch.manual_seed(self.settings.seed * 1_000_000 + self.step)  # seeds dropout, so that a run can be resumed
             for turn in self.optimizer.passes():
                 loss = self.loss(*turn.rows(x, y))
                 turn.backward(loss)
@@ -186,7 +191,7 @@ class Run:
 
     @torch.no_grad()
     def test(self) -> float:
-        """Return the loss on the part of the text that is not trained on."""
+        """Return the loss on the test part of the text."""
         self.model.eval()
         length = self.settings.context
         pieces = self.text.test[: (len(self.text.test) - 1) // length * length + 1]
@@ -197,7 +202,7 @@ class Run:
         return float(torch.stack(sums).sum()) / len(x)
 
     def go_on(self, checkpoint: Path | None = None) -> Curve:
-        """Train all steps that are left; test, and write a checkpoint, every so many."""
+        """Train all remaining steps; test and write a checkpoint at regular intervals."""
         while self.step < self.settings.steps:
             start = time.perf_counter()
             loss = self.train(min(self.settings.test_every, self.settings.steps - self.step))
@@ -211,12 +216,12 @@ class Run:
         return self.curve
 
     def save(self, path: Path) -> None:
-        """Write all that the next step depends on."""
+        """Write everything that the next step depends on."""
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
         training_runs.save(path, self.settings, {"step": self.step, "curve": asdict(self.curve), **state})
 
     def load(self, path: Path) -> None:
-        """Go on where :meth:`save` left off."""
+        """Continue from a checkpoint of :meth:`save`."""
         state = training_runs.load(path, self.settings, self.device)
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
@@ -224,7 +229,7 @@ class Run:
 
     @torch.no_grad()
     def sample(self, letters: int) -> str:
-        """Return what the model writes, each letter drawn by its probability."""
+        """Return text of the model, with each letter drawn by its probability."""
         self.model.eval()
         generator = torch.Generator(self.device).manual_seed(self.settings.seed)
         tokens = self.text.test[:1].view(1, 1)
@@ -250,7 +255,7 @@ def optimizer(settings: Settings, model: nn.Module, groups: list[dict[str, Any]]
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    """Return the arguments, and the settings of the preset with what the command line says otherwise."""
+    """Return the arguments, and the preset's settings with the changes of the command line."""
     more: dict[str, dict[str, Any]] = {
         "--data": {"type": Path, "required": True, "help": "a text in UTF-8"},
         "--sample": {"type": int, "default": 0, "metavar": "LETTERS", "help": "let the model write, at the end"},
@@ -258,12 +263,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
     helps = {
         "warm_up": "steps in which the learning rate rises",
         "clip": "the largest norm of a direction",
-        "train_letters": "train on so many letters, 0: on all of the first nine tenths",
+        "train_letters": "number of letters to train on; 0: all of the first nine tenths",
     }
     return training_runs.parse(argv, PRESETS, ["AdamW"], more, {}, helps)
 
 
 def main(argv: Sequence[str] | None = None) -> Curve:
+    """Train from the command line, and return the curve."""
     arguments, settings = parse(argv)
     device = torch.device(arguments.device)
     run = Run(settings, Text(arguments.data, device, settings.train_letters), device)

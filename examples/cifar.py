@@ -4,8 +4,8 @@ python examples/cifar.py --data ~/data --preset cifar10-resnet18 --method GAM --
 torchrun --nproc-per-node 4 examples/cifar.py --data ~/data --preset cifar100-wrn28_10
 
 The presets are the settings of the paper: 200 epochs of SGD, a cosine schedule, label smoothing. ``cpu`` is for a
-laptop. The images stay on the device, where they are augmented. With ``--checkpoint``, a run that was stopped goes on
-after its last whole epoch when it is started again, and ends with the figures of one that never stopped.
+laptop. The images stay on the device and are augmented there. With ``--checkpoint``, a stopped run continues after its
+last whole epoch when it is started again, and ends with the figures of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ except ImportError as error:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(training_runs.Settings):
-    """The settings of a run, beside its images."""
+    """The settings of a run, apart from its images."""
 
     dataset: str = "cifar10"
     network: str = "resnet18"
@@ -55,6 +55,7 @@ class Settings(training_runs.Settings):
 
     @property
     def classes(self) -> int:
+        """The number of classes."""
         return 100 if self.dataset == "cifar100" else 10
 
 
@@ -73,11 +74,11 @@ PRESETS: Mapping[str, Settings] = {
     "cifar100-wrn28_10": Settings(dataset="cifar100", network="wrn28_10", hyper=RESNET100),
     "cifar100-pyramidnet110": Settings(dataset="cifar100", network="pyramidnet110", hyper=PYRAMID100),
 }
-"""The settings of the GAM paper (arXiv 2303.03108, supplement); it gives none for WideResNets, which have ResNet's."""
+"""The settings of the GAM paper (arXiv 2303.03108, supplement). WideResNets use those of ResNet here."""
 
 
 class Run(training_runs.EpochRun):
-    """A network in training, on one process of ``world``."""
+    """A network in training, on one of ``world`` processes."""
 
     settings: Settings
 
@@ -112,6 +113,7 @@ class Run(training_runs.EpochRun):
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, settings.epochs)
 
     def autocast(self) -> torch.autocast:
+        """Return the autocast context of the settings."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
     def train(self) -> float:
@@ -136,7 +138,7 @@ class Run(training_runs.EpochRun):
 
     @torch.no_grad()
     def test(self) -> tuple[float, float]:
-        """Return the loss and the accuracy (in percent) on the images that are not trained on."""
+        """Return the loss and the accuracy (in percent) on the test images."""
         self.tested.eval()
         loss = correct = torch.zeros((), device=self.device)
         for start in range(0, len(self.test_set), 500):
@@ -148,14 +150,14 @@ class Run(training_runs.EpochRun):
         return float(loss) / len(self.test_set), 100.0 * float(correct) / len(self.test_set)
 
     def save(self, path: Path) -> None:
-        """Write all that the next epoch depends on; the first process does."""
+        """Write everything that the next epoch depends on; only the first process writes."""
         if self.rank > 0:
             return
         state = {name: getattr(self, name).state_dict() for name in ("plain", "tested", "optimizer", "schedule")}
         training_runs.save(path, self.settings, {"epoch": self.epoch, "curve": asdict(self.curve), **state})
 
     def load(self, path: Path) -> None:
-        """Go on where :meth:`save` left off."""
+        """Continue from a checkpoint of :meth:`save`."""
         state = training_runs.load(path, self.settings, self.device)
         for name in ("plain", "tested", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
@@ -163,7 +165,7 @@ class Run(training_runs.EpochRun):
 
 
 def split(settings: Settings, data: Path) -> tuple[cifar_images.Images, cifar_images.Images]:
-    """Return the images to train on, and those to test on: of the training set, where ``validation`` are set apart."""
+    """Return training and test images; with ``validation``, both come from the training set."""
     train = cifar_images.load(data, settings.dataset, "train")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(2303))
     if settings.validation:
@@ -178,23 +180,23 @@ def split(settings: Settings, data: Path) -> tuple[cifar_images.Images, cifar_im
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    """Return the arguments, and the settings of the preset with what the command line says otherwise."""
+    """Return the arguments, and the preset's settings with the changes of the command line."""
     more: dict[str, dict[str, Any]] = {
         "--data": {"type": Path, "required": True, "help": "torchvision's folder, one of image files, or an .npz"},
         "--picture": {"type": Path, "metavar": "FILE", "help": "accuracy against epochs and time, at the end"},
     }
     helps = {
         "wrong_labels": "share of the training labels that are drawn anew",
-        "train_images": "train on so many of the training images; 0 for all",
-        "validation": "test on so many of the training images, which are not trained on",
-        "ema": "decay of the average of weights that is tested; 0 for none",
+        "train_images": "number of training images to use; 0 for all",
+        "validation": "number of training images to hold out, and test on",
+        "ema": "decay of a weight average, which is tested; 0 for none",
     }
     choices = {"network": NETWORKS, "dataset": cifar_images.FOLDERS}
     return training_runs.parse(argv, PRESETS, ["SGD"], more, choices, helps)
 
 
 def picture(path: Path, settings: Settings, curve: Curve) -> None:
-    """Draw the accuracy by epochs and by seconds of training."""
+    """Plot the accuracy by epochs and by seconds of training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -209,6 +211,7 @@ def picture(path: Path, settings: Settings, curve: Curve) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> Curve:
+    """Train from the command line, and return the curve."""
     arguments, settings = parse(argv)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = training_runs.device_of(arguments.device)

@@ -1,4 +1,4 @@
-"""Images of examples/cifar.py: how they are read, and how they are augmented on the device."""
+"""Images of examples/cifar.py: read them, and augment them on the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class DataError(Exception):
-    """There are no images where they were looked for."""
+    """There are no images at the path."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,24 @@ class Images:
         return Images(self.pixels[rows], self.labels[rows])
 
     def to(self, device: torch.device) -> Images:
-        """Return them on a device, where they stay for the whole run: CIFAR's training set takes 150 MB."""
+        """Move the images to a device, where they stay for the whole run: CIFAR's training set takes 150 MB."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
 @lru_cache(maxsize=2)  # an experiment has many runs on the same images
 def load(path: Path, dataset: str, split: str) -> Images:
-    """Read the images of ``split``, ``"train"`` or ``"test"``.
+    """Read the images of one split.
 
     Args:
         path: one of three: a folder in which torchvision has put CIFAR; a folder with a folder for each split, in
             which a folder for each class has image files, resized to 32 x 32; an ``.npz`` file with the arrays
-            ``train_jpeg`` (all files one after the other, uint8), ``train_ends`` (where each ends) and
+            ``train_jpeg`` (all files one after the other, uint8), ``train_ends`` (the end of each file) and
             ``train_labels``, and the same for ``test``.
         dataset: ``"cifar10"`` or ``"cifar100"``.
+        split: ``"train"`` or ``"test"``.
 
     Raises:
-        DataError: none of these is there.
+        DataError: none of these exists.
     """
     if path.suffix == ".npz" and path.is_file():
         return _packed(path, split)
@@ -73,7 +74,7 @@ def load(path: Path, dataset: str, split: str) -> Images:
 
 
 def _pickled(folder: Path, dataset: str, split: str) -> Images:
-    """Read the files of the authors of CIFAR. They are pickles: read none that you do not trust."""
+    """Read the files of the authors of CIFAR. They are pickles: read only files that you trust."""
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     if dataset == "cifar100":
         names = [split]
@@ -114,7 +115,7 @@ def _stacked(pixels: list[NDArray[np.uint8]]) -> Tensor:
 
 
 def with_wrong_labels(images: Images, share: float, classes: int, seed: int = 0) -> Images:
-    """Return them with a share of the labels drawn anew from all classes: the same ones for the same seed."""
+    """Return the images with a share of the labels redrawn from all classes, the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     wrong = torch.randperm(len(images), generator=generator)[: round(share * len(images))]
     labels = images.labels.clone()
@@ -123,13 +124,13 @@ def with_wrong_labels(images: Images, share: float, classes: int, seed: int = 0)
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Return pixels as fp32 with mean 0 and deviation 1 in each channel, channels last in memory."""
+    """Return fp32 pixels with mean 0 and deviation 1 per channel, in channels_last memory format."""
     mean, deviation = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return ((pixels / 255.0 - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each image shifted by at most 4 pixels each way, with zeros behind its edges, and half of them mirrored.
+    """Shift each image by up to 4 pixels in both directions, with zero padding, and mirror half of the images.
 
     Args:
         x: of shape (n, 3, 32, 32).
@@ -147,10 +148,10 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batches(images: Images, size: int, seed: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of one epoch, augmented: of each batch of ``size``, the part of process ``rank``.
+    """Yield the augmented batches of one epoch: the part of process ``rank`` of each batch of ``size``.
 
-    Order and augmentation depend on the seed alone, so that a run that was resumed sees what it would have seen. What
-    is left of the last batch is dropped.
+    Order and augmentation depend only on the seed, so that a resumed run sees the same data. An incomplete last batch
+    is dropped.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     device = images.pixels.device

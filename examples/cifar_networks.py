@@ -9,14 +9,14 @@ from torch.nn import functional as F
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """Return a convolution of 3 x 3 that keeps the size, by He's initial weights."""
+    """Return a convolution of 3 x 3 that keeps the size, with He's initialisation."""
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut (He et al., *Deep Residual Learning*, CVPR 2016)."""
+    """Two convolutions and a shortcut (He et al., *Deep Residual Learning*, CVPR 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -28,6 +28,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
         y = self.second_norm(self.second(F.relu(self.first_norm(self.first(x)))))
         y = y + self.shortcut(x)
         return F.relu(y)
@@ -45,6 +46,7 @@ class WideBlock(nn.Module):
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
         y = F.relu(self.first_norm(x))
         shortcut = x if self.shortcut is None else self.shortcut(y)
         z: Tensor = self.second(F.relu(self.second_norm(self.first(y)))) + shortcut
@@ -52,7 +54,7 @@ class WideBlock(nn.Module):
 
 
 class PyramidBlock(nn.Module):
-    """Widths that grow by every block, zeros in the shortcut (Han et al., *Deep Pyramidal Residual Networks*, 2017)."""
+    """Growing widths, and a zero-padded shortcut (Han et al., *Deep Pyramidal Residual Networks*, 2017)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -61,6 +63,7 @@ class PyramidBlock(nn.Module):
         self.first, self.second = conv(inputs, outputs, stride), conv(outputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
         y = self.first(self.norms[0](x))
         y = self.norms[2](self.second(F.relu(self.norms[1](y))))
         shortcut = F.avg_pool2d(x, self.stride) if self.stride > 1 else x
@@ -72,9 +75,10 @@ def network(block: type[nn.Module], stem: int, stages: list[list[int]], classes:
     """Return a network of residual blocks.
 
     Args:
-        block: its blocks; one with a normalisation first leaves the last for the head.
+        block: class of the blocks. If it normalises first, the head has the last normalisation.
         stem: the width of the first convolution.
-        stages: the widths of the blocks of each stage; from the second on, the first block of a stage halves the image.
+        stages: the widths of the blocks of each stage; from the second stage on, the first block halves the image.
+        classes: number of classes.
     """
     norm_first = block is not BasicBlock
     layers: list[nn.Module] = [conv(3, stem)]

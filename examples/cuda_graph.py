@@ -1,13 +1,13 @@
 """A whole step of GAM, four forward and backward passes and the update, as one CUDA graph.
 
-A graph repeats what the device did while it was captured, with the addresses and numbers that the host knew then. So
+A graph repeats the device's work during the capture, with the addresses and numbers of that time. So
 
-- the optimizer is run a few times first, on a side stream, so that its momentum exists (PyTorch's rule for all graphs);
-- ``replay_rng=False``: the random state of the host is no part of a graph;
+- the optimizer first runs a few times on a side stream, so that its momentum exists (PyTorch's rule for all graphs);
+- ``replay_rng=False``: the random state of the host is not part of a graph;
 - ``on_nonfinite="ignore"``: to raise an error, the host would have to look at the norms;
-- the learning rate and the radii are those at the capture; change one, and capture again;
+- the learning rate and the radii are those at the capture; to change one, capture again;
 - Adam and AdamW count their steps on the host: they need ``capturable=True``;
-- parameters and optimizer are kept as long as the graph, which works on their memory.
+- parameters and optimizer must live as long as the graph, which works on their memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import gam_fast
 
 
 def main() -> int:
+    """Capture a step of GAM, and replay it."""
     if not torch.cuda.is_available():
         print("this example needs a CUDA GPU, and a CUDA build of torch that sees it")
         return 0

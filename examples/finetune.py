@@ -1,9 +1,9 @@
-"""Fine-tune a causal language model on a text by LoRA (peft), and perturb nothing but the adapters.
+"""Fine-tune a causal language model on a text by LoRA (peft), and perturb only the adapters.
 
 python examples/finetune.py --data shakespeare.txt --model path/to/a/model --method SAM --set rho=0.05 --output adapters
 
-Without ``--model`` it is a small Llama with random weights, which reads bytes: enough to see that all of it works. With
-``--train-head`` the output layer is trained too. It gets the final direction, and stays in place in every pass.
+Without ``--model`` the model is a small Llama with random weights that reads bytes, to check that everything works.
+With ``--train-head`` the output layer is trained too. It gets the final direction, but is not perturbed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError as error:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(charlm.Settings):
-    """The settings of a run, beside its text and its model."""
+    """The settings of a run, apart from its text and its model."""
 
     method: str = "SAM"
     rank: int = 8
@@ -52,7 +52,7 @@ PRESETS: Mapping[str, Settings] = {"lora": Settings(hyper={"rho": 0.05})}
 
 
 class Text(charlm.Text):
-    """A text as the tokens of a model: the first nine tenths to train on, the rest to test on."""
+    """A text as the tokens of a model: the first nine tenths for training, the rest for tests."""
 
     def __init__(self, path: Path, device: torch.device, model: str | None) -> None:
         if model is None:
@@ -72,6 +72,7 @@ class Run(charlm.Run):
         super().__init__(settings, text, device)
 
     def build(self) -> nn.Module:
+        """Return the model with adapters."""
         if self.name is None:
             sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, **sizes))
@@ -86,25 +87,28 @@ class Run(charlm.Run):
         return adapters
 
     def groups(self) -> list[dict[str, Any]]:
+        """Return the adapters as the perturbed group, and the rest of the trained parameters."""
         return gam_fast.subsets.lora(self.model)
 
     def scores(self, x: Tensor) -> Tensor:
+        """Return the model's scores for ``x``."""
         found: Tensor = self.model(input_ids=x).logits
         return found
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    """Return the arguments, and the settings of the preset with what the command line says otherwise."""
+    """Return the arguments, and the preset's settings with the changes of the command line."""
     more: dict[str, dict[str, Any]] = {
         "--data": {"type": Path, "required": True, "help": "a text in UTF-8"},
         "--model": {"help": "a folder or a name that transformers knows"},
         "--output": {"type": Path, "metavar": "FOLDER", "help": "write the adapters there, at the end"},
     }
-    helps = {"targets": "layers that get adapters, with commas", "rank": "of the adapters"}
+    helps = {"targets": "layers that get adapters, with commas", "rank": "rank of the adapters"}
     return training_runs.parse(argv, PRESETS, ["AdamW"], more, {}, helps)
 
 
 def main(argv: Sequence[str] | None = None) -> charlm.Curve:
+    """Fine-tune from the command line, and return the curve."""
     arguments, settings = parse(argv)
     device = torch.device(arguments.device)
     run = Run(settings, Text(arguments.data, device, arguments.model), device, arguments.model)

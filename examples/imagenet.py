@@ -3,9 +3,9 @@
 torchrun --nproc-per-node 8 examples/imagenet.py --data ~/imagenet --preset resnet50
 torchrun --nproc-per-node 8 examples/imagenet.py --data ~/imagenet --preset vit_small --shard
 
-The folder has ``train`` and ``val`` (or ``validation``), with a folder for each class in them. ``--batch`` is that of
-all processes together. ``--shard`` shards weights and state over the processes by FSDP2 in place of copies by DDP. With
-``--checkpoint``, a run that was stopped goes on after its last whole epoch, on as many processes as it likes.
+The folder has ``train`` and ``val`` (or ``validation``), each with one folder per class. ``--batch`` is the total batch
+of all processes. ``--shard`` shards weights and state over the processes by FSDP2, instead of copies by DDP. With
+``--checkpoint``, a stopped run continues after its last whole epoch, on any number of processes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ except ImportError as error:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(training_runs.Settings):
-    """The settings of a run, beside its images. ``randaugment`` is timm's description of one, empty for none."""
+    """The settings of a run, apart from its images. ``randaugment`` is timm's policy string, empty for none."""
 
     network: str = "resnet50"
     base: str = "SGD"
@@ -65,7 +65,7 @@ class Settings(training_runs.Settings):
 
 BASES: Mapping[str, type[torch.optim.Optimizer]] = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}
 
-# The radii are where to start from: nothing of this size has been run here.
+# The radii are starting points: no run of this size has been made yet.
 GAM = {"rho": 0.1, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}
 
 PRESETS: Mapping[str, Settings] = {
@@ -86,7 +86,7 @@ PRESETS: Mapping[str, Settings] = {
 
 
 class Run(training_runs.EpochRun):
-    """A network in training, on one process of several or on the only one."""
+    """A network in training, on one of several processes or on the only one."""
 
     settings: Settings
 
@@ -106,7 +106,7 @@ class Run(training_runs.EpochRun):
         torch.manual_seed(settings.seed)
         model: nn.Module = timm.create_model(settings.network, num_classes=settings.classes, **of_network(settings))
         model.to(device)
-        if not shard:  # FSDP2 wants contiguous weights
+        if not shard:  # FSDP2 needs contiguous weights
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types do not have it
         if settings.compile:
             model.compile()
@@ -122,7 +122,7 @@ class Run(training_runs.EpochRun):
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.factor)
 
     def factor(self, step: int) -> float:
-        """Return what the learning rate is multiplied by: it warms up, then falls to zero as a cosine."""
+        """Return the factor of the learning rate: it warms up, then falls to zero along a cosine."""
         warm_up = self.settings.warm_up * self.steps
         if step < warm_up:
             return (step + 1) / warm_up
@@ -130,14 +130,14 @@ class Run(training_runs.EpochRun):
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, done))
 
     def batches(self) -> DataLoader[Any]:
-        """Return the batches of this process for an epoch. They depend on the seed and the epoch alone."""
+        """Return the batches of this process for an epoch. They depend only on the seed and the epoch."""
         seed = self.settings.seed * 10_000 + self.epoch
         mine = seed * self.world + self.rank
         generator = torch.Generator().manual_seed(mine)
-        if not self.workers:  # which the generator gives seeds to; timm augments by numbers of Python and NumPy
+        if not self.workers:  # no generator seeds workers; timm draws from Python and NumPy
             random.seed(mine)
             np.random.seed(mine % 2**32)
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed)  # seeds dropout
         sampler: DistributedSampler[Any] = DistributedSampler(
             self.train_set, self.world, self.rank, seed=self.settings.seed, drop_last=True
         )
@@ -153,6 +153,7 @@ class Run(training_runs.EpochRun):
         )
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean cross entropy of a batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
             scores = self.model(x)
         return F.cross_entropy(scores.float(), y, label_smoothing=self.settings.smoothing)
@@ -175,19 +176,19 @@ class Run(training_runs.EpochRun):
 
     @torch.no_grad()
     def test(self) -> tuple[float, float]:
-        """Return the loss and the accuracy (in percent) on the images that are not trained on, over all processes."""
+        """Return the loss and the accuracy (in percent) on the test images, over all processes."""
         self.model.eval()
         mine = Subset(self.test_set, range(self.rank, len(self.test_set), self.world))
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of losses, and of right answers
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # sums of losses and of correct answers
         share = math.ceil(len(self.test_set) / self.world)
         size = min(256, share)
         loader = iter(DataLoader(mine, size, num_workers=self.workers))
-        for _ in range(math.ceil(share / size)):  # the same on all processes, as FSDP gathers the weights for each
+        for _ in range(math.ceil(share / size)):  # equal on all processes, because FSDP gathers weights for each
             x, y = next(loader, (torch.zeros(1, 3, self.settings.size, self.settings.size), torch.tensor([-100])))
             x, y = x.to(self.device, memory_format=torch.channels_last), y.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
                 scores = self.model(x)
-            sums[0] += F.cross_entropy(scores.float(), y, reduction="sum")  # nothing for a label of -100
+            sums[0] += F.cross_entropy(scores.float(), y, reduction="sum")  # a label of -100 adds nothing
             sums[1] += (scores.argmax(1) == y).sum()
         if self.world > 1:
             distributed.all_reduce(sums)
@@ -195,7 +196,7 @@ class Run(training_runs.EpochRun):
         return loss, 100.0 * correct
 
     def save(self, path: Path) -> None:
-        """Write all that the next epoch depends on, gathered from all processes, by the first."""
+        """Gather everything that the next epoch depends on; the first process writes it."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         model, state = get_state_dict(self.plain, self.optimizer, options=whole)
         if self.rank == 0:
@@ -205,7 +206,7 @@ class Run(training_runs.EpochRun):
             distributed.barrier()
 
     def load(self, path: Path) -> None:
-        """Go on where :meth:`save` left off."""
+        """Continue from a checkpoint of :meth:`save`."""
         state = training_runs.load(path, self.settings, torch.device("cpu"))
         set_state_dict(
             self.plain,
@@ -219,13 +220,13 @@ class Run(training_runs.EpochRun):
 
 
 def of_network(settings: Settings) -> dict[str, Any]:
-    """Return the arguments of the network that not every network takes."""
+    """Return the arguments that only some networks take."""
     found: dict[str, Any] = {"drop_path_rate": settings.drop_path} if settings.drop_path else {}
     return found | ({"img_size": settings.size} if "vit" in settings.network else {})
 
 
 def dataset(settings: Settings, data: Path, *, train: bool) -> Any:
-    """Return the images of a split, which are augmented to be trained on, and cut from the middle to be tested on."""
+    """Return the images of a split: augmented for training, and with a centre crop for tests."""
     try:
         found = timm.data.create_dataset("", root=str(data), split="train" if train else "validation")
     except (FileNotFoundError, RuntimeError, AssertionError) as error:
@@ -241,7 +242,7 @@ def dataset(settings: Settings, data: Path, *, train: bool) -> Any:
 
 
 def optimizer(settings: Settings, model: nn.Module, steps: int) -> Any:
-    """Return the method around the base optimizer, in which biases and normalisations do not decay."""
+    """Return the method around the base optimizer, without weight decay for biases and normalisations."""
     base = BASES[settings.method if settings.method in BASES else settings.base]
     more: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if base is torch.optim.SGD else {}
     if settings.clip:
@@ -253,23 +254,24 @@ def optimizer(settings: Settings, model: nn.Module, steps: int) -> Any:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settings]:
-    """Return the arguments, and the settings of the preset with what the command line says otherwise."""
+    """Return the arguments, and the preset's settings with the changes of the command line."""
     more: dict[str, dict[str, Any]] = {
         "--data": {"type": Path, "required": True, "help": "a folder with train/CLASS/*.jpg and val/CLASS/*.jpg"},
         "--shard": {"action": "store_true", "help": "FSDP2 in place of DDP"},
-        "--workers": {"type": int, "default": 8, "help": "processes that read images, for each that trains"},
+        "--workers": {"type": int, "default": 8, "help": "processes that read images, per training process"},
     }
     helps = {
         "network": "a name that timm.create_model knows",
-        "batch": "of all processes together",
+        "batch": "total batch of all processes",
         "warm_up": "epochs in which the learning rate rises",
-        "clip": "the largest norm of a direction; 0 for any",
+        "clip": "the largest norm of a direction; 0 for no limit",
         "randaugment": "timm's name of an augmentation: rand-m9-mstd0.5-inc1",
     }
     return training_runs.parse(argv, PRESETS, BASES, more, {"base": BASES}, helps)
 
 
 def main(argv: Sequence[str] | None = None) -> Curve:
+    """Train from the command line, and return the curve."""
     arguments, settings = parse(argv)
     device = training_runs.device_of(arguments.device)
     mine = not distributed.is_initialized() and "WORLD_SIZE" in os.environ

@@ -1,8 +1,8 @@
 """Draw the loss around the minima that SGD, SAM and GAM find on the digits of ``digits.py``: two minutes, two pictures.
 
-Slices go along the direction in which the loss bends most, the first eigenvector of the Hessian, and along a random
-direction that is scaled by the weights. The surfaces are over the plane of the first two eigenvectors. Distances in the
-eigenvectors' directions are those of the parameters, so that the three compare.
+Slices go along the direction of largest curvature, the first eigenvector of the Hessian, and along a random direction
+that is scaled by the weights. The surfaces are over the plane of the first two eigenvectors. Distances along
+eigenvectors are distances of the parameters, so that the three methods are comparable.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gam_fast import flatness
 
 METHODS = ("SGD", "SAM", "GAM")
 REACH = 0.3
-"""How far slices and surfaces go along eigenvectors; a random direction goes as far as the weights are long."""
+"""The reach of slices and surfaces along eigenvectors. Along a random direction it is the length of the weights."""
 
 LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-"""Of the contours, as the loss rises."""
+"""Contour levels of the rise of the loss."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Around:
 
 
 def spaced(reach: float, count: int) -> list[float]:
-    """Offsets from ``-reach`` to ``reach``."""
+    """Return offsets from ``-reach`` to ``reach``."""
     return [float(offset) for offset in torch.linspace(-reach, reach, count)]
 
 
 def look(name: str, data: digits.Digits, epochs: int, seed: int, points: int) -> Around:
-    """Train by one method, and evaluate the loss around the minimum; ``points`` along each axis of the plane."""
+    """Train by one method, and evaluate the loss around the minimum, at ``points`` along each axis of the plane."""
     method = next(method for method in digits.METHODS if method.name == name)
     trainer = digits.Trainer(method, seed, replace(digits.Setting(), epochs=epochs), data)
     for _ in range(epochs):
@@ -61,7 +61,7 @@ def look(name: str, data: digits.Digits, epochs: int, seed: int, points: int) ->
 
 
 def draw_slices(around: dict[str, Around], path: Path) -> None:
-    """Draw the loss along both directions, a line for each method."""
+    """Draw the loss along both directions, one line per method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
@@ -80,7 +80,7 @@ def draw_slices(around: dict[str, Around], path: Path) -> None:
 
 
 def draw_surfaces(around: dict[str, Around], path: Path) -> None:
-    """Draw how far the loss rises over the plane, by the same contours for each method."""
+    """Draw the rise of the loss over the plane, with the same contours for each method."""
     from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
 
@@ -102,6 +102,7 @@ def draw_surfaces(around: dict[str, Around], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train, and write the pictures."""
     parser = argparse.ArgumentParser(description="The loss around the minima of SGD, SAM and GAM on digits.")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

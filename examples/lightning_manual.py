@@ -1,7 +1,7 @@
 """Lightning, manual optimization: the loop over ``passes()``, with gradient accumulation over two batches.
 
-Take the passes from ``self.optimizers()``, not from the optimizer itself: ``global_step`` and checkpoints count the
-steps that Lightning's wrapper sees.
+Take the passes from ``self.optimizers()``, not from the optimizer itself: ``global_step`` and checkpoints count only
+the steps that Lightning's wrapper sees.
 """
 
 import sys
@@ -16,6 +16,8 @@ import gam_fast
 
 
 class Classifier(pl.LightningModule):
+    """A small classifier, optimized by GAM in its own training step."""
+
     def __init__(self, accumulate: int = 2) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -24,6 +26,7 @@ class Classifier(pl.LightningModule):
         self.batches: list[list[Tensor]] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Collect batches, and take a step over all of them."""
         self.batches.append(batch)
         if len(self.batches) < self.accumulate and not self.trainer.is_last_batch:
             return
@@ -37,10 +40,12 @@ class Classifier(pl.LightningModule):
         self.batches = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer."""
         return gam_fast.GAM(self.parameters(), torch.optim.AdamW, lr=1e-3, rho=0.1)
 
 
 def main(epochs: int = 3, size: int = 1000, precision: str = "32-true") -> pl.Trainer:
+    """Train the classifier, and return the trainer."""
     return fit(Classifier(), 50, epochs, size, precision)
 
 

@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 
 
 def mnist(size: int) -> TensorDataset:
-    """``size`` of its 5,000 images, of shape (1, 28, 28) and between 0 and 1, with labels; the same every time."""
+    """Return ``size`` of its 5,000 images of shape (1, 28, 28), from 0 to 1, with labels; always the same ones."""
     images, labels = mnist_data()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:size]
     pixels = torch.tensor(images / 255.0, dtype=torch.float32)

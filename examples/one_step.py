@@ -1,8 +1,8 @@
 """One step of SGD, SAM and GAM on a loss of two parameters, as a picture: where each gradient is taken, and why.
 
 The loss is a bowl, four times as steep in one direction as in the other. SGD descends along the gradient at θ. SAM
-takes the gradient uphill of θ. GAM goes where the gradient grows fastest, along the steep direction, and takes another
-two gradients there. So its step comes down more in that direction. All points are those of the optimizers themselves.
+takes the gradient uphill of θ. GAM moves to where the gradient grows fastest, along the steep direction, and takes two
+more gradients there. So its step descends more in that direction. All points come from the optimizers themselves.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def loss_at(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Path2D:
-    """The points and gradients of the passes, and where the step ends."""
+    """The points and gradients of the passes, and the end of the step."""
 
     points: list[Tensor]
     gradients: list[Tensor]
@@ -53,7 +53,7 @@ class Path2D:
 
 
 def step(method: type[gam_fast.SharpnessAwareOptimizer], hyper: dict[str, float]) -> Path2D:
-    """Take one step from START, and note where the passes are."""
+    """Take one step from START, and record the points of the passes."""
     weight = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
     optimizer = method([weight], torch.optim.SGD, lr=RATE, **hyper)  # type: ignore[arg-type]
     points, gradients = [], []
@@ -66,6 +66,7 @@ def step(method: type[gam_fast.SharpnessAwareOptimizer], hyper: dict[str, float]
 
 
 def picture(paths: dict[str, Path2D], file: Path) -> None:
+    """Draw the paths, and write the picture to ``file``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -75,7 +76,7 @@ def picture(paths: dict[str, Path2D], file: Path) -> None:
     x, y = torch.meshgrid(torch.linspace(0.0, 2.2, 150), torch.linspace(-0.35, 1.45, 150), indexing="xy")
     for axes, (name, path) in zip(panels, paths.items(), strict=True):
         axes.contour(x, y, loss_at(x, y), levels=[0.02 * k**2 for k in range(1, 20)], colors="#8887", linewidths=0.8)
-        for k, point in enumerate(path.points[1:]):  # θ2 is seen from θ, the others from the point before
+        for k, point in enumerate(path.points[1:]):  # θ2 is drawn from θ, the other points from the one before
             origin = path.points[0 if k == 1 else k]
             axes.plot(*torch.stack([origin, point]).T, ":", color="#555", linewidth=1.2)
         for k, (point, gradient, label) in enumerate(
@@ -105,6 +106,7 @@ def picture(paths: dict[str, Path2D], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the points, and draw them on request."""
     parser = argparse.ArgumentParser(description="One step of SGD, SAM and GAM on a loss of two parameters.")
     parser.add_argument("--picture", type=Path, metavar="PATH", help="write the picture to PATH (needs matplotlib)")
     arguments = parser.parse_args(argv)

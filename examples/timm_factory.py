@@ -1,4 +1,4 @@
-"""timm: a model and an optimizer by timm's own factories, the optimizer by a name that ``register_timm`` has added."""
+"""timm: make a model and an optimizer by timm's factories, with an optimizer name that ``register_timm`` has added."""
 
 import sys
 
@@ -12,7 +12,7 @@ from gam_fast import integrations
 
 
 def main(steps: int = 30, size: int = 1000) -> list[float]:
-    """The training loss of each step."""
+    """Return the training loss of each step."""
     integrations.register_timm()
     torch.manual_seed(0)
     x, y = mnist(size).tensors

@@ -1,4 +1,4 @@
-"""Train a small network on handwritten digits by GAM: the loop that you have, with one more line in it."""
+"""Train a small network on handwritten digits by GAM: the usual loop, with one more line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import gam_fast
 
 
 def main(epochs: int = 3) -> float:
+    """Train, and return the test accuracy of the last epoch."""
     torch.manual_seed(0)
     train, test = (DataLoader(part, 64, shuffle=True) for part in random_split(mnist(2000), [1600, 400]))
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))

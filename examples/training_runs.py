@@ -1,4 +1,4 @@
-"""Shared by the examples that train: settings on a command line, the optimizer, the loop over epochs, checkpoints."""
+"""Shared code of the training examples: command-line settings, optimizer, epochs, checkpoints."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import gam_fast
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The method, and how it is used.
+    """The method and its settings.
 
     Attributes:
-        method: a class of gam_fast; ``"SGD"`` and ``"AdamW"`` are the base optimizer alone.
-        hyper: hyper-parameters of the method that are not its defaults.
-        late: the share of the run, at its end, in which the method works, after the base optimizer alone.
+        method: a class of gam_fast; ``"SGD"`` and ``"AdamW"`` mean the base optimizer alone.
+        hyper: hyper-parameters of the method that differ from its defaults.
+        late: the share of the run, at its end, that uses the method; before, the base optimizer runs alone.
     """
 
     method: str = "GAM"
@@ -41,9 +41,9 @@ class Settings:
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 HELP = {
-    "late": "share of the run, at its end, in which the method works; the base optimizer alone before",
+    "late": "share of the run, at its end, that uses the method; before, the base optimizer alone",
     "ascent_share": "share of the batch that the ascent passes see",
-    "interval": "take the whole method at every so manyth step, the base optimizer alone between",
+    "interval": "use the method in every N-th step, and the base optimizer alone in between",
 }
 
 
@@ -55,13 +55,15 @@ def parse(
     choices: Mapping[str, Iterable[str]],
     helps: Mapping[str, str],
 ) -> tuple[argparse.Namespace, AnySettings]:
-    """Return the arguments, and the settings: those of the preset, with what the command line says otherwise.
+    """Return the arguments, and the settings: those of the preset, with the changes of the command line.
 
     Args:
-        bases: the names of base optimizers, which stand for them alone as a method.
-        more: arguments beside the settings, by their names.
-        choices: what a setting may be.
-        helps: about a setting.
+        argv: the command line.
+        presets: settings by name.
+        bases: base optimizers that may be named as a method, to run alone.
+        more: further arguments, by name.
+        choices: allowed values of settings.
+        helps: help texts of settings.
     """
     parser = argparse.ArgumentParser()
     for name, keywords in more.items():
@@ -71,8 +73,8 @@ def parse(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="hyper-parameters: rho=0.1 gamma=0.05"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="written now and then, and gone on from")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="settings and figures, at the end")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write checkpoints here, and continue from one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and figures here, at the end")
     choices = {**choices, "method": [*bases, *(name for name in gam_fast.recipes.RECIPES if name != "Base")]}
     columns = [column for column in fields(next(iter(presets.values()))) if column.name != "hyper"]
     for column in columns:
@@ -87,7 +89,7 @@ def parse(
     settings = presets[arguments.preset]
     given = {column.name: getattr(arguments, column.name) for column in columns}
     given = {name: value for name, value in given.items() if value is not None}
-    other = given.get("method", settings.method) != settings.method  # whose hyper-parameters are not the preset's
+    other = given.get("method", settings.method) != settings.method  # then the preset's hyper-parameters do not apply
     hyper = {} if other else dict(settings.hyper)
     for entry in arguments.set:
         name, _, value = entry.partition("=")
@@ -106,7 +108,7 @@ def wrap(
     total_steps: int,
     **options: Any,
 ) -> gam_fast.SharpnessAwareOptimizer:
-    """Return the method around a base optimizer, for a run of so many steps."""
+    """Return the method around a base optimizer, for a run of ``steps`` steps."""
     alone = settings.method == base.__name__
     method: type[gam_fast.SharpnessAwareOptimizer] = getattr(gam_fast, "Base" if alone else settings.method)
     if not alone:
@@ -120,17 +122,17 @@ def wrap(
 
 
 def save(path: Path, settings: Settings, state: dict[str, Any]) -> None:
-    """Write a checkpoint; a run that is killed meanwhile leaves the one before it whole."""
+    """Write a checkpoint. If the run is killed meanwhile, the previous checkpoint stays intact."""
     partial = path.with_suffix(".partial")
     torch.save({"settings": asdict(settings), **state}, partial)
     partial.replace(path)
 
 
 def load(path: Path, settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Read what :func:`save` wrote.
+    """Read a checkpoint of :func:`save`.
 
     Raises:
-        SystemExit: it is of a run with other settings.
+        SystemExit: the checkpoint belongs to a run with other settings.
     """
     state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     mine = asdict(settings)
@@ -140,13 +142,13 @@ def load(path: Path, settings: Settings, device: torch.device) -> dict[str, Any]
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Return what the figures of a run were made with."""
+    """Return the software and machine of a run."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"device": card, "torch": torch.__version__, "gam_fast": gam_fast.__version__}
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device that this process works on: of several GPUs, the one that torchrun gives it."""
+    """Return the device of this process; with several GPUs, the one that torchrun assigns."""
     device = torch.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -156,9 +158,9 @@ def device_of(name: str) -> torch.device:
 
 @dataclass
 class Curve:
-    """The figures of a run, an entry for each epoch.
+    """The figures of a run, with one entry per epoch.
 
-    ``train_loss`` is the mean over the batches of one process, each before any perturbation. ``seconds`` are of
+    ``train_loss`` is the mean over the batches of one process, before any perturbation. ``seconds`` is the time of
     training alone.
     """
 
@@ -169,7 +171,7 @@ class Curve:
 
 
 class EpochRun:
-    """Training in epochs, on one process of several or on the only one. A subclass trains, tests and saves."""
+    """Training in epochs, on one of several processes or on the only one. A subclass trains, tests and saves."""
 
     settings: Any
     rank: int
@@ -182,18 +184,18 @@ class EpochRun:
         raise NotImplementedError
 
     def test(self) -> tuple[float, float]:
-        """Return the loss and the accuracy (in percent) on the images that are not trained on."""
+        """Return the loss and the accuracy (in percent) on the test images."""
         raise NotImplementedError
 
     def save(self, path: Path) -> None:
-        """Write all that the next epoch depends on; every process calls it."""
+        """Write everything that the next epoch depends on; every process calls this."""
         raise NotImplementedError
 
     def go_on(self, checkpoint: Path | None = None) -> Curve:
-        """Train all epochs that are left; write a checkpoint after each."""
+        """Train all remaining epochs; write a checkpoint after each."""
         while self.epoch < self.settings.epochs:
             start = time.perf_counter()
-            loss = self.train()  # a number, for which the device has done all of the epoch
+            loss = self.train()  # reading this number waits until the device has finished the epoch
             seconds = time.perf_counter() - start
             test_loss, accuracy = self.test()
             self.epoch += 1
@@ -207,7 +209,7 @@ class EpochRun:
 
 
 def carry_out(run: Any, arguments: argparse.Namespace) -> Any:
-    """Go on from the checkpoint, if there is one, to the end. Write the figures, and return them."""
+    """Continue from the checkpoint, if there is one, to the end. Write the figures, and return them."""
     if arguments.checkpoint is not None and arguments.checkpoint.exists():
         run.load(arguments.checkpoint)
     curve = run.go_on(arguments.checkpoint)

@@ -13,6 +13,7 @@ from gam_fast import integrations
 
 
 def main(steps: int = 60, **options: object) -> integrations.SharpnessAwareTrainer:
+    """Train, and return the trainer."""
     text = inspect.getsource(argparse)
     tokens = torch.tensor([ord(letter) for letter in text if ord(letter) < 128])
     rows = tokens[: len(tokens) // 32 * 32].view(-1, 32)

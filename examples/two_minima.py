@@ -1,12 +1,12 @@
-"""Two minima that SAM's measure cannot tell apart, and GAM's can: the argument of the paper, as a picture.
+"""Two minima that SAM's measure cannot distinguish but GAM's can: the argument of the paper, as a picture.
 
 In one dimension, around each of two minima, within the radius ρ = 1:
 
     wide     L(x) = h x²                                  rises slowly and steadily to h at the edge of the ball
     narrow   L(x) = h (1 − exp(−x²/2s²)) / (1 − exp(−1/2s²))   is at h already near the minimum, and flat from there on
 
-Their zeroth-order flatness is the same, R0 = h: the loss at the edge is all that it sees. The first-order flatness is
-the largest gradient in the ball: R1 = 2h for the wide one and (h/s) e^(−1/2) / (1 − exp(−1/2s²)) for the narrow one.
+Their zeroth-order flatness is the same, R0 = h: it only sees the loss at the edge. The first-order flatness is the
+largest gradient in the ball: R1 = 2h for the wide one and (h/s) e^(−1/2) / (1 − exp(−1/2s²)) for the narrow one.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Minimum:
 
 
 def narrow(x: Tensor) -> Tensor:
+    """Return the loss of the narrow minimum."""
     return HEIGHT * (1 - torch.exp(-(x**2) / (2 * WIDTH**2))) / (1 - math.exp(-(RHO**2) / (2 * WIDTH**2)))
 
 
@@ -46,7 +47,7 @@ MINIMA = (
 
 
 def measure(minimum: Minimum) -> tuple[float, float, float, flatness.Slice]:
-    """R0, R1, the second derivative, and the loss with its gradient around the minimum."""
+    """Return R0, R1, the second derivative, and a slice of loss and gradient around the minimum."""
     weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     loss = flatness.Loss.from_closure(lambda: minimum.loss(weight).sum(), [weight])
     direction = [torch.ones(1, dtype=torch.float64)]
@@ -58,6 +59,7 @@ def measure(minimum: Minimum) -> tuple[float, float, float, flatness.Slice]:
 
 
 def picture(slices: dict[str, flatness.Slice], path: Path) -> None:
+    """Draw the minima, and write the picture to ``path``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -76,6 +78,7 @@ def picture(slices: dict[str, flatness.Slice], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the measures, and draw the minima on request."""
     parser = argparse.ArgumentParser(description="Two minima of equal R0 and different R1.")
     parser.add_argument("--picture", type=Path, metavar="PATH", help="write the picture to PATH (needs matplotlib)")
     arguments = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""Names of the United States census of 1990, and a small transformer that tells from the letters what a name is.
+"""Names of the United States census of 1990, and a small transformer that classifies a name by its letters.
 
-The lists are data files of the PyPI package ``names``; nothing is downloaded. Three classes: first names of women,
-first names of men, and the most frequent surnames. The classes have no name in common: what is both a woman's and a
-man's first name is left out, and what is anybody's first name is no surname.
+The lists are data files of the PyPI package ``names``; nothing is downloaded. The three classes are first names of
+women, first names of men, and the most frequent surnames. No name is in two classes: first names of both women and men
+are left out, and so are surnames that are also first names.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ CLASSES = ("female", "male", "surname")
 SURNAMES = 4000
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 END = 1 + len(LETTERS)
-"""The token after the last letter; 0 fills up behind it, letters are from 1 on."""
+"""The token after the last letter. Letters are from 1 on, and 0 is padding."""
 
 LENGTH = 14
-"""Tokens of a name: the longest has 13 letters."""
+"""Tokens per name: the longest has 13 letters."""
 
 
 def lists() -> tuple[list[str], ...]:
-    """Names of each class, without those that are in two, the most frequent first.
+    """Return the names of each class, most frequent first, without those in two classes.
 
     Raises:
-        DataError: the package is not installed, or has other files.
+        DataError: the package is not installed, or has different files.
     """
     found = importlib.util.find_spec("names")
     if found is None or found.origin is None:
@@ -48,7 +48,7 @@ def lists() -> tuple[list[str], ...]:
 
 
 def _read(path: Path) -> list[str]:
-    """The first word of each line."""
+    """Return the first word of each line."""
     try:
         return [line.split()[0] for line in path.read_text(encoding="ascii").splitlines()]
     except OSError as error:
@@ -58,13 +58,13 @@ def _read(path: Path) -> list[str]:
 
 
 def encode(name: str) -> list[int]:
-    """Its tokens, filled up."""
+    """Return the tokens of a name, padded."""
     tokens = [1 + LETTERS.index(letter) for letter in name] + [END]
     return tokens + [0] * (LENGTH - len(tokens))
 
 
 def names() -> tuple[Tensor, Tensor]:
-    """Tokens and classes of all names, in an order that is always the same."""
+    """Return tokens and classes of all names, in a fixed order."""
     classes = lists()
     x = torch.tensor([encode(name) for own in classes for name in own])
     y = torch.cat([torch.full((len(own),), label) for label, own in enumerate(classes)])
@@ -73,9 +73,9 @@ def names() -> tuple[Tensor, Tensor]:
 
 
 class Reader(nn.Module):
-    """A causal transformer over letters; what it says of a name is read where the name ends.
+    """A causal transformer over letters; the class scores are read at the end of the name.
 
-    A position attends to none after it, so that what fills up a name has no effect.
+    A position attends only to itself and earlier ones, so padding has no effect.
     """
 
     def __init__(self, width: int = 32, heads: int = 2, layers: int = 2) -> None:
@@ -87,6 +87,7 @@ class Reader(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores at the end of each name."""
         hidden = self.tokens(x) + self.positions.weight
         with twice_differentiable():
             hidden = self.blocks(hidden)

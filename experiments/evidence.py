@@ -3,14 +3,14 @@
 python -m experiments.evidence --data cifar10.npz --results bench/results/evidence_cpu.json
 
 Each run is an arm (a method with its settings), a length of training, a share of wrong labels and a seed. Finished runs
-are in the file of results and are not run again, so that a run that was stopped goes on, and another machine may add
-seeds. ``--seconds`` ends with the last run that fits. ``--tune`` runs the settings that arms were chosen from, on seeds
-and images of their own: part of the training set, never a test image.
+are in the results file and are not repeated, so a stopped run can continue, and another machine may add seeds.
+``--seconds`` stops after the last run that fits. ``--tune`` runs the settings that arms were chosen from, on their own
+seeds and images: a part of the training set, never a test image.
 
-Task ``cpu`` has 10,000 images, which its small network does not fit by heart in so short a training; ``few`` has 2,000,
-which it does. The networks and the training are those of ``examples/cifar.py``. Task ``text`` trains the small GPT of
-``examples/charlm.py`` by AdamW on 20,000 letters. The plain base optimizer also runs for twice and four times as long,
-which is what SAM and GAM cost: equal time is one row against another.
+Task ``cpu`` has 10,000 images, which its small network cannot memorise in so short a training; ``few`` has 2,000, which
+it can. Networks and training are those of ``examples/cifar.py``. Task ``text`` trains the small GPT of
+``examples/charlm.py`` by AdamW on 20,000 letters. The plain base optimizer also trains for twice and four times as
+long, the cost of SAM and GAM, so that rows of equal time can be compared.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Arm:
     """A method with its settings.
 
     Attributes:
-        times: how many times as long it trains as the others.
+        times: length of its training, relative to the others.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Arm:
 
     @property
     def gradients(self) -> float:
-        """Gradients of the run, divided by those of the base optimizer in one of the same length: the cost by count."""
+        """The cost: gradients of the run, relative to the base optimizer's in a run of normal length."""
         passes: int = getattr(gam_fast, "Base" if self.method in BASES else self.method).recipe.passes
         whole = (passes - 1) * self.share + 1
         return self.times * (1 + self.late * (whole - 1) / self.interval)
@@ -118,11 +118,11 @@ class Task:
     """The settings that all arms share.
 
     Attributes:
-        settings: of :mod:`cifar` or :mod:`charlm`, without those of an arm.
-        lengths: epochs of training, of a text steps.
-        held: images or letters that the settings are tested on, when they are chosen; not among those trained on.
-        measured: images or pieces of text that flatness is measured on.
-        arms: what is compared, the base optimizer first.
+        settings: settings of :mod:`cifar` or :mod:`charlm`, without those of an arm.
+        lengths: numbers of epochs; for a text, of steps.
+        held: number of images or letters that are held out of the training set to choose settings.
+        measured: number of images or pieces of text on which flatness is measured.
+        arms: the arms to compare, the base optimizer first.
     """
 
     settings: cifar.Settings | charlm.Settings
@@ -136,6 +136,7 @@ class Task:
 
     @property
     def is_text(self) -> bool:
+        """Whether the task is a text."""
         return isinstance(self.settings, charlm.Settings)
 
 
@@ -181,7 +182,7 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A run, of which one with the same key is not run again."""
+    """A planned run. A finished run with the same key is not repeated."""
 
     arm: Arm
     length: int
@@ -192,6 +193,7 @@ class Planned:
 
     @property
     def key(self) -> str:
+        """The key of the run in the results."""
         kind = "tune" if self.tune else "test"
         return f"{kind}, {self.arm.name}, {self.length} {self.unit}, wrong {self.wrong_labels}, seed {self.seed}"
 
@@ -215,7 +217,7 @@ def plan(task: Task, *, tune: bool = False) -> Iterator[Planned]:
 
 
 def settings_of(task: Task, planned: Planned) -> Any:
-    """Return what the example is to run."""
+    """Return the settings of a run for the example."""
     arm = planned.arm
     settings = replace(
         task.settings,
@@ -243,7 +245,7 @@ def train_on_images(
         loss = training.train()
         training.epoch += 1
     seconds = time.perf_counter() - start
-    test_loss, test_accuracy = training.test()  # once, as it takes longer than to train on few images
+    test_loss, test_accuracy = training.test()  # only once: it takes longer than training on few images
     images = training.train_set[slice(0, task.measured)]
     pixels = cifar_images.normalised(images.pixels)
     batches = list(zip(pixels.split(500), images.labels.split(500), strict=True))
@@ -273,7 +275,7 @@ def train_on_text(
 
 
 def run(task: Task, planned: Planned, data: Path, device: torch.device) -> dict[str, Any]:
-    """Train, and measure what was found."""
+    """Train, and measure the result."""
     settings = settings_of(task, planned)
     if task.is_text:
         figures, loss = train_on_text(task, settings, data, device, task.held if planned.tune else 0)
@@ -304,19 +306,19 @@ def run(task: Task, planned: Planned, data: Path, device: torch.device) -> dict[
 
 
 def commit() -> str:
-    """Return the commit of this checkout, or nothing where there is none."""
+    """Return the commit of this checkout, or an empty string."""
     asked = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return asked.stdout.strip()
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return mean ± standard deviation, of one value the value alone."""
+    """Return mean ± standard deviation as text; for one value, the value alone."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Return a table for each length and share of wrong labels, and before them those that settings are chosen by."""
+    """Return a table for each length and share of wrong labels, after those of the choice of settings."""
     base_name = next((run["arm"] for run in runs.values() if run["arm"] in BASES), BASES[0])
     arms = OF_TEXT if base_name == "AdamW" else ARMS
     columns = {
@@ -365,10 +367,10 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
 
 
 def gains(task: Task, runs: Mapping[str, Mapping[str, Any]], length: int, wrong_labels: float) -> list[Point]:
-    """Return the test accuracy of each arm above that of the base optimizer from the same seed, with standard errors.
+    """Return the gain in test accuracy of each arm over the base optimizer with the same seed, with standard errors.
 
-    Of a text, return the test loss below that of the base optimizer. Seeds differ by more than methods do, so that the
-    spread of the figures themselves says little.
+    For a text, it is the decrease of the test loss. Differences are per seed, because seeds differ by more than methods
+    do.
     """
     unit, figure, sign = ("steps", "test_loss", -1.0) if task.is_text else ("epochs", "test_accuracy", 1.0)
     figures: dict[str, dict[int, float]] = {}
@@ -388,20 +390,20 @@ def gains(task: Task, runs: Mapping[str, Mapping[str, Any]], length: int, wrong_
 
 
 def stored(results: Path) -> dict[str, Any]:
-    """Return the runs that are in the file."""
+    """Return the runs in the results file."""
     return json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--data", type=Path, required=True, help="as for examples/cifar.py, or a text")
     found.add_argument("--task", choices=TASKS, default="cpu", help="(default: %(default)s)")
-    found.add_argument("--results", type=options.output, required=True, metavar="PATH", help="read, and added to")
-    found.add_argument("--tune", action="store_true", help="the runs that settings are chosen by")
-    found.add_argument("--seed", type=int, help="only runs of this seed: for processes side by side")
-    found.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
-    drawn = "draw the gain against the count of gradients, of the first length and share of wrong labels, to PATH"
+    found.add_argument("--results", type=options.output, required=True, metavar="PATH", help="file to read and extend")
+    found.add_argument("--tune", action="store_true", help="run the candidates for the choice of settings")
+    found.add_argument("--seed", type=int, help="only runs of this seed, for parallel processes")
+    found.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
+    drawn = "draw gain against gradients, for the first length and share of wrong labels, to PATH"
     found.add_argument("--picture", type=options.output, metavar="PATH", help=drawn)
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--threads", type=options.positive, help="CPU threads of torch")
@@ -409,6 +411,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, and print the tables."""
     given = parser().parse_args(argv)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -421,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         print(planned.key, file=sys.stderr)
         found = run(task, planned, given.data, torch.device(given.device))
-        runs = stored(given.results) | {planned.key: found}  # with what others have added meanwhile
+        runs = stored(given.results) | {planned.key: found}  # includes runs that other processes have added meanwhile
         write_json(given.results, runs)
     for table in tables(runs):
         print(f"### {table.title}\n\n{table.markdown()}\n")

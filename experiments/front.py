@@ -1,4 +1,4 @@
-"""Figures of contenders over seeds, which of them no other beats, and what was to be shown."""
+"""Figures of contenders over seeds, their Pareto fronts, and the criteria to check."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .runs import Contender, Run
 Row = dict[str, Any]
 
 CHEAP = "GAM .5 /3"
-"""Of at most 1.5 gradients, chosen on the seeds of the settings: to be as good as SAM at 2."""
+"""The contender of at most 1.5 gradients that should be as good as SAM at 2; chosen on the tuning seeds."""
 
 CLOSE = "GAM .5 /2"
-"""Of at most 1.75 gradients, chosen likewise: to be close to GAM at 4."""
+"""The contender of at most 1.75 gradients that should be close to GAM at 4; chosen likewise."""
 
 WALL = 1.15
-"""How much more time than predicted a step may take."""
+"""The largest allowed ratio of measured to predicted time of a step."""
 
 
 def front(points: Mapping[str, tuple[float, float]], *, higher: bool) -> list[str]:
-    """Those of (cost, value) than which none is better at no more cost, nor as good at less; the cheapest first.
+    """Return the Pareto front of (cost, value): no other is better at no more cost, or as good at less; cheapest first.
 
     >>> front({"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (2.0, 6.0), "d": (3.0, 6.0)}, higher=True)
     ['a', 'c']
@@ -38,12 +38,12 @@ def front(points: Mapping[str, tuple[float, float]], *, higher: bool) -> list[st
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Their standard deviation; one has none."""
+    """Return the standard deviation; ``None`` for one value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float | None]:
-    """The mean difference of values that belong together in pairs, and its standard error."""
+    """Return the mean difference of paired values, and its standard error."""
     apart = [value - other for value, other in zip(values, others, strict=True)]
     error = spread(apart)
     return statistics.mean(apart), None if error is None else error / len(apart) ** 0.5
@@ -55,13 +55,13 @@ def rows(
     settings: Mapping[str, Any],
     gradient_ms: Mapping[float, float],
 ) -> list[Row]:
-    """One for each contender of a task, the base first.
+    """Return one row per contender of a task, the base first.
 
-    Accuracy, λmax and R1 are means over seeds, with standard deviations; ``to_sam`` is the mean difference in accuracy
+    Accuracy, λmax and R1 are means over seeds, with standard deviations. ``to_sam`` is the mean difference in accuracy
     from SAM of the same seed, with its standard error. ``cost`` is the time of a step over the base's of the same seed,
-    median over seeds, and ``excess`` that over the gradients per step. ``small_batches`` is the part of the excess that
-    forward and backward of a share of the batch take beyond the share of the time, as timed alone, and ``rest``
-    what remains: the optimizer, and that batches of two sizes alternate.
+    as a median over seeds. ``excess`` is the cost over the gradients per step. ``small_batches`` is the part of the
+    excess by which forward and backward of a share of the batch, timed alone, exceed that share of the time. ``rest``
+    is the remainder: the optimizer, and the alternation of two batch sizes.
     """
     by_name: dict[str, list[Run]] = {}
     for run in runs:
@@ -104,7 +104,7 @@ def rows(
 
 @dataclass(frozen=True)
 class Criterion:
-    """What was to be shown on the digits, and what was found."""
+    """A criterion on the digits, and the result."""
 
     claim: str
     found: str
@@ -112,23 +112,23 @@ class Criterion:
 
 
 def beats_sam(row: Row, sam: Row) -> bool:
-    """Whether accuracy is at or above SAM's, and λmax below."""
+    """Return whether accuracy is at or above SAM's, and λmax below."""
     return bool(row["accuracy"] >= sam["accuracy"] and row["lambda_max"] < sam["lambda_max"])
 
 
 def near_gam(row: Row, gam: Row) -> bool:
-    """Whether accuracy is no more than one standard deviation of GAM's below it, and λmax within 1.3 times GAM's."""
+    """Return whether accuracy is at most one standard deviation below GAM's, and λmax at most 1.3 times GAM's."""
     least = gam["accuracy"] - (gam["accuracy_std"] or 0.0)
     return bool(row["accuracy"] >= least and row["lambda_max"] <= 1.3 * gam["lambda_max"])
 
 
 def needed() -> tuple[str, ...]:
-    """Contenders without which there is nothing to be checked."""
+    """Return the contenders that the criteria need."""
     return ("base", "SAM", "GAM", CHEAP, CLOSE)
 
 
 def check(table: Sequence[Row]) -> list[Criterion]:
-    """The criteria, on rows of the digits; for the two settings that were chosen before, not for the best of all."""
+    """Check the criteria on rows of the digits, for the two settings chosen before, not for the best of all."""
     by_name = {row["contender"]: row for row in table}
     sam, gam, cheap, close = (by_name[name] for name in needed()[1:])
     slowest = max((cheap, close), key=lambda row: float(row["excess"]))

@@ -1,10 +1,11 @@
-"""What is found for how many gradients: accuracy, λmax and R1 of SGD, SAM and GAM, by ascent shares and intervals.
+"""Compare accuracy, λmax and R1 of SGD, SAM and GAM against their cost, over ascent shares and intervals.
 
-The contenders of one seed take turns, an epoch each, so that their times compare. Gradients per step are counted in the
-run: each pass by the share of the batch that it saw. The time of a step over the base's, and over what the count of
-gradients predicts, stand beside; forward and backward of each share are also timed alone, which tells what of the
-excess small batches cost; the rest is the optimizer, and that
-batches of two sizes alternate. Settings were chosen on other seeds than those that are reported.
+The contenders of one seed alternate by epochs, so that their times are comparable. Gradients per step are counted in
+the run: each pass by the share of the batch that it saw. The tables also give the time of a step over the base's, and
+    over
+the prediction from the count of gradients. Forward and backward of each share are also timed alone, which shows the
+part of small batches in the excess. The rest is the optimizer, and the alternation of two batch sizes. Settings were
+chosen on other seeds than the reported ones.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from .tasks import TASKS, Task
 
 SEEDS = "0,1,2,3,4,5"
 ENOUGH = 5
-"""Seeds of a run that is checked."""
+"""Fewest seeds for ``--check``."""
 
 QUICK = 100
-"""Examples of a quick run."""
+"""Examples in a quick run."""
 
 
 def measure(task: Task, contenders: list[Contender], seeds: list[int]) -> tuple[dict[str, Any], list[Run]]:
-    """A task with its rows, and the runs that they are made of; without contenders that have no settings there."""
+    """Return a task with its rows, and their runs. Contenders without settings for the task are left out."""
     from rich.console import Console
 
     contenders = [contender for contender in contenders if contender.method in ("base", *task.methods)]
@@ -66,7 +67,7 @@ def measure(task: Task, contenders: list[Contender], seeds: list[int]) -> tuple[
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--task", default=",".join(TASKS), help="with commas (default: %(default)s)")
     found.add_argument("--seeds", type=options.seeds, default=SEEDS, help="with commas (default: %(default)s)")
@@ -78,17 +79,17 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--pictures", type=options.output, metavar="PATH", help=drawn)
     found.add_argument("--markdown", type=options.output, metavar="PATH", help="also write the page of docs/results")
     found.add_argument(
-        "--read", type=Path, metavar="PATH", help="train nothing, show the figures of a --json of before"
+        "--read", type=Path, metavar="PATH", help="train nothing, and show the figures of an earlier --json"
     )
-    quick = f"the first seed, one epoch, {QUICK} examples: to see that it works; the figures mean nothing"
+    quick = f"the first seed, one epoch, {QUICK} examples: to check that it works; the figures mean nothing"
     found.add_argument("--quick", action="store_true", help=quick)
-    does = "say of each criterion on the digits whether it is met; exit with status 1 if one is not"
+    does = "say whether each criterion on the digits is met; exit with status 1 if one is not"
     found.add_argument("--check", action="store_true", help=does)
     return found
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """What was asked for."""
+    """Return the arguments."""
     command = parser()
     given = command.parse_args(argv)
     given.task = options.listed(command, "--task", given.task, TASKS)
@@ -108,7 +109,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def command(given: argparse.Namespace) -> str:
-    """What makes the same figures again; where they go is left to the reader."""
+    """Return the command that makes the same figures again, without its output paths."""
     words = {"--task": ",".join(given.task), "--seeds": ",".join(map(str, given.seeds)), "--threads": given.threads}
     if given.contenders != list(CONTENDERS):
         words["--contenders"] = ",".join(given.contenders)
@@ -116,10 +117,10 @@ def command(given: argparse.Namespace) -> str:
 
 
 def compute(given: argparse.Namespace) -> dict[str, Any]:
-    """All figures.
+    """Compute all figures.
 
     Raises:
-        DataError: the data of a task are not there.
+        DataError: the data of a task are missing.
     """
     torch.set_num_threads(given.threads)
     tasks = [TASKS[name]() for name in given.task]
@@ -139,10 +140,10 @@ def compute(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Figures of before.
+    """Read the figures of an earlier run.
 
     Raises:
-        DataError: there are none in the file.
+        DataError: the file has none.
     """
     try:
         figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -154,6 +155,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the comparison from the command line."""
     given = parse(argv)
     try:
         figures = compute(given) if given.read is None else read(given.read)

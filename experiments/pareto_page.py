@@ -1,4 +1,4 @@
-"""The page of the documentation on what :mod:`experiments.pareto` found, with the advice that its figures support."""
+"""The documentation page on the results of :mod:`experiments.pareto`, with the advice that they support."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .pareto_report import DRAWN, FIGURES, found, fronts, times
 
 
 def words(mean: float, error: float | None) -> str:
-    """A difference in accuracy, and whether it is more than chance: two standard errors."""
+    """Describe a difference in accuracy; within two standard errors it counts as chance."""
     if error is None:
         return f"{mean:+.2f} points in accuracy from one seed, which says nothing"
     certain = "" if abs(mean) > 2 * error else ", no more than chance"
@@ -19,7 +19,7 @@ def words(mean: float, error: float | None) -> str:
 
 
 def against(figures: dict[str, Any], task: dict[str, Any], name: str, other: str) -> str:
-    """One contender against another, from the same seeds."""
+    """Compare one contender with another, over the same seeds."""
     values = {key: _accuracies(figures, task, key) for key in (name, other)}
     row, to = (next(row for row in task["rows"] if row["contender"] == key) for key in (name, other))
     return (
@@ -38,11 +38,11 @@ PAIRS = (
     ("SAM .25", "SAM"),
     ("GAM", "SAM"),
 )
-"""Who is to be compared: shares with whole batches, GAM with SAM, shares with intervals at the same cost."""
+"""The comparisons: shares with whole batches, GAM with SAM, shares with intervals at the same cost."""
 
 
 def advice(figures: dict[str, Any], task: dict[str, Any]) -> list[str]:
-    """What the figures of a task say."""
+    """Return the conclusions from the figures of a task."""
     by_name = {row["contender"]: row for row in task["rows"]}
     lines = [against(figures, task, a, b) for a, b in PAIRS if {a, b} <= by_name.keys()]
     for cost, unit in (("gradients", "gradients"), ("step_ms", "ms")):
@@ -72,11 +72,11 @@ ADVICE = (
     ("GAM .25", "GAM /4", "GAM by a quarter of the batch at every step in place of whole batches at every fourth"),
     ("SAM .25", "SAM", "SAM by a quarter of the batch in place of all of it"),
 )
-"""What might be done, in place of what."""
+"""Replacements to judge: a contender, the one it replaces, and a description."""
 
 
 def which(figures: dict[str, Any]) -> list[str]:
-    """Over all tasks: what costs no accuracy beyond chance and does not leave a minimum that is much sharper."""
+    """Judge each replacement over all tasks: no loss of accuracy beyond chance, and no much sharper minimum."""
     lines = []
     for name, other, what in ADVICE:
         verdicts: dict[str, list[str]] = {"yes": [], "less accurate": [], "sharper": []}
@@ -95,7 +95,7 @@ def which(figures: dict[str, Any]) -> list[str]:
 
 
 SHARPER = 1.3
-"""Times λmax: a minimum that counts as sharper."""
+"""The ratio of λmax from which a minimum counts as sharper."""
 
 
 CHOICE = (
@@ -105,11 +105,11 @@ CHOICE = (
     "and then `GAM .33 /2` had been chosen before; their figures met the other claims, but forward and backward of so "
     "few rows take more than their share of the time."
 )
-"""How those that are to show it were chosen."""
+"""How the contenders of the criteria were chosen."""
 
 
 def small_batches(figures: dict[str, Any]) -> str:
-    """What a gradient of a part of the batch takes, of the time of a whole one."""
+    """Describe the time of a gradient of a share of the batch, relative to the whole batch."""
     parts = []
     for task in figures["tasks"]:
         alone = {one["share"]: one["ms"] for one in task["gradient_ms"]}
@@ -123,7 +123,7 @@ def small_batches(figures: dict[str, Any]) -> str:
 
 
 def page(figures: dict[str, Any]) -> str:
-    """For docs/results: how it was made, tables, settings and advice."""
+    """Return the page of docs/results: how it was made, tables, settings and advice."""
     seeds = ", ".join(map(str, figures["seeds"]))
     quick = ["**A quick run: its figures mean nothing.**", ""] if figures["quick"] else []
     lines = [
@@ -192,7 +192,7 @@ def _pictures(task: dict[str, Any]) -> list[str]:
 
 
 def _settings(task: dict[str, Any]) -> list[str]:
-    """Hyper-parameters, once for all contenders that share them."""
+    """List hyper-parameters, once for all contenders that share them."""
     by_text: dict[str, list[str]] = {}
     for row in task["rows"]:
         text = ", ".join(f"{name} = {value:g}" for name, value in row["settings"].items()) or f"{task['base']} alone"

@@ -10,18 +10,18 @@ from .front import Row, front
 from .picture import Point, against_cost
 
 FIGURES = {"accuracy": "test accuracy, %", "lambda_max": "λmax", "r1": "R1"}
-"""What is compared at each cost, with its headings."""
+"""The figures that are compared at each cost, with their headings."""
 
 
 def plus_minus(value: float | None, error: float | None, digits: int = 2) -> str | None:
-    """With as many decimals each."""
+    """Format a value and its error with the same number of decimals."""
     if value is None:
         return None
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def flat(row: Row) -> Row:
-    """A row as tables show it."""
+    """Return a row as tables show it."""
     return {
         **row,
         "accuracy": plus_minus(row["accuracy"], row["accuracy_std"]),
@@ -33,7 +33,7 @@ def flat(row: Row) -> Row:
 
 
 def found(task: dict[str, Any]) -> Table:
-    """What was found, for how many gradients."""
+    """Return the table of results against gradients."""
     columns = {
         "contender": "contender",
         "gradients": "gradients per step",
@@ -49,7 +49,7 @@ def found(task: dict[str, Any]) -> Table:
 
 
 def times(task: dict[str, Any]) -> Table:
-    """Time against what the count of gradients predicts."""
+    """Return the table of times against the prediction from the count of gradients."""
     columns = {
         "contender": "contender",
         "gradients": "gradients per step",
@@ -64,14 +64,14 @@ def times(task: dict[str, Any]) -> Table:
 
 
 def tables(figures: dict[str, Any]) -> list[Table]:
-    """Two for each task."""
+    """Return two tables for each task."""
     shown = [table for task in figures["tasks"] for table in (found(task), times(task))]
     last = shown[-1]
     return [*shown[:-1], Table(last.title, last.columns, last.rows, [*last.notes, conditions(figures)])]
 
 
 def fronts(task: dict[str, Any], cost: str) -> dict[str, list[str]]:
-    """Of each figure, those that no other beats at that cost."""
+    """Return, for each figure, the contenders on the Pareto front."""
     return {
         key: front({row["contender"]: (row[cost], row[key]) for row in task["rows"]}, higher=key == "accuracy")
         for key in FIGURES
@@ -82,11 +82,11 @@ DRAWN = {
     "accuracy": ("test accuracy, %", "accuracy"),
     "lambda_max": ("λmax: smaller is flatter", "the curvature of the minimum"),
 }
-"""What is drawn against time, a picture for each task: label, and words of the title."""
+"""The figures drawn against time, one picture per task: label, and words of the title."""
 
 
 def pictures(figures: dict[str, Any]) -> dict[str, bytes]:
-    """Each of ``DRAWN`` of each task against time; the key is ``<task>_<what>``, bars are standard errors."""
+    """Draw each of ``DRAWN`` against time for each task. Keys are ``<task>_<figure>``; bars are standard errors."""
     found = {}
     for task in figures["tasks"]:
         for key, (label, words) in DRAWN.items():

@@ -1,4 +1,4 @@
-"""Draw what contenders reach against what they cost: a question a picture, readable at 700 pixels."""
+"""Draw the results of contenders against their cost: one question per picture, readable at 700 pixels."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Point:
     """A contender.
 
     Attributes:
-        method: which colours it; ``base`` is the base optimizer.
-        error: half the length of its bar.
+        method: sets the colour; ``base`` is the base optimizer.
+        error: half the length of the error bar.
     """
 
     name: str
@@ -29,20 +29,21 @@ class Point:
 
     @property
     def color(self) -> str:
+        """The colour of the method."""
         return COLORS.get(self.method, OTHER)
 
 
 def against_cost(points: Sequence[Point], cost: str, value: str, title: str, *, log: bool = False) -> bytes:
-    """Draw the points with their names, costs on a logarithmic scale.
+    """Draw the points with their names, with a logarithmic cost axis.
 
-    Names keep off each other, as adjustText places them; where it is not installed, they stand at their points.
+    adjustText keeps the names apart; if it is not installed, they are next to their points.
 
     Args:
         points: at least one.
-        cost: label of the axis of costs.
-        value: label of the other.
-        title: of the picture.
-        log: draw values on a logarithmic scale too.
+        cost: label of the cost axis.
+        value: label of the value axis.
+        title: title of the picture.
+        log: whether the value axis is logarithmic too.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -65,7 +66,7 @@ def against_cost(points: Sequence[Point], cost: str, value: str, title: str, *, 
     axes.grid(color="#ddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.draw_without_rendering()  # the axes have their place now
+    figure.draw_without_rendering()  # fixes the positions of the axes
     figure.set_layout_engine("none")
     _name(axes, points)
     return png(figure)
@@ -84,5 +85,5 @@ def _name(axes: Any, points: Sequence[Point]) -> None:
     bars = [(p.cost, p.value + part * (p.error or 0.0)) for p in points for part in (-1, -0.5, 0, 0.5, 1)]
     x, y = zip(*bars, strict=True)
     arrows = {"arrowstyle": "-", "color": "#999", "linewidth": 0.7}
-    # iterations are counted, not timed: the same picture anywhere
+    # iterations are counted, not timed, so the picture is the same on every machine
     adjust_text(texts, x, y, ax=axes, iter_lim=300, expand=(1.3, 1.6), arrowprops=arrows)

@@ -1,8 +1,8 @@
-"""Show what a radius does that is too small or too large: accuracy and training loss of SAM and GAM on the digits.
+"""Show the effect of a radius that is too small or too large: accuracy and training loss of SAM and GAM on the digits.
 
 python -m experiments.radius --json bench/results/radius_cpu.json --picture docs/radius.png
 
-Nothing but ``rho`` changes, from a tenth of a good value to eight times that; SGD stands for no radius at all.
+Only ``rho`` changes, from a tenth of a good value to eight times that; SGD stands for radius 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = {"method": "", "rho": "rho", "accuracy": "test accuracy, %", "loss": "
 
 
 def found(task: Task, method: str, rho: float | None, seeds: Sequence[int]) -> dict[str, Any]:
-    """Train from each seed; return what was reached."""
+    """Train with each seed; return accuracy and loss."""
     if rho is not None:
         task = replace(task, methods={method: {**task.methods[method], "rho": rho}}, own={})
     accuracy, loss = [], []
@@ -51,7 +51,7 @@ def means(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Draw accuracy and training loss against the radius, a line for each method and dots for its seeds."""
+    """Draw accuracy and training loss against the radius, one line per method and dots for its seeds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
 
@@ -84,6 +84,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print the table, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=options.seeds, default="0,1,2", help="with commas (default: %(default)s)")
     parser.add_argument("--threads", type=options.positive, default=1, help="CPU threads of torch (default: 1)")
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--read", type=Path, metavar="PATH", help="train nothing, show the figures of an earlier --json"
     )
-    parser.add_argument("--quick", action="store_true", help="two radii, few examples: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two radii, few examples, to check that it works")
     given = parser.parse_args(argv)
     if given.read:
         figures = json.loads(given.read.read_text(encoding="utf-8"))

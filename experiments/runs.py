@@ -1,6 +1,6 @@
-"""Training runs in which contenders take turns, an epoch each, so that their times compare.
+"""Training runs in which contenders alternate by epochs, so that their times are comparable.
 
-A contender is a method whose ascent sees a share of each batch, every so many steps. What it costs is counted in
+A contender is a method with a share of each batch for its ascent, and an interval of steps. Its cost is counted in
 gradients of a whole batch: each pass by the share of the batch that it saw.
 """
 
@@ -31,25 +31,25 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """``GAM .25 /2``: with a quarter of the batch, every second step."""
+        """The name, such as ``GAM .25 /2``: a quarter of the batch, every second step."""
         share = f" {self.share:g}".replace("0.", ".") if self.share < 1 else ""
         return f"{self.method}{share}" + (f" /{self.interval}" if self.interval > 1 else "")
 
     @property
     def ascents(self) -> float:
-        """Passes besides the last, for each step."""
+        """The number of passes before the last, per step."""
         return (self.kind.recipe.passes - 1) / self.interval
 
     @property
     def kind(self) -> type[gam_fast.SharpnessAwareOptimizer]:
-        """The class."""
+        """The class of the method."""
         found: type[gam_fast.SharpnessAwareOptimizer] = getattr(
             gam_fast, "Base" if self.method == "base" else self.method
         )
         return found
 
     def optimizer(self, model: torch.nn.Module, task: Task) -> gam_fast.SharpnessAwareOptimizer:
-        """For a model, around the base optimizer of a task."""
+        """Return the optimizer of a model, around the base optimizer of a task."""
         own: dict[str, Any] = dict(task.settings(self.method, self.share, self.interval))
         if self.share < 1:
             own["ascent_share"] = self.share
@@ -85,17 +85,17 @@ CONTENDERS: Mapping[str, Contender] = {
 
 
 def mean_step(seconds: Mapping[int, Sequence[float]]) -> float:
-    """Of steps by the number of their passes, the mean of medians: a step of an interval is of one kind or another."""
+    """Return the mean step time, from medians by number of passes: an interval mixes two kinds of steps."""
     steps = sum(len(own) for own in seconds.values())
     return sum(len(own) * statistics.median(own) for own in seconds.values()) / steps
 
 
 @dataclass
 class Run:
-    """What a contender found from a seed.
+    """The result of a contender for a seed.
 
     Attributes:
-        gradients: of a whole batch, for each step.
+        gradients: gradients of a whole batch per step.
         step_ms: see :func:`mean_step`.
     """
 
@@ -112,7 +112,7 @@ class Run:
 
 @dataclass
 class Trainer:
-    """A contender with its own network, which begins with the weights of the seed and sees its batches."""
+    """A contender with its own network, which starts from the weights of the seed and sees the seed's batches."""
 
     contender: Contender
     task: Task
@@ -127,7 +127,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.task.epochs)
 
     def epoch(self) -> None:
-        """Once through the training set."""
+        """Train for one epoch."""
         data, model = self.task.data, self.model.train()
         for rows in torch.randperm(len(data.train_y), generator=self.batches).split(self.task.batch):
             x, y = data.train_x[rows], data.train_y[rows]
@@ -141,7 +141,7 @@ class Trainer:
         self.schedule.step()
 
     def run(self) -> Run:
-        """What was found, measured. With so few iterations R1 is known to about a percent."""
+        """Measure the result. With these limits R1 is accurate to about a percent."""
         loss = self.task.training_loss(self.model.eval())
         first = flatness.first_order_flatness(loss, self.task.radius, restarts=1, max_iterations=8)
         eigenvalues = flatness.hessian_eigenvalues(loss, 1)
@@ -159,7 +159,7 @@ class Trainer:
 
 
 def train(task: Task, contenders: Sequence[Contender], seed: int, say: Callable[[str], None]) -> list[Run]:
-    """All contenders from one seed; ``say`` is told what comes next."""
+    """Train all contenders with one seed; ``say`` gets progress messages."""
     trainers = [Trainer(contender, task, seed) for contender in contenders]
     for epoch in range(task.epochs):
         say(f"{task.name}, seed {seed}, epoch {epoch + 1}/{task.epochs}")
@@ -170,7 +170,7 @@ def train(task: Task, contenders: Sequence[Contender], seed: int, say: Callable[
 
 
 def gradient_ms(task: Task, shares: Sequence[float], repeats: int = 51) -> dict[float, float]:
-    """Milliseconds of forward and backward of a batch and of shares of it, alone: what a small batch costs."""
+    """Time forward and backward alone, in milliseconds, for a batch and shares of it."""
     model = task.build(0).train()
     x, y = task.data.train_x[: task.batch], task.data.train_y[: task.batch]
     found: dict[float, list[float]] = {share: [] for share in shares}

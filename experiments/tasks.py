@@ -1,7 +1,8 @@
-"""What is learnt when methods are compared by what they find: data, network, base optimizer and settings.
+"""The tasks on which methods are compared: data, network, base optimizer and settings.
 
-``digits`` is the task of ``examples/digits.py``, with its wrong labels, ``clean`` the same without them, and ``names``
-that of :mod:`experiments.census`. Settings were chosen on the seeds in ``Task.chosen_on``, and are reported on others.
+``digits`` is the task of ``examples/digits.py``, with its wrong labels; ``clean`` is the same without them; ``names``
+is that of :mod:`experiments.census`. Settings were chosen on the seeds in ``Task.chosen_on``, and are reported on
+others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and classes to learn from and to be tested with."""
+    """Inputs and classes for training and tests."""
 
     train_x: Tensor
     train_y: Tensor
@@ -34,22 +35,22 @@ class Data:
     test_y: Tensor
 
     def head(self, n: int) -> Data:
-        """The first ``n`` of both."""
+        """Return the first ``n`` inputs and classes."""
         return Data(self.train_x[:n], self.train_y[:n], self.test_x[:n], self.test_y[:n])
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification, and how it is learnt.
+    """A classification task and its training.
 
     Attributes:
         about: a sentence on data and network.
-        build: the network with the weights of a seed.
+        build: returns the network with the weights of a seed.
         base: class of the base optimizer, and ``hyper`` its arguments; the learning rate falls along a cosine.
-        methods: hyper-parameters of each that runs.
-        own: what a method has of its own at a share of the batch and an interval, in place of what ``methods`` says.
+        methods: hyper-parameters of each method that runs.
+        own: hyper-parameters of a method at a share of the batch and an interval, in place of those in ``methods``.
         radius: ρ of R1.
-        measured: examples of the training set on which λmax and R1 are measured, which takes longer than training.
+        measured: number of training examples for λmax and R1, whose measurement takes longer than training.
         chosen_on: seeds on which the settings were chosen.
     """
 
@@ -69,35 +70,35 @@ class Task:
 
     @staticmethod
     def loss(output: Tensor, y: Tensor) -> Tensor:
-        """The mean over a batch."""
+        """Return the mean loss of a batch."""
         return F.cross_entropy(output, y)
 
     def settings(self, method: str, share: float, interval: int = 1) -> dict[str, float]:
-        """Hyper-parameters of a method whose ascent sees ``share`` of the batch, every ``interval`` steps."""
+        """Return hyper-parameters of a method whose ascent sees ``share`` of the batch, every ``interval`` steps."""
         return {**self.methods.get(method, {}), **self.own.get((method, share, interval), {})}
 
     def quick(self, examples: int) -> Task:
-        """One epoch of four steps, on a few examples."""
+        """Return the task with one epoch of four steps, on a few examples."""
         return replace(self, data=self.data.head(examples), epochs=1, batch=examples // 4)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
-        """Percent of the test set, in eval mode."""
+        """Return the test accuracy in percent, in eval mode."""
         right = model.eval()(self.data.test_x).argmax(1) == self.data.test_y
         return 100.0 * float(right.float().mean())
 
     def training_loss(self, model: nn.Module) -> flatness.Loss:
-        """Of the training set, or of its first ``measured`` examples: what is measured of a minimum."""
+        """Return the loss on the first ``measured`` training examples (or all), for measures of a minimum."""
         data = self.data.head(self.measured)
         return flatness.Loss(model, nn.CrossEntropyLoss(), [(data.train_x, data.train_y)])
 
 
 FARTHER = {"rho": 0.15, "alpha": 0.15}
-"""Of GAM on the digits with plain steps between."""
+"""Settings of GAM on the digits with plain steps in between."""
 
 
 def digits(wrong_labels: bool = True) -> Task:
-    """The demo's, with its settings.
+    """Return the task of the demo, with its settings.
 
     Raises:
         DataError: a package of the demo is not installed.
@@ -146,10 +147,10 @@ def digits(wrong_labels: bool = True) -> Task:
 
 
 def clean() -> Task:
-    """The demo's with all labels as they are, and settings that were chosen with wrong ones.
+    """Return the task of the demo with correct labels, and with the settings chosen for wrong ones.
 
     Raises:
-        DataError: as :func:`digits`.
+        DataError: see :func:`digits`.
     """
     return digits(wrong_labels=False)
 
@@ -158,7 +159,7 @@ TRAIN_NAMES = 2000
 
 
 def names() -> Task:
-    """Whether a name is a woman's, a man's or a surname, by its letters.
+    """Return the task to classify a name as a woman's, a man's or a surname, by its letters.
 
     Raises:
         DataError: the package with the names is not installed.

@@ -29,7 +29,15 @@ COUNTS = (STEPS, LOOKS, MEAN, VARIANCE, HEIGHT)
 
 
 class Activity:
-    """A rule for which steps take the whole recipe. To write your own, override :meth:`before`."""
+    """A rule for which steps take the whole recipe. To write your own, override :meth:`before`.
+
+    >>> class EveryThird(Activity):
+    ...     def before(self, step):
+    ...         return step % 3 == 0
+    >>> schedule = StepSchedule(interval=1, active=EveryThird())
+    >>> [step for step in range(7) if schedule.wants(step)]
+    [0, 3, 6]
+    """
 
     def before(self, step: int) -> bool:
         """Return whether step ``step``, counted from 0, may take the whole recipe. Depend on this number only."""
@@ -178,12 +186,12 @@ class Looking(Activity):
 
 @dataclass(frozen=True)
 class WhenSteep(Looking):
-    r"""Take the whole recipe if the gradient at θ is large compared with earlier ones: :math:`‖g_0‖² ≥ μ + c\,σ`.
+    r"""Take the whole recipe if the gradient at θ is large compared with earlier ones: :math:`‖g_0‖^2 ≥ μ + c\,σ`.
 
-    .. math:: μ ← δ μ + (1−δ) ‖g_0‖², \qquad σ² ← δ σ² + (1−δ) (‖g_0‖² − μ)²
+    .. math:: μ ← δ μ + (1−δ) ‖g_0‖^2, \qquad σ^2 ← δ σ^2 + (1−δ) (‖g_0‖^2 − μ)^2
 
-    The rule updates μ and σ² at every step that the other rules allow. At the first such step μ is :math:`‖g_0‖²` and σ
-    is 0, so this step takes the whole recipe. :class:`Looking` describes the consequences of a decision and its cost.
+    The rule updates μ and σ² at every step that the other rules allow. At the first such step μ is :math:`‖g_0‖^2` and
+    σ is 0, so this step takes the whole recipe. :class:`Looking` describes the consequences of a decision and its cost.
 
     Source: Jiang, Yang, Zhang, Kwok, *An Adaptive Policy to Employ Sharpness-Aware Minimization*, ICLR 2023, arXiv
     2304.14647. There c goes from 1 to −1 in the course of the run; here it is constant.

@@ -32,7 +32,7 @@ _under_way: WeakSet[ForwardState] = WeakSet()
 
 
 def modules_of(model: nn.Module | None) -> list[nn.Module]:
-    """Return all modules. (Nested generators make ``model.modules()`` slower than the rest of the work here.)"""
+    """Return all modules, without the nested generators of ``model.modules()``, which take long."""
     found: list[nn.Module] = []
     seen: set[nn.Module | None] = {None}
     rest = [model]
@@ -50,8 +50,8 @@ class ForwardState:
     """Restores a model's buffers, and its parameters that are not trained, so that they move once per step.
 
     A step lasts from :meth:`enter` to :meth:`exit`, with :meth:`begin` at the start of each pass. All passes see the
-    values at entry. At the end the model has, bit for bit, the values after the first pass (with
-    ``begin(keep_last=True)``, after the last); if the step is undone, the values at entry. Buffers that are written in
+    values at entry. On leaving, the model has, bit for bit, the values after the first pass (with
+    ``begin(keep_last=True)``, after the last); an undone step restores the values at entry. Buffers that are written in
     place keep their identity and address, and modules are not switched, so that a compiled model is not recompiled. One
     object serves many steps: the first one finds out which buffers move.
 
@@ -203,7 +203,7 @@ class ForwardState:
         return {key for key, name in names.items() if any(fnmatchcase(name, pattern) for pattern in self._left_out)}
 
     def _look_around(self) -> None:
-        """Without a model, watch the buffers of modules in reach of the calling code."""
+        """Watch, without a model, the buffers of modules in reach of the calling code."""
         ours = set(map(id, self._params))
         for model in modules_in_reach(self._params):
             for prefix, module in model.named_modules():
@@ -287,7 +287,7 @@ class ForwardState:
         return [place for place in trained if place.position >= 0]
 
     def _find_silent(self) -> None:
-        """In the first step, compare values to find changes that left no other trace."""
+        """Compare values, in the first step, to find changes that left no other trace."""
         if not self._learning:
             return
         unseen = [place for place in self._places if not place.moved() and place.start is not None]

@@ -27,7 +27,7 @@ class Coefficients:
         u, m: the coefficients of each vector, by group; zeros where the recipe has no m.
         gamma: γ by group.
         radius, multiple: of each perturbation, by its index in the path and by group; negative in groups that ascend.
-        bounds: the offset and the cap of each perturbation that has a cap, by its index in the path and by group.
+        bounds: the offset and the cap of each perturbation that has one, by its index and by group.
         after: coefficient of the step after that of the base optimizer, by group.
         mix, update, add: the coefficients of the memory, by group.
         weights: for each vector that only covers a part of the micro-batches, its factor.

@@ -183,7 +183,7 @@ class AroundBase(Hooked):
     def _refuse_nesting(self, what: str) -> None:
         if self._progress.step is not None and self._progress.current is not None:
             raise RuntimeError(
-                f"{what} while a step of this {type(self).__name__} is under way: run the loop over passes() to its "
+                f"{what} while a step of this {type(self).__name__} is in progress: run the loop over passes() to its "
                 "end, or close() the iterator to undo the step"
             )
 

@@ -54,7 +54,15 @@ HOW_TO_GIVE_A_LOSS = "return it from the closure without calling backward(), or 
 
 
 class SecondDerivativeError(RuntimeError):
-    """The loss cannot be differentiated twice; the message names a remedy."""
+    """The loss cannot be differentiated twice; the message names a remedy.
+
+    >>> import gam_fast
+    >>> x = torch.nn.Parameter(torch.ones(1, 1, 2, 2))
+    >>> optimizer = gam_fast.ExactGAM([x], torch.optim.SGD, lr=0.1)
+    >>> optimizer.step(lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x).sum())
+    Traceback (most recent call last):
+    gam_fast.hvp.SecondDerivativeError: the loss cannot be differentiated twice: its fused attention has none: ...
+    """
 
     def __init__(self, hint: str, found: object) -> None:
         super().__init__(
@@ -64,7 +72,7 @@ class SecondDerivativeError(RuntimeError):
 
 
 def check_loss(loss: Tensor, method: str) -> None:
-    """Refuse a loss that is not a tensor of one element that requires grad.
+    """Refuse a loss that is not a tensor of one element, or does not require grad.
 
     Raises:
         TypeError, RuntimeError: it is such a loss.

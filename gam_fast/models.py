@@ -119,7 +119,7 @@ def message_of_forgotten(method: str, buffers: Sequence[str]) -> str:
     return (
         f"the forward moves buffers of the module that this {method} trains ({', '.join(buffers[:4])}"
         f"{', …' if len(buffers) > 4 else ''}), in each pass of a step: construct it with model=model, or set "
-        "optimizer.model, so that they move once a step, as running statistics should (freeze_running_statistics="
+        "optimizer.model, so that they move once per step, as running statistics should (freeze_running_statistics="
         "False if they should not)"
     )
 

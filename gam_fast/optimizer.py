@@ -120,6 +120,7 @@ class SharpnessAwareOptimizer(AroundBase):
     if not TYPE_CHECKING:  # type checkers would accept any argument and any attribute
 
         def __new__(cls, *args: Any, **options: Any) -> SharpnessAwareOptimizer:
+            """Record the names of the given options for the constructor."""
             self = super().__new__(cls)
             self._given = set(options)  # also arguments given at their default value
             return self
@@ -226,10 +227,10 @@ class SharpnessAwareOptimizer(AroundBase):
 
         Args:
             scaler: a :class:`torch.amp.GradScaler`. In each pass call ``turn.backward(loss)``, or
-                ``scaler.scale(loss).backward()``. Do not call ``scaler.unscale_``, ``scaler.step`` or
-                ``scaler.update``: the step does all that. (A framework that calls them itself does so in the last
-                pass.) A non-finite gradient in any pass undoes the step, whatever ``on_nonfinite`` is. Then the scale
-                goes down and :attr:`skipped_steps` goes up.
+                ``scaler.scale(loss).backward()``. The step itself unscales, steps and updates the scaler, so do not
+                call ``scaler.unscale_``, ``scaler.step`` or ``scaler.update``. (A framework that calls ``scaler.step``
+                and ``scaler.update`` itself does so in the last pass.) A non-finite gradient in any pass undoes the
+                step, whatever ``on_nonfinite`` is. Then the scale goes down and :attr:`skipped_steps` goes up.
 
         Raises:
             RuntimeError: one of several passes ended without a gradient, or modified a parameter (a write in the first
@@ -471,7 +472,7 @@ class SharpnessAwareOptimizer(AroundBase):
         self._ascends = "base" in state and ascends(self.base)
         if hasattr(self, "_options"):
             for name, default in (("ascent_share", 1.0), ("norm", "global")):
-                self._options.setdefault(name, default)  # older pickles lack it
+                self._options.setdefault(name, default)  # older pickles lack them
             if isinstance(self._options["replay_rng"], bool):  # release 0.7.0 and before
                 self._options["replay_rng"] = ReplayRNG.wanted(self._options["replay_rng"])
 

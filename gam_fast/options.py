@@ -36,29 +36,32 @@ model: the module being trained. If given, everything that its forward writes in
 backend: ``"auto"``, or one of :func:`gam_fast.backends.available`.
 replay_rng: draw the same random numbers (dropout, Mixup) in each pass: from torch's default generators, from Python's
     and NumPy's global ones, and, given a list such as ``[generator]``, from those too. Read the batch before the
-    passes, or by :meth:`micro_batches`: extra draws in the first pass alone would shift its masks.
+    passes, or by :meth:`~gam_fast.SharpnessAwareOptimizer.micro_batches`: extra draws in the first pass alone would
+    shift its masks.
 freeze_running_statistics: whether ``model`` has the effect above. The first step copies buffers and parameters to find
     out which of them move; later steps copy those and watch the rest (:mod:`gam_fast.buffers`).
 moving_buffers: patterns (see :mod:`fnmatch`) for names of buffers of ``model`` that may move in every pass, such as
     ``["*.calls"]``.
 ascent_share: s, above 0 and at most 1: all passes but the last see the leading share s of the batch. The body selects
-    it by ``xb, yb = turn.rows(x, y)`` or :meth:`micro_batches`. A step of GAM then costs 3 s + 1 gradients. Running
-    statistics and the state of generators are those of the last pass; the loss is that of the first.
+    it by ``xb, yb = turn.rows(x, y)`` or :meth:`~gam_fast.SharpnessAwareOptimizer.micro_batches`. A step of GAM then
+    costs 3 s + 1 gradients. Running statistics and the state of generators are those of the last pass; the loss is that
+    of the first.
 interval: take the whole recipe at every ``interval``-th step, and a step of the base optimizer alone otherwise;
     ``math.inf``: never take the whole recipe.
 active: further restricts the steps that take the whole recipe: a rule of :mod:`gam_fast.active`, a function of the
     step number, or a list of these, which must all agree.
-norm: the norm that the radius of a perturbation refers to. With ``"global"`` it is over all perturbed parameters. With
-    ``"group"`` each parameter group has its own, and is perturbed by the whole radius. For one norm per layer, make a
-    group of each layer (:func:`gam_fast.subsets.layers`). Not for ASAM, which has a radius per element.
+norm: the norm that the radius of a perturbation refers to: ``"global"``, over all perturbed parameters, or
+    ``"group"``: each parameter group has its own norm, and is perturbed by the whole radius. For one norm per layer,
+    make one group per layer (:func:`gam_fast.subsets.layers`). Not for ASAM, which has a radius per element.
 clip_grad_norm: if given, the final direction is scaled down to at most this norm over all groups.
 sync: for data parallelism. ``"global"``: each pass averages its gradient, as DistributedDataParallel does, and all
     processes go to the same points. ``"local"``: each process perturbs along its own gradients (m-sharpness), and
     only the final direction is averaged; pass the DistributedDataParallel as ``model``. The processes agree on the
     parameters that take part, and on whether to take the step.
 on_nonfinite: ``"raise"`` raises :class:`~gam_fast.NonFiniteGradientError`, ``"skip"`` counts the step in
-    :attr:`skipped_steps`; both undo it. ``"ignore"`` does not check, like torch's optimizers. On an accelerator the
-    check costs one wait for the device at the end of a step, and a norm of the last gradient.
+    :attr:`~gam_fast.SharpnessAwareOptimizer.skipped_steps`; both undo it. ``"ignore"`` does not check, like torch's
+    optimizers. On an accelerator the check costs one wait for the device at the end of a step, and a norm of the last
+    gradient.
 """
 
 ARGUMENTS = """\
@@ -363,7 +366,7 @@ def check_keys(method: str, own: Sequence[str], known: Iterable[str], group: Map
         near = difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
         if near:
             raise ValueError(
-                f"a parameter group of {method} has {key!r} ({group[key]!r}), which nobody reads: did you mean "
+                f"a parameter group of {method} has {key!r} ({group[key]!r}), which no code reads: did you mean "
                 f"{near[0]}?"
             )
 

@@ -180,7 +180,7 @@ class StepParameters:
         )
 
     def take_all(self, index: int, *, keep: bool) -> bool:
-        """Fast path of :meth:`take_in`. Return False if it does not apply."""
+        """Take the fast path of :meth:`take_in`. Return False if it does not apply."""
         block = self.all[0] if self.all else self._whole
         if self._versions is None or not self._is_usual or self.is_mixed:
             return False
@@ -264,7 +264,7 @@ class StepParameters:
             self._add(block, chosen)
 
     def movable(self) -> list[int]:
-        """The positions of the parameters that are trained and perturbed."""
+        """Return the positions of the parameters that are trained and perturbed."""
         pairs = zip(self.params, self._group, strict=True)
         return [i for i, (p, g) in enumerate(pairs) if p.requires_grad and self._perturbed[g] and not is_lazy(p)]
 

@@ -117,7 +117,7 @@ class Path:
     def perturb(self, *, older: bool = False) -> None:
         """Move from the last pass to the next point of the path, and fold vectors that are no longer needed.
 
-        With ``older``, move along the older vector (index :data:`BEFORE`) to the point of the only pass.
+        With ``older``, move along the older vector :data:`BEFORE` to the point of the only pass.
         """
         recipe, coefficients = self.recipe, self.coefficients
         by_group = self.settings.norm == "group"

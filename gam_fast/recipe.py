@@ -3,7 +3,7 @@ r"""The language that describes a method as data: where its gradients are taken,
 A step evaluates the gradients :math:`g_0, …, g_{N-1}` of one mini-batch loss along a *path* that starts at the
 parameters :math:`θ`, and gives the base optimizer one direction
 
-.. math:: d = u - γ\,(m - \frac{⟨m,u⟩}{‖u‖²} u), \qquad u = \sum_i c_i g_i, \quad m = \sum_i d_i g_i .
+.. math:: d = u - γ\,(m - \frac{⟨m,u⟩}{‖u‖^2} u), \qquad u = \sum_i c_i g_i, \quad m = \sum_i d_i g_i .
 
 A :class:`Recipe` states the path, the coefficients ``c`` and ``d``, and their hyper-parameters. It does not deal with
 tensors: the engine (:mod:`gam_fast.optimizer`) interprets it. :mod:`gam_fast.recipes` has the published methods.
@@ -79,7 +79,7 @@ class Perturbation:
     The origin is θ with ``from_start``, and the point of the last pass otherwise. ξ is 1e-12. For an adaptive recipe
     (ASAM) the norm is ``‖T v‖`` and the step ``radius · T² v / (‖T v‖ + ξ)`` with ``T = |θ| + eta``, elementwise.
 
-    In general the step is ``(size / (‖v‖ + ξ) + multiple) v``, where ``size`` defaults to the radius. With ``cap`` it
+    In general the step is ``(size / (‖v‖ + ξ) + multiple) v``, where ``size`` defaults to the radius; with ``cap`` it
     is ``min(size / (‖v‖ + offset), cap) v``. ``along`` is the index of a vector of the step, or names an older vector:
     :data:`MOMENTUM`, :data:`MEMORY`, :data:`NOISE`.
     """
@@ -104,8 +104,8 @@ class Memory:
 
     With ``mix = (a, b)``, :math:`g_0 ← a\,g_0 + b\,m` before the first perturbation (if there is an m).
     When the step is taken, ``update = (k, l)`` sets :math:`m ← k\,m + l\,g_0` with the mixed :math:`g_0`, and
-    ``orthogonal`` sets :math:`m ← g - \frac{⟨g, g_0⟩}{‖g_0‖²} g_0` with the newest gradient g. A first m is the present
-    :math:`g_0` or g. With ``add`` = α the direction is :math:`u + α \frac{‖u‖}{‖m‖} m`.
+    ``orthogonal`` sets :math:`m ← g - \frac{⟨g, g_0⟩}{‖g_0‖^2} g_0` with the newest gradient g. A first m is the
+    present :math:`g_0` or g. With ``add`` = α the direction is :math:`u + α \frac{‖u‖}{‖m‖} m`.
 
     Only perturbed parameters have a memory, unless it is ``orthogonal``.
     """

@@ -121,7 +121,7 @@ def _cut(value: Any, rows: int, keep: int) -> Any:
         if _is_column(value):
             if len(value) != rows:
                 raise ValueError(
-                    f"a list of {len(value)} beside tensors of {rows} rows: {value!r:.80} is not one entry a row. "
+                    f"a list of {len(value)} among tensors of {rows} rows: {value!r:.80} has not one entry per row. "
                     f"Leave it out of what turn.rows() is given, or {_MEND}"
                 )
             return value[:keep]

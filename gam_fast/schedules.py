@@ -179,18 +179,20 @@ class CosineRadius(RadiusSchedule):
 class ProportionalRadius(RadiusSchedule):
     r"""Proportional to the learning rate, as in GSAM; call ``step()`` after the learning-rate scheduler's.
 
-    .. math:: ρ_t = ρ_{min} + (ρ_0 − ρ_{min}) \frac{lr_t − lr_{min}}{lr_0 − lr_{min}}
+    .. math::
+        ρ_t = ρ_{\min} + (ρ_0 − ρ_{\min})
+            \frac{\mathrm{lr}_t − \mathrm{lr}_{\min}}{\mathrm{lr}_0 − \mathrm{lr}_{\min}}
 
-    :math:`lr_0` is the learning rate at which the radius is the one it was constructed with. It is the largest learning
-    rate of a ``OneCycleLR`` or ``CyclicLR`` of this optimizer; otherwise the rate at construction, before a warm-up
-    lowers it. The two schedules may be constructed in either order: each is found in the first ``step()``.
+    :math:`\mathrm{lr}_0` is the learning rate that belongs to the initial radius. It is the largest learning rate of a
+    ``OneCycleLR`` or ``CyclicLR`` of this optimizer; otherwise the rate at construction, before a warm-up lowers it.
+    The two schedules may be constructed in either order: the first ``step()`` finds the other.
 
     Args:
-        min_value: :math:`ρ_{min}`.
-        min_lr: :math:`lr_{min}`, where the radius reaches ``min_value``.
+        min_value: :math:`ρ_{\min}`.
+        min_lr: :math:`\mathrm{lr}_{\min}`, where the radius reaches ``min_value``.
 
     Attributes:
-        initial_lr: for each group, :math:`lr_0`.
+        initial_lr: for each group, :math:`\mathrm{lr}_0`.
 
     >>> optimizer = _example()
     >>> schedule = ProportionalRadius(optimizer)

@@ -1,4 +1,4 @@
-"""Split parameters into a group that is perturbed and a group that stays in place, or into one group per layer.
+"""Split parameters into a perturbed group and a group that stays in place, or into one group per layer.
 
 A group with ``perturb=False`` stays at θ in every pass. Norms are over the other groups, and only these are backed up.
 All groups get the final direction. The functions here choose the perturbed parameters by kind or name.
@@ -118,17 +118,17 @@ def named(model: nn.Module, *patterns: str) -> list[dict[str, Any]]:
 
 
 def layers(model: nn.Module) -> list[dict[str, Any]]:
-    """Make a group of each layer, that is, of each module with parameters of its own.
+    """Make one group per layer, that is, per module with its own parameters.
 
     With ``norm="group"`` each layer is then perturbed by the whole radius along its own part of the gradient. A
-    parameter that several modules share belongs to the first. Parameters of a layer may be left in place by
-    ``group["perturb"] = False``.
+    parameter that several modules share belongs to the first. To leave a layer in place, set ``group["perturb"] =
+    False``.
 
     Args:
         model: the model.
 
     Returns:
-        a parameter group per layer, in the order of ``model.modules()``.
+        One parameter group per layer, in the order of ``model.modules()``.
 
     Raises:
         ValueError: there is no parameter that requires a gradient.

@@ -13,7 +13,7 @@ from .backends.base import Products, Scalar, accumulate_dtype
 
 
 def add_up(values: Sequence[Tensor]) -> Tensor:
-    """Sum over devices, on the first of them, in their order.
+    """Sum over devices in their order, on the first of them.
 
     >>> import torch
     >>> float(add_up([torch.tensor(9.0), torch.tensor(16.0)]))

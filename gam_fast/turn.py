@@ -176,9 +176,9 @@ class Turn:
                 tensors consists of the parts of a batch, as a ``DataLoader`` collates it; a list without tensors has
                 one entry per row.
 
-            Returns:
-                The cut batch: one object for one argument, a tuple for several. Nothing is copied. Do not overwrite the
-                batch itself (``xb, yb = turn.rows(x, y)``): the next pass takes its rows from it.
+        Returns:
+            The cut batch: one object for one argument, a tuple for several. Nothing is copied. Do not overwrite the
+            batch itself (``xb, yb = turn.rows(x, y)``): the next pass takes its rows from it.
 
         Raises:
             ValueError: tensors of different lengths; a list whose length is not the number of rows; a list of examples.

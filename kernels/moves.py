@@ -50,8 +50,8 @@ def perturb(
     """Compute ``params ← origin + (radius / (√square + ξ) + multiple) T² (a − b)``.
 
     With ``SAVE``, first copy the parameters to the backup, and leave a ticket. With ``FOLDED``, then fold. The origin
-    is the backup with ``FROM_START``, and the parameters otherwise. There is one square, or with a stride of 1 one per
-    group.
+    is the backup with ``FROM_START``, and the parameters otherwise. There is one square, or one per group with a stride
+    of 1.
     """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     place = tl.load(row + GROUP)

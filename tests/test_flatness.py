@@ -654,7 +654,7 @@ def test_batches_and_losses_that_do_not_fit_are_named_by_every_reading(loss, err
 
 def test_a_measure_within_a_measure_is_refused():
     loss = small()
-    with loss.measuring(), pytest.raises(RuntimeError, match="a measurement of this loss is under way"):
+    with loss.measuring(), pytest.raises(RuntimeError, match="a measurement of this loss is already in progress"):
         zeroth(loss, 0.1)
 
 

@@ -71,7 +71,7 @@ def test_a_mistake_is_a_type_error_that_says_what_to_write(name):
 def test_a_misspelt_key_of_a_parameter_group_is_an_error(key):
     optimizer, group = gam_fast.GAM([nn.Parameter(torch.ones(2))]), {"params": P, key: 0.1}
     for call in (lambda: gam_fast.GAM([group]), lambda: optimizer.add_param_group(group)):
-        with pytest.raises(ValueError, match=f"group of GAM has '{key}' .0.1., which nobody reads: did you mean "):
+        with pytest.raises(ValueError, match=f"group of GAM has '{key}' .0.1., which no code reads: did you mean "):
             call()
 
 

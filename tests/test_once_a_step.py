@@ -160,7 +160,7 @@ def test_calls_that_do_not_belong_inside_a_step():
                 if turn.index == 1:
                     call()
 
-        with pytest.raises(RuntimeError, match=message + ".* while a step of this GAM is under way"):
+        with pytest.raises(RuntimeError, match=message + ".* while a step of this GAM is in progress"):
             nested()
         assert weight.tolist() == [3.0, 4.0]
     optimizer.step(closure)

@@ -383,7 +383,7 @@ def test_what_rows_cannot_cut_is_refused():
     with pytest.raises(TypeError, match="needs the batch"):
         turn.rows()
     x = torch.ones(4, 2)
-    with pytest.raises(ValueError, match=r"a list of 3 beside tensors of 4 rows: \['a', 'b', 'c'\].*turn.count"):
+    with pytest.raises(ValueError, match=r"a list of 3 among tensors of 4 rows: \['a', 'b', 'c'\].*turn.count"):
         turn.rows(x, ["a", "b", "c"])
     with pytest.raises(ValueError, match="a list of examples and not a batch: collate it first.*turn.count"):
         turn.rows([(x, 1), (x, 0)])

@@ -92,7 +92,7 @@ def test_modes_in_a_step():
     model, optimizer, batches = setting("sam", ScheduleFree)
     before = everything(model, optimizer)
     for mode in ("train", "eval"):
-        with pytest.raises(RuntimeError, match=rf"{mode}\(\) while a step of this SAM is under way"):  # noqa: PT012
+        with pytest.raises(RuntimeError, match=rf"{mode}\(\) while a step of this SAM is in progress"):  # noqa: PT012
             for _ in optimizer.passes():
                 getattr(optimizer, mode)()
         assert_same(before, everything(model, optimizer))

@@ -36,7 +36,7 @@ ACCUMULATE = torch.float64
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of scalars on ``device``: float64, or float32 where the device has no float64 (MPS).
+    """Return the dtype of scalars on ``device``: float64, or float32 if the device has no float64 (MPS).
 
     >>> accumulate_dtype(torch.device("cpu"))
     torch.float64
@@ -82,7 +82,7 @@ class FoldInto:
 class Direction:
     r"""The final direction :math:`d = s \sum_t (p_t + κ q_t) X_t`, never stored by a fused backend.
 
-    κ is :math:`⟨m,u⟩/‖u‖²` over all groups, and s is :math:`\min(1, limit / (‖d‖ + 10^{-6}))`. The backend computes
+    κ is :math:`⟨m,u⟩/‖u‖^2` over all groups, and s is :math:`\min(1, limit / (‖d‖ + 10^{-6}))`. The backend computes
     both from the products (formulas: :mod:`gam_fast.backends.scalars`).
 
     Attributes:
@@ -153,7 +153,7 @@ class Bookkeeping(Protocol):
         ...
 
     def take_all_gradients(self, params: TensorList, versions: Any, flags: bytearray, keep: bool) -> TensorList | None:
-        """Fast path of :meth:`take_gradients`. Return None, and do nothing, if it does not apply.
+        """Take the fast path of :meth:`take_gradients`. Return None, and do nothing, if it does not apply.
 
         It applies if no tensor was written to since ``versions``, all flags are equal, and every parameter has a dense
         gradient whose dtype has no more bits than the parameter's.
@@ -199,7 +199,7 @@ class Backend(Protocol):
     def square_norm(
         self, leaves: Block, a: TensorList, b: TensorList | None = None, eta: PerGroup | None = None
     ) -> Tensor:
-        r"""Return :math:`\sum ‖T (a - b)‖²` over all leaves, 0-dim.
+        r"""Return :math:`\sum ‖T (a - b)‖^2` over all leaves, 0-dim.
 
         ``b=None`` means 0. Without ``eta``, T = 1; with it, T = \|θ\| + eta elementwise, where θ is the backup if it is
         saved, and the parameters otherwise. Reads 1 N per list (a, b, θ), writes nothing.
@@ -232,7 +232,7 @@ class Backend(Protocol):
         ...
 
     def inner_products(self, leaves: Block, u: Direction, m: Direction | None, groups: int) -> Tensor:
-        r"""Return a ``(groups, 3)`` tensor of :math:`‖u‖²`, :math:`⟨m,u⟩`, :math:`‖m‖²` by parameter group.
+        r"""Return a ``(groups, 3)`` tensor of :math:`‖u‖^2`, :math:`⟨m,u⟩`, :math:`‖m‖^2` by parameter group.
 
         ``u`` and ``m`` share their terms. Without ``m`` the last two columns are 0. Reads 1 N per term.
         """
@@ -268,7 +268,7 @@ class Backend(Protocol):
           :math:`d ← ±d + λ θ`, :math:`b ← μ b + (1−τ) d`, :math:`θ ← θ − lr\,(d + μ b \text{ if nesterov else } b)`,
           with :math:`b ← d` where ``first`` is 1.
         - ``adam``: m, v, largest; β₁, β₂, ε, λ, shrink, maximize; step_size, root_correction.
-          :math:`d ← ±d + λ θ`, :math:`m ← m + (1−β_1)(d − m)`, :math:`v ← β_2 v + (1−β_2) d²`,
+          :math:`d ← ±d + λ θ`, :math:`m ← m + (1−β_1)(d − m)`, :math:`v ← β_2 v + (1−β_2) d^2`,
           :math:`θ ← shrink\,θ − step\_size \frac{m}{\sqrt{v} / root\_correction + ε}`; with the third state, v in the
           last formula is its running maximum.
         - ``lion``: m; lr, β₁, β₂, λ, shrink, maximize; none.

@@ -252,7 +252,7 @@ def _flat_parts(value: Tensor) -> Sequence[Tensor]:
 
 
 def copy_bits(target: TensorList, source: TensorList) -> None:
-    """Copy bit for bit. (On a GPU, torch copies 16-bit numbers through fp32, which alters a NaN.)"""
+    """Copy bit for bit; on a GPU, torch itself copies 16-bit numbers through fp32, which alters a NaN."""
     if target and target[0].is_cuda:
         target, source = [_as_integers(tensor) for tensor in target], [_as_integers(tensor) for tensor in source]
     torch._foreach_copy_(target, source)

@@ -143,8 +143,10 @@ def bounded(square: Scalar, radius: PerGroup, offset: PerGroup, cap: PerGroup, w
 
     Args:
         square: ‖v‖², one or one per group.
-        radius, offset, cap: by group.
-        weight: v stands for a vector that is so many times as long.
+        radius: the radius by group, with a sign.
+        offset: the offset by group.
+        cap: the cap by group.
+        weight: the factor of v when it covers only a part of the micro-batches.
 
     >>> bounded(4.0, [1.0, 1.0], [0.5, 0.0], [9.0, 0.25], 1.0)     # 1/2.5, and 0.25
     tensor([ 6.2500, 16.0000], dtype=torch.float64)

@@ -4,7 +4,7 @@ r"""Zeroth- and first-order flatness: maxima over a ball around θ, found by asc
     R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ), \qquad
     R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖, \qquad R^0_ρ ≤ R^1_ρ .
 
-At a minimum of a quadratic, :math:`R^0 = ρ² λ_{max}/2` and :math:`R^1 = ρ² λ_{max}`. In general an ascent reaches a
+At a minimum of a quadratic, :math:`R^0 = ρ^2 λ_{\max}/2` and :math:`R^1 = ρ^2 λ_{\max}`. In general an ascent reaches a
 lower bound of the maximum. The largest bound of several starts is reported, with data to judge it. Source: Zhang et
 al., CVPR 2023, arXiv 2303.03108.
 
@@ -112,7 +112,7 @@ def zeroth_order_flatness(
     starts: Sequence[Sequence[Tensor]] = (),
     progress: bool = False,
 ) -> Flatness:
-    r""":math:`R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ)`, which SAM minimises: a lower bound by ascent.
+    r"""Bound :math:`R^0_ρ(θ) = \max_{‖δ‖ ≤ ρ} L(θ + δ) − L(θ)`, which SAM minimises, from below by ascent.
 
     The norm is over all parameters of ``loss``. Each evaluation is one gradient over the whole data set. A rise of the
     loss below its rounding error cannot be measured and is never reported as converged. So convert a half-precision
@@ -158,7 +158,7 @@ def first_order_flatness(
     starts: Sequence[Sequence[Tensor]] = (),
     progress: bool = False,
 ) -> Flatness:
-    r""":math:`R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖`, which GAM minimises: a lower bound by ascent.
+    r"""Bound :math:`R^1_ρ(θ) = ρ \max_{‖δ‖ ≤ ρ} ‖∇L(θ + δ)‖`, which GAM minimises, from below by ascent.
 
     As :func:`zeroth_order_flatness`, with two differences. The first ascent starts along the gradient of the gradient
     norm, as GAM does. Each evaluation is a gradient and a Hessian-vector product over the whole data set.

@@ -293,7 +293,7 @@ def _dense(operator: Any) -> Tensor:
 def _lanczos(
     loss: Loss, operator: Any, k: int, which: str, tolerance: float, max_iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Run ARPACK on the shifted Hessian. (Its tolerance is relative to each eigenvalue, so it misses those near 0.)"""
+    """Run ARPACK on the shifted Hessian: its tolerance is relative to each eigenvalue, so it misses those near 0."""
     linalg = require("scipy.sparse.linalg", "eigenvalues of the Hessian")
     start = flat(random(loss.params, torch.Generator().manual_seed(seed))).to(operator.dtype)
     # about the root mean square of the eigenvalues; none of the largest is 3 times as far below 0, nor vice versa

@@ -189,7 +189,7 @@ class Loss:
     def measuring(self) -> Iterator[Vector]:
         """Yield θ; within the block parameters may be moved. At the end everything is restored, bit for bit."""
         if self._open:
-            raise RuntimeError("a measurement of this loss is under way already")
+            raise RuntimeError("a measurement of this loss is already in progress")
         theta = [param.detach().clone(memory_format=torch.preserve_format) for param in self.params]
         modules = [] if self.model is None else list(self.model.modules())
         training = [module.training for module in modules]

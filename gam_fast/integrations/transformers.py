@@ -86,7 +86,7 @@ class SharpnessAwareTrainer(Trainer):
         return optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """:meth:`transformers.Trainer.train`; a step in progress at its end is undone."""
+        """Run :meth:`transformers.Trainer.train`; undo a step in progress at its end."""
         try:
             return super().train(*args, **kwargs)
         finally:
