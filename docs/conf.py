@@ -1,4 +1,4 @@
-"""The site: Sphinx with MyST pages, the furo theme, and a reference made of the docstrings."""
+"""The site: Sphinx with MyST pages, the furo theme, a reference made of the docstrings."""
 
 from __future__ import annotations
 
@@ -31,14 +31,11 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 
-def signature(
-    app: Any, what: str, name: str, entity: Any, *rest: Any
-) -> tuple[str, str] | None:
-    """Return the signature of an optimizer's constructor, which Sphinx takes from ``__new__``."""
+def signature(app: Any, what: str, name: str, entity: Any, *rest: Any) -> Any:
+    """Return the signature of the constructor; Sphinx takes that of ``__new__``."""
     if what == "class" and issubclass(entity, gam_fast.SharpnessAwareOptimizer):
-        return str(inspect.signature(entity)).removesuffix(" -> 'None'").replace(
-            "'", ""
-        ), ""
+        text = str(inspect.signature(entity)).removesuffix(" -> 'None'")
+        return text.replace("'", ""), ""
     return None
 
 
