@@ -432,16 +432,6 @@ def test_a_state_that_makes_no_sense_is_refused(key, value):
         optimizer.load_state_dict(state)
 
 
-def test_a_pickle_from_before_there_was_a_share():
-    _, optimizer, _ = build("sam")
-    state = optimizer.__getstate__()
-    del state["_schedule"]
-    state["_options"] = {key: value for key, value in state["_options"].items() if key != "ascent_share"}
-    old = object.__new__(gam_fast.SAM)
-    old.__setstate__(state)
-    assert (old.ascent_share, old.interval, old.active) == (1.0, 1, None)
-
-
 def test_groups_that_come_later_count_with_the_others():
     model, batches = make("mlp")
     params = list(model.parameters())

@@ -290,6 +290,19 @@ def test_an_optimizer_is_copied_without_its_module(method_name, how):
     next(iter(twin.passes())).backward(twin.param_groups[0]["params"][0].sum())
 
 
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_pickle_of_an_older_version(replay):
+    """It knows no share and no schedule, and of random numbers whether they are replayed."""
+    _, optimizer, _ = setting("sam", MOMENTUM, "mlp")
+    state = optimizer.__getstate__()
+    del state["_schedule"]
+    options = {key: value for key, value in state["_options"].items() if key != "ascent_share"}
+    old = object.__new__(gam_fast.SAM)
+    old.__setstate__({**state, "_options": {**options, "replay_rng": replay}})
+    assert (old.ascent_share, old.interval, old.active) == (1.0, 1, None)
+    assert (old._options["replay_rng"] is not None) is replay
+
+
 def test_a_copy_needs_no_module_that_has_no_buffers():
     _, optimizer, _ = setting("gam", MOMENTUM, "mlp")
     twin = copy.deepcopy(optimizer)
