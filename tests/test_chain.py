@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import ALL, FORMS, METHODS, closure_of, in_turn, loss_of, make, take_step
-from schedule_free import Lookahead
+from pytorch_optimizer import Lookahead
 from snapshots import COPIES, assert_close, through_a_file, unchanged
 from test_trajectories import reference_step
 from torch import nn

@@ -11,12 +11,13 @@ import cases
 import pytest
 import torch
 from cases import METHODS, MOMENTUM, closure_of, in_turn, make
-from schedule_free import Lookahead, ScheduleFree
+from pytorch_optimizer import Lookahead, ScheduleFreeSGD
 from snapshots import COPIES, assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
 import gam_fast
 
+ScheduleFree = partial(ScheduleFreeSGD, lr=0.1)
 BASES = {
     "schedule_free": ScheduleFree,
     "lookahead": lambda params: Lookahead(MOMENTUM(params)),
@@ -152,7 +153,7 @@ def test_a_nested_state_out_of_range_changes_nothing():
     model, optimizer, batches = setting("gam", BASES["lookahead"])
     train(model, optimizer, batches, [0])
     state = optimizer.state_dict()
-    state["wrapped"]["inner"]["param_groups"][0]["rho"] = -1.0
+    state["base_optimizer"]["param_groups"][0]["rho"] = -1.0
     with unchanged(model, optimizer), pytest.raises(ValueError, match="rho must not be negative, got -1.0"):
         optimizer.load_state_dict(state)
 
