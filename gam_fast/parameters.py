@@ -78,9 +78,7 @@ class StepParameters:
         moved: the positions of parameters without a gradient that a pass was seen to move.
     """
 
-    def __init__(
-        self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool = True
-    ) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool) -> None:
         self.params: TensorList = [param for group in groups for param in group["params"]]
         self.sharded = any(map(is_sharded, self.params))
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
@@ -136,7 +134,7 @@ class StepParameters:
         """No parameter has a gradient, or (a part of somebody's buffer) one of zeros."""
         self._books.clear_gradients(self._all, NEVER, self._keep_parts)
 
-    def begin_pass(self, *, recycle: bool, each: bool = False) -> None:
+    def begin_pass(self, *, recycle: bool, each: bool) -> None:
         """Clear gradients. From here on, nobody but the engine may write to a parameter that is being trained.
 
         Args:
@@ -199,9 +197,7 @@ class StepParameters:
         block.grads[index] = taken
         return True
 
-    def take_in(
-        self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False, put_back: bool = False
-    ) -> None:
+    def take_in(self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool, put_back: bool) -> None:
         """Take ``param.grad`` in as vector ``index``, as the optimizer's own if it is to be kept.
 
         Those that have their first gradient take part from now on.
