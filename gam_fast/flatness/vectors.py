@@ -51,8 +51,8 @@ def scaled(a: Vector, factor: float) -> Vector:
     return list(torch._foreach_mul(a, factor))
 
 
-def plus(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
-    """Return a + factor · b."""
+def plus(a: Vector, b: Vector, factor: float) -> Vector:
+    """a + factor · b"""
     return list(torch._foreach_add(a, b, alpha=factor))
 
 
