@@ -120,7 +120,6 @@ class SharpnessAwareOptimizer(AroundBase):
     if not TYPE_CHECKING:  # type checkers would accept any argument and any attribute
 
         def __new__(cls, *args: Any, **options: Any) -> SharpnessAwareOptimizer:
-            """Record the names of the given options for the constructor."""
             self = super().__new__(cls)
             self._given = set(options)  # also arguments given at their default value
             return self

@@ -7,7 +7,20 @@ import copy
 import pytest
 import reference
 import torch
-from cases import ALL, BASES, DTYPES, FORMS, MODELS, VARIANTS, closure_of, loss_of, make, pairwise, take_step
+from cases import (
+    ALL,
+    BASES,
+    DTYPES,
+    FORMS,
+    INTERPRETED,
+    MODELS,
+    VARIANTS,
+    closure_of,
+    loss_of,
+    make,
+    pairwise,
+    take_step,
+)
 from snapshots import assert_close
 
 from gam_fast.stored import MOMENTA

@@ -52,7 +52,7 @@ def scaled(a: Vector, factor: float) -> Vector:
 
 
 def plus(a: Vector, b: Vector, factor: float) -> Vector:
-    """a + factor · b"""
+    """Return a + factor · b."""
     return list(torch._foreach_add(a, b, alpha=factor))
 
 
