@@ -120,8 +120,9 @@ class SharpnessAwareOptimizer(AroundBase):
     if not TYPE_CHECKING:  # type checkers would accept any argument and any attribute
 
         def __new__(cls, *args: Any, **options: Any) -> SharpnessAwareOptimizer:
+            """Note which options are given, also at their default values."""
             self = super().__new__(cls)
-            self._given = set(options)  # also arguments given at their default value
+            self._given = set(options)
             return self
 
         def __getattr__(self, name: str) -> Any:
@@ -315,10 +316,7 @@ class SharpnessAwareOptimizer(AroundBase):
         return first
 
     def _end(self, step: Step, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any) -> Any:
-        """End the step of a loop, in or after its last pass.
-
-        A wrapper that steps with its own closure, such as Lightning's, has that closure called.
-        """
+        """End the step of a loop, in or after its last pass; call the closure of a wrapper such as Lightning's."""
         result = None
         with step:
             if scaler is not None:
@@ -478,8 +476,8 @@ class SharpnessAwareOptimizer(AroundBase):
     def __repr__(self) -> str:
         backends = sorted({self._select(param.device).name for param in self._parameters()})
         bases = " + ".join(type(member).__name__ for member in members(self.base))
-        head = f"{type(self).__name__} (base: {bases}, backend: {', '.join(backends)}"
-        return head + super().__repr__().removeprefix(f"{type(self).__name__} (")
+        name = type(self).__name__
+        return f"{name} (base: {bases}, backend: {', '.join(backends)}{super().__repr__().removeprefix(f'{name} (')}"
 
     def _check_can_step(self) -> None:
         if self._progress.mode == "eval":
