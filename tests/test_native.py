@@ -168,7 +168,7 @@ def test_objects_of_other_types_are_refused():
         (lambda: plan.fits(params, None), TypeError, "group must be a list of integers, got NoneType"),
         (lambda: plan.fits([a[0], a[0].view(-1)[:5]], [0, 1]), ValueError, r"params\[0\] and params\[1\] must not"),
         (lambda: _C.square_norm(plan, block, a, [1, 2], None), TypeError, r"b\[0\] must be a tensor, got int"),
-        (lambda: _C.square_norm(plan, None, a, None, None), TypeError, "leaves must be Block"),
+        (lambda: _C.square_norm(plan, None, a, None, None), TypeError, "leaves must be a Block"),
         (lambda: _C.inner_products(plan, [a], factors, [[1.0]], 2), ValueError, "m must have one entry"),
         (lambda: _C.inner_products(plan, [a], factors, None, 2**62), ValueError, "groups must be 2 to 1048576"),
         (lambda: _C.direction(plan, block, None, a), TypeError, "d must be a Direction"),
