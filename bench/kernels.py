@@ -233,7 +233,7 @@ def draw(models: dict[str, list[dict[str, Any]]], facts: dict[str, Any]) -> byte
         axis.set_xticks(range(len(names)), names, rotation=20, ha="right", fontsize=10)
         axis.set_ylabel("GB/s")
         axis.set_title(model, loc="left", fontsize=11)
-    axes[0].legend(fontsize=10)
+    axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=10, frameon=False)
     return png(figure)
 
 

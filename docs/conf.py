@@ -1,4 +1,4 @@
-"""The site: Sphinx with MyST pages, furo, and a reference made of the docstrings."""
+"""The site: Sphinx with MyST pages, the furo theme, a reference made of the docstrings."""
 
 from __future__ import annotations
 
@@ -31,17 +31,38 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 
 
-def signature(
-    app: Any, what: str, name: str, entity: Any, *rest: Any
-) -> tuple[str, str] | None:
-    """Return the signature of an optimizer's constructor; Sphinx reads ``__new__``."""
-    if what == "class" and issubclass(entity, gam_fast.SharpnessAwareOptimizer):
-        return str(inspect.signature(entity)).removesuffix(" -> 'None'").replace(
-            "'", ""
-        ), ""
+Optimizer = gam_fast.SharpnessAwareOptimizer
+
+
+def signature(app: Any, what: str, name: str, entity: Any, *rest: Any) -> Any:
+    """Return the signature of the constructor; Sphinx takes that of ``__new__``."""
+    if what == "class" and issubclass(entity, Optimizer):
+        text = str(inspect.signature(entity)).removesuffix(" -> 'None'")
+        text = text.replace("<class 'torch.optim.sgd.SGD'>", "torch.optim.SGD")
+        return text.replace("'", ""), ""
     return None
+
+
+SHARED = "    …: the options of :class:`~gam_fast.SharpnessAwareOptimizer`."
+
+
+def own_arguments(
+    app: Any, what: str, name: str, entity: Any, options: Any, lines: list[str]
+) -> None:
+    """Leave out what the base class has: the options of all classes."""
+    if what != "class" or entity is Optimizer or not issubclass(entity, Optimizer):
+        return
+    base = {line for line in inspect.getdoc(Optimizer).splitlines() if line[:4] == "    "}
+    at = next((i for i, line in enumerate(lines) if line.startswith("    model: ")), None)
+    kept = [
+        SHARED if i == at else line
+        for i, line in enumerate(lines)
+        if i == at or line not in base
+    ]
+    lines[:] = kept
 
 
 def setup(app: Any) -> None:
     """Connect :func:`signature`."""
     app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-process-docstring", own_arguments, priority=400)  # before napoleon

@@ -106,7 +106,7 @@ OF_TEXT = (
     *(replace(ADAMW, name=f"AdamW, {times} as long", times=n) for times, n in (("twice", 2), ("4 times", 4))),
     Arm("SAM", "SAM", SAM),
     Arm("SAM, last .5", "SAM", SAM, late=0.5),
-    Arm("MomentumSAM", "MomentumSAM", {"rho": 0.3}),
+    Arm("MomentumSAM", "MomentumSAM", {"rho": 1.0}),
     Arm("GAM", "GAM", GAM),
     Arm("GAM, last .3", "GAM", GAM, late=0.3),
     Arm("GAM, share .25", "GAM", GAM, share=0.25),

@@ -51,9 +51,11 @@ def against_cost(points: Sequence[Point], cost: str, value: str, title: str, *, 
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     for point in points:
-        drawn = axes.errorbar(point.cost, point.value, yerr=point.error, color=point.color, marker="o", markersize=7)
+        drawn = axes.errorbar(
+            point.cost, point.value, yerr=point.error, color=point.color, marker="o", markersize=7, zorder=3
+        )
         for bar in drawn[2]:
-            bar.set(alpha=0.35, linewidth=2)
+            bar.set(alpha=0.35, linewidth=2, zorder=1)
     axes.margins(x=0.12, y=0.12)
     axes.set(xscale="log", yscale="log" if log else "linear")
     for axis in (axes.xaxis, axes.yaxis) if log else (axes.xaxis,):
@@ -75,7 +77,7 @@ def against_cost(points: Sequence[Point], cost: str, value: str, title: str, *, 
 def _name(axes: Any, points: Sequence[Point]) -> None:
     from matplotlib.patheffects import withStroke
 
-    texts = [axes.text(p.cost, p.value, p.name, fontsize=10, color=p.color) for p in points]
+    texts = [axes.text(p.cost, p.value, p.name, fontsize=10, color=p.color, zorder=2) for p in points]
     for text in texts:
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])
     try:
@@ -85,5 +87,5 @@ def _name(axes: Any, points: Sequence[Point]) -> None:
     bars = [(p.cost, p.value + part * (p.error or 0.0)) for p in points for part in (-1, -0.5, 0, 0.5, 1)]
     x, y = zip(*bars, strict=True)
     arrows = {"arrowstyle": "-", "color": "#999", "linewidth": 0.7}
-    # iterations are counted, not timed, so the picture is the same on every machine
-    adjust_text(texts, x, y, ax=axes, iter_lim=300, expand=(1.3, 1.6), arrowprops=arrows)
+    # iterations are counted, not timed: the same picture anywhere
+    adjust_text(texts, x, y, ax=axes, iter_lim=500, expand=(1.25, 1.7), force_text=(0.3, 0.5), arrowprops=arrows)

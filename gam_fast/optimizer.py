@@ -1,7 +1,4 @@
-"""The optimizer: it keeps options, state and groups between steps, and takes each step by its recipe.
-
-One step is :class:`gam_fast.step.Step`; a loop over its passes is in :mod:`gam_fast.passes`.
-"""
+"""The optimizer: options, state and groups between the steps. A step is :class:`gam_fast.step.Step`."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from .backends import Backend, select
 from .bases import Given, ascends, filled, members, with_signs
 from .buffers import ForwardState
 from .coefficients import Coefficients
-from .distributed import SYNC, check_supported
+from .distributed import check_supported
 from .groups import AroundBase
 from .hooks import any_before, call_before
 from .models import ModelOfCopy, Surroundings
-from .options import Settings, check_choice, check_clip, check_norm, check_share, documented, no_attribute, patterns
+from .options import Settings, check_clip, check_share, checked, documented, no_attribute
 from .parameters import StepParameters
 from .passes import PassDriver, Passes
 from .progress import Progress
@@ -96,11 +93,17 @@ class SharpnessAwareOptimizer(AroundBase):
         active: Rules = None,
         **hyper: Any,
     ) -> None:
-        check_choice("sync", sync, SYNC)
-        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
-        check_norm(norm, self.recipe)
-        check_clip(clip_grad_norm)
-        check_share(ascent_share)
+        options = checked(
+            self.recipe,
+            replay_rng=replay_rng,
+            freeze_running_statistics=freeze_running_statistics,
+            moving_buffers=moving_buffers,
+            norm=norm,
+            clip_grad_norm=clip_grad_norm,
+            on_nonfinite=on_nonfinite,
+            sync=sync,
+            ascent_share=ascent_share,
+        )
         self._schedule = StepSchedule(interval, active)
         fold_plan(self.recipe)  # refuses a recipe that needs more than three buffers
         stale = self._build(params, base_optimizer, vars(self).pop("_given"), hyper)
@@ -108,16 +111,7 @@ class SharpnessAwareOptimizer(AroundBase):
         self._backends: dict[torch.device, Backend] = {}
         self._progress = Progress()
         self.model = model
-        self._options: dict[str, Any] = {
-            "sync": sync,
-            "replay_rng": ReplayRNG.wanted(replay_rng),
-            "freeze_running_statistics": bool(freeze_running_statistics),
-            "moving_buffers": patterns(moving_buffers),
-            "norm": norm,
-            "clip_grad_norm": clip_grad_norm,
-            "on_nonfinite": on_nonfinite,
-            "ascent_share": float(ascent_share),
-        }
+        self._options = options
         for param in self._parameters():
             self._select(param.device)
         self._surroundings = Surroundings()
@@ -126,9 +120,9 @@ class SharpnessAwareOptimizer(AroundBase):
     if not TYPE_CHECKING:  # type checkers would accept any argument and any attribute
 
         def __new__(cls, *args: Any, **options: Any) -> SharpnessAwareOptimizer:
-            """Record the names of the given options for the constructor."""
+            """Note which options are given, also at their default values."""
             self = super().__new__(cls)
-            self._given = set(options)  # also arguments given at their default value
+            self._given = set(options)
             return self
 
         def __getattr__(self, name: str) -> Any:
@@ -322,10 +316,7 @@ class SharpnessAwareOptimizer(AroundBase):
         return first
 
     def _end(self, step: Step, closure: Callable[[], Any] | None, given: GivenScale | None, scaler: Any) -> Any:
-        """End the step of a loop, in or after its last pass.
-
-        A wrapper that steps with its own closure, such as Lightning's, has that closure called.
-        """
+        """End the step of a loop, in or after its last pass; call the closure of a wrapper such as Lightning's."""
         result = None
         with step:
             if scaler is not None:
@@ -382,10 +373,8 @@ class SharpnessAwareOptimizer(AroundBase):
         """
         step = self._progress.current
         if step is None:
-            raise RuntimeError(
-                "micro_batches() outside a step: iterate over it in the body of `for turn in optimizer.passes():`, or "
-                "in the closure"
-            )
+            where = "iterate over it in the body of `for turn in optimizer.passes():`, or in the closure"
+            raise RuntimeError(f"micro_batches() outside a step: {where}")
         return step.micro_batches(batches)
 
     def _update(self, directions: Directions) -> Sequence[torch.Tensor]:
@@ -445,12 +434,9 @@ class SharpnessAwareOptimizer(AroundBase):
         coefficients = coefficients and coefficients.again(recipe, signed, hyper)
         progress.coefficients = coefficients = coefficients or Coefficients(recipe, signed, hyper)
         around = self._surroundings.look(self._model, groups)
-        keep, participants = not around.has_bucket_views, progress.participants
-        if participants is not None:
-            participants = participants.again(groups, self._select, recipe.name, keep_parts=keep)
-        if participants is None:
-            participants = StepParameters(groups, self._select, recipe.name, keep_parts=keep)
-        progress.participants = participants
+        keep, blocks = not around.has_bucket_views, progress.participants
+        blocks = blocks and blocks.again(groups, self._select, recipe.name, keep_parts=keep)
+        progress.participants = blocks = blocks or StepParameters(groups, self._select, recipe.name, keep_parts=keep)
         settings = Settings(
             recipe,
             self._model,
@@ -461,7 +447,7 @@ class SharpnessAwareOptimizer(AroundBase):
             **self._options,
         )
         left = partial(progress.leave, self)
-        progress.step = Step(settings, self.base, coefficients, participants, scale, left, by_loop=by_loop)
+        progress.step = Step(settings, self.base, coefficients, blocks, scale, left, by_loop=by_loop)
         return progress.step
 
     def __getstate__(self) -> dict[str, Any]:
@@ -490,8 +476,8 @@ class SharpnessAwareOptimizer(AroundBase):
     def __repr__(self) -> str:
         backends = sorted({self._select(param.device).name for param in self._parameters()})
         bases = " + ".join(type(member).__name__ for member in members(self.base))
-        head = f"{type(self).__name__} (base: {bases}, backend: {', '.join(backends)}"
-        return head + super().__repr__().removeprefix(f"{type(self).__name__} (")
+        name = type(self).__name__
+        return f"{name} (base: {bases}, backend: {', '.join(backends)}{super().__repr__().removeprefix(f'{name} (')}"
 
     def _check_can_step(self) -> None:
         if self._progress.mode == "eval":

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict  # a dependency of torch
 from .active import Rules, StepSchedule
 from .buffers import ForwardState
 from .capture import refuse_to_look
+from .distributed import SYNC
 from .radius import Difference
 from .recipe import Recipe
 from .rng import ReplayRNG
@@ -275,6 +276,22 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not among ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def checked(recipe: Recipe, **given: Any) -> dict[str, Any]:
+    """Return the options that a step goes by, as :class:`Settings` takes them. Refuse wrong ones."""
+    check_choice("sync", given["sync"], SYNC)
+    check_choice("on_nonfinite", given["on_nonfinite"], ("raise", "skip", "ignore"))
+    check_norm(given["norm"], recipe)
+    check_clip(given["clip_grad_norm"])
+    check_share(given["ascent_share"])
+    return {
+        **given,
+        "replay_rng": ReplayRNG.wanted(given["replay_rng"]),
+        "freeze_running_statistics": bool(given["freeze_running_statistics"]),
+        "moving_buffers": patterns(given["moving_buffers"]),
+        "ascent_share": float(given["ascent_share"]),
+    }
 
 
 def check_norm(norm: str, recipe: Recipe) -> None:

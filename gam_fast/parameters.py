@@ -77,9 +77,7 @@ class StepParameters:
         moved: the positions of parameters without a gradient that a pass has moved.
     """
 
-    def __init__(
-        self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool = True
-    ) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], select: Select, recipe: str, *, keep_parts: bool) -> None:
         self.params: TensorList = [param for group in groups for param in group["params"]]
         self.sharded = any(map(is_sharded, self.params))
         self._group = [g for g, group in enumerate(groups) for _ in group["params"]]
@@ -135,8 +133,8 @@ class StepParameters:
         """Clear all gradients; those that are parts of other code's buffers are zeroed."""
         self._books.clear_gradients(self._all, NEVER, self._keep_parts)
 
-    def begin_pass(self, *, recycle: bool, each: bool = False) -> None:
-        """Clear gradients. From here on, only the engine may write to trained parameters.
+    def begin_pass(self, *, recycle: bool, each: bool) -> None:
+        """Clear gradients. From here on, nobody but the engine may write to a parameter that is being trained.
 
         Args:
             recycle: whether to keep large gradients on a CPU as memory for the backup.
@@ -198,10 +196,8 @@ class StepParameters:
         block.grads[index] = taken
         return True
 
-    def take_in(
-        self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool = False, put_back: bool = False
-    ) -> None:
-        """Take ``param.grad`` as vector ``index``.
+    def take_in(self, index: int, *, keep: bool, where: str, mend: str | None, may_write: bool, put_back: bool) -> None:
+        """Take ``param.grad`` in as vector ``index``, as the optimizer's own if it is to be kept.
 
         Parameters with their first gradient take part from now on.
 

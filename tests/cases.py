@@ -202,6 +202,19 @@ def closure_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
     return closure
 
 
+FORMS = ["loop", "closure"]
+
+
+def take_step(optimizer: gam_fast.SharpnessAwareOptimizer, body: Callable[..., Any], form: str, **options: Any) -> None:
+    """A step in either form; the body gets its turn if it has an argument of that name."""
+    if form == "closure":
+        optimizer.step(body, **options)
+        return
+    evaluate = gam_fast.turn.evaluation(body)
+    for turn in optimizer.passes(**options):
+        evaluate(turn)
+
+
 @dataclass(frozen=True)
 class Method:
     """A class of gam_fast, its plain reference, and values for its hyper-parameters."""

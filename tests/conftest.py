@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 
 import emulated
 import pytest
@@ -38,6 +39,14 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text that repeats itself."""
+    path = tmp_path / "text.txt"
+    path.write_text("to be or not to be, " * 60, encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

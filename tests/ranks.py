@@ -11,7 +11,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -162,6 +165,15 @@ class Ranks:
         if self._folder is not None:
             self._folder.cleanup()
         self._processes, self._pipes, self._folder = [], [], None
+
+
+def in_a_process(program: str, *, warnings: str = "error", timeout: float = 300, **environment: str) -> str:
+    """What a program prints, alone in a process."""
+    command = [sys.executable, "-W", warnings, "-c", textwrap.dedent(program)]
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 # What the functions that run on the ranks have in common

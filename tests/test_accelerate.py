@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from frameworks import GAM, by_hand, loader, net
+from pytorch_optimizer import ScheduleFreeSGD
 from ranks import same_on_all_ranks
-from schedule_free import ScheduleFree
 from snapshots import assert_equal
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -87,7 +87,7 @@ def test_a_closure_with_an_argument_gets_the_turn():
 def test_it_reaches_the_modes_of_a_schedule_free_base():
     accelerator = Accelerator(cpu=True)
     model = net()
-    flat = gam_fast.GAM(model.parameters(), ScheduleFree, lr=0.1, model=model)
+    flat = gam_fast.GAM(model.parameters(), ScheduleFreeSGD, lr=0.1, model=model)
     optimizer = accelerator.prepare_optimizer(flat)
     for x, y in loader():
         flat.step(lambda x=x, y=y: F.cross_entropy(model(x), y).backward())

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from cases import ALL, METHODS, closure_of, in_turn, loss_of, make, pairwise, setting
+from cases import ALL, FORMS, METHODS, closure_of, in_turn, loss_of, make, pairwise, setting, take_step
 from snapshots import assert_close
 from torch import nn
 
@@ -37,11 +37,7 @@ def test_micro_batches_take_the_step_of_the_large_batch(method_name, given):
             for a, b in small.micro_batches(source):
                 turn.backward(loss_of(model, a, b) / 4)
 
-        if given == "closure":
-            small.step(body)
-        else:
-            for turn in small.passes(scaler=scaler):
-                body(turn)
+        take_step(small, body, given, scaler=scaler)
     assert_close(whole, model, rtol=1e-10, atol=1e-10)
     if given in ("iterator", "scaler"):
         assert next(loader, None) is None  # each was read once
@@ -148,7 +144,7 @@ def plain_or_inactive(method_name, params, **options):
     return method.optimizer(params, torch.optim.SGD, interval=interval, **options, **method.hyper)
 
 
-@pytest.mark.parametrize(("method_name", "form", "share"), pairwise(SOME, ["passes", "closure"], [1.0, 0.5]))
+@pytest.mark.parametrize(("method_name", "form", "share"), pairwise(SOME, FORMS, [1.0, 0.5]))
 def test_where_one_pass_is_all_each_micro_batch_is_read_when_it_is_used(method_name, form, share):
     weight = nn.Parameter(torch.ones(1))
     optimizer = plain_or_inactive(method_name, [weight], ascent_share=share, lr=0.125)
@@ -169,11 +165,7 @@ def test_where_one_pass_is_all_each_micro_batch_is_read_when_it_is_used(method_n
             (batch * weight).sum().backward()
             del batch
 
-    if form == "closure":
-        optimizer.step(body)
-    else:
-        for _ in optimizer.passes():
-            body()
+    take_step(optimizer, body, form)
     assert log == [(what, i) for i in range(3) for what in ("read", "use")]
     assert weight.item() == 1 - 3 * 0.125
 

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from cases import BASES, DTYPES, EXACT, METHODS, in_turn, loss_of, make
+from cases import BASES, DTYPES, EXACT, FORMS, METHODS, in_turn, loss_of, make, take_step
 from snapshots import COPIES, assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
@@ -106,7 +106,7 @@ def test_every_third_step_and_the_base_between(method_name):
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("form", ["loop", "closure"])
+@pytest.mark.parametrize("form", FORMS)
 def test_interval_and_share_compose(form):
     model, optimizer, batches = build("gam", interval=2, ascent_share=0.25)
     shares = []
@@ -116,11 +116,7 @@ def test_interval_and_share_compose(form):
             shares.append((turn.index, turn.passes, turn.share))
             turn.backward(loss_of(model, *turn.rows(x, y)))
 
-        if form == "closure":
-            optimizer.step(body)
-        else:
-            for turn in optimizer.passes():
-                body(turn)
+        take_step(optimizer, body, form)
     step = [(0, 1, 1.0), (0, 4, 0.25), (1, 4, 0.25), (2, 4, 0.25), (3, 4, 1.0)]
     assert shares == 2 * step
 
@@ -434,16 +430,6 @@ def test_a_state_that_makes_no_sense_is_refused(key, value):
     message = f"{key} of a parameter group must be a number.*got {value!r}"
     with unchanged(model, optimizer), pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
-
-
-def test_a_pickle_from_before_there_was_a_share():
-    _, optimizer, _ = build("sam")
-    state = optimizer.__getstate__()
-    del state["_schedule"]
-    state["_options"] = {key: value for key, value in state["_options"].items() if key != "ascent_share"}
-    old = object.__new__(gam_fast.SAM)
-    old.__setstate__(state)
-    assert (old.ascent_share, old.interval, old.active) == (1.0, 1, None)
 
 
 def test_groups_that_come_later_count_with_the_others():

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from cases import METHODS, closure_of, in_turn, loss_of, make, pairwise, setting
+from cases import METHODS, closure_of, in_turn, loss_of, make, pairwise, setting, take_step
 from snapshots import assert_close, assert_same, everything, unchanged
 from torch import nn
 
@@ -336,16 +336,9 @@ def test_a_forgotten_scaler_is_noticed_whatever_it_did_before(used, method_name,
         if unscales and optimizer.turn.last and method_name != "base":  # where nothing is wrong with that
             scaler.unscale_(optimizer)
 
-    def step():
-        if form == "closure":
-            optimizer.step(closure)
-        else:
-            for _ in optimizer.passes():
-                closure()
-
     message = r"a loss was scaled in a step by a GradScaler that the step was not given.*passes\(scaler=scaler\)"
     with pytest.raises(RuntimeError, match=message):
-        step()
+        take_step(optimizer, closure, form)
     assert_same(before, everything(model, optimizer))
     optimizer.step(closure_of(model, *batches[0]))
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import BACKENDS, DTYPES, EMULATED, INTERPRETED, WITHOUT_CORE
 from primitives import CASES, SUMS, Formulas, Lists, Place, assert_close, same_bits
+from ranks import in_a_process
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gam_fast
@@ -422,7 +423,7 @@ def test_a_core_of_another_torch_is_warned_of_once(tmp_path, stamp):
     """Once in a process, by the first optimizer that would have had it; both versions and the mend are named."""
     file = tmp_path / "_C.so"
     file.write_bytes(b"\x7fELF no library\0" + stamp.encode() + b"\0 and so on")
-    done = _in_a_process(f"FILE = {str(file)!r}\n{BROKEN_CORE}")
+    done = in_a_process(f"FILE = {str(file)!r}\n{BROKEN_CORE}")
     was = "2.5.1+cu124" if stamp else "another version"
     mend = rf"built for torch {re.escape(was)}, this is {re.escape(torch.__version__)}; pip install --no-build-iso"
     first, *rest = done.splitlines()
@@ -447,7 +448,7 @@ with warnings.catch_warnings(record=True) as caught:
 for warning in caught:
     print(warning.message)
 """
-    (said,) = _in_a_process(program).splitlines()
+    (said,) = in_a_process(program).splitlines()
     assert re.search(rf"torch 2.5.1, this is {re.escape(torch.__version__)}; pip install --no-build-iso", said)
 
 
@@ -455,10 +456,4 @@ def test_without_a_core_nothing_is_warned_of():
     """``GAM_FAST_BUILD=none``, or a processor or compiler for which there is none."""
     program = "import sys; sys.modules['gam_fast._C'] = None; import torch, gam_fast; "
     program += "print(gam_fast.GAM([torch.nn.Parameter(torch.ones(1))])._select(torch.device('cpu')).name)"
-    assert _in_a_process(program) == "eager\n"
-
-
-def _in_a_process(program):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert in_a_process(program) == "eager\n"

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import ALL, METHODS, closure_of, in_turn, loss_of, make
-from schedule_free import Lookahead
+from cases import ALL, FORMS, METHODS, closure_of, in_turn, loss_of, make, take_step
+from pytorch_optimizer import Lookahead
 from snapshots import COPIES, assert_close, through_a_file, unchanged
 from test_trajectories import reference_step
 from torch import nn
@@ -63,11 +63,7 @@ def test_the_trajectory_is_that_of_the_plain_loop(method_name, pair):
     twin = copy.deepcopy(model)
     plain = OneAfterTheOther(members_of(twin, pair))
     for k, (x, y) in enumerate(batches):
-        if k % 2:
-            optimizer.step(closure_of(model, x, y))
-        else:
-            for _ in optimizer.passes():
-                loss_of(model, x, y).backward()
+        take_step(optimizer, closure_of(model, x, y), FORMS[k % 2])
         reference_step(twin, plain, ALL[method_name], ALL[method_name].hyper, x, y)
     assert_close(model, twin, rtol=1e-8, atol=1e-9)  # Muon iterates in bfloat16
 

@@ -16,13 +16,6 @@ TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "8", "--b
 TINY += ["--test-every", "20", "--warm-up", "4", "--lr", "0.01"]
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("to be or not to be, " * 60, encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize(
     "options",
     [

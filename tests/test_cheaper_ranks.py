@@ -9,7 +9,7 @@ import torch
 from cases import loss_of, make, pairwise
 from ranks import assert_close, optimizer_of, same_on_all_ranks, shares, values
 from test_active import train
-from test_sharded import shard
+from test_sharded import load_from, save_to, shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gam_fast
@@ -133,9 +133,6 @@ CHEAP = {"lr": 0.3, "momentum": 0.9, "interval": 2, "active": STEEP, "ascent_sha
 
 
 def resume(rank, world, folder):
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
     def build():
         model, batches = make("mlp")
         shard(model, world)
@@ -146,13 +143,9 @@ def resume(rank, world, folder):
     counts = train(through, optimizer, mine)
     model, first, _ = build()
     assert train(model, first, mine[:5]) == counts[:5]
-    states = get_state_dict(model, first)
-    checkpoint.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
+    save_to(folder, model, first)
     model, second, _ = build()
-    states = get_state_dict(model, second)
-    wanted = {"model": states[0], "optimizer": states[1]}
-    checkpoint.load(wanted, checkpoint_id=folder)
-    set_state_dict(model, second, model_state_dict=wanted["model"], optim_state_dict=wanted["optimizer"])
+    load_from(folder, model, second)
     assert train(model, second, mine[5:]) == counts[5:]
     assert all(map(torch.equal, values(model), values(through)))
     for key in ("flat_steps", "flat_looks", "flat_mean", "flat_variance", "flat_length"):

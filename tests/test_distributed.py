@@ -14,7 +14,7 @@ import pytest
 import reference
 import torch
 from cases import ALL, BASES, VARIANTS, closure_of, loss_of, make
-from ranks import RankError, assert_close, optimizer_of, same_on_all_ranks, share, shares, values
+from ranks import assert_close, optimizer_of, same_on_all_ranks, share, shares, values
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -486,17 +486,6 @@ distributed.destroy_process_group()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-
-
-def hang(rank, world, who):
-    if rank == who:
-        signal.pause()
-
-
-def test_a_rank_that_hangs_is_reported_with_what_it_does(two):
-    two.run(hang, None)  # the ranks have started: the seconds are those of the function alone
-    with pytest.raises(RankError, match=r"(?s)ranks \[1\] of 2 not done in 5 s.*rank 1:.*hang"):
-        two.run(hang, 1, seconds=5)
 
 
 # What is refused

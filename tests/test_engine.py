@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from cases import BACKENDS, EXACT, METHODS, closure_of, in_turn, make
+from cases import BACKENDS, EXACT, FORMS, METHODS, closure_of, in_turn, make, take_step
 from snapshots import COPIES, assert_equal, through_a_file
 from test_active import train
 from torch import nn
@@ -277,14 +277,13 @@ def test_learning_rate_schedulers_drive_it_without_a_warning(on):
     optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=1.0, rho=0.1, on_nonfinite="skip")
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer if on == "optimizer" else optimizer.base, 1, gamma=0.5)
     rates = []
-    for form in ("skipped", "closure", "loop"):
-        if form == "closure":
-            optimizer.step(closure)
-        else:
-            for _ in optimizer.passes():
-                closure()
-                if form == "skipped":
-                    weight.grad.fill_(math.nan)
+
+    def spoiling():
+        closure()
+        weight.grad.fill_(math.nan)
+
+    for form in ("skipped", *FORMS):
+        take_step(optimizer, spoiling if form == "skipped" else closure, form)
         scheduler.step()
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [0.5, 0.25, 0.125]

@@ -11,13 +11,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 TINY = ["--context", "16", "--batch", "8", "--steps", "40", "--test-every", "20", "--warm-up", "4", "--device", "cpu"]
 
 
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("to be or not to be, " * 60, encoding="utf-8")
-    return path
-
-
 def test_it_learns_and_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, text):
     arguments = ["--data", str(text), *TINY, "--train-head"]
     whole = finetune.main([*arguments, "--output", str(tmp_path / "adapters")])

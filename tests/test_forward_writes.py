@@ -63,6 +63,11 @@ class Norm(nn.Module):
         return out
 
 
+class InstanceNorm(nn.InstanceNorm1d):
+    def forward(self, x):
+        return super().forward(x.view(3, 4, 4)).reshape(12, 4)
+
+
 class Queue(nn.Module):
     def __init__(self, n=2000):
         super().__init__()
@@ -116,6 +121,10 @@ def fused_fake_quantize():
 KINDS = {
     **{how: lambda how=how: Norm(how) for how in HOWS},
     "batchnorm": lambda: nn.BatchNorm1d(4),
+    "batchnorm, cumulative": lambda: nn.BatchNorm1d(4, momentum=None),
+    "batchnorm, eval": lambda: nn.BatchNorm1d(4).eval(),
+    "batchnorm, no statistics": lambda: nn.BatchNorm1d(4, track_running_stats=False),
+    "instancenorm": lambda: InstanceNorm(4, affine=True, track_running_stats=True),
     "spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
     "parametrized_spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
     "fused_fake_quantize": fused_fake_quantize,

@@ -403,15 +403,3 @@ def test_an_error_in_one_of_two_undoes_both(method_name, how):
     with pytest.raises(Interruption if how == "error" else gam_fast.NonFiniteGradientError):
         train()
     torch.testing.assert_close(model.state_dict(), before, rtol=0.0, atol=0.0)
-
-
-@pytest.mark.parametrize("method_name", SOME)
-def test_masks_of_two_in_lockstep_are_those_of_plain_training(method_name):
-    model, first, second, [(x, y), *_] = two(method_name)
-    torch.manual_seed(7)
-    expected = [float(torch.rand(())) for _ in range(3)]
-    torch.manual_seed(7)
-    for number in expected:
-        for _ in zip(first.passes(), second.passes(), strict=False):
-            assert float(torch.rand(())) == number
-            loss_of(model, x, y).backward()

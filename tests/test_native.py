@@ -8,15 +8,16 @@ import platform
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cases import BACKENDS, DTYPES, METHODS, closure_of, in_turn, make
 from primitives import CASES, Lists, Place, run_all, same_bits
+from ranks import in_a_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gam_fast
@@ -370,17 +371,7 @@ def test_optimizers_in_several_threads_do_not_meet():
         assert torch.equal(alone[k], together[k])
 
 
-def in_a_fresh_process(program, timeout=300):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+in_a_fresh_process = partial(in_a_process, warnings="ignore", OMP_WAIT_POLICY="PASSIVE")
 
 
 def test_it_works_in_a_forked_process():

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import METHODS, pairwise
+from cases import FORMS, METHODS, pairwise, take_step
 from test_engine import parabola
 from torch import nn
 
@@ -21,7 +21,7 @@ def optimizer_of(method_name, **options):
     return weight, method.optimizer([weight], torch.optim.SGD, lr=0.1, momentum=0.9, **method.hyper, **options)
 
 
-@pytest.mark.parametrize("form", ["passes", "closure"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method_name", ["base", "sam", "gam"])
 def test_state_dict_is_refused_in_a_pass_whose_weights_are_perturbed(method_name, form):
     weight, optimizer = optimizer_of(method_name)
@@ -38,10 +38,7 @@ def test_state_dict_is_refused_in_a_pass_whose_weights_are_perturbed(method_name
     for _ in range(2):
         taken.clear()
         before = optimizer.state_dict()
-        if form == "closure":
-            optimizer.step(body)
-        else:
-            [body() for _ in optimizer.passes()]
+        take_step(optimizer, body, form)
         assert taken == [before] + [None] * (METHODS[method_name].passes - 1)
     assert optimizer.state_dict()["state"]  # behind the loop it is there
 
@@ -82,7 +79,7 @@ def test_a_scheduler_that_steps_in_the_body_is_warned_of(form):
             optimizer.step()
 
     with pytest.warns(UserWarning, match="learning rate was changed between the passes .* belongs after the loop"):
-        optimizer.step(body) if form == "closure" else [body(turn) for turn in optimizer.passes()]
+        take_step(optimizer, body, form)
 
 
 def test_a_rate_that_the_body_sets_anew_in_each_step_is_no_reason_to_warn():

@@ -1,4 +1,4 @@
-"""The pages: their Python examples run, one after the other, and their links lead somewhere."""
+"""The pages: their examples run, one after the other, links lead somewhere, and promises have tests that exist."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE = re.compile(r"(<!-- not run: [^\n]* -->\n\n)?^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PROMISES = [
+    line.strip("| \n").split(" | ")
+    for line in (ROOT / "docs/promises.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ") and "`test_" in line
+]
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
 
 
@@ -49,3 +54,22 @@ def test_the_readme_is_short():
     prose = re.sub(r"\]\([^)]*\)", "]", prose)
     for sentence in re.split(r"[.:?!]\s", prose):
         assert len(sentence.split()) <= 25, sentence
+
+
+@pytest.fixture(scope="module")
+def said():
+    pages = [page for page in PAGES if page.name != "promises.md"] + sorted((ROOT / "gam_fast").rglob("*.py"))
+    return " ".join(" ".join(page.read_text(encoding="utf-8").split()) for page in pages)
+
+
+@pytest.mark.parametrize(("promise", "tests"), PROMISES, ids=[promise[:40] for promise, _ in PROMISES])
+def test_a_promise_is_made_in_these_words_and_held_by_tests_that_exist(promise, tests, said):
+    assert promise in said
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+    assert named
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {name}"
+
+
+def test_the_page_lists_promises():
+    assert len(PROMISES) > 40

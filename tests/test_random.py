@@ -140,16 +140,6 @@ def test_named_generators_go_with_the_optimizer_into_copies_and_pickles():
         assert all(a == b for a, b in drawn_in_steps(other, param, own.random))
 
 
-def test_a_pickle_of_an_older_version_holds_true_or_false():
-    optimizer = gam_fast.SAM([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1)
-    for old in (True, False):
-        state = optimizer.__getstate__()
-        state["_options"] = {**state["_options"], "replay_rng": old}
-        other = gam_fast.SAM.__new__(gam_fast.SAM)
-        other.__setstate__(state)
-        assert (other._options["replay_rng"] is not None) is old
-
-
 @pytest.mark.parametrize(
     ("given", "match"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import types
 
 import pytest
@@ -16,64 +15,30 @@ from gam_fast import rng
 from gam_fast.buffers import ForwardState
 from gam_fast.rng import ReplayRNG
 
-NORMS = {
-    "batchnorm": (lambda: nn.BatchNorm1d(4), (6, 4)),
-    "batchnorm, cumulative": (lambda: nn.BatchNorm3d(4, momentum=None), (3, 4, 2, 3, 3)),
-    "batchnorm, eval": (lambda: nn.BatchNorm1d(4).eval(), (6, 4)),
-    "batchnorm, no statistics": (lambda: nn.BatchNorm1d(4, track_running_stats=False), (6, 4)),
-    "instancenorm": (lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True), (6, 4, 5)),
-}
-
-
-class Net(nn.Module):
-    def __init__(self, norm, shape):
-        super().__init__()
-        self.scale = nn.Parameter(torch.randn(4).view(1, 4, *[1] * (len(shape) - 2)))
-        self.norm = norm
-
-    def forward(self, x):
-        x = x * self.scale + self.scale**2
-        return self.norm(x).tanh().square().sum() + (x * self.scale).sum()
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_running_statistics_are_those_of_one_plain_pass(norm):
-    build, shape = NORMS[norm]
-    model = Net(build(), shape)
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.01, model=model)
-    for _ in range(3):
-        x = torch.randn(shape)
-        plain = copy.deepcopy(model)
-        plain(x)
-        for _ in optimizer.passes():
-            model(x).backward()
-        assert all(map(torch.equal, model.buffers(), plain.buffers()))
-        assert model.norm.training == plain.norm.training
-
 
 @pytest.mark.parametrize("is_given", [False, True])
 def test_statistics_move_in_every_pass_without_model_or_when_switched_off(is_given):
-    model = Net(nn.BatchNorm1d(4), (6, 4))
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     options = {"model": model, "freeze_running_statistics": False} if is_given else {}
     optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.01, **options)
-    warning = pytest.warns(UserWarning, match="norm.running_mean.*model=")
+    warning = pytest.warns(UserWarning, match="1.running_mean.*model=")
     with contextlib.nullcontext() if is_given else warning:
-        optimizer.step(lambda: model(torch.ones(6, 4)).backward())
-    assert int(model.norm.num_batches_tracked) == 4
+        optimizer.step(lambda: model(torch.randn(6, 5)).square().sum().backward())
+    assert int(model[1].num_batches_tracked) == 4
 
 
 def test_a_nan_in_a_later_pass_does_not_reach_the_statistics():
-    model = Net(nn.BatchNorm1d(4), (6, 4))
+    norm = nn.BatchNorm1d(4)
     state = ForwardState()
-    state.enter(model)
+    state.enter(norm)
     state.begin()
-    model(torch.ones(6, 4))
-    kept = model.norm.running_mean.clone()
+    norm(torch.ones(6, 4))
+    kept = norm.running_mean.clone()
     state.begin()
-    model(torch.full((6, 4), float("nan")))
-    assert model.norm.running_mean.isnan().all()
+    norm(torch.full((6, 4), float("nan")))
+    assert norm.running_mean.isnan().all()
     state.exit(undo=False)
-    assert torch.equal(model.norm.running_mean, kept)
+    assert torch.equal(norm.running_mean, kept)
 
 
 class StochasticDepth(nn.Module):

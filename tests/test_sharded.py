@@ -186,23 +186,34 @@ def test_a_step_that_is_left_is_undone_on_all_ranks(two, how):
     two.run(undone, how)
 
 
-def save(rank, world, folder, method_name="gam"):
+def save_to(folder, model, optimizer):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    states = get_state_dict(model, optimizer)
+    checkpoint.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
+
+
+def load_from(folder, model, optimizer):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    states = get_state_dict(model, optimizer)
+    wanted = {"model": states[0], "optimizer": states[1]}
+    checkpoint.load(wanted, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=wanted["model"], optim_state_dict=wanted["optimizer"])
+
+
+def save(rank, world, folder, method_name="gam"):
     model, batches = make("mlp")
     shard(model, world)
     optimizer = optimizer_of(model, method_name, "adamw")
     for x, y in shares(batches, rank, world):
         optimizer.step(closure_of(model, x, y))
-    states = get_state_dict(model, optimizer)
-    checkpoint.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
+    save_to(folder, model, optimizer)
 
 
 def resume(rank, world, folder, method_name="gam"):
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
     (model, batches), (alone, _) = make("mlp"), make("mlp")
     with torch.no_grad():
         for p in model.parameters():
@@ -210,10 +221,7 @@ def resume(rank, world, folder, method_name="gam"):
     shard(model, world)
     optimizer, single = (optimizer_of(each, method_name, "adamw") for each in (model, alone))
     optimizer.param_groups[0].update(rho=0.9, lr=7.0)
-    states = get_state_dict(model, optimizer)
-    wanted = {"model": states[0], "optimizer": states[1]}
-    checkpoint.load(wanted, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=wanted["model"], optim_state_dict=wanted["optimizer"])
+    load_from(folder, model, optimizer)
     for key in ("rho", "lr"):
         assert optimizer.param_groups[0][key] == single.param_groups[0][key]
     for x, y in batches:

@@ -7,7 +7,20 @@ import copy
 import pytest
 import reference
 import torch
-from cases import ALL, BASES, DTYPES, INTERPRETED, MODELS, VARIANTS, closure_of, loss_of, make, pairwise
+from cases import (
+    ALL,
+    BASES,
+    DTYPES,
+    FORMS,
+    INTERPRETED,
+    MODELS,
+    VARIANTS,
+    closure_of,
+    loss_of,
+    make,
+    pairwise,
+    take_step,
+)
 from snapshots import assert_close
 
 from gam_fast.stored import MOMENTA
@@ -64,11 +77,7 @@ def assert_same_steps(optimizer, ours, plain, theirs, method, hyper, batches):
     """Some steps of both, by a closure and by a loop in turns, end at the same parameters."""
     for k in range(few_where_slow(STEPS)):
         x, y = batches[k % len(batches)]
-        if k % 2:
-            optimizer.step(closure_of(ours, x, y))
-        else:
-            for _ in optimizer.passes():
-                loss_of(ours, x, y).backward()
+        take_step(optimizer, closure_of(ours, x, y), FORMS[k % 2])
         reference_step(theirs, plain, method, hyper, x, y)
     assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers_trainer
+from pytorch_optimizer import ScheduleFreeSGD
 from ranks import same_on_all_ranks
-from schedule_free import ScheduleFree
 from snapshots import assert_close, assert_equal
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -349,14 +349,14 @@ def test_a_schedule_free_base_is_trained_and_evaluated_in_its_modes(tmp_path):
 
     model = language_model(dropout=0.0)
     twin = copy.deepcopy(model)
-    optimizer = gam_fast.SAM(model.parameters(), ScheduleFree, lr=0.05, rho=0.05)
+    optimizer = gam_fast.SAM(model.parameters(), ScheduleFreeSGD, lr=0.05, rho=0.05)
     options = {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     trainer = Look(model, arguments_of(tmp_path, max_steps=4, **options), train_dataset=rows(), eval_dataset=rows(4))
     trainer.optimizer = optimizer
     trainer.train()
 
     twin.train()
-    plain = gam_fast.SAM(twin.parameters(), ScheduleFree, lr=0.05, rho=0.05)
+    plain = gam_fast.SAM(twin.parameters(), ScheduleFreeSGD, lr=0.05, rho=0.05)
     averaged = []
     for k, (inputs, count, *_) in enumerate(trainer.seen, start=1):
         plain.train()

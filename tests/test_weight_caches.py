@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from cases import METHODS, loss_of, make, pairwise
+from cases import FORMS, METHODS, loss_of, make, pairwise, take_step
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -42,10 +42,10 @@ def model_of(parametrization):
 
 
 @pytest.mark.parametrize(
-    ("method_name", "where", "parametrization"),
-    pairwise(["base", "sam", "gam"], ["passes", "closure"], [Symmetric, Squared, in_bf16]),
+    ("method_name", "form", "parametrization"),
+    pairwise(["base", "sam", "gam"], FORMS, [Symmetric, Squared, in_bf16]),
 )
-def test_the_cache_serves_one_pass(method_name, where, parametrization):
+def test_the_cache_serves_one_pass(method_name, form, parametrization):
     """The cache of autocast, of converted weights, lives as long as the outermost one."""
     method, found = METHODS[method_name], []
     inside, outside = contextlib.nullcontext, parametrize.cached
@@ -64,11 +64,7 @@ def test_the_cache_serves_one_pass(method_name, where, parametrization):
 
         with outside() if around else contextlib.nullcontext():
             for _ in range(2):
-                if where == "closure":
-                    optimizer.step(closure)
-                else:
-                    for _ in optimizer.passes():
-                        closure()
+                take_step(optimizer, closure, form)
             with inside():
                 losses.append(loss_of(model, *batches[0]).item())  # of the weights after the step
         found.append((losses, *model.parameters()))

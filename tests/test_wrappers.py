@@ -11,12 +11,13 @@ import cases
 import pytest
 import torch
 from cases import METHODS, MOMENTUM, closure_of, in_turn, make
-from schedule_free import Lookahead, ScheduleFree
+from pytorch_optimizer import Lookahead, ScheduleFreeSGD
 from snapshots import COPIES, assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
 import gam_fast
 
+ScheduleFree = partial(ScheduleFreeSGD, lr=0.1)
 BASES = {
     "schedule_free": ScheduleFree,
     "lookahead": lambda params: Lookahead(MOMENTUM(params)),
@@ -152,7 +153,7 @@ def test_a_nested_state_out_of_range_changes_nothing():
     model, optimizer, batches = setting("gam", BASES["lookahead"])
     train(model, optimizer, batches, [0])
     state = optimizer.state_dict()
-    state["wrapped"]["inner"]["param_groups"][0]["rho"] = -1.0
+    state["base_optimizer"]["param_groups"][0]["rho"] = -1.0
     with unchanged(model, optimizer), pytest.raises(ValueError, match="rho must not be negative, got -1.0"):
         optimizer.load_state_dict(state)
 
@@ -288,6 +289,19 @@ def test_an_optimizer_is_copied_without_its_module(method_name, how):
     assert COPIES["pickle"](twin).state_dict()["param_groups"] == twin.state_dict()["param_groups"]
     twin.model = None  # says that it is known
     next(iter(twin.passes())).backward(twin.param_groups[0]["params"][0].sum())
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_a_pickle_of_an_older_version(replay):
+    """It knows no share and no schedule, and of random numbers whether they are replayed."""
+    _, optimizer, _ = setting("sam", MOMENTUM, "mlp")
+    state = optimizer.__getstate__()
+    del state["_schedule"]
+    options = {key: value for key, value in state["_options"].items() if key != "ascent_share"}
+    old = object.__new__(gam_fast.SAM)
+    old.__setstate__({**state, "_options": {**options, "replay_rng": replay}})
+    assert (old.ascent_share, old.interval, old.active) == (1.0, 1, None)
+    assert (old._options["replay_rng"] is not None) is replay
 
 
 def test_a_copy_needs_no_module_that_has_no_buffers():

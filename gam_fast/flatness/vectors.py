@@ -51,7 +51,7 @@ def scaled(a: Vector, factor: float) -> Vector:
     return list(torch._foreach_mul(a, factor))
 
 
-def plus(a: Vector, b: Vector, factor: float = 1.0) -> Vector:
+def plus(a: Vector, b: Vector, factor: float) -> Vector:
     """Return a + factor · b."""
     return list(torch._foreach_add(a, b, alpha=factor))
 
