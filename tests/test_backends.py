@@ -327,12 +327,12 @@ def test_bad_numbers_are_refused(place):
         return lambda: backend.update(block, plain, "sgd", state or [a], groups, options, option)
 
     for call, message in (
-        (lambda: backend.square_norm(block, a, eta=[0.1]), "eta must have one entry a parameter group"),
+        (lambda: backend.square_norm(block, a, eta=[0.1]), "eta must have one entry per parameter group"),
         (lambda: backend.inner_products(block, plain, None, 1), "groups must be 2 (to 1048576|or more), got 1"),
         (along([a] * 4, factors * 4), "terms must be 1 to 3 lists of tensors, got 4"),
         (along([], []), "terms must be 1 to 3 lists of tensors, got 0"),
-        (along([a], []), "p (and q must have 2 numbers|must have one list of numbers a term)"),
-        (along([a], [[1.0]]), "p (and q must have 2 numbers|must have one entry a parameter group)"),
+        (along([a], []), "p (and q must have 2 numbers|must have one list of numbers per term)"),
+        (along([a], [[1.0]]), "p (and q must have 2 numbers|must have one entry per parameter group)"),
         (along([a], factors, factors), "products must be given"),
         (along([a], factors, factors, place.sums([[1.0] * 4]), [0.1]), "products must be .*(three|3) numbers"),
         (
@@ -346,7 +346,7 @@ def test_bad_numbers_are_refused(place):
         (update(options=[()]), r"options(\[0\])? must have 1 (numbers|entries)"),
         (
             update(option=[0]),
-            "option must have (one (index|entry) a parameter, that is 2, got 1|for each of the 2 parameters .*)",
+            "option must have (one (index|entry) per parameter, that is 2, got 1|for each of the 2 parameters .*)",
         ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

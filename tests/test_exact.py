@@ -388,7 +388,7 @@ def test_replicas_that_would_drift_are_refused(monkeypatch):
     optimizer.step(loss)
     before = weight.item()
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="averaged over the 2 processes .* replicas would drift apart: use GAM"):
+    with pytest.raises(RuntimeError, match="gradients over the 2 processes .* replicas would drift apart: use GAM"):
         optimizer.step(loss)
     assert weight.item() == before
 

@@ -383,7 +383,7 @@ def test_named_buffers_may_move_in_every_pass():
     for _ in range(2):
         step(model, optimizer)
     assert int(model[1].steps) == 8
-    with pytest.raises(ValueError, match=r"'\*.stepss' fits no buffer of the model; it has 1.centre, 1.spread"):
+    with pytest.raises(ValueError, match=r"'\*.stepss' fits no buffer of the model, which has 1.centre, 1.spread"):
         optimizer_of("gam", model, moving_buffers=["*.stepss"]).step(lambda: None)
     with pytest.raises(TypeError, match="list of patterns"):
         optimizer_of("gam", model, moving_buffers="steps")

@@ -141,7 +141,7 @@ def mixed_precision():
     ("options", "message"),
     [
         ({"gradient_clip_val": 0.5}, r"gradient_clip_val=0.5 clips the gradient of each pass.*clip_grad_norm=0.5"),
-        ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*last of its batches only.*micro_batches\(\)"),
+        ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*only the last of its batches.*micro_batches\(\)"),
         ({"plugins": "mixed"}, r"'16-mixed': automatic optimization evaluates the closure once.*bf16-mixed.*passes"),
     ],
 )

@@ -32,7 +32,7 @@ def test_state_dict_is_refused_in_a_pass_whose_weights_are_perturbed(method_name
         try:
             taken.append(optimizer.state_dict())
         except RuntimeError as error:
-            assert "save both behind the loop over passes" in str(error)  # noqa: PT017
+            assert "save both after the loop over passes" in str(error)  # noqa: PT017
             taken.append(None)
 
     for _ in range(2):
@@ -78,7 +78,7 @@ def test_a_scheduler_that_steps_in_the_body_is_warned_of(form):
         if form == "step" and turn.last:
             optimizer.step()
 
-    with pytest.warns(UserWarning, match="learning rate was changed between the passes .* belongs behind the loop"):
+    with pytest.warns(UserWarning, match="learning rate was changed between the passes .* belongs after the loop"):
         take_step(optimizer, body, form)
 
 

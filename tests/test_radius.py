@@ -200,7 +200,7 @@ def test_what_is_no_radius_is_refused():
     with pytest.raises(ValueError, match=mixed):
         optimizer.load_state_dict(optimizer.state_dict())
     optimizer = gam_fast.GAM(weights, torch.optim.SGD, lr=0.1, rho_prime="auto")
-    with pytest.raises(ValueError, match="rho_prime is 'auto', and only a number has a schedule"):
+    with pytest.raises(ValueError, match="rho_prime is 'auto', but only a number can have a schedule"):
         gam_fast.schedules.LinearRadius(optimizer, "rho_prime", total_steps=4, end=0.0)
     gam_fast.schedules.LinearRadius(optimizer, "rho", total_steps=4, end=0.0)
 

@@ -157,7 +157,7 @@ def test_a_group_added_later_starts_from_its_own_value(build):
 def test_a_schedule_in_the_body_is_an_error():
     target = optimizer()
     schedule = LinearRadius(target, total_steps=4, end=0.0)
-    with pytest.raises(RuntimeError, match="step.. of a LinearRadius in a pass of GAM: .*behind the loop"):
+    with pytest.raises(RuntimeError, match="step.. of a LinearRadius in a pass of GAM: .*after the loop"):
         target.step(schedule.step)
     assert schedule.count == 0
     schedule.step()

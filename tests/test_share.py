@@ -388,7 +388,7 @@ def test_what_rows_cannot_cut_is_refused():
     with pytest.raises(ValueError, match="a list of examples and not a batch: collate it first.*turn.count"):
         turn.rows([(x, 1), (x, 0)])
     packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2)])
-    with pytest.raises(TypeError, match="a PackedSequence has no rows.*pack what turn.rows"):
+    with pytest.raises(TypeError, match="a PackedSequence has no rows.*pack the result of turn.rows"):
         turn.rows(packed)
     for odd in (x.to_sparse(), collections.deque(["a", "b", "c", "d"])):
         with pytest.raises(TypeError, match="the rows of a .* cannot be taken .*turn.count"):

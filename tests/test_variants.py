@@ -399,7 +399,7 @@ WITHOUT_G0 = partial(gam_fast.PreviousGradientSAM, base_optimizer=SGD, lr=0.1, a
     ("make_it", "error", "match"),
     [
         (AT_ADAGRAD, RuntimeError, "this Adagrad has none in its state .*pass momentum=0.9"),
-        (WITHOUT_G0, ValueError, r"active=WhenSteep.* would look at the gradient at θ, which this method does not"),
+        (WITHOUT_G0, ValueError, r"active=WhenSteep.* looks at the gradient at θ, which this method does not"),
         (of_another_shape, RuntimeError, r"gradient_average of shape \(3,\) for a parameter of shape \(3, 3\)"),
         (in_a_group(gamma=1.0), ValueError, "gamma must be from 0 and below 1, got 1.0"),
         (in_a_group(lr=None), TypeError, "lr of a parameter group is None: pass decouple=False"),
