@@ -38,7 +38,9 @@ Optimizer = gam_fast.SharpnessAwareOptimizer
 def signature(app: Any, what: str, name: str, entity: Any, *rest: Any) -> Any:
     """Return the signature of the constructor; Sphinx takes that of ``__new__``."""
     if what == "class" and issubclass(entity, Optimizer):
-        text = str(inspect.signature(entity)).removesuffix(" -> 'None'")
+        found = inspect.signature(entity.__init__)
+        own = list(found.parameters.values())[1:]
+        text = str(found.replace(parameters=own)).removesuffix(" -> 'None'")
         text = text.replace("<class 'torch.optim.sgd.SGD'>", "torch.optim.SGD")
         return text.replace("'", ""), ""
     return None
