@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import gam_fast
@@ -42,7 +43,7 @@ def signature(app: Any, what: str, name: str, entity: Any, *rest: Any) -> Any:
         own = list(found.parameters.values())[1:]
         text = str(found.replace(parameters=own)).removesuffix(" -> 'None'")
         text = text.replace("<class 'torch.optim.sgd.SGD'>", "torch.optim.SGD")
-        return text.replace("'", ""), ""
+        return re.sub(": '([^']*)'", r": \1", text), ""
     return None
 
 
