@@ -85,6 +85,7 @@ def test_a_checkpoint_is_loaded(factory, tmp_path, capsys):
     nn.init.zeros_(model[3].bias)
     torch.save({"epoch": 3, "model": model.state_dict()}, tmp_path / "last.pt")
     torch.save(model.state_dict(), tmp_path / "plain.pt")
+    torch.save(nn.Linear(5, 3).state_dict(), tmp_path / "other.pt")
     base = [f"{factory}:build", "--trace-samples", "0", "--eigenvalues", "0", "--quiet", "--json", str(figures)]
     for name, key in (("last.pt", ["--key", "model"]), ("plain.pt", [])):
         assert main([*base, "--checkpoint", str(tmp_path / name), *key, "--batches", "2", "--mode", "frozen"]) == 0
@@ -95,7 +96,8 @@ def test_a_checkpoint_is_loaded(factory, tmp_path, capsys):
     capsys.readouterr()
     for options, message in (
         (["--checkpoint", str(tmp_path / "last.pt"), "--key", "net"], "has no entry 'net'; it has epoch, model"),
-        (["--checkpoint", str(tmp_path / "last.pt")], "Missing key"),
+        (["--checkpoint", str(tmp_path / "last.pt")], "in its entry 'model': add --key model"),
+        (["--checkpoint", str(tmp_path / "other.pt")], "Missing key"),
         (["--checkpoint", str(tmp_path / "none.pt")], "No such file"),
     ):
         with pytest.raises(SystemExit, match="2"):

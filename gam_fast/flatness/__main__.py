@@ -30,7 +30,7 @@ Hessian, its trace and spectral density."""
 EPILOG = """The factory is a function, named as module:function (from this folder or installed) or file.py:function. It
 returns (model, loss_fn, data), where loss_fn(model(x), y) is a number and data an iterable of pairs (x, y) that can be
 read again and again; or a gam_fast.flatness.Loss. Example:
-python -m gam_fast.flatness train.py:build --checkpoint last.pt --rho 0.05,0.1"""
+python -m gam_fast.flatness train.py:build --checkpoint last.pt --key model --rho 0.05,0.1"""
 
 
 class First:
@@ -181,7 +181,7 @@ def build(made: Any, arguments: argparse.Namespace) -> Loss:
     if arguments.checkpoint is not None:
         if model is None:
             raise ValueError("--checkpoint needs a model: the factory returned a Loss without one")
-        model.load_state_dict(state_dict(arguments.checkpoint, arguments.key, arguments.device))
+        load_into(model, state_dict(arguments.checkpoint, arguments.key, arguments.device), arguments.checkpoint)
     if isinstance(made, Loss):
         if arguments.batches or arguments.device != "cpu" or arguments.mode != MODES[0]:
             raise ValueError("--batches, --device and --mode are settled where the factory returns a Loss")
@@ -209,6 +209,17 @@ def state_dict(path: Path, key: str | None, device: str) -> Any:
             raise ValueError(f"{path} has no entry {key!r}; it has {names}")
         found = found[key]
     return found
+
+
+def load_into(model: nn.Module, state: Any, path: Path) -> None:
+    """Load ``state`` into ``model``; where an entry of ``state`` would fit instead, the error names it."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        for name, entry in state.items():
+            if isinstance(entry, dict) and entry.keys() & model.state_dict().keys():
+                raise ValueError(f"{path} has the state dict in its entry {name!r}: add --key {name}") from error
+        raise
 
 
 def children(model: nn.Module) -> dict[str, list[torch.Tensor]]:
