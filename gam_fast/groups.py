@@ -182,9 +182,12 @@ class AroundBase(Hooked):
 
     def _refuse_nesting(self, what: str) -> None:
         if self._progress.step is not None and self._progress.current is not None:
+            cure = "run the loop over passes() to its end"
+            if what == "step()":
+                cure = "the loop over passes() takes the step, so leave step() and scaler.step() out of its body"
             raise RuntimeError(
-                f"{what} while a step of this {type(self).__name__} is in progress: run the loop over passes() to its "
-                "end, or close() the iterator to undo the step"
+                f"{what} while a step of this {type(self).__name__} is in progress: {cure}, or "
+                "close() the iterator to undo the step"
             )
 
     def _parameters(self) -> Iterator[Tensor]:
