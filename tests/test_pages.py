@@ -31,7 +31,8 @@ def names():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_run_in_turn(page, capsys):
+def test_examples_run_in_turn(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # examples write checkpoints
     namespace = names()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lr_scheduler.step|.*Agg.*")
