@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from frameworks import GAM, assert_same_model, by_hand, loader, net
+from frameworks import GAM, by_hand, loader, net
+from snapshots import assert_equal
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,7 +33,7 @@ def test_skorch_takes_the_steps_of_the_loop_and_logs_the_loss_at_the_weights():
     torch.manual_seed(9)
     classifier.partial_fit(*loader().dataset.tensors)
     model, losses = by_hand()
-    assert_same_model(classifier.module_, model)
+    assert_equal(classifier.module_, model)
     assert classifier.history[:, "train_loss"] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 4])
     classifier.set_params(optimizer__rho=0.3)
     assert classifier.optimizer_.param_groups[0]["rho"] == 0.3
@@ -57,7 +58,7 @@ def test_ignite_takes_the_steps_of_the_loop_and_moves_the_radius():
     torch.manual_seed(9)
     trainer.run(loader(), max_epochs=2)
     expected, losses = by_hand()
-    assert_same_model(model, expected)
+    assert_equal(model, expected)
     assert seen == losses
 
     radius = LinearCyclicalScheduler(optimizer, "rho", 0.1, 0.0, cycle_size=8)
