@@ -44,7 +44,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether the figure was measured and is in the range."""
+        """True if the figure was measured and is in the range."""
         return self.value is not None and self.low <= self.value <= self.high
 
     def __str__(self) -> str:

@@ -192,7 +192,7 @@ class Network:
 
     @property
     def takes_tokens(self) -> bool:
-        """Whether inputs are texts."""
+        """True if inputs are texts."""
         return len(self.shape) == 1
 
     def batch(self, n: int) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ class Entrant:
 
     @property
     def second_order(self) -> bool:
-        """Whether it differentiates the loss itself."""
+        """True if it differentiates the loss itself."""
         return self.key not in (*TORCH, *PEERS) and bool(getattr(gam_fast, self.key).recipe.second_order)
 
     def units(self, base: str) -> int | None:

@@ -138,7 +138,7 @@ class Task:
 
     @property
     def is_text(self) -> bool:
-        """Whether the task is a text."""
+        """True if the task is a text."""
         return isinstance(self.settings, charlm.Settings)
 
 

@@ -200,7 +200,7 @@ class LossScale:
 
     @property
     def enabled(self) -> bool:
-        """Whether the scaler is enabled."""
+        """True if the scaler is enabled."""
         return bool(self._scaler.is_enabled())
 
     def scale(self, loss: Tensor) -> Tensor:

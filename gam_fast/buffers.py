@@ -79,7 +79,7 @@ class ForwardState:
 
     @property
     def moves_parameters(self) -> bool:
-        """Whether a parameter of the optimizer moves without being trained; in the first step, whether one may."""
+        """True if a parameter of the optimizer moves without being trained; in the first step, if one may move."""
         return self._learning or any(place.moves for place in self._places[self._buffers :])
 
     def enter(

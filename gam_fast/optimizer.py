@@ -202,7 +202,7 @@ class SharpnessAwareOptimizer(AroundBase):
 
     @property
     def decides_in_first_pass(self) -> bool:
-        """Whether a rule looks at the first gradient, so that :attr:`Turn.last` may change after the first pass."""
+        """True if a rule looks at the first gradient, so that :attr:`Turn.last` may change after the first pass."""
         return self._schedule.trigger is not None
 
     @property

@@ -48,7 +48,7 @@ class PassDriver:
         self._step: Step | None = None
         self.ended = False
         self.is_managed = False
-        """Whether a context manager ends the step."""
+        """True if a context manager ends the step."""
         self.is_done = False
         """True once a loop in the context manager has ended."""
         self.loop: object = None

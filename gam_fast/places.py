@@ -75,12 +75,12 @@ class Place:
 
     @property
     def is_small(self) -> bool:
-        """Whether a copy is cheap enough to keep."""
+        """True if a copy is cheap enough to keep."""
         return not isinstance(self.tensor, Tensor) or self.tensor.numel() <= SMALL or self.name in STATISTICS
 
     @property
     def may_be_trained(self) -> bool:
-        """Whether this is a parameter that requires a gradient."""
+        """True if this is a parameter that requires a gradient."""
         return self.own is None and bool(self.tensor.requires_grad)
 
 

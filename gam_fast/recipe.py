@@ -118,7 +118,7 @@ class Memory:
 
     @property
     def is_updated(self) -> bool:
-        """Whether a step changes the memory."""
+        """True if a step changes the memory."""
         return self.orthogonal or self.update is not None
 
 
@@ -234,7 +234,7 @@ class Recipe:
 
     @cached_property
     def moves(self) -> bool:
-        """Whether any pass is at another point than θ."""
+        """True if any pass is at another point than θ."""
         return bool(self.perturbations) or self.before is not None
 
     @cached_property
@@ -244,14 +244,14 @@ class Recipe:
 
     @cached_property
     def needs_lengths(self) -> bool:
-        """Whether a gradient's length is needed before the last pass, so that it must be unscaled at once."""
+        """True if a gradient's length is needed before the last pass, so that it must be unscaled at once."""
         laws = [x for move in self.perturbations for x in (move.multiple, move.cap)]
         lengths = any(x is not None for x in laws) or self.rescale
         return lengths or (self.memory is not None and self.memory.mix is not None)
 
     @cached_property
     def keeps_first(self) -> bool:
-        """Whether the end of the step needs g0 for more than the direction."""
+        """True if the end of the step needs g0 for more than the direction."""
         return self.after is not None or (self.memory is not None and self.memory.is_updated)
 
     @cached_property
@@ -309,7 +309,7 @@ class Recipe:
 
     @cached_property
     def second_order(self) -> bool:
-        """Whether the loss is differentiated twice."""
+        """True if the loss is differentiated twice."""
         return bool(self.products)
 
     @cached_property

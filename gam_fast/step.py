@@ -173,17 +173,17 @@ class Step:
 
     @property
     def perturbed(self) -> bool:
-        """Whether a pass is in progress at perturbed weights."""
+        """True if a pass is in progress at perturbed weights."""
         return self.phase == "pass" and any(block.leaves.saved for block in self.blocks.all)
 
     @property
     def in_last_pass(self) -> bool:
-        """Whether the last pass is in progress."""
+        """True if the last pass is in progress."""
         return self.phase == "pass" and self.current is not None and self.current.last
 
     @property
     def has_gradient(self) -> bool:
-        """Whether backward was called in the pass in progress."""
+        """True if backward was called in the pass in progress."""
         return bool(self._losses) or any(map(has_gradient, self.blocks.params))
 
     def _start(self) -> None:

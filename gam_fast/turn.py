@@ -163,7 +163,7 @@ class Turn:
 
     @property
     def last(self) -> bool:
-        """Whether this is the last pass of the step."""
+        """True if this is the last pass of the step."""
         return self.index == self.passes - 1
 
     def rows(self, *batch: Any) -> Any:
