@@ -78,40 +78,33 @@ class Arm:
 GAM = {"rho": 0.1, "rho_prime": 0.02, "alpha": 0.3, "beta": 0.3, "gamma": 0.03}
 SAM = {"rho": 0.1}
 
-ARMS = (
-    Arm("SGD", "SGD"),
-    Arm("SGD, twice as long", "SGD", times=2),
-    Arm("SGD, 4 times as long", "SGD", times=4),
-    Arm("SAM", "SAM", SAM),
-    Arm("SAM, twice as long", "SAM", SAM, times=2),
-    Arm("SAM, last .3", "SAM", SAM, late=0.3),
-    Arm("SAM, last .5", "SAM", SAM, late=0.5),
-    Arm("MomentumSAM", "MomentumSAM", {"rho": 0.3}),
-    Arm("GAM", "GAM", GAM),
-    Arm("GAM, last .3", "GAM", GAM, late=0.3),
-    Arm("GAM, last .5", "GAM", GAM, late=0.5),
-    Arm("GAM, share .25", "GAM", GAM, share=0.25),
-    Arm("GAM, share .5, every 2nd step", "GAM", GAM | {"rho": 0.15, "alpha": 0.15}, share=0.5, interval=2),
-)
+
+def arms_around(base: str, momentum_rho: float) -> tuple[Arm, ...]:
+    """Return what is compared around a base optimizer, and it alone first; the radius of MomentumSAM is given."""
+    return (
+        Arm(base, base),
+        Arm(f"{base}, twice as long", base, times=2),
+        Arm(f"{base}, 4 times as long", base, times=4),
+        Arm("SAM", "SAM", SAM),
+        Arm("SAM, twice as long", "SAM", SAM, times=2),
+        Arm("SAM, last .3", "SAM", SAM, late=0.3),
+        Arm("SAM, last .5", "SAM", SAM, late=0.5),
+        Arm("MomentumSAM", "MomentumSAM", {"rho": momentum_rho}),
+        Arm("GAM", "GAM", GAM),
+        Arm("GAM, last .3", "GAM", GAM, late=0.3),
+        Arm("GAM, last .5", "GAM", GAM, late=0.5),
+        Arm("GAM, share .25", "GAM", GAM, share=0.25),
+        Arm("GAM, share .5, every 2nd step", "GAM", GAM | {"rho": 0.15, "alpha": 0.15}, share=0.5, interval=2),
+    )
+
+
+ARMS = arms_around("SGD", 0.3)
+OF_TEXT = arms_around("AdamW", 1.0)
 
 TUNED = (
     *(Arm(f"SAM, rho {rho}", "SAM", {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
     *(Arm(f"GAM, rho {rho}", "GAM", GAM | {"rho": rho}) for rho in (0.02, 0.05, 0.1, 0.2)),
     *(Arm(f"MomentumSAM, rho {rho}", "MomentumSAM", {"rho": rho}) for rho in (0.1, 0.3, 1.0)),
-)
-
-ADAMW = Arm("AdamW", "AdamW")
-
-OF_TEXT = (
-    ADAMW,
-    *(replace(ADAMW, name=f"AdamW, {times} as long", times=n) for times, n in (("twice", 2), ("4 times", 4))),
-    Arm("SAM", "SAM", SAM),
-    Arm("SAM, twice as long", "SAM", SAM, times=2),
-    Arm("SAM, last .5", "SAM", SAM, late=0.5),
-    Arm("MomentumSAM", "MomentumSAM", {"rho": 1.0}),
-    Arm("GAM", "GAM", GAM),
-    Arm("GAM, last .3", "GAM", GAM, late=0.3),
-    Arm("GAM, share .25", "GAM", GAM, share=0.25),
 )
 
 

@@ -13,7 +13,18 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import ownership, sums
-from .backends.base import Backend, Block, Bookkeeping, Direction, PerGroup, Products, Scalar, TensorList, Versions
+from .backends.base import (
+    Backend,
+    Block,
+    Bookkeeping,
+    Direction,
+    PerGroup,
+    Products,
+    Scalar,
+    TensorList,
+    Versions,
+    accumulate_dtype,
+)
 from .backends.eager import EagerBackend
 from .distributed import Layout, add_up_over_processes, is_sharded, layout_of, local, spread
 from .ownership import Kind, kind_of, wider_dtype
@@ -320,16 +331,18 @@ class StepParameters:
         if len(squares) == 1 and self.on_host and not self.sharded:
             return float(squares[0])
         if not squares:  # no perturbed parameter has a gradient
-            return 0.0 if self.on_host else torch.zeros((), dtype=torch.float64, device=self.devices[0])
+            device = self.devices[0]
+            return 0.0 if self.on_host else torch.zeros((), dtype=accumulate_dtype(device), device=device)
         total = sums.add_up(self._over_processes(squares, blocks))
         return float(total) if self.on_host else total
 
     def square_norms(self, vector: int, minus: int | None = None) -> Tensor:
-        """Return ‖g − g[minus]‖² by group of what is perturbed, a float64 tensor; zeros of groups without a part."""
+        """Return ‖g − g[minus]‖² by group, over what is perturbed, as a tensor; 0 for groups without such."""
         names = (vector,) if minus is None else (vector, minus)
         terms = [(block, [block.grads[k] for k in names]) for block in self.all if block.perturbed]
         if not terms:
-            return torch.zeros(len(self.groups), dtype=torch.float64, device=self.devices[0])
+            device = self.devices[0]
+            return torch.zeros(len(self.groups), dtype=accumulate_dtype(device), device=device)
         found = self.inner_products(terms, [[sign] * len(self.groups) for sign in (1.0, -1.0)[: len(names)]])
         table = found if isinstance(found, Tensor) else torch.tensor(found, dtype=torch.float64)
         return table[:, 0].contiguous()

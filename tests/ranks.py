@@ -168,7 +168,7 @@ class Ranks:
 
 
 def in_a_process(program: str, *, warnings: str = "error", timeout: float = 300, **environment: str) -> str:
-    """What a program prints, alone in a process."""
+    """Run a program in a process of its own, and return its output."""
     command = [sys.executable, "-W", warnings, "-c", textwrap.dedent(program)]
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, check=False)

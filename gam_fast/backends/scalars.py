@@ -151,7 +151,8 @@ def bounded(square: Scalar, radius: PerGroup, offset: PerGroup, cap: PerGroup, w
     >>> bounded(4.0, [1.0, 1.0], [0.5, 0.0], [9.0, 0.25], 1.0)     # 1/2.5, and 0.25
     tensor([ 6.2500, 16.0000], dtype=torch.float64)
     """
-    length = torch.as_tensor(root(square), dtype=torch.float64)
+    found = root(square)
+    length = found if isinstance(found, Tensor) else torch.tensor(found, dtype=torch.float64)
     lengths = length if length.numel() > 1 else length.expand(len(radius))
     least = [abs(r) / (c * weight) if c * weight else math.inf if r else 0.0 for r, c in zip(radius, cap, strict=True)]
     rows = zip(lengths, offset, least, strict=True)
