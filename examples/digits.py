@@ -155,23 +155,23 @@ def load_digits(wrong_labels: float) -> Digits:
     return Digits(x[:TRAIN_IMAGES], train_y, x[TRAIN_IMAGES:], y[TRAIN_IMAGES:])
 
 
-def build_model(seed: int) -> nn.Module:
-    """Return two convolutions with BatchNorm and two linear layers."""
+def build_model(seed: int, width: int = 16) -> nn.Module:
+    """Return two convolutions with BatchNorm, the first of ``width`` channels, and two linear layers."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
+            nn.Conv2d(1, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1, bias=False),
-            nn.BatchNorm2d(32),
+            nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(32 * 9, 64),
+            nn.Linear(2 * width * 9, 4 * width),
             nn.ReLU(),
-            nn.Linear(64, 10),
+            nn.Linear(4 * width, 10),
         )
 
 

@@ -1,8 +1,11 @@
 """Show the effect of a radius that is too small or too large: accuracy and training loss of SAM and GAM on the digits.
 
 python -m experiments.radius --json bench/results/radius_cpu.json --picture docs/radius.png
+python -m experiments.radius --changes --json bench/results/radius_changes_cpu.json
 
-Only ``rho`` changes, from a tenth of a good value to eight times that; SGD stands for radius 0.
+Only ``rho`` changes, from a tenth of a good value to eight times that; SGD stands for radius 0. With ``--changes``, SAM
+is also trained for other lengths, with other batches (the learning rate follows the batch) and with a wider network, to
+see whether the best radius moves.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from .tasks import Task, digits
 
 RADII = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 METHODS = ("SAM", "GAM")
+CHANGED_RADII = RADII[1:6]
 COLUMNS = {"method": "", "rho": "rho", "accuracy": "test accuracy, %", "loss": "training loss"}
 
 
@@ -48,6 +52,31 @@ def found(task: Task, method: str, rho: float | None, seeds: Sequence[int]) -> d
 def means(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with the means over seeds."""
     return {**row, **{name: statistics.mean(row[name]) for name in ("accuracy", "loss")}}
+
+
+def changed(usual: Task) -> dict[str, Task]:
+    """Return the task with one thing changed at a time."""
+    tasks = {f"{epochs} epochs": replace(usual, epochs=epochs) for epochs in (10, 40)}
+    for batch in (25, 200):
+        rate = usual.hyper["lr"] * batch / usual.batch
+        tasks[f"batch {batch}, lr {rate:g}"] = replace(usual, batch=batch, hyper={**usual.hyper, "lr": rate})
+    return {**tasks, "4 times as wide": digits(width=64)}
+
+
+def gains(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return a row per task: accuracy and training loss of SGD, then the points that SAM gains with each radius."""
+    columns = {"task": "", "accuracy": "SGD: test accuracy, %", "loss": "training loss"}
+    shown = []
+    for name in dict.fromkeys(row["task"] for row in rows):
+        base, *own = [row for row in rows if row["task"] == name]
+        cells = {"task": name, **{key: statistics.mean(base[key]) for key in ("accuracy", "loss")}}
+        for row in own:
+            key = f"rho {row['rho']:g}"
+            columns[key] = key
+            apart = [x - y for x, y in zip(row["accuracy"], base["accuracy"], strict=True)]
+            cells[key] = f"{statistics.mean(apart):+.2f}"
+        shown.append(cells)
+    return Table("digits, 30 % wrong labels: points above SGD", columns, shown)
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -93,23 +122,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--read", type=Path, metavar="PATH", help="train nothing, show the figures of an earlier --json"
     )
+    parser.add_argument("--changes", action="store_true", help="change length, batch and width, and not the method")
     parser.add_argument("--quick", action="store_true", help="two radii, few examples, to check that it works")
     given = parser.parse_args(argv)
     if given.read:
         figures = json.loads(given.read.read_text(encoding="utf-8"))
     else:
         torch.set_num_threads(given.threads)
-        task, radii = (digits().quick(40), RADII[:2]) if given.quick else (digits(), RADII)
-        rows = [found(task, "base", None, given.seeds)]
-        for method in METHODS:
-            for rho in radii:
-                rows.append(found(task, method, rho, given.seeds))
-                print(method, rho, means(rows[-1])["accuracy"], file=sys.stderr)
+        usual = digits()
+        radii: Sequence[float] = CHANGED_RADII if given.changes else RADII
+        tasks, methods = (changed(usual), METHODS[:1]) if given.changes else ({"": usual}, METHODS)
+        if given.quick:
+            tasks, radii = {name: task.quick(40) for name, task in tasks.items()}, radii[:2]
+        rows: list[dict[str, Any]] = []
         figures = {"benchmark": "radius", "quick": given.quick, **machine(), "seeds": given.seeds, "rows": rows}
-    Table("digits, 30 % wrong labels", COLUMNS, [means(row) for row in figures["rows"]]).show()
-    write_json(given.json, figures)
+        for name, task in tasks.items():
+            rows.append({"task": name, **found(task, "base", None, given.seeds)})
+            for method in methods:
+                for rho in radii:
+                    rows.append({"task": name, **found(task, method, rho, given.seeds)})
+                    print(name, method, rho, means(rows[-1])["accuracy"], file=sys.stderr)
+            write_json(given.json, figures)
+    rows = figures["rows"]
+    if any(row.get("task") for row in rows):
+        gains(rows).show()
+    else:
+        Table("digits, 30 % wrong labels", COLUMNS, [means(row) for row in rows]).show()
     if given.picture:
-        given.picture.write_bytes(picture(figures["rows"]))
+        given.picture.write_bytes(picture(rows))
     return 0
 
 

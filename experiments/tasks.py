@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ FARTHER = {"rho": 0.15, "alpha": 0.15}
 """Settings of GAM on the digits with plain steps in between."""
 
 
-def digits(wrong_labels: bool = True) -> Task:
-    """Return the task of the demo, with its settings.
+def digits(wrong_labels: bool = True, width: int = 16) -> Task:
+    """Return the task of the demo, with its settings, or with another width of its network.
 
     Raises:
         DataError: a package of the demo is not installed.
@@ -119,7 +120,7 @@ def digits(wrong_labels: bool = True) -> Task:
             f"label, and {len(images.test_y):,} for test; two convolutions with BatchNorm and two linear layers"
         ),
         data=Data(images.train_x, images.train_y, images.test_x, images.test_y),
-        build=demo.build_model,
+        build=partial(demo.build_model, width=width),
         base=torch.optim.SGD,
         hyper={"lr": setting.lr, "momentum": setting.momentum},
         epochs=setting.epochs,

@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 from ranks import same_on_all_ranks
+from torch import nn
+from torch.nn import functional as F
 
-from experiments import evidence
+from experiments import evidence, share
 
 TINY = ["--network", "small", "--epochs", "2", "--batch", "16", "--train-images", "48", "--device", "cpu"]
 
@@ -208,3 +210,23 @@ def test_two_processes_train_one_network(two, packed):
     assert len(first) == 2
     assert first[-1] > 0
     assert len(second) == 2
+
+
+def test_a_share_of_the_batch_is_compared_with_the_whole(packed, tmp_path, capsys):
+    """Without BatchNorm it makes no difference whether the other rows are seen."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)).double()
+    x, y = torch.randn(8, 3, 2, 2).double(), torch.arange(8)
+    found = share.steps(model, x, y)
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(found["SGD"], torch.cat([g.flatten() for g in gradients]))
+    for part in ("0.5", "0.25"):
+        alike = found[f"GAM, share {part}"], found[f"GAM, share {part}, statistics of all rows"]
+        torch.testing.assert_close(*alike, rtol=1e-12, atol=1e-14)
+    path = tmp_path / "share.json"
+    sizes = ["--images", "32", "--epochs", "1", "--batches", "2", "--batch", "16"]
+    assert share.main(["--data", str(packed), *sizes, "--json", str(path)]) == 0
+    whole, *others = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert (round(whole["cosine"], 5), whole["length"]) == (1.0, 1.0)
+    assert [row["step"] for row in others] == list(found)[1:]
+    assert all(abs(row["cosine"]) < 1.0 for row in others)
+    assert "32 images, 1 epochs of SGD, batch 16" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -162,3 +163,17 @@ def test_radii_are_compared_and_shown_again(tmp_path, capsys):
     assert radius.main(["--read", str(path), "--picture", str(drawn)]) == 0
     assert capsys.readouterr().out == first
     assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+def test_radii_are_compared_after_one_change_at_a_time(tmp_path, capsys):
+    path = tmp_path / "changes.json"
+    assert radius.main(["--changes", "--quick", "--seeds", "3,4", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    names = list(radius.changed(tasks.digits()))
+    assert [(row["task"], row["rho"]) for row in rows] == list(itertools.product(names, [None, 0.025, 0.05]))
+    base, _, last = rows[-3:]
+    (gain,) = radius.gains([base, last]).rows
+    assert gain["rho 0.05"] == f"{sum(last['accuracy']) / 2 - sum(base['accuracy']) / 2:+.2f}"
+    first = capsys.readouterr().out
+    assert radius.main(["--read", str(path)]) == 0
+    assert capsys.readouterr().out == first
