@@ -268,33 +268,6 @@ def test_whoever_goes_by_the_share_has_asked():
     assert_equal(ours, theirs)
 
 
-# How a closure asks
-
-
-def test_a_closure_asks_its_turn():
-    """By an argument that is called so (test_messages.py has all kinds), or by an attribute of the optimizer."""
-    model, batches = make("mlp")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, ascent_share=0.25)
-
-    def note(x, y):
-        seen.append(len(x))
-        loss_of(model, x, y).backward()
-
-    closures = [
-        lambda turn: note(*turn.rows(*batches[0])),
-        lambda *, turn: note(*turn.rows(*batches[0])),
-        lambda: note(*optimizer.turn.rows(*batches[0])),
-        torch.enable_grad()(lambda turn: note(*turn.rows(*batches[0]))),
-        partial(lambda data, turn: note(*turn.rows(*data)), batches[0]),
-    ]
-    for closure in closures:
-        seen: list[int] = []
-        optimizer.step(closure)
-        assert seen == [3, 3, 3, 12]
-    with pytest.raises(TypeError, match="the closure needs x, y, but is called without"):
-        optimizer.step(lambda x, y: None)
-
-
 # The rows of a batch
 
 
