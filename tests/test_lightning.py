@@ -39,11 +39,11 @@ pytestmark = [
 class Module(pl.LightningModule):
     """Counts what it is called for."""
 
-    def __init__(self, automatic=True, accumulate=1, by_loop=True, method=gam_fast.GAM, **options):
+    def __init__(self, automatic=True, accumulate=1, method=gam_fast.GAM, **options):
         super().__init__()
         self.automatic_optimization = automatic
         self.net = net()
-        self.by_loop, self.accumulate, self.method, self.options = by_loop, accumulate, method, options
+        self.accumulate, self.method, self.options = accumulate, method, options
         self.batches, self.calls, self.losses, self.models = [], 0, [], []
 
     def loss(self, batch):
@@ -253,15 +253,6 @@ def test_the_first_pass_is_known_outside_a_step():
 def test_the_first_pass_of_what_is_no_optimizer_is_an_error():
     with pytest.raises(TypeError, match="takes one optimizer, got \\[\\]"):
         gam_fast.first_pass([])
-
-
-@pytest.mark.usefixtures("_not_installed")
-def test_without_the_callback_accumulation_is_warned_of():
-    with (
-        pytest.warns(UserWarning, match="not used.*accumulate_grad_batches"),
-        pytest.warns(UserWarning, match="forward moves buffers of the module.*model=model"),
-    ):
-        fit(Module(), callbacks=[], accumulate_grad_batches=2, epochs=1)
 
 
 @pytest.mark.usefixtures("_not_installed")
