@@ -215,20 +215,6 @@ def test_the_rule_of_c_flat_plus_plus():
     assert len(set(kinds)) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"height": -1.0}, ValueError, "height must not be negative, got -1.0"),
-        ({"rate": 1.5}, ValueError, "rate must be from 0.0 to 1.0, got 1.5"),
-        ({"slope": math.inf}, ValueError, "slope must be finite, got inf"),
-        ({"middle": "80"}, TypeError, "middle must be a number, got '80'"),
-    ],
-)
-def test_a_threshold_out_of_range_is_refused(options, error, match):
-    with pytest.raises(error, match=match):
-        AboveThreshold(**options)
-
-
 @pytest.mark.parametrize("rule", [WhenSteep(deviations=1e9), Between(0, 1)])
 def test_a_step_that_a_rule_takes_from_looksam_is_one_of_the_base_alone(rule):
     model, batches = make("mlp")
@@ -468,6 +454,10 @@ def test_interval_and_rules_may_be_set_between_steps():
         (lambda: {"active": WhenSteep(math.nan)}, ValueError, "deviations must be finite, got nan"),
         (lambda: {"active": WhenSteep(decay=1.0)}, ValueError, "decay must be at least 0 and below 1, got 1.0"),
         (lambda: {"active": WhenSteep(decay=None)}, TypeError, "decay must be a number, got None"),
+        (lambda: {"active": AboveThreshold(height=-1.0)}, ValueError, "height must not be negative, got -1.0"),
+        (lambda: {"active": AboveThreshold(rate=1.5)}, ValueError, "rate must be from 0.0 to 1.0, got 1.5"),
+        (lambda: {"active": AboveThreshold(slope=math.inf)}, ValueError, "slope must be finite, got inf"),
+        (lambda: {"active": AboveThreshold(middle="80")}, TypeError, "middle must be a number, got '80'"),
     ],
 )
 def test_what_is_no_rule_is_refused(make_it, error, message):
