@@ -88,24 +88,22 @@ def fit(module, callbacks=None, ckpt_path=None, **options):
     return trainer
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_automatic_optimization_takes_the_steps_of_the_loop(precision):
-    module = Module(clip_grad_norm=0.5)
+@pytest.mark.parametrize(
+    ("precision", "options", "evaluations"),
+    [
+        ("32-true", {"clip_grad_norm": 0.5}, 4 * 8),
+        ("bf16-mixed", {"clip_grad_norm": 0.5}, 4 * 8),
+        ("32-true", {"ascent_share": 0.5, "interval": 2}, 4 * (1 + 4)),
+    ],
+)
+def test_automatic_optimization_takes_the_steps_of_the_loop(precision, options, evaluations):
+    module = Module(**options)
     trainer = fit(module, precision=precision)
-    model, losses = by_hand(autocast=torch.bfloat16 if precision == "bf16-mixed" else None, clip_grad_norm=0.5)
+    model, losses = by_hand(autocast=torch.bfloat16 if precision == "bf16-mixed" else None, **options)
     assert_equal(module.net, model)
     assert module.losses == losses
     assert trainer.global_step == 8
-    assert module.calls == 4 * 8
-
-
-def test_cheaper_steps_are_those_of_the_loop():
-    options = {"ascent_share": 0.5, "interval": 2}
-    module = Module(**options)
-    trainer = fit(module)
-    assert_equal(module.net, by_hand(**options)[0])
-    assert trainer.global_step == 8
-    assert module.calls == 4 * (1 + 4)
+    assert module.calls == evaluations
 
 
 @pytest.mark.parametrize(("precision", "accumulate"), [("bf16-mixed", 1), ("32-true", 2)])
