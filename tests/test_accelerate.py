@@ -1,7 +1,5 @@
 """Accelerate, the real package: the closure form and, unwrapped, the loop form take the steps of a plain loop."""
 
-from __future__ import annotations
-
 import copy
 
 import accelerate_closure

@@ -1,7 +1,5 @@
 """interval and active: which steps take the whole recipe, and that the others are plain steps of the base optimizer."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The main job and the benchmarks, small: what they write is complete, and their parts are right."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """Measures of flatness against closed forms, dense Hessians and the loss itself."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

@@ -1,7 +1,5 @@
 """python -m gam_fast.flatness, and the example of two minima."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What a forward writes into the model moves once a step, as in plain training, and not at all in an undone one."""
 
-from __future__ import annotations
-
 import copy
 import types
 import warnings

@@ -1,7 +1,5 @@
 """How cost grows: the fits, the limit of memory, and the benchmark as a whole, small."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """Lightning, the real package: automatic and manual optimization take the steps of a plain loop."""
 
-from __future__ import annotations
-
 import copy
 import re
 from functools import partial

@@ -1,7 +1,5 @@
 """rho_prime="auto": near the best radius of the difference, kept between steps, and what it refuses."""
 
-from __future__ import annotations
-
 import copy
 import math
 from types import SimpleNamespace

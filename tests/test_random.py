@@ -1,7 +1,5 @@
 """Random numbers of a step: whose generators are replayed, and what threads that draw beside a step get."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import pickle

@@ -1,7 +1,5 @@
 """Radius schedules: values by formula, state, and the learning rate they may follow."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

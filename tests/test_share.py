@@ -1,7 +1,5 @@
 """ascent_share: all passes but the last see the leading share of the batch, the last sees all of it."""
 
-from __future__ import annotations
-
 import collections
 import copy
 import dataclasses

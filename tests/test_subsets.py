@@ -1,7 +1,5 @@
 """Groups with ``perturb=False``: in place in every pass, in no norm and in no backup, and updated as all others."""
 
-from __future__ import annotations
-
 import copy
 from contextlib import suppress
 

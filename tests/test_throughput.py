@@ -1,7 +1,5 @@
 """The benchmark of whole steps, small: its networks, its figures from known times, its files and its errors."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

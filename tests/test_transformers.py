@@ -1,7 +1,5 @@
 """Transformers, the real package: what its Trainer does with our steps is what a plain loop does."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 

@@ -4,8 +4,6 @@ Their trajectories are in test_trajectories.py and test_every_backend.py, on sev
 and test_sharded.py.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
