@@ -429,8 +429,7 @@ def test_a_base_whose_state_is_not_all_by_parameter():
     """MADGRAD counts its steps in the state; LookSAM's memory is there beside."""
     from pytorch_optimizer import MADGRAD
 
-    model, batches = make("mlp", torch.float32)
-    optimizer = gam_fast.LookSAM(model.parameters(), MADGRAD, lr=1e-3, k=2)
+    model, optimizer, batches = setting("look", MADGRAD, dtype=torch.float32, lr=1e-3)
     for x, y in batches:
         optimizer.step(closure_of(model, x, y))
     assert optimizer.base.state["k"] is not None
