@@ -685,12 +685,6 @@ def test_a_missing_package_says_what_to_install(monkeypatch, missing, call):
         call(loss)
 
 
-def test_progress_is_shown_when_asked_for(capsys):
-    for progress in (True, False):
-        zeroth(small(), 0.1, progress=progress)
-        assert ("ascent in the ball" in capsys.readouterr().err) == progress
-
-
 def test_an_optimizer_is_judged_by_these_measures():
     """GAM, from the same start, ends where R1 and λmax are smaller than where SGD ends."""
     found = {}

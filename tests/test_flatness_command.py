@@ -62,7 +62,8 @@ def test_it_prints_a_table_and_writes_the_figures_and_a_picture(factory, tmp_pat
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     given += ["--rho", "0.05,0.1", "--per-group", "--quiet", "--json", str(figures), "--png", str(picture)]
     assert main([f"{factory}:build", "--arguments", '{"batches": 2}', *given]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert not err  # no progress
     for word in ("R0, ρ = 0.05", "R1, ρ = 0.1", "λ2", "trace", "spectrum", "gradient norm"):
         assert word in out
     assert picture.read_bytes().startswith(b"\x89PNG")
