@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from cases import BASES, DTYPES, EXACT, FORMS, METHODS, in_turn, loss_of, make, take_step
+from cases import BASES, DTYPES, EXACT, METHODS, in_turn, loss_of, make
 from snapshots import COPIES, assert_close, assert_equal, assert_same, everything, through_a_file, unchanged
 from torch import nn
 
@@ -98,21 +98,6 @@ def test_every_third_step_and_the_base_between(method_name):
     for k, batch in enumerate(data(batches)):
         step(k % 3 == 2, batch)
     assert_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_interval_and_share_compose(form):
-    model, optimizer, batches = build("gam", interval=2, ascent_share=0.25)
-    shares = []
-    for x, y in data(batches, 4):
-
-        def body(turn, x=x, y=y):
-            shares.append((turn.index, turn.passes, turn.share))
-            turn.backward(loss_of(model, *turn.rows(x, y)))
-
-        take_step(optimizer, body, form)
-    step = [(0, 1, 1.0), (0, 4, 0.25), (1, 4, 0.25), (2, 4, 0.25), (3, 4, 1.0)]
-    assert shares == 2 * step
 
 
 # Rules
