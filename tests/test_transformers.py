@@ -315,12 +315,8 @@ def test_the_example_learns(capsys):
 
 
 def two_processes(rank, world, accumulate, sync, folder):
-    trainer = Recorder(
-        language_model(),
-        arguments_of(folder, gradient_accumulation_steps=accumulate, ddp_backend="gloo"),
-        train_dataset=rows(48),
-        optimizer_cls_and_kwargs=(gam_fast.GAM, {**GAM, "sync": sync}),
-    )
+    optimizer = (gam_fast.GAM, {**GAM, "sync": sync})
+    trainer = trainer_of(folder, optimizer=optimizer, gradient_accumulation_steps=accumulate, ddp_backend="gloo")
     trainer.train()
     assert isinstance(trainer.flat_optimizer.model, DistributedDataParallel)
     distributed.barrier()
