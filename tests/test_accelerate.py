@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from frameworks import GAM, by_hand, loader, net
+from frameworks import GAM, by_hand, loader, net, spoil
 from pytorch_optimizer import ScheduleFreeSGD
 from ranks import same_on_all_ranks
 from snapshots import assert_equal
@@ -123,9 +123,6 @@ def test_accumulation_by_its_own_way_is_warned_of():
 
 def test_fp16_by_the_loop_form_unscales_and_skips():
     """Its wrapper steps by ``scaler.step(optimizer)``; a CPU stands in for the GPU that it asks for."""
-
-    def spoil(k):
-        return float("inf") if k == 11 else 1.0  # the last pass of the third step
 
     def scaler():
         return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)

@@ -11,7 +11,7 @@ import lightning_automatic
 import lightning_manual
 import pytest
 import torch
-from frameworks import GAM, by_hand, loader, net
+from frameworks import GAM, by_hand, loader, net, spoil
 from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -138,12 +138,13 @@ def mixed_precision():
     [
         ({"gradient_clip_val": 0.5}, r"gradient_clip_val=0.5 clips the gradient of each pass.*clip_grad_norm=0.5"),
         ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*only the last of its batches.*micro_batches\(\)"),
-        ({"plugins": "mixed"}, r"'16-mixed': automatic optimization evaluates the closure once.*bf16-mixed.*passes"),
+        (
+            {"plugins": mixed_precision()},
+            r"'16-mixed': automatic optimization evaluates the closure once.*bf16-mixed.*passes",
+        ),
     ],
 )
 def test_the_callback_refuses_what_would_go_wrong_in_silence(options, message):
-    if "plugins" in options:
-        options = {"plugins": mixed_precision()}
     module = Module()
     before = copy.deepcopy(module.net)
     with pytest.raises(MisconfigurationException, match=message):
@@ -272,10 +273,6 @@ class Overflowing(Module):
         return super().loss(batch) * spoil(self.evaluations - 1)
 
 
-def spoil(k):
-    return float("inf") if k == 11 else 1.0
-
-
 def test_manual_optimization_in_fp16_takes_the_steps_of_the_loop_and_skips_an_overflow():
     plugin, module = mixed_precision(), Overflowing(automatic=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -285,10 +282,8 @@ def test_manual_optimization_in_fp16_takes_the_steps_of_the_loop_and_skips_an_ov
     assert plugin.scaler.get_scale() == 512.0
 
 
-@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.5}, {"plugins": "mixed"}])
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.5}, {"plugins": mixed_precision()}])
 def test_a_method_of_one_pass_is_clipped_and_scaled_as_any_optimizer(options):
-    if "plugins" in options:
-        options = {"plugins": mixed_precision()}
     module = OneClosure(method=lambda params, base, rho, rho_prime, **rest: gam_fast.Base(params, base, **rest))
     assert fit(module, **options).global_step == 8
 
