@@ -110,22 +110,6 @@ def test_proportional_is_right_before_and_after_a_cycle_of_the_learning_rate(cyc
     assert [max(column) for column in zip(*values, strict=True)] == pytest.approx([0.2, 0.4])
 
 
-def test_proportional_resumes_within_a_cycle():
-    def build():
-        target = optimizer(momentum=0.9)
-        return target, cyclic(target, [0.1, 0.4]), ProportionalRadius(target)
-
-    first, second = build(), build()
-    for _ in range(3):
-        train(first[0])
-        first[1].step()
-        first[2].step()
-    for ours, theirs in zip(second, first, strict=True):
-        ours.load_state_dict(theirs.state_dict())
-    assert second[2].get_last_value() == first[2].get_last_value()
-    assert second[2].initial_lr == first[2].initial_lr == [0.1, 0.4]
-
-
 def test_any_hyper_parameter_and_one_under_another_key():
     target = optimizer(torch.optim.RMSprop)
     LinearRadius(target, "alpha", total_steps=1, end=0.5).step()
