@@ -1,6 +1,6 @@
 """Accelerate, the real package: the closure form and, unwrapped, the loop form take the steps of a plain loop."""
 
-from __future__ import annotations
+import copy
 
 import accelerate_closure
 import pytest
@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from frameworks import GAM, by_hand, loader, net
+from frameworks import GAM, by_hand, loader, net, spoil
 from pytorch_optimizer import ScheduleFreeSGD
 from ranks import same_on_all_ranks
 from snapshots import assert_equal
@@ -41,20 +41,22 @@ def prepared(accelerator, **options):
     return model, flat, optimizer, batches
 
 
-def test_the_closure_takes_the_steps_of_the_loop_in_bf16():
+@pytest.mark.parametrize("options", [{"clip_grad_norm": 0.5}, {"ascent_share": 0.5, "interval": 2}], ids=str)
+def test_the_closure_takes_the_steps_of_the_loop_in_bf16(options):
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    model, _, optimizer, batches = prepared(accelerator, clip_grad_norm=0.5)
+    model, _, optimizer, batches = prepared(accelerator, **options)
     assert isinstance(optimizer, AcceleratedOptimizer)
     for _ in range(2):
-        for x, y in batches:
+        for batch in batches:
 
-            def closure(x=x, y=y):
+            def closure(turn, batch=batch):
+                x, y = turn.rows(*batch)
                 loss = F.cross_entropy(model(x), y)
                 accelerator.backward(loss)
                 return loss
 
             optimizer.step(closure)
-    assert_equal(accelerator.unwrap_model(model), by_hand(autocast=torch.bfloat16, clip_grad_norm=0.5)[0])
+    assert_equal(accelerator.unwrap_model(model), by_hand(autocast=torch.bfloat16, **options)[0])
 
 
 def test_the_loop_form_takes_the_steps_of_the_loop_with_micro_batches():
@@ -67,21 +69,6 @@ def test_the_loop_form_takes_the_steps_of_the_loop_with_micro_batches():
                 for x, y in flat.micro_batches(pair):
                     accelerator.backward(F.cross_entropy(model(x), y) / 2)
     assert_equal(accelerator.unwrap_model(model), by_hand(accumulate=2)[0])
-
-
-def test_a_closure_with_an_argument_gets_the_turn():
-    accelerator = Accelerator(cpu=True)
-    options = {"ascent_share": 0.5, "interval": 2}
-    model, _, optimizer, batches = prepared(accelerator, **options)
-    for _ in range(2):
-        for x, y in batches:
-
-            def closure(turn, x=x, y=y):
-                own_x, own_y = turn.rows(x, y)
-                accelerator.backward(F.cross_entropy(model(own_x), own_y))
-
-            optimizer.step(closure)
-    assert_equal(accelerator.unwrap_model(model), by_hand(**options)[0])
 
 
 def test_it_reaches_the_modes_of_a_schedule_free_base():
@@ -101,22 +88,21 @@ def test_it_reaches_the_modes_of_a_schedule_free_base():
     optimizer.train()
 
 
+def train(accelerator, model, optimizer, batches):
+    for x, y in batches:
+        optimizer.step(lambda x=x, y=y: accelerator.backward(F.cross_entropy(model(x), y)))
+
+
 def test_its_state_is_saved_and_loaded(tmp_path):
     accelerator = Accelerator(cpu=True)
     model, _, optimizer, batches = prepared(accelerator)
-
-    def epoch():
-        for x, y in batches:
-            optimizer.step(lambda x=x, y=y: accelerator.backward(F.cross_entropy(model(x), y)))
-
-    epoch()
+    train(accelerator, model, optimizer, batches)
     accelerator.save_state(tmp_path)
-    epoch()
-    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    train(accelerator, model, optimizer, batches)
+    expected = copy.deepcopy(model)
     accelerator.load_state(tmp_path)
-    epoch()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    train(accelerator, model, optimizer, batches)
+    assert_equal(model, expected)
 
 
 def test_accumulation_by_its_own_way_is_warned_of():
@@ -137,9 +123,6 @@ def test_accumulation_by_its_own_way_is_warned_of():
 
 def test_fp16_by_the_loop_form_unscales_and_skips():
     """Its wrapper steps by ``scaler.step(optimizer)``; a CPU stands in for the GPU that it asks for."""
-
-    def spoil(k):
-        return float("inf") if k == 11 else 1.0  # the last pass of the third step
 
     def scaler():
         return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
@@ -174,8 +157,7 @@ def two_processes(rank, world):
     model, _, optimizer, batches = prepared(accelerator)
     assert isinstance(model, DistributedDataParallel)
     for _ in range(2):
-        for x, y in batches:
-            optimizer.step(lambda x=x, y=y: accelerator.backward(F.cross_entropy(model(x), y)))
+        train(accelerator, model, optimizer, batches)
     same = same_on_all_ranks(list(model.parameters()))
     forget()
     return same, len(batches)

@@ -1,7 +1,5 @@
 """``examples/cifar.py`` on images that are generated here: what it reads, how it augments, and that a run can go on."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

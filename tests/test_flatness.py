@@ -1,7 +1,5 @@
 """Measures of flatness against closed forms, dense Hessians and the loss itself."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math
@@ -11,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import loss_of, make
+from cases import WithDropout, images, loss_of, make, vectors
 from scipy.optimize import brentq
 from snapshots import assert_same, everything
 from torch import nn
@@ -230,7 +228,7 @@ def test_the_spectral_density_is_a_density_with_the_moments_of_the_spectrum(name
 
 def unequal_batches():
     torch.manual_seed(3)
-    return [(torch.randn(n, 6, dtype=torch.float64), torch.randint(3, (n,))) for n in (5, 1, 8)]
+    return [vectors(n) for n in (5, 1, 8)]
 
 
 def at_once(batches):
@@ -329,18 +327,8 @@ def test_groups_of_a_network_have_the_curvature_of_the_dense_hessian():
 # What must stay as it was, and what a loss is evaluated with
 
 
-class Noisy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner, _ = make("batchnorm_cnn")
-        self.dropout = nn.Dropout(0.3)
-
-    def forward(self, x):
-        return self.inner(self.dropout(x))
-
-
-def pictures(*sizes):
-    return [(torch.randn(n, 1, 8, 8, dtype=torch.float64), torch.randint(3, (n,))) for n in sizes]
+def noisy():
+    return WithDropout(make("batchnorm_cnn")[0])
 
 
 @contextlib.contextmanager
@@ -356,9 +344,9 @@ def untouched(model):
 @pytest.mark.parametrize("mode", ["eval", "frozen"])
 @pytest.mark.parametrize("training", [True, False])
 def test_measures_leave_everything_as_it_was(mode, training):
-    model = Noisy().train(training)
+    model = noisy().train(training)
     model.inner.net[4].eval()
-    data = pictures(6, 6)
+    data = [images(6), images(6)]
     loss_of(model, *data[0]).backward()
     loss = flatness.Loss(model, nn.CrossEntropyLoss(), data, mode=mode)
     with untouched(model):
@@ -374,7 +362,7 @@ def test_measures_leave_everything_as_it_was(mode, training):
 
 
 def test_an_interrupted_measure_leaves_everything_as_it_was(monkeypatch):
-    model = Noisy()
+    model = noisy()
     calls = []
 
     def criterion(output, target):
@@ -383,7 +371,7 @@ def test_an_interrupted_measure_leaves_everything_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return F.cross_entropy(output, target)
 
-    loss = flatness.Loss(model, criterion, pictures(6))
+    loss = flatness.Loss(model, criterion, [images(6)])
     with untouched(model):
         with pytest.raises(KeyboardInterrupt):
             flatness.first_order_flatness(loss, 0.1)
@@ -476,7 +464,7 @@ def test_a_shuffling_loader_gives_the_same_batches_each_time(own):
     """Seen in frozen mode, where batches are normalised by themselves."""
     model, _ = make("batchnorm_cnn")
     generator = torch.Generator().manual_seed(5)
-    dataset = TensorDataset(*pictures(20)[0])
+    dataset = TensorDataset(*images(20))
     loader = DataLoader(dataset, batch_size=7, shuffle=True, generator=generator if own else None)
     state = generator.get_state()
     loss, other = (flatness.Loss(model, nn.CrossEntropyLoss(), loader, mode="frozen", seed=seed) for seed in (0, 1))
@@ -695,12 +683,6 @@ def test_a_missing_package_says_what_to_install(monkeypatch, missing, call):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=r"needs .*: pip install 'gam-fast\[flatness\]'"):
         call(loss)
-
-
-def test_progress_is_shown_when_asked_for(capsys):
-    for progress in (True, False):
-        zeroth(small(), 0.1, progress=progress)
-        assert ("ascent in the ball" in capsys.readouterr().err) == progress
 
 
 def test_an_optimizer_is_judged_by_these_measures():

@@ -1,14 +1,12 @@
 """What a forward writes into the model moves once a step, as in plain training, and not at all in an undone one."""
 
-from __future__ import annotations
-
 import copy
 import types
 import warnings
 
 import pytest
 import torch
-from cases import METHODS, MULTIPASS, in_turn
+from cases import METHODS, MULTIPASS, in_turn, loss_of
 from snapshots import leave
 from torch import nn
 from torch.nn import functional as F
@@ -150,10 +148,6 @@ def build(kind, *, apart=False):
 
 def batch():
     return torch.randn(12, 5), torch.randint(3, (12,))
-
-
-def loss_of(model, x, y):
-    return F.cross_entropy(model(x), y)
 
 
 def optimizer_of(method_name, model, /, **options):

@@ -1,68 +1,51 @@
 """How cost grows: the fits, the limit of memory, and the benchmark as a whole, small."""
 
-from __future__ import annotations
-
 import json
 import math
 
 import pytest
 import torch
+from scipy.stats import linregress
 
 from bench import growth, power_law, sweeps
 
 QUICK = ["--quick", "--repeats", "7"]
 
 
-def test_the_fit_has_the_slope_and_the_standard_error_of_the_normal_equations():
+def test_the_fit_has_the_slope_and_the_standard_error_of_a_regression_of_logarithms():
     x, y = [1.0, 2.0, 5.0, 9.0, 30.0], [2.0, 3.5, 11.0, 17.0, 70.0]
     law = power_law.fit(x, y, 0.0, 100.0)
-    u, v = [math.log(a) for a in x], [math.log(b) for b in y]
-    mean = sum(u) / 5
-    square = sum((a - mean) ** 2 for a in u)
-    slope = sum((a - mean) * b for a, b in zip(u, v, strict=True)) / square
-    constant = sum(v) / 5 - slope * mean
-    residual = sum((b - constant - slope * a) ** 2 for a, b in zip(u, v, strict=True))
-    assert law.slope == pytest.approx(slope)
-    assert law.error == pytest.approx((residual / 3 / square) ** 0.5)
+    found = linregress([math.log(a) for a in x], [math.log(b) for b in y])
+    assert (law.slope, law.error) == pytest.approx((found.slope, found.stderr))
+    assert law(7.0) == pytest.approx(math.exp(found.intercept) * 7.0**found.slope)
     assert power_law.fit(x, y, 5.0, 10.0) is None  # of two points
-    assert law(7.0) == pytest.approx(math.exp(constant) * 7.0**slope)
 
 
-def full_sweeps(per_tensor, plain, slope, resnet):
-    """Sweeps that a full run could have measured."""
+SIZES = [10**5, 10**6, 10**7, 10**8]
 
-    def sweep(name, low, high, times):
-        points = [sweeps.Point(label, x, ms, 0.1) for label, x, ms in times]
-        return sweeps.Sweep(name, "", low, high, points)
 
-    sizes = [10**5, 10**6, 10**7, 10**8]
-    return [
-        sweep("parameters", 1e6, 1e8, [("GAM eager", n, 1e-6 * n**slope) for n in sizes]),
-        sweep("tensors", 100, 10_000, [("GAM eager", 10_000, 10 * per_tensor), ("plain GAM", 10_000, plain)]),
-        sweep("threads", 1, 2, [("GAM eager", 2, resnet), ("plain GAM", 2, 1.0)]),
-    ]
+def targets_of(per_tensor, plain, slope, resnet, sizes=SIZES):
+    """The targets of sweeps that a full run could have measured."""
+    found = []
+    for name, low, high, times in (
+        ("parameters", 1e6, 1e8, [("GAM eager", n, 1e-6 * n**slope) for n in sizes]),
+        ("tensors", 100, 10_000, [("GAM eager", 10_000, 10 * per_tensor), ("plain GAM", 10_000, plain)]),
+        ("threads", 1, 2, [("GAM eager", 2, resnet), ("plain GAM", 2, 1.0)]),
+    ):
+        sweep = sweeps.Sweep(name, "", low, high, [sweeps.Point(*time, 0.1) for time in times])
+        found += growth.targets(sweep, sweeps.Setting(backend="eager"))
+    return found
 
 
 def test_the_targets_are_what_the_figures_say():
-    setting = sweeps.Setting(backend="eager")
-
-    def of(*figures):
-        return [target for sweep in full_sweeps(*figures) for target in growth.targets(sweep, setting)]
-
-    found = of(1.5, 400.0, 1.02, 0.3)
-    assert [target.value for target in found] == pytest.approx([1.02, 1.5, 0.0375, 0.3])
-    assert all(target.met for target in found)
-    assert [str(target).split(": ", 1)[1] for target in found] == [
+    assert [str(target).split(": ", 1)[1] for target in targets_of(1.5, 400.0, 1.02, 0.3)] == [
         "1.02, must be 0.95 to 1.05",
         "1.5, must be at most 2",
         "0.0375, must be at most 0.05",
         "0.3, must be at most 0.35",
     ]
-    assert not any(target.met for target in of(2.5, 40.0, 0.9, 0.4))
-    sweep = full_sweeps(1.5, 400.0, 1.0, 0.3)[0]
-    sweep.points = sweep.points[:3]  # more did not fit into the memory
-    (target,) = growth.targets(sweep, setting)
-    assert not target.met
+    assert not any(target.met for target in targets_of(2.5, 40.0, 0.9, 0.4))
+    target, *_ = targets_of(1.5, 400.0, 1.0, 0.3, SIZES[:3])  # more did not fit into the memory
     assert "1e+06 to 1e+08 parameters: not measured, must be 0.95 to 1.05: MISSED" in str(target)
 
 

@@ -1,7 +1,5 @@
 """Step hooks: in each form they find the final direction in ``param.grad``, as with torch's optimizers."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 

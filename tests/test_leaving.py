@@ -1,7 +1,5 @@
 """However a loop over the passes is left: the step is taken, or undone at once; never lost in silence."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import itertools

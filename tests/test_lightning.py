@@ -1,7 +1,5 @@
 """Lightning, the real package: automatic and manual optimization take the steps of a plain loop."""
 
-from __future__ import annotations
-
 import copy
 import re
 from functools import partial
@@ -13,7 +11,7 @@ import lightning_automatic
 import lightning_manual
 import pytest
 import torch
-from frameworks import GAM, by_hand, loader, net
+from frameworks import GAM, by_hand, loader, net, spoil
 from lightning.fabric.utilities import registry
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -39,11 +37,11 @@ pytestmark = [
 class Module(pl.LightningModule):
     """Counts what it is called for."""
 
-    def __init__(self, automatic=True, accumulate=1, by_loop=True, method=gam_fast.GAM, **options):
+    def __init__(self, automatic=True, accumulate=1, method=gam_fast.GAM, **options):
         super().__init__()
         self.automatic_optimization = automatic
         self.net = net()
-        self.by_loop, self.accumulate, self.method, self.options = by_loop, accumulate, method, options
+        self.accumulate, self.method, self.options = accumulate, method, options
         self.batches, self.calls, self.losses, self.models = [], 0, [], []
 
     def loss(self, batch):
@@ -88,24 +86,22 @@ def fit(module, callbacks=None, ckpt_path=None, **options):
     return trainer
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_automatic_optimization_takes_the_steps_of_the_loop(precision):
-    module = Module(clip_grad_norm=0.5)
+@pytest.mark.parametrize(
+    ("precision", "options", "evaluations"),
+    [
+        ("32-true", {"clip_grad_norm": 0.5}, 4 * 8),
+        ("bf16-mixed", {"clip_grad_norm": 0.5}, 4 * 8),
+        ("32-true", {"ascent_share": 0.5, "interval": 2}, 4 * (1 + 4)),
+    ],
+)
+def test_automatic_optimization_takes_the_steps_of_the_loop(precision, options, evaluations):
+    module = Module(**options)
     trainer = fit(module, precision=precision)
-    model, losses = by_hand(autocast=torch.bfloat16 if precision == "bf16-mixed" else None, clip_grad_norm=0.5)
+    model, losses = by_hand(autocast=torch.bfloat16 if precision == "bf16-mixed" else None, **options)
     assert_equal(module.net, model)
     assert module.losses == losses
     assert trainer.global_step == 8
-    assert module.calls == 4 * 8
-
-
-def test_cheaper_steps_are_those_of_the_loop():
-    options = {"ascent_share": 0.5, "interval": 2}
-    module = Module(**options)
-    trainer = fit(module)
-    assert_equal(module.net, by_hand(**options)[0])
-    assert trainer.global_step == 8
-    assert module.calls == 4 * (1 + 4)
+    assert module.calls == evaluations
 
 
 @pytest.mark.parametrize(("precision", "accumulate"), [("bf16-mixed", 1), ("32-true", 2)])
@@ -142,12 +138,13 @@ def mixed_precision():
     [
         ({"gradient_clip_val": 0.5}, r"gradient_clip_val=0.5 clips the gradient of each pass.*clip_grad_norm=0.5"),
         ({"accumulate_grad_batches": 2}, r"accumulate_grad_batches=2.*only the last of its batches.*micro_batches\(\)"),
-        ({"plugins": "mixed"}, r"'16-mixed': automatic optimization evaluates the closure once.*bf16-mixed.*passes"),
+        (
+            {"plugins": mixed_precision()},
+            r"'16-mixed': automatic optimization evaluates the closure once.*bf16-mixed.*passes",
+        ),
     ],
 )
 def test_the_callback_refuses_what_would_go_wrong_in_silence(options, message):
-    if "plugins" in options:
-        options = {"plugins": mixed_precision()}
     module = Module()
     before = copy.deepcopy(module.net)
     with pytest.raises(MisconfigurationException, match=message):
@@ -256,15 +253,6 @@ def test_the_first_pass_of_what_is_no_optimizer_is_an_error():
 
 
 @pytest.mark.usefixtures("_not_installed")
-def test_without_the_callback_accumulation_is_warned_of():
-    with (
-        pytest.warns(UserWarning, match="not used.*accumulate_grad_batches"),
-        pytest.warns(UserWarning, match="forward moves buffers of the module.*model=model"),
-    ):
-        fit(Module(), callbacks=[], accumulate_grad_batches=2, epochs=1)
-
-
-@pytest.mark.usefixtures("_not_installed")
 def test_without_the_callback_automatic_optimization_in_fp16_is_an_error():
     with pytest.raises(RuntimeError, match="GAM takes 4 passes.*16-mixed"):
         fit(OneClosure(), callbacks=[], plugins=mixed_precision())
@@ -285,10 +273,6 @@ class Overflowing(Module):
         return super().loss(batch) * spoil(self.evaluations - 1)
 
 
-def spoil(k):
-    return float("inf") if k == 11 else 1.0
-
-
 def test_manual_optimization_in_fp16_takes_the_steps_of_the_loop_and_skips_an_overflow():
     plugin, module = mixed_precision(), Overflowing(automatic=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -298,10 +282,8 @@ def test_manual_optimization_in_fp16_takes_the_steps_of_the_loop_and_skips_an_ov
     assert plugin.scaler.get_scale() == 512.0
 
 
-@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.5}, {"plugins": "mixed"}])
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.5}, {"plugins": mixed_precision()}])
 def test_a_method_of_one_pass_is_clipped_and_scaled_as_any_optimizer(options):
-    if "plugins" in options:
-        options = {"plugins": mixed_precision()}
     module = OneClosure(method=lambda params, base, rho, rho_prime, **rest: gam_fast.Base(params, base, **rest))
     assert fit(module, **options).global_step == 8
 

@@ -1,7 +1,5 @@
 """The comparison of cheap ascents, small: its tasks, its figures from known runs, its files and its errors."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

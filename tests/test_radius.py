@@ -1,7 +1,5 @@
 """rho_prime="auto": near the best radius of the difference, kept between steps, and what it refuses."""
 
-from __future__ import annotations
-
 import copy
 import math
 from types import SimpleNamespace
@@ -9,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import reference
 import torch
-from cases import BASES, METHODS, loss_of, make, pairwise
+from cases import BASES, METHODS, loss_of, make, pairwise, setting
 from snapshots import assert_close
 from test_active import data, train
 from torch import nn
@@ -53,8 +51,7 @@ def errors_of(model, x, y, radii):
     ("model_name", "dtype", "steps"), pairwise(SMOOTH, [torch.float64, torch.float32, torch.bfloat16], [1, 12])
 )
 def test_it_is_near_the_radius_of_least_error(model_name, dtype, steps):
-    model, batches = make(model_name, dtype)
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto", model=model)
+    model, optimizer, batches = setting("gam", torch.optim.SGD, model_name, dtype, lr=0.05, rho_prime="auto")
     train(model, optimizer, data(batches, steps))
     group = optimizer.param_groups[0]
     chosen = radius.radius(group["flat_length"], radius.norm_of(list(model.parameters())), torch.finfo(dtype).eps)
@@ -163,18 +160,6 @@ def test_the_rounding_is_that_of_the_coarsest_parameter_or_of_autocast():
     assert hyper[0]["rho_prime"] == found.radius == pytest.approx(0.125 * 0.2)
 
 
-def test_checkpoints_of_the_base_leave_it_as_it_is():
-    model, batches = make("mlp")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.05, rho_prime="auto")
-    train(model, optimizer, data(batches, 2))
-    length = optimizer.param_groups[0]["flat_length"]
-    base = torch.optim.SGD(model.parameters(), lr=0.05)
-    base.load_state_dict(optimizer.state_dict())
-    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.01).state_dict())
-    assert optimizer.param_groups[0]["flat_length"] == length
-    assert optimizer.param_groups[0]["rho_prime"] == "auto"
-
-
 def test_what_is_no_radius_is_refused():
     weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     for word in ("automatic", "auto:int8", "auto:", ""):
@@ -203,19 +188,6 @@ def test_what_is_no_radius_is_refused():
     with pytest.raises(ValueError, match="rho_prime is 'auto', but only a number can have a schedule"):
         gam_fast.schedules.LinearRadius(optimizer, "rho_prime", total_steps=4, end=0.0)
     gam_fast.schedules.LinearRadius(optimizer, "rho", total_steps=4, end=0.0)
-
-
-def test_a_group_that_comes_later_may_be_automatic_too():
-    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-    optimizer = gam_fast.GAM(weights[:1], torch.optim.SGD, lr=0.1, rho_prime="auto")
-
-    def closure():
-        sum(w.square().sum() ** 2 for w in weights).backward()
-
-    optimizer.step(closure)
-    optimizer.add_param_group({"params": weights[1:]})
-    optimizer.step(closure)
-    assert optimizer.param_groups[0]["flat_length"] == optimizer.param_groups[1]["flat_length"]
 
 
 def test_a_radius_is_not_chosen_while_a_graph_is_captured(monkeypatch):

@@ -1,7 +1,5 @@
 """ascent_share: all passes but the last see the leading share of the batch, the last sees all of it."""
 
-from __future__ import annotations
-
 import collections
 import copy
 import dataclasses
@@ -12,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import ALL, BASES, MODELS, MULTIPASS, VARIANTS, in_turn, loss_of, make
+from cases import ALL, BASES, MODELS, MULTIPASS, VARIANTS, in_turn, loss_of, make, setting
 from reference import exact_gam
 from snapshots import assert_close, assert_equal, unchanged
 from test_active import train
@@ -204,9 +202,8 @@ def test_a_batch_that_is_drawn_in_the_first_pass_is_another_in_the_next_step():
 
 
 def test_whoever_ignores_the_turn_gets_the_whole_recipe_and_one_warning():
-    (ours, batches), (theirs, _) = make("batchnorm_cnn"), make("batchnorm_cnn")
-    optimizer = gam_fast.GAM(ours.parameters(), torch.optim.SGD, lr=0.1, model=ours, ascent_share=0.25)
-    plain = gam_fast.GAM(theirs.parameters(), torch.optim.SGD, lr=0.1, model=theirs)
+    ours, optimizer, batches = setting("gam", model_name="batchnorm_cnn", ascent_share=0.25)
+    theirs, plain, _ = setting("gam", model_name="batchnorm_cnn")
     for k, (x, y) in enumerate(batches):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -222,8 +219,7 @@ def test_whoever_ignores_the_turn_gets_the_whole_recipe_and_one_warning():
 @pytest.mark.parametrize("by", ["rows", "count"])
 def test_rows_of_what_the_pass_before_has_kept_are_refused_and_the_step_is_undone(by):
     """Else ``x, y = turn.rows(x, y)`` would train on a part of a part."""
-    model, batches = make("mlp")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, ascent_share=0.25)
+    model, optimizer, batches = setting("gam", ascent_share=0.25)
 
     def step(x, y):
         for turn in optimizer.passes():
@@ -253,10 +249,10 @@ def test_several_batches_of_one_pass_may_be_as_long_as_parts_of_each_other():
 
 def test_whoever_goes_by_the_share_has_asked():
     """As by rows: statistics of the last pass, the whole batch in a step that stays, and no warning."""
-    (ours, batches), (theirs, _) = make("batchnorm_cnn"), make("batchnorm_cnn")
-    options = {"lr": 0.1, "ascent_share": 0.25, "active": gam_fast.active.WhenSteep(deviations=0.0)}
-    optimizer = gam_fast.GAM(ours.parameters(), torch.optim.SGD, model=ours, **options)
-    other = gam_fast.GAM(theirs.parameters(), torch.optim.SGD, model=theirs, **options)
+    options = {"ascent_share": 0.25, "active": gam_fast.active.WhenSteep(deviations=0.0)}
+    (ours, optimizer, batches), (theirs, other, _) = (
+        setting("gam", model_name="batchnorm_cnn", **options) for _ in range(2)
+    )
     passes = []
     for x, y in batches:
         for turn in optimizer.passes():
@@ -266,33 +262,6 @@ def test_whoever_goes_by_the_share_has_asked():
         train(theirs, other, [(x, y)])
     assert set(passes) == {2, 4}
     assert_equal(ours, theirs)
-
-
-# How a closure asks
-
-
-def test_a_closure_asks_its_turn():
-    """By an argument that is called so (test_messages.py has all kinds), or by an attribute of the optimizer."""
-    model, batches = make("mlp")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, ascent_share=0.25)
-
-    def note(x, y):
-        seen.append(len(x))
-        loss_of(model, x, y).backward()
-
-    closures = [
-        lambda turn: note(*turn.rows(*batches[0])),
-        lambda *, turn: note(*turn.rows(*batches[0])),
-        lambda: note(*optimizer.turn.rows(*batches[0])),
-        torch.enable_grad()(lambda turn: note(*turn.rows(*batches[0]))),
-        partial(lambda data, turn: note(*turn.rows(*data)), batches[0]),
-    ]
-    for closure in closures:
-        seen: list[int] = []
-        optimizer.step(closure)
-        assert seen == [3, 3, 3, 12]
-    with pytest.raises(TypeError, match="the closure needs x, y, but is called without"):
-        optimizer.step(lambda x, y: None)
 
 
 # The rows of a batch
@@ -397,8 +366,7 @@ def test_what_rows_cannot_cut_is_refused():
 
 @pytest.mark.parametrize("interval", [1, 2])  # in plain steps too
 def test_rows_of_micro_batches_are_refused_and_the_step_is_undone(interval):
-    model, batches = make("mlp")
-    optimizer = gam_fast.GAM(model.parameters(), torch.optim.SGD, lr=0.1, ascent_share=0.5, interval=interval)
+    model, optimizer, batches = setting("gam", ascent_share=0.5, interval=interval)
 
     def parts(x, y):
         return optimizer.micro_batches(zip(x.chunk(2), y.chunk(2), strict=True))

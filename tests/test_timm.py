@@ -1,7 +1,5 @@
 """timm, the real package: its optimizer factory makes these optimizers, around every base it knows."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import cases

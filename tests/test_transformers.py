@@ -1,7 +1,5 @@
 """Transformers, the real package: what its Trainer does with our steps is what a plain loop does."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 
@@ -266,16 +264,12 @@ def test_a_smaller_batch_after_an_error_starts_from_the_weights_before(tmp_path,
         assert torch.equal(p, q)
 
 
-def test_the_optimizers_own_limit_comes_first(tmp_path):
-    trainer = trainer_of(tmp_path, optimizer=(gam_fast.GAM, {**GAM, "clip_grad_norm": 0.1}))
-    trainer.train()
-    assert trainer.flat_optimizer.clip_grad_norm == 0.1
-
-
-def test_it_takes_the_whole_recipe_every_second_step(tmp_path):
-    options = {**GAM, "interval": 2, "active": [gam_fast.active.Between(0.4, total_steps=5)]}
+def test_options_of_the_optimizer_come_first(tmp_path):
+    """Its own limit of the norm, and the whole recipe in every second step."""
+    options = {**GAM, "clip_grad_norm": 0.1, "interval": 2, "active": [gam_fast.active.Between(0.4, total_steps=5)]}
     trainer = trainer_of(tmp_path, optimizer=(gam_fast.GAM, options), gradient_accumulation_steps=2)
     trainer.train()
+    assert trainer.flat_optimizer.clip_grad_norm == 0.1
     assert trainer.flat_optimizer.param_groups[0]["flat_steps"] == 5
     assert trainer.calls == 2 * 8
 
@@ -321,12 +315,8 @@ def test_the_example_learns(capsys):
 
 
 def two_processes(rank, world, accumulate, sync, folder):
-    trainer = Recorder(
-        language_model(),
-        arguments_of(folder, gradient_accumulation_steps=accumulate, ddp_backend="gloo"),
-        train_dataset=rows(48),
-        optimizer_cls_and_kwargs=(gam_fast.GAM, {**GAM, "sync": sync}),
-    )
+    optimizer = (gam_fast.GAM, {**GAM, "sync": sync})
+    trainer = trainer_of(folder, optimizer=optimizer, gradient_accumulation_steps=accumulate, ddp_backend="gloo")
     trainer.train()
     assert isinstance(trainer.flat_optimizer.model, DistributedDataParallel)
     distributed.barrier()

@@ -1,7 +1,5 @@
 """What other packages do to an optimizer: modes, nested states, checkpoints of other methods, pickles and copies."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import pickle
