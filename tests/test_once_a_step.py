@@ -246,6 +246,7 @@ def test_an_inactive_step_without_any_gradient_does_nothing():
     assert weight.tolist() == [3.0, 4.0]
 
 
+@pytest.mark.usefixtures("_on_eager_and_native")
 @pytest.mark.parametrize("method", [gam_fast.Base, gam_fast.GAM, gam_fast.ExactGAM])
 def test_sparse_gradients_are_refused_and_the_step_undone(method):
     embedding = nn.Embedding(4, 2, sparse=True)
