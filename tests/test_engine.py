@@ -91,6 +91,11 @@ def test_step_runs_under_no_grad_and_leaves_grad_mode_alone():
     with torch.no_grad():
         optimizer.step(closure)
         assert not torch.is_grad_enabled()
+    loop = optimizer.passes()
+    next(loop)
+    with torch.no_grad():
+        loop.close()
+        assert not torch.is_grad_enabled()
     for _ in optimizer.passes():
         assert torch.is_grad_enabled()
         closure()
