@@ -173,6 +173,7 @@ def in_a_process(program: str, *, warnings: str = "error", timeout: float = 300,
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
 

@@ -292,6 +292,7 @@ def test_arguments_are_checked():
         (TypeError, "model must be a torch.nn.Module", lambda: gam_fast.GAM([weight], model="resnet")),
         (ValueError, "clip_grad_norm must be a positive number", lambda: gam_fast.GAM([weight], clip_grad_norm=0.0)),
         (ValueError, "on_nonfinite must be one of raise, skip", lambda: gam_fast.GAM([weight], on_nonfinite="warn")),
+        (ValueError, "sync must be one of global, local, got 'Global'", lambda: gam_fast.SAM([weight], sync="Global")),
         (TypeError, "must be a torch optimizer class", lambda: gam_fast.GAM([weight], "sgd")),
         (TypeError, "must make a torch optimizer", lambda: gam_fast.GAM([weight], gam_fast.SAM)),
         (TypeError, "must make a torch optimizer", lambda: gam_fast.GAM([weight], lambda params: 3)),
