@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from cases import ALL, BASES, VARIANTS, closure_of, in_turn, loss_of, make
-from ranks import assert_close, in_a_process, optimizer_of, same_on_all_ranks, share, shares, values
+from ranks import assert_close, in_a_process, on_two, optimizer_of, same_on_all_ranks, share, shares, values
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -89,7 +89,8 @@ class SyncedNorm(nn.BatchNorm1d):
         return (x - mean) / (var + self.eps).sqrt()
 
 
-def train_synced_norm(rank, world):
+@on_two
+def test_statistics_over_all_ranks_move_once_a_step(rank, world):
     def build(norm):
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(6, 8), norm(8, affine=False), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -103,11 +104,8 @@ def train_synced_norm(rank, world):
     assert_close(model.state_dict().values(), alone.state_dict().values(), 1e-9)
 
 
-def test_statistics_over_all_ranks_move_once_a_step(two):
-    two.run(train_synced_norm)
-
-
-def accumulate(rank, world):
+@on_two
+def test_micro_batches_are_averaged_once_a_pass(rank, world):
     for method_name in ("gam", "base"):  # of which the last reads one micro-batch ahead of the one in use
         (model, batches), (alone, _) = make("mlp"), make("mlp")
         ddp = DistributedDataParallel(model)
@@ -130,10 +128,6 @@ def accumulate(rank, world):
         with pytest.raises(KeyError):
             leave()
         assert ddp.require_backward_grad_sync
-
-
-def test_micro_batches_are_averaged_once_a_pass(two):
-    two.run(accumulate)
 
 
 # Local: each rank along its own gradient, the direction averaged
@@ -220,7 +214,9 @@ class Experts(nn.Module):
         return self.experts[which](x)
 
 
-def train_experts(rank, world, sync):
+@pytest.mark.parametrize("sync", ["global", "local"])
+@on_two
+def test_parameters_that_some_ranks_do_not_use(rank, world, sync):
     model, alone = Experts(), Experts()
     unused = model.experts[2].weight.clone()
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
@@ -247,11 +243,6 @@ def train_experts(rank, world, sync):
     assert_close(values(model), values(alone))
     assert same_on_all_ranks(model.parameters())
     assert torch.equal(model.experts[2].weight, unused)  # not even decayed
-
-
-@pytest.mark.parametrize("sync", ["global", "local"])
-def test_parameters_that_some_ranks_do_not_use(two, sync):
-    two.run(train_experts, sync)
 
 
 def train_batchnorm(rank, world, broadcast, options):
@@ -302,7 +293,10 @@ def test_replicas_have_the_same_bits_after_100_steps(two, four):
 # Faults
 
 
-def nan_on_one_rank(rank, world, sync, policy):
+@pytest.mark.parametrize("policy", ["raise", "skip", "scaler"])
+@pytest.mark.parametrize("sync", ["global", "local"])
+@on_two
+def test_a_nan_on_one_rank_is_undone_by_all(rank, world, sync, policy):
     model, batches = make("batchnorm_cnn")
     ddp = DistributedDataParallel(model)
     optimizer = optimizer_of(ddp, "gam", sync=sync, on_nonfinite="raise" if policy == "raise" else "skip")
@@ -332,12 +326,6 @@ def nan_on_one_rank(rank, world, sync, policy):
     step(second)
     assert same_on_all_ranks(model.parameters())
     assert not any(p.isnan().any() for p in model.parameters())
-
-
-@pytest.mark.parametrize("policy", ["raise", "skip", "scaler"])
-@pytest.mark.parametrize("sync", ["global", "local"])
-def test_a_nan_on_one_rank_is_undone_by_all(two, sync, policy):
-    two.run(nan_on_one_rank, sync, policy)
 
 
 def leave(rank, world, how, at, options):
@@ -474,7 +462,8 @@ distributed.destroy_process_group()
 # What is refused
 
 
-def refused(rank, world):
+@on_two
+def test_what_local_steps_cannot_do_is_refused(rank, world):
     model, batches = make("mlp")
     ddp = DistributedDataParallel(model, static_graph=True)
     optimizer = optimizer_of(ddp, "sam", sync="local")
@@ -494,10 +483,6 @@ def refused(rank, world):
     with pytest.raises(RuntimeError, match=r"scaler.step\(optimizer\) in a step with sync='local'.*passes\(scaler="):
         step()
     assert all(map(torch.equal, before, values(model)))
-
-
-def test_what_local_steps_cannot_do_is_refused(two):
-    two.run(refused)
 
 
 def test_one_process_takes_no_notice_of_sync():
