@@ -26,12 +26,8 @@ from snapshots import assert_close
 
 from gam_fast.stored import MOMENTA
 
-STEPS = 20
-
-
-def few_where_slow(steps):
-    """Triton's interpreter takes a second a step."""
-    return min(steps, 3) if INTERPRETED else steps
+STEPS = 3 if INTERPRETED else 20
+"""Triton's interpreter takes a second a step."""
 
 
 def reference_step(model, optimizer, method, hyper, x, y):
@@ -76,7 +72,7 @@ def reference_step(model, optimizer, method, hyper, x, y):
 
 def assert_same_steps(optimizer, ours, plain, theirs, method, hyper, batches):
     """Some steps of both, by a closure and by a loop in turns, end at the same parameters."""
-    for k in range(few_where_slow(STEPS)):
+    for k in range(STEPS):
         x, y = batches[k % len(batches)]
         take_step(optimizer, closure_of(ours, x, y), FORMS[k % 2])
         reference_step(theirs, plain, method, hyper, x, y)
