@@ -188,6 +188,12 @@ def make(
     return model, [(x.to(dtype) if x.is_floating_point() else x, y) for x, y in batch]
 
 
+def weights_and_biases(model: nn.Module, **of_biases: Any) -> list[dict[str, Any]]:
+    """Two groups, of which the second may have values of its own."""
+    weights, biases = ([p for p in model.parameters() if (p.dim() > 1) is flag] for flag in (True, False))
+    return [{"params": weights}, {"params": biases, **of_biases}]
+
+
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     logits = model(x)
     return F.cross_entropy(logits.double() if logits.dtype == torch.float64 else logits.float(), y)

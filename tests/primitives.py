@@ -322,14 +322,12 @@ SUMS = ("square_norm", "inner_products")
 """Primitives whose results depend on the order of additions."""
 
 
-def run_all(backend, dtype, shapes=SHAPES, device="cpu", *, but=()):
+def run_all(backend, dtype, shapes):
     """All that the cases make of the same input, by name, on a backend that takes sums as tensors where it can."""
-    takes_tensors = device != "cpu" or type(backend).__name__ != "NativeBackend"
-    found = {}
+    place, found = Place(backend, takes_tensors=type(backend).__name__ != "NativeBackend"), {}
     for name, case in CASES.items():
-        if not name.startswith(but):
-            rounded, exact, _ = case(Place(backend, device, takes_tensors), Lists(dtype, shapes, device))
-            found[name] = [*rounded, *exact]
+        rounded, exact, _ = case(place, Lists(dtype, shapes))
+        found[name] = [*rounded, *exact]
     return found
 
 

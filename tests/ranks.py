@@ -7,6 +7,8 @@ answer in time is killed, with a message that says what each process was doing.
 from __future__ import annotations
 
 import faulthandler
+import importlib
+import inspect
 import multiprocessing
 import os
 import signal
@@ -167,12 +169,30 @@ class Ranks:
         self._processes, self._pipes, self._folder = [], [], None
 
 
+def on_two(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a test of a body that each of two processes runs, with its rank and their number as first arguments."""
+    two = inspect.Parameter("two", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+    def test(two: Ranks, **arguments: Any) -> None:
+        two.run(_body, function.__module__, function.__name__, arguments)
+
+    test.__name__, test.__module__, test.__doc__ = function.__name__, function.__module__, function.__doc__
+    given = list(inspect.signature(function).parameters.values())[2:]
+    test.__dict__.update(body=function, __signature__=inspect.Signature([two, *given]))
+    return test
+
+
+def _body(rank: int, world: int, module: str, name: str, arguments: dict[str, Any]) -> None:
+    getattr(importlib.import_module(module), name).body(rank, world, **arguments)
+
+
 def in_a_process(program: str, *, warnings: str = "error", timeout: float = 300, **environment: str) -> str:
     """Run a program in a process of its own, and return its output."""
     command = [sys.executable, "-W", warnings, "-c", textwrap.dedent(program)]
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 
 

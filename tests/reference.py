@@ -14,7 +14,6 @@ from torch import Tensor
 
 Vector = list[Tensor]
 Gradient = Callable[[Vector], Vector]
-Radius = "float | list[float]"
 XI = 1e-12
 
 

@@ -6,11 +6,26 @@ import copy
 import io
 import itertools
 import pickle
+import re
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Dispatched(TorchDispatchMode):
+    """Keeps the names of torch's operations, but of those that match."""
+
+    def __init__(self, but="nothing"):
+        super().__init__()
+        self.names, self._but = [], but
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not re.match(self._but, str(function)):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def everything(model, optimizer):

@@ -200,17 +200,6 @@ def test_where_one_pass_is_all_random_numbers_come_as_in_a_loop_of_ones_own(meth
     assert_close(ours, plain, rtol=1e-6, atol=1e-7)
 
 
-def test_a_decision_after_the_first_pass_has_all_of_them_read():
-    weight = nn.Parameter(torch.ones(1))
-    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.125, active=gam_fast.active.WhenSteep(), rho=0.0)
-    for _ in range(6):
-        source = iter([1.0, 2.0])
-        for _ in optimizer.passes():
-            for x in optimizer.micro_batches(source):
-                (x * weight).sum().backward()
-    assert weight.item() == 1 - 6 * 3 * 0.125
-
-
 def test_an_iterator_that_was_read_in_this_pass_says_so_and_a_list_can_be_read_twice():
     weight = nn.Parameter(torch.ones(1))
     optimizer = gam_fast.Base([weight], torch.optim.SGD, lr=0.25)

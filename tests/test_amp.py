@@ -65,19 +65,21 @@ def by_both(model, optimizer, scaler, x, y):
 
 
 FORMS = {"turn": by_turn, "scale": by_scale, "closure": by_closure, "both": by_both}
+TAKEN = {**FORMS, "scaler": by_scaler_step}
+"""The last finds an overflow in the last pass only."""
 
 
-@pytest.mark.parametrize(("method_name", "base", "form"), pairwise(METHODS, BASES, FORMS))
+@pytest.mark.parametrize(("method_name", "base", "form"), pairwise(METHODS, BASES, TAKEN))
 def test_the_trajectory_is_that_without_a_scaler(method_name, base, form):
     model, optimizer, batches = with_base(method_name, base)
     plain, plain_optimizer, _ = with_base(method_name, base)
     scaler = scaler_of()
     for x, y in batches:
-        FORMS[form](model, optimizer, scaler, x, y)
+        TAKEN[form](model, optimizer, scaler, x, y)
         plain_optimizer.step(closure_of(plain, x, y))
         assert_close(model, plain, rtol=1e-10, atol=1e-11)
-        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-9)  # unscaled
+        ours, theirs = ([p.grad for p in each.parameters()] for each in (model, plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)  # unscaled
     assert scaler.get_scale() == 2048.0  # grown after three steps, whatever the number of passes
     assert optimizer.skipped_steps == 0
 
@@ -174,19 +176,6 @@ def test_an_exception_leaves_the_scaler_alone():
 
 
 # The scaler's own step
-
-
-@pytest.mark.parametrize(("method_name", "base"), in_turn(METHODS, BASES))
-def test_the_scalers_own_step_in_the_last_pass(method_name, base):
-    model, optimizer, batches = with_base(method_name, base)
-    twin, twin_optimizer, _ = with_base(method_name, base)
-    scaler, other = scaler_of(), scaler_of()
-    for x, y in batches:
-        by_scaler_step(model, optimizer, scaler, x, y)
-        by_turn(twin, twin_optimizer, other, x, y)
-    assert_close(model, twin)
-    assert scaler.state_dict() == other.state_dict()
-    assert scaler.get_scale() > 1024.0
 
 
 class SharesOverRanks(torch.amp.GradScaler):

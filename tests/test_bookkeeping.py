@@ -43,28 +43,6 @@ def parameters(count=4, size=8):
     return params
 
 
-def test_what_is_held_are_the_same_tensors(books):
-    params = parameters()
-    held = books.hold(params)
-    assert len(held) == 4
-    assert all(a is b for a, b in zip(held, params, strict=True))
-    assert held[-1] is params[-1]
-    with pytest.raises(IndexError):
-        held[4]
-
-
-def test_the_kinds_of_tensors_are_told(books):
-    square, meta = torch.ones(2, 2), torch.device("meta")
-    tensors = [square, square.T, square[:, 0], torch.ones(1, device=meta), torch.ones(2).half(), square[:1]]
-    found = [
-        (CPU, torch.float32, True),
-        (CPU, torch.float32, False),
-        (meta, torch.float32, True),
-        (CPU, torch.float16, True),
-    ]
-    assert list(books.kinds(books.hold(tensors))) == found
-
-
 @torch.no_grad()
 def test_the_first_tensor_that_was_written_to_is_found(books):
     params = books.hold(parameters())
@@ -73,20 +51,6 @@ def test_the_first_tensor_that_was_written_to_is_found(books):
     params[2].add_(1.0)
     params[3].add_(1.0)
     assert before.first_changed(params) == 2
-
-
-def test_a_survey_tells_newcomers_and_sparse_gradients(books):
-    params = parameters()
-    params[1].grad = None
-    held = books.hold(params)
-    assert books.survey_gradients(held, bytearray(4)) == ([0, 2, 3], True, -1)
-    assert books.survey_gradients(held, bytearray(b"\1\0\0\1")) == ([2], True, -1)
-    embedding = nn.Embedding(3, 2, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    assert books.survey_gradients(books.hold([params[0], embedding.weight]), bytearray(2)) == ([0, 1], True, 1)
-    for param in params:
-        param.grad = None
-    assert books.survey_gradients(held, bytearray(4)) == ([], False, -1)
 
 
 def test_cleared_gradients_are_handed_out_where_they_can_be_a_backup(books):
@@ -244,22 +208,6 @@ def test_many_small_tensors_step_as_they_do_by_torch():
                 torch.autograd.backward([p * p * p for p in params], source)
         found[backend] = torch.cat([param.detach() for param in params])
     torch.testing.assert_close(found[BACKENDS[-1]], found["eager"], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.usefixtures("_on_each_backend")
-@pytest.mark.parametrize("in_pass", [1, 3])
-def test_parameters_that_come_late_stay_with_their_gradients(in_pass):
-    """The last parameter has its first gradient before the others: the order of those that take part is another."""
-    weights = [nn.Parameter(torch.full((3,), float(i + 1), dtype=torch.float64)) for i in range(4)]
-    optimizer = gam_fast.GAM(weights, torch.optim.SGD, lr=0.1)
-    reference = [w.detach().clone().requires_grad_() for w in weights]
-    expected = gam_fast.GAM(reference, torch.optim.SGD, lr=0.1, backend="eager")
-    for params, chosen in ((weights, optimizer), (reference, expected)):
-        for turn in chosen.passes():
-            used = params if turn.index >= in_pass else params[-1:]
-            sum((w**3).sum() * (i + 1) for i, w in enumerate(used)).backward()
-    for a, b in zip(weights, reference, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.usefixtures("_on_each_backend")

@@ -176,8 +176,7 @@ def test_groups_and_rates_are_shared_with_the_members():
     radius = gam_fast.schedules.LinearRadius(optimizer, "rho", total_steps=4, end=0.1)
     rates = [group["lr"] for group in optimizer.param_groups]
     for _ in range(2):
-        for _ in optimizer.passes():
-            loss_of(model, *batches[0]).backward()
+        optimizer.step(closure_of(model, *batches[0]))
         scheduler.step()
         own.step()
         radius.step()

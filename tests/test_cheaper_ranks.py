@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from cases import loss_of, make, pairwise
-from ranks import assert_close, optimizer_of, same_on_all_ranks, shares, values
+from ranks import assert_close, on_two, optimizer_of, same_on_all_ranks, shares, values
 from test_active import train
 from test_sharded import load_from, save_to, shard
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +22,9 @@ def wrap(model, wrapper, world):
     return DistributedDataParallel(model) if wrapper == "ddp" else shard(model, world)
 
 
-def train_shares(rank, world, wrapper, method_name):
+@pytest.mark.parametrize(("wrapper", "method_name"), [("ddp", "gam"), ("fsdp", "fad"), ("ddp", "sam")])
+@on_two
+def test_a_share_is_of_each_local_batch(rank, world, wrapper, method_name):
     (model, batches), (alone, _), (accumulated, _) = make("mlp"), make("mlp"), make("mlp")
     wrapped, other = wrap(model, wrapper, world), wrap(accumulated, wrapper, world)
     optimizer, small = (optimizer_of(each, method_name, ascent_share=0.5) for each in (wrapped, other))
@@ -40,12 +42,8 @@ def train_shares(rank, world, wrapper, method_name):
     assert_close(values(accumulated), values(alone), 1e-9)
 
 
-@pytest.mark.parametrize(("wrapper", "method_name"), [("ddp", "gam"), ("fsdp", "fad"), ("ddp", "sam")])
-def test_a_share_is_of_each_local_batch(two, wrapper, method_name):
-    two.run(train_shares, wrapper, method_name)
-
-
-def train_shares_locally(rank, world):
+@on_two
+def test_a_share_in_local_steps(rank, world):
     model, batches = make("mlp")
     ddp = DistributedDataParallel(model)
     options = {"base_name": "sgd", "ascent_share": 0.5}
@@ -60,10 +58,6 @@ def train_shares_locally(rank, world):
         train(ddp, optimizer, parts[rank])
         assert_close(values(model), [sum(ps) / world for ps in zip(*ends, strict=True)])
     assert same_on_all_ranks(model.parameters())
-
-
-def test_a_share_in_local_steps(two):
-    two.run(train_shares_locally)
 
 
 def decide(rank, world, rule, sync, part):
@@ -94,7 +88,9 @@ def test_all_ranks_take_the_same_decisions(two, rule, sync, part):
     assert rule != "both" or state["flat_length"] > 0.0
 
 
-def steep_like_one(rank, world, wrapper):
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@on_two
+def test_decisions_of_a_global_step_are_those_of_one_process(rank, world, wrapper):
     (model, batches), (alone, _) = make("mlp"), make("mlp")
     wrapped = wrap(model, wrapper, world)
     options = {"lr": 0.3, "active": STEEP, "rho_prime": "auto"}
@@ -107,12 +103,8 @@ def steep_like_one(rank, world, wrapper):
         assert optimizer.param_groups[0][key] == pytest.approx(single.param_groups[0][key], rel=1e-5)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_decisions_of_a_global_step_are_those_of_one_process(two, wrapper):
-    two.run(steep_like_one, wrapper)
-
-
-def mean_of_squares(rank, world):
+@on_two
+def test_a_local_step_decides_by_the_mean_over_the_ranks(rank, world):
     model, batches = make("mlp")
     ddp = DistributedDataParallel(model)
     optimizer = gam_fast.GAM(ddp.parameters(), torch.optim.SGD, lr=0.1, model=ddp, sync="local", active=STEEP)
@@ -125,14 +117,11 @@ def mean_of_squares(rank, world):
     assert optimizer.param_groups[0]["flat_mean"] == pytest.approx(sum(squares) / world, rel=1e-12)
 
 
-def test_a_local_step_decides_by_the_mean_over_the_ranks(two):
-    two.run(mean_of_squares)
-
-
 CHEAP = {"lr": 0.3, "momentum": 0.9, "interval": 2, "active": STEEP, "ascent_share": 0.5, "rho_prime": "auto"}
 
 
-def resume(rank, world, folder):
+@on_two
+def test_a_distributed_checkpoint_resumes_with_the_same_bits(rank, world, tmp_path):
     def build():
         model, batches = make("mlp")
         shard(model, world)
@@ -143,14 +132,10 @@ def resume(rank, world, folder):
     counts = train(through, optimizer, mine)
     model, first, _ = build()
     assert train(model, first, mine[:5]) == counts[:5]
-    save_to(folder, model, first)
+    save_to(str(tmp_path), model, first)
     model, second, _ = build()
-    load_from(folder, model, second)
+    load_from(str(tmp_path), model, second)
     assert train(model, second, mine[5:]) == counts[5:]
     assert all(map(torch.equal, values(model), values(through)))
     for key in ("flat_steps", "flat_looks", "flat_mean", "flat_variance", "flat_length"):
         assert second.param_groups[0][key] == optimizer.param_groups[0][key] > 0
-
-
-def test_a_distributed_checkpoint_resumes_with_the_same_bits(two, tmp_path):
-    two.run(resume, str(tmp_path / "checkpoint"))

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import METHODS, closure_of, loss_of, make, pairwise
+from cases import FORMS, METHODS, closure_of, loss_of, make, pairwise, take_step
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -38,31 +38,23 @@ def optimizer_of(model, method_name, **options):
     )
 
 
-def by_closure(model, optimizer, x, y):
-    optimizer.step(closure_of(model, x, y))
-
-
-def by_loop(model, optimizer, x, y):
-    for turn in optimizer.passes():
-        turn.backward(loss_of(model, x, y))
-
-
-@pytest.mark.parametrize(
-    ("method_name", "form", "mode"), pairwise(METHOD_NAMES, [by_closure, by_loop], ["default", "reduce-overhead"])
-)
+@pytest.mark.parametrize(("method_name", "form", "mode"), pairwise(METHOD_NAMES, FORMS, ["default", "reduce-overhead"]))
 def test_nothing_is_compiled_again_after_the_first_step(method_name, form, mode):
     model, batches = make("batchnorm_cnn")
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, mode=mode)
     optimizer, other = optimizer_of(compiled, method_name), optimizer_of(twin, method_name)
-    form(compiled, optimizer, *batches[0])
-    form(twin, other, *batches[0])
+
+    def step(x, y):
+        take_step(optimizer, closure_of(compiled, x, y), form)
+        take_step(other, closure_of(twin, x, y), form)
+
+    step(*batches[0])
     once = compiled_graphs()
     assert once == 1
     with torch._dynamo.config.patch(error_on_recompile=True):
         for x, y in itertools.islice(itertools.cycle(batches), 1, 9):
-            form(compiled, optimizer, x, y)
-            form(twin, other, x, y)
+            step(x, y)
     assert compiled_graphs() == once
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-9, atol=1e-9)
     assert int(model.net[1].num_batches_tracked) == 9
@@ -75,7 +67,7 @@ def test_evaluation_between_steps_is_compiled_once():
     found = []
     for x, y in batches:
         compiled.train()
-        by_closure(compiled, optimizer, x, y)
+        optimizer.step(closure_of(compiled, x, y))
         compiled.eval()
         with torch.no_grad():
             compiled(x)
@@ -106,7 +98,7 @@ def test_a_step_that_is_left_is_undone_and_compiles_nothing():
     model, batches = make("batchnorm_cnn")
     compiled = torch.compile(model)
     optimizer = optimizer_of(compiled, "gam")
-    by_loop(compiled, optimizer, *batches[0])
+    optimizer.step(closure_of(compiled, *batches[0]))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch._dynamo.config.patch(error_on_recompile=True):
         for turn in optimizer.passes():
@@ -115,4 +107,4 @@ def test_a_step_that_is_left_is_undone_and_compiles_nothing():
                 break
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
-        by_loop(compiled, optimizer, *batches[1])
+        optimizer.step(closure_of(compiled, *batches[1]))

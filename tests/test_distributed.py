@@ -6,15 +6,13 @@ import itertools
 import os
 import re
 import signal
-import subprocess
-import sys
 import warnings
 
 import pytest
 import reference
 import torch
-from cases import ALL, BASES, VARIANTS, closure_of, loss_of, make
-from ranks import assert_close, optimizer_of, same_on_all_ranks, share, shares, values
+from cases import ALL, BASES, VARIANTS, closure_of, in_turn, loss_of, make
+from ranks import assert_close, in_a_process, on_two, optimizer_of, same_on_all_ranks, share, shares, values
 from torch import distributed, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 import gam_fast
 from gam_fast.active import WhenSteep
 
-STEPS = 4
 WRAPPERS = {
     "plain": {},
     "bucket_view": {"gradient_as_bucket_view": True},
@@ -61,23 +58,17 @@ def train_global(rank, world, method_name, base_name, wrapper, model_name, backe
 
 
 @pytest.mark.parametrize(
-    "row",
-    [
-        ("sam", "sgd_nesterov", "plain", "mlp", "auto"),
-        ("gam", "adamw", "bucket_view", "mlp", "auto"),
-        ("gsam", "sgd_nesterov", "static_graph", "mlp", "auto"),
-        ("gam", "sgd_nesterov", "find_unused", "partly_used", "eager"),
-        ("gam", "sgd_nesterov", "small_buckets", "mlp", "auto"),
-        ("vasso", "adamw", "plain", "mlp", "auto"),
-        ("momentum_sam", "adamw", "bucket_view", "mlp", "auto"),
-        ("look", "sgd_nesterov", "plain", "mlp", "eager"),
-        ("wsam", "sgd_nesterov", "plain", "mlp", "auto"),
-        ("sagm", "sgd_nesterov", "static_graph", "mlp", "auto"),
-    ],
-    ids="-".join,
+    ("method_name", "base_name", "wrapper", "backend"),
+    in_turn(
+        ["sam", "gam", "gsam", "gam", "gam", "vasso", "momentum_sam", "wsam", "look", "sagm"],
+        ["sgd_nesterov", "adamw"],
+        WRAPPERS,
+        ["auto", "auto", "auto", "eager"],
+    ),
 )
-def test_global_steps_are_those_of_one_process(two, row):
-    two.run(train_global, *row)
+def test_global_steps_are_those_of_one_process(two, method_name, base_name, wrapper, backend):
+    model_name = "partly_used" if wrapper == "find_unused" else "mlp"
+    two.run(train_global, method_name, base_name, wrapper, model_name, backend)
 
 
 def test_global_steps_of_four_processes_are_those_of_one(four):
@@ -98,7 +89,8 @@ class SyncedNorm(nn.BatchNorm1d):
         return (x - mean) / (var + self.eps).sqrt()
 
 
-def train_synced_norm(rank, world):
+@on_two
+def test_statistics_over_all_ranks_move_once_a_step(rank, world):
     def build(norm):
         torch.manual_seed(3)
         return nn.Sequential(nn.Linear(6, 8), norm(8, affine=False), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -112,11 +104,8 @@ def train_synced_norm(rank, world):
     assert_close(model.state_dict().values(), alone.state_dict().values(), 1e-9)
 
 
-def test_statistics_over_all_ranks_move_once_a_step(two):
-    two.run(train_synced_norm)
-
-
-def accumulate(rank, world):
+@on_two
+def test_micro_batches_are_averaged_once_a_pass(rank, world):
     for method_name in ("gam", "base"):  # of which the last reads one micro-batch ahead of the one in use
         (model, batches), (alone, _) = make("mlp"), make("mlp")
         ddp = DistributedDataParallel(model)
@@ -139,10 +128,6 @@ def accumulate(rank, world):
         with pytest.raises(KeyError):
             leave()
         assert ddp.require_backward_grad_sync
-
-
-def test_micro_batches_are_averaged_once_a_pass(two):
-    two.run(accumulate)
 
 
 # Local: each rank along its own gradient, the direction averaged
@@ -202,18 +187,12 @@ def train_local(rank, world, method_name, base_name, wrapper, clip):
 
 @pytest.mark.parametrize(
     ("method_name", "base_name", "wrapper", "clip"),
-    [
-        ("sam", "sgd_nesterov", "plain", None),
-        ("gsam", "sgd_nesterov", "bucket_view", 0.05),
-        ("gam", "adamw", "find_unused", 0.05),
-        ("gam", "sgd_nesterov", "small_buckets", None),
-        ("gam", "sgd_nesterov", None, 0.05),
-        ("vasso", "adamw", "plain", None),
-        ("friendly", "rmsprop", "plain", None),
-        ("look", "sgd_nesterov", "plain", 0.05),
-        ("stable", "adamw", "plain", None),
-        ("previous_gradient", "adamw", "plain", None),
-    ],
+    in_turn(
+        ["sam", "gsam", "gam", "gam", "gam", "vasso", "friendly", "look", "stable", "previous_gradient"],
+        ["sgd_nesterov", "adamw", "rmsprop"],
+        ["plain", "bucket_view", "find_unused", "small_buckets", None],
+        [None, 0.05],
+    ),
 )
 def test_a_local_step_is_the_mean_of_the_ranks_directions(two, method_name, base_name, wrapper, clip):
     two.run(train_local, method_name, base_name, wrapper, clip)
@@ -235,7 +214,9 @@ class Experts(nn.Module):
         return self.experts[which](x)
 
 
-def train_experts(rank, world, sync):
+@pytest.mark.parametrize("sync", ["global", "local"])
+@on_two
+def test_parameters_that_some_ranks_do_not_use(rank, world, sync):
     model, alone = Experts(), Experts()
     unused = model.experts[2].weight.clone()
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
@@ -248,8 +229,7 @@ def train_experts(rank, world, sync):
         return nn.functional.cross_entropy(module(x, r), y)
 
     for _ in range(3):
-        for _ in optimizer.passes():
-            loss(ddp, rank).backward()
+        optimizer.step(lambda: loss(ddp, rank).backward())
         theta = [p.detach().clone() for p in used]
         directions = [
             reference.sam(
@@ -262,11 +242,6 @@ def train_experts(rank, world, sync):
     assert_close(values(model), values(alone))
     assert same_on_all_ranks(model.parameters())
     assert torch.equal(model.experts[2].weight, unused)  # not even decayed
-
-
-@pytest.mark.parametrize("sync", ["global", "local"])
-def test_parameters_that_some_ranks_do_not_use(two, sync):
-    two.run(train_experts, sync)
 
 
 def train_batchnorm(rank, world, broadcast, options):
@@ -317,7 +292,10 @@ def test_replicas_have_the_same_bits_after_100_steps(two, four):
 # Faults
 
 
-def nan_on_one_rank(rank, world, sync, policy):
+@pytest.mark.parametrize("policy", ["raise", "skip", "scaler"])
+@pytest.mark.parametrize("sync", ["global", "local"])
+@on_two
+def test_a_nan_on_one_rank_is_undone_by_all(rank, world, sync, policy):
     model, batches = make("batchnorm_cnn")
     ddp = DistributedDataParallel(model)
     optimizer = optimizer_of(ddp, "gam", sync=sync, on_nonfinite="raise" if policy == "raise" else "skip")
@@ -347,12 +325,6 @@ def nan_on_one_rank(rank, world, sync, policy):
     step(second)
     assert same_on_all_ranks(model.parameters())
     assert not any(p.isnan().any() for p in model.parameters())
-
-
-@pytest.mark.parametrize("policy", ["raise", "skip", "scaler"])
-@pytest.mark.parametrize("sync", ["global", "local"])
-def test_a_nan_on_one_rank_is_undone_by_all(two, sync, policy):
-    two.run(nan_on_one_rank, sync, policy)
 
 
 def leave(rank, world, how, at, options):
@@ -483,15 +455,14 @@ for _ in held:
     break
 distributed.destroy_process_group()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    in_a_process(program, warnings="default")
 
 
 # What is refused
 
 
-def refused(rank, world):
+@on_two
+def test_what_local_steps_cannot_do_is_refused(rank, world):
     model, batches = make("mlp")
     ddp = DistributedDataParallel(model, static_graph=True)
     optimizer = optimizer_of(ddp, "sam", sync="local")
@@ -513,10 +484,6 @@ def refused(rank, world):
     assert all(map(torch.equal, before, values(model)))
 
 
-def test_what_local_steps_cannot_do_is_refused(two):
-    two.run(refused)
-
-
 def test_one_process_takes_no_notice_of_sync():
     (one, batches), (two_, _) = make("mlp"), make("mlp")
     first, second = optimizer_of(one, "gam"), optimizer_of(two_, "gam", sync="local")
@@ -524,9 +491,3 @@ def test_one_process_takes_no_notice_of_sync():
         first.step(closure_of(one, x, y))
         second.step(closure_of(two_, x, y))
     assert all(map(torch.equal, values(one), values(two_)))
-
-
-@pytest.mark.parametrize("sync", ["none", None, "Global"])
-def test_an_unknown_sync_is_refused(sync):
-    with pytest.raises(ValueError, match="sync must be one of global, local, got"):
-        gam_fast.SAM([nn.Parameter(torch.ones(1))], lr=0.1, sync=sync)

@@ -97,8 +97,11 @@ TABLE = {
     test_active.test_every_third_step_and_the_base_between: [("gam",)],
     test_active.test_steep_steps_take_the_recipe_and_others_the_base: [("gam", 0.25)],
     test_radius.test_steps_are_those_with_the_numbers_it_chooses: [("gam", 1.0)],
-    test_amp.test_the_trajectory_is_that_without_a_scaler: [("gam", SGD, "turn"), ("sam", RMSPROP, "closure")],
-    test_amp.test_the_scalers_own_step_in_the_last_pass: [("gam", torch.optim.AdamW)],
+    test_amp.test_the_trajectory_is_that_without_a_scaler: [
+        ("gam", SGD, "turn"),
+        ("sam", RMSPROP, "closure"),
+        ("gam", torch.optim.AdamW, "scaler"),
+    ],
     test_amp.test_overflow_in_any_pass_undoes_the_step_and_lowers_the_scale: [
         ("gam", 1, "skip", "scale"),
         ("gam", 3, "raise", "turn"),

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import reference
 import torch
-from cases import BASES, DTYPES, EXACT, MODELS, loss_of, make, pairwise
+from cases import BASES, DTYPES, EXACT, MODELS, loss_of, make, pairwise, weights_and_biases
 from snapshots import assert_close, through_a_file, unchanged
 from test_restore import check_the_next_step, setting
 from torch import nn
@@ -103,25 +103,23 @@ def test_groups_may_differ_in_every_hyper_parameter():
     ours, batches = make("mlp")
     theirs = copy.deepcopy(ours)
     half = {name: 0.5 * value for name, value in hyper.items()}
-
-    def groups(model, **options):
-        weights = [p for p in model.parameters() if p.dim() > 1]
-        biases = [p for p in model.parameters() if p.dim() == 1]
-        return [{"params": weights}, {"params": biases, "lr": 0.3, **options}]
-
-    optimizer = gam_fast.ExactGAM(groups(ours, **half), torch.optim.SGD, lr=0.1, momentum=0.9, **hyper)
-    plain = torch.optim.SGD(groups(theirs), lr=0.1, momentum=0.9)
-    each = {n: [(1.0 if p.dim() > 1 else 0.5) * hyper[n] for p in theirs.parameters()] for n in hyper}
+    groups = weights_and_biases(ours, lr=0.3, **half)
+    optimizer = gam_fast.ExactGAM(groups, torch.optim.SGD, lr=0.1, momentum=0.9, **hyper)
+    plain = torch.optim.SGD(weights_and_biases(theirs, lr=0.3), lr=0.1, momentum=0.9)
+    each = {n: [hyper[n] if p.dim() > 1 else half[n] for p in theirs.parameters()] for n in hyper}
     for x, y in batches:
         optimizer.step(closure_of(ours, x, y))
         reference_step(theirs, plain, each, x, y)
     assert_close(ours, theirs, 1e-9, 1e-9)
 
 
-def quartic(values, dtype=torch.float64):
+START = (1.0, -1.25, 0.5)
+
+
+def over_quartic(*values, dtype=torch.float64, **options):
     """L = Σ x⁴/4: g = x³, H = 3 diag(x²)."""
-    weight = nn.Parameter(torch.tensor(values, dtype=dtype))
-    return weight, lambda: (weight**4).sum() / 4
+    weight = nn.Parameter(torch.tensor(values or START, dtype=dtype))
+    return weight, lambda: (weight**4).sum() / 4, gam_fast.ExactGAM([weight], torch.optim.SGD, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,11 +130,9 @@ def test_one_step_in_closed_form(kind, dtype):
     Points are below 2, gradients below 4 and their derivative by the point (3x²) below 8; the step is 0.01 of them and
     what is added to the parameter is rounded with it.
     """
-    start = [1.0, -1.25, 0.5]
-    weight, loss = quartic(start, dtype)
-    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01, **KINDS[kind])
+    weight, loss, optimizer = over_quartic(dtype=dtype, lr=0.01, **KINDS[kind])
     optimizer.step(loss)
-    x = torch.tensor(start, dtype=torch.float64)
+    x = torch.tensor(START, dtype=torch.float64)
     direction = reference.exact_gam(
         lambda values: [v**3 for v in values],
         [x],
@@ -151,10 +147,10 @@ def test_one_step_in_closed_form(kind, dtype):
 
 def test_the_gradient_of_the_gradient_norm_is_what_the_step_descends():
     """With ρ small, d → g + α ∇(ρ‖g‖), checked against finite differences of the penalised loss."""
-    weight, loss = quartic([1.0, -1.25, 0.5])
-    rho, alpha, lr = 1e-6, 1e5, 1.0
+    rho, alpha = 1e-6, 1e5
+    weight, loss, optimizer = over_quartic(lr=1.0, rho=rho, alpha=alpha)
     start = weight.detach().clone()
-    gam_fast.ExactGAM([weight], torch.optim.SGD, lr=lr, rho=rho, alpha=alpha).step(loss)
+    optimizer.step(loss)
 
     def penalised(x):
         return float((x**4).sum() / 4 + alpha * rho * (x**3).norm())
@@ -167,21 +163,14 @@ def test_the_gradient_of_the_gradient_norm_is_what_the_step_descends():
 @pytest.mark.parametrize("at", range(3))
 def test_a_loss_that_is_not_finite_undoes_the_step(at):
     model, optimizer, (x, y) = setting("exact_sam")
-
-    def step():
-        for turn in optimizer.passes():
-            loss = loss_of(model, x, y)
-            turn.backward(loss * math.nan if turn.index == at else loss)
-
     where = "pass 1 or 2" if at == 1 else f"pass {at}"  # of SAM's gradient no norm is needed before the end
     message = f"^{where} of ExactGAM gave a gradient that is not finite"
     with unchanged(model, optimizer), pytest.raises(gam_fast.NonFiniteGradientError, match=message):
-        step()
+        optimizer.step(lambda turn: loss_of(model, x, y) * (math.nan if turn.index == at else 1.0))
 
 
 def test_the_loss_comes_back_without_its_graph_and_no_gradient_stays():
-    weight, loss = quartic([1.0, -1.25, 0.5])
-    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01, interval=2)
+    weight, loss, optimizer = over_quartic(lr=0.01, interval=2)
     for is_whole in (False, True):
         expected = loss().item()
         returned = optimizer.step(loss)
@@ -202,9 +191,9 @@ def test_a_checkpoint_is_that_of_the_base_optimizer_and_goes_on_alike():
 
 
 def test_the_final_direction_is_clipped():
-    weight, loss = quartic([1.0, -1.25, 0.5])
+    weight, loss, optimizer = over_quartic(lr=1.0, clip_grad_norm=0.125)
     start = weight.detach().clone()
-    gam_fast.ExactGAM([weight], torch.optim.SGD, lr=1.0, clip_grad_norm=0.125).step(loss)
+    optimizer.step(loss)
     assert float((weight.detach() - start).norm()) == pytest.approx(0.125, rel=1e-5)
 
 
@@ -293,16 +282,14 @@ def test_no_more_than_three_buffers_are_held():
     ],
 )
 def test_a_loss_that_is_none_is_named(make_loss, error, message):
-    weight, _ = quartic([1.0, -1.25, 0.5])
-    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+    weight, _, optimizer = over_quartic(lr=0.01)
     with pytest.raises(error, match=message):
         optimizer.step(lambda: make_loss(weight))
-    assert weight.tolist() == [1.0, -1.25, 0.5]
+    assert tuple(weight.tolist()) == START
 
 
 def test_a_loop_that_hands_over_no_loss_is_an_error():
-    weight, loss = quartic([1.0, -1.25, 0.5])
-    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+    weight, loss, optimizer = over_quartic(lr=0.01)
 
     def loop(body):
         for turn in optimizer.passes():
@@ -312,7 +299,7 @@ def test_a_loop_that_hands_over_no_loss_is_an_error():
         loop(lambda: None)
     with pytest.raises(RuntimeError, match="pass 1 of ExactGAM: backward.. was called in it.*without calling"):
         loop(lambda: loss().backward())
-    assert weight.tolist() == [1.0, -1.25, 0.5]
+    assert tuple(weight.tolist()) == START
 
 
 class Once(torch.autograd.Function):
@@ -381,8 +368,7 @@ def test_what_has_no_second_derivative_says_which_switch_helps(operation, hint, 
 
 
 def test_replicas_that_would_drift_are_refused(monkeypatch):
-    weight, loss = quartic([1.0])
-    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1)
+    weight, loss, optimizer = over_quartic(1.0, lr=0.1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     optimizer.step(loss)
@@ -394,7 +380,7 @@ def test_replicas_that_would_drift_are_refused(monkeypatch):
 
 
 def test_sam_rho_in_a_group_alone_is_refused():
-    weight, _ = quartic([1.0])
+    weight = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="sam_rho=0.5, but this ExactGAM was constructed without sam_rho="):
         gam_fast.ExactGAM([{"params": [weight], "sam_rho": 0.5}], torch.optim.SGD, lr=0.1)
     state = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1, sam_rho=0.3).state_dict()
@@ -412,8 +398,7 @@ def test_no_parameter_that_requires_a_gradient_is_an_error():
 
 
 def test_a_turn_that_is_over_holds_nothing_and_takes_nothing():
-    weight, loss = quartic([1.0, 2.0])
-    optimizer = gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.01)
+    _, loss, optimizer = over_quartic(lr=0.01)
 
     class Mark:
         def __call__(self, grad):
@@ -447,6 +432,6 @@ def test_an_error_of_the_model_is_not_explained_away():
                 "torch.utils.checkpoint: recomputed values have different metadata, use torch.compile"
             )
 
-    weight, _ = quartic([1.0])
+    weight, _, optimizer = over_quartic(lr=0.1)
     with pytest.raises(CheckpointError, match="different metadata"):
-        gam_fast.ExactGAM([weight], torch.optim.SGD, lr=0.1).step(lambda: Failing.apply(weight).sum())
+        optimizer.step(lambda: Failing.apply(weight).sum())

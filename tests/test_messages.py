@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import pydoc
 import re
 
@@ -216,8 +217,6 @@ def test_help_explains_every_option(method):
 
 
 def test_options_have_one_text_and_one_type_each():
-    import inspect
-
     taken = inspect.signature(gam_fast.SharpnessAwareOptimizer.__init__).parameters.values()
     taken = {p.name: p.annotation for p in taken if p.kind is p.KEYWORD_ONLY}
     typed = {key: value for key, value in options.Options.__annotations__.items() if key in taken}
@@ -231,8 +230,6 @@ def test_options_have_one_text_and_one_type_each():
 
 
 def test_arguments_of_all_of_torchs_optimizers_have_a_type():
-    import inspect
-
     typed = set(options.OptionsOfBase.__annotations__) | set(options.Options.__annotations__)
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "Rprop"):
         assert set(inspect.signature(getattr(torch.optim, name)).parameters) - {"params"} <= typed, name

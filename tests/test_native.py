@@ -17,7 +17,7 @@ import torch
 from cases import BACKENDS, DTYPES, METHODS, closure_of, in_turn, make
 from primitives import CASES, Lists, Place, run_all, same_bits
 from ranks import in_a_process
-from torch.utils._python_dispatch import TorchDispatchMode
+from snapshots import Dispatched
 
 import gam_fast
 from gam_fast import backends
@@ -213,16 +213,6 @@ def test_the_plan_is_kept_between_steps_and_made_anew_for_other_shapes():
 # The step
 
 
-class Count(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("method", "base_optimizer"),
     in_turn(["base", "sam", "asam", "gsam", "gam", "cflat"], [torch.optim.SGD, torch.optim.AdamW]),
@@ -240,7 +230,7 @@ def test_a_step_dispatches_at_most_twenty_operations(method, base_optimizer):
 
     optimizer.step(closure)
     optimizer.step(closure)
-    with Count() as count:
+    with Dispatched() as count:
         optimizer.step(closure)
     assert len(count.names) <= 20, count.names
 
@@ -304,15 +294,6 @@ def test_a_parameter_may_change_its_shape_and_dtype_between_steps():
     optimizer.step(closure)
     assert optimizer.state[weight]["momentum_buffer"].dtype == torch.float32
     assert not torch.equal(weight, before)
-
-
-def test_a_loop_left_early_does_not_touch_the_mode_of_gradients():
-    weight = torch.nn.Parameter(torch.ones(3))
-    loop = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1).passes()
-    next(loop)
-    with torch.no_grad():
-        loop.close()
-        assert not torch.is_grad_enabled()
 
 
 # Threads and processes

@@ -20,17 +20,14 @@ from cases import (
     make,
     pairwise,
     take_step,
+    weights_and_biases,
 )
 from snapshots import assert_close
 
 from gam_fast.stored import MOMENTA
 
-STEPS = 20
-
-
-def few_where_slow(steps):
-    """Triton's interpreter takes a second a step."""
-    return min(steps, 3) if INTERPRETED else steps
+STEPS = 3 if INTERPRETED else 20
+"""Triton's interpreter takes a second a step."""
 
 
 def reference_step(model, optimizer, method, hyper, x, y):
@@ -75,7 +72,7 @@ def reference_step(model, optimizer, method, hyper, x, y):
 
 def assert_same_steps(optimizer, ours, plain, theirs, method, hyper, batches):
     """Some steps of both, by a closure and by a loop in turns, end at the same parameters."""
-    for k in range(few_where_slow(STEPS)):
+    for k in range(STEPS):
         x, y = batches[k % len(batches)]
         take_step(optimizer, closure_of(ours, x, y), FORMS[k % 2])
         reference_step(theirs, plain, method, hyper, x, y)
@@ -99,27 +96,13 @@ def test_groups_may_differ_in_every_hyper_parameter(method_name):
     method = ALL[method_name]
     ours, batches = make("mlp")
     theirs = copy.deepcopy(ours)
-    names = method.of_groups
-    weights = [p for p in ours.parameters() if p.dim() > 1]
-    biases = [p for p in ours.parameters() if p.dim() == 1]
-    other = {name: 0.5 * method.hyper[name] for name in names}
-    groups = [{"params": weights}, {"params": biases, "lr": 0.3, "weight_decay": 0.0, **other}]
-    optimizer = method.optimizer(groups, torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2, **method.hyper)
-    plain = torch.optim.SGD(
-        [
-            {"params": [p for p in theirs.parameters() if p.dim() > 1]},
-            {"params": [p for p in theirs.parameters() if p.dim() == 1], "lr": 0.3, "weight_decay": 0.0},
-        ],
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=1e-2,
-    )
-    each = {name: [(1.0 if p.dim() > 1 else 0.5) * method.hyper[name] for p in theirs.parameters()] for name in names}
-    for k in range(few_where_slow(STEPS)):
-        x, y = batches[k % len(batches)]
-        optimizer.step(closure_of(ours, x, y))
-        reference_step(theirs, plain, method, {**method.hyper, **each}, x, y)
-    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    half = {name: 0.5 * method.hyper[name] for name in method.of_groups}
+    values, others = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}, {"lr": 0.3, "weight_decay": 0.0}
+    groups = weights_and_biases(ours, **others, **half)
+    optimizer = method.optimizer(groups, torch.optim.SGD, **values, **method.hyper)
+    plain = torch.optim.SGD(weights_and_biases(theirs, **others), **values)
+    each = {n: [method.hyper[n] if p.dim() > 1 else half[n] for p in theirs.parameters()] for n in half}
+    assert_same_steps(optimizer, ours, plain, theirs, method, {**method.hyper, **each}, batches)
 
 
 def quadratic(dtype):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import in_a_process
 
 pytest.importorskip("triton", minversion="3.6", reason="needs Triton 3.6 or newer")
 
@@ -17,15 +15,6 @@ from gam_fast.backends import base, launches, probe, tables, triton
 
 CUDA = torch.device("cuda", 0)
 INSTALL = "pip install triton on Linux, or a build of torch for CUDA or ROCm"
-
-
-def run(program, **environment):
-    """The output of a program in a process of its own."""
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-W", "error", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")[:-1]
 
 
 # Selection
@@ -39,7 +28,7 @@ weight = torch.nn.Parameter(torch.ones(3))
 gam_fast.GAM([weight], torch.optim.SGD, lr=0.1).step(lambda: weight.square().sum().backward())
 print("gam_fast.kernels.sums" in sys.modules)  # torch's own optimizers import Triton themselves
 """
-    assert run(program) == ["False", "False"]
+    assert in_a_process(program) == "False\nFalse\n"
 
 
 def test_why_it_is_not_taken_on_a_cpu():
@@ -55,7 +44,7 @@ from gam_fast import backends
 print(backends._classes()["triton"])
 print(backends._classes()["eager"].refusal(torch.device("cuda")))
 """
-    assert run(program) == [f"Triton is not installed: {INSTALL}", "None"]
+    assert in_a_process(program) == f"Triton is not installed: {INSTALL}\nNone\n"
 
 
 @pytest.mark.parametrize(("hip", "oldest"), [(None, "3.6"), ("6.4", "3.7")])
@@ -75,23 +64,6 @@ def test_a_gpu_without_the_core_gets_triton(monkeypatch):
     assert backends.select("auto", torch.device("mps")).name == "eager"
 
 
-def test_the_interpreter_says_where_it_runs():
-    program = f"""
-import sys, torch
-from gam_fast import backends
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-import interpreted  # Triton 3.6 does not work with NumPy 2.4
-print(backends.select("triton", torch.device("cpu")).name, backends.select("auto", torch.device("cpu")).name)
-print(backends.available()["triton"].reason)
-print(backends._classes()["triton"].refusal(torch.device("cuda")))
-"""
-    names, reason, refusal = run(program, TRITON_INTERPRET="1")
-    assert names.startswith("triton ")
-    assert not names.endswith("triton")
-    assert reason.endswith("in its interpreter on CPU tensors")
-    assert refusal == "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors only"
-
-
 @pytest.mark.parametrize(("before", "after", "device"), [("0", "1", "cpu"), ("on", "0", "cuda")])
 def test_a_late_change_of_the_environment_is_a_reason(before, after, device):
     """The kernels would be interpreted where they are compiled, or the other way round: with addresses of a GPU."""
@@ -101,7 +73,7 @@ from gam_fast import backends
 os.environ["TRITON_INTERPRET"] = {after!r}
 print(backends._classes()["triton"].refusal(torch.device({device!r})))
 """
-    (reason,) = run(program, TRITON_INTERPRET=before)
+    (reason,) = in_a_process(program, TRITON_INTERPRET=before).splitlines()
     assert reason.startswith("TRITON_INTERPRET was changed after Triton had been imported")
 
 
@@ -144,45 +116,37 @@ def device(monkeypatch):
     return fake
 
 
-def made(sizes=((9_000,), (4, 5)), groups=(0, 1)):
+def made(sizes=((9_000,), (4, 5)), groups=(0, 1), device=CUDA):
     params = [torch.zeros(size) for size in sizes]
     table = tables.Tables(base.Block(params, list(groups)))
+    table.device = device
     return table, params
 
 
 def test_a_table_is_copied_once_and_numbers_when_they_change(device):
     table, params = made()
-    table.device = CUDA
-    grads = [torch.ones_like(p) for p in params]
-    lists = [tables.Argument("params", params, written=True), tables.Argument("a", grads)]
+    grads, others = ([torch.ones_like(p) for p in params] for _ in range(2))
+    found = []
 
-    def prepare(numbers=(0.1, 0.2, 0.3)):
+    def copies(numbers=(0.1, 0.2, 0.3), a=grads):
         device.copies.clear()
+        lists = [tables.Argument("params", params, written=True), tables.Argument("a", a)]
         prepared = table.prepare(lists, [list(numbers), [1.0]])
         assert [n.tolist()[: len(numbers)] for n in prepared.numbers] == [list(numbers), [1.0, 0.0][: len(numbers)]]
-        return prepared, len(device.copies)
+        found.append(prepared.table)
+        return len(device.copies)
 
-    first, count = prepare()
-    assert count == 1
-    assert prepare()[1] == 0
-    assert prepare()[0].table is first.table
-    changed, count = prepare((0.1, 0.2, 0.4))
-    assert count == 1
-    assert changed.table is first.table
-    assert prepare()[1] == 0  # the numbers of before are still there
-    lists[1] = tables.Argument("a", [g.clone() for g in grads])
-    assert prepare()[1] == 1
-    lists[1] = tables.Argument("a", grads)
-    assert prepare()[1] == 0
-    device.stream = 2
-    assert prepare()[1] == 1
-    device.stream = 1
-    assert prepare()[1] == 0
+    assert [copies(), copies()] == [1, 0]
+    assert [copies((0.1, 0.2, 0.4)), copies()] == [1, 0]  # the numbers of before are still there
+    assert all(each is found[0] for each in found)
+    assert [copies(a=others), copies()] == [1, 0]
+    for stream, expected in ((2, 1), (1, 0)):
+        device.stream = stream
+        assert copies() == expected
 
 
 def test_a_captured_launch_has_a_table_of_its_own(device):
     table, params = made()
-    table.device = CUDA
     lists = [tables.Argument("params", params)]
     kept = table.prepare(lists)
     device.capturing = True
@@ -200,7 +164,6 @@ def test_a_captured_launch_has_a_table_of_its_own(device):
 
 def test_tables_do_not_pile_up(device):
     table, params = made()
-    table.device = CUDA
     lists = [[torch.zeros_like(p) for p in params] for _ in range(4 * tables.KEPT)]
     for tensors in lists:
         table.prepare([tables.Argument("a", tensors)], [[0.5]])
@@ -208,7 +171,7 @@ def test_tables_do_not_pile_up(device):
 
 
 def test_the_words_of_a_table():
-    table, params = made(((9_000,), (4, 5), (0,)), (1, 0, 1))
+    table, params = made(((9_000,), (4, 5), (0,)), (1, 0, 1), torch.device("cpu"))
     lists = [
         tables.Argument("params", params),
         tables.Argument("a", [torch.zeros(9_001)[1:], torch.zeros(4, 5), torch.zeros(0)]),
