@@ -169,16 +169,37 @@ def test_it_runs_as_a_module_without_a_warning():
     assert "--per-group" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("example", "said"),
-    [(one_step, "after the step"), (two_minima, r"wide +1.000 +2.000 .*\nnarrow +1.000 +3.033")],
-    ids=["one step", "two minima"],
-)
-def test_an_example_prints_and_draws(example, said, tmp_path, capsys):
-    picture = tmp_path / "picture.png"
-    assert example.main(["--picture", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert re.search(said, capsys.readouterr().out)
+@pytest.mark.parametrize("minimum", two_minima.MINIMA, ids=lambda minimum: minimum.name)
+def test_two_minima_have_the_same_zeroth_and_different_first_order_flatness(minimum):
+    zeroth, first, _, around = two_minima.measure(minimum)
+    assert zeroth == pytest.approx(two_minima.HEIGHT, rel=1e-6)
+    assert first == pytest.approx(minimum.first_order, rel=1e-6)
+    inside = [size for t, size in zip(around.offsets, around.gradient_norm, strict=True) if abs(t) <= two_minima.RHO]
+    assert max(inside) == pytest.approx(minimum.first_order, rel=2e-2)
+
+
+def test_the_example_of_one_step_is_at_the_points_that_it_names(tmp_path, capsys):
+    assert one_step.main(["--picture", str(tmp_path / "picture.png")]) == 0
+    assert "after the step" in capsys.readouterr().out
+    hessian, theta = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64), torch.tensor(one_step.START).double()
+
+    def unit(v):
+        return v / v.norm()
+
+    path = one_step.step(*one_step.METHODS["GAM: four"])
+    g0 = hessian @ theta
+    second = theta + one_step.RHO_PRIME * unit(g0)
+    third = theta + one_step.RHO * unit(hessian @ (second - theta))
+    fourth = third + one_step.RHO_PRIME * unit(hessian @ third)
+    for point, gradient, wanted in zip(path.points, path.gradients, (theta, second, third, fourth), strict=True):
+        torch.testing.assert_close(point, wanted, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(gradient, hessian @ wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_example_of_two_minima_prints_and_draws(tmp_path, capsys):
+    assert two_minima.main(["--picture", str(tmp_path / "picture.png")]) == 0
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"wide +1.000 +2.000 .*\nnarrow +1.000 +3.033", capsys.readouterr().out)
 
 
 def test_the_landscape_of_the_digits_is_drawn(tmp_path, monkeypatch):
