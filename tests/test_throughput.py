@@ -205,6 +205,28 @@ def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_peers_that_cannot_run_are_a_note_and_those_that_disagree_a_failure(monkeypatch):
+    plain = peers.PEERS["plain-sam"]
+
+    def refuse(*arguments, **hyper):
+        raise ValueError("plain SAM takes no such base")
+
+    def other(*arguments, rho):
+        return plain.build(*arguments, rho=2.0 * rho)
+
+    def admit(**changes):
+        monkeypatch.setattr(throughput, "PEERS", {"plain-sam": dataclasses.replace(plain, **changes)})
+        return throughput.admit([training.Entrant("plain-sam")], training.Setting())
+
+    assert admit() == ([training.Entrant("plain-sam")], [], False)
+    assert admit(build=refuse) == ([], ["left out: plain SAM takes no such base"], False)
+    admitted, (note,), is_wrong = admit(build=other)
+    assert (admitted, is_wrong) == ([], True)
+    assert note.endswith("from gam_fast.SAM, not 1e-10")
+    admit(missing=lambda: "no package")
+    assert throughput.parse([])[3] == ["plain SAM is left out: no package"]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process is read from /proc")
 def test_the_peak_of_gam_is_that_of_its_gradients_momentum_and_three_buffers():
     """Sizes are 15 MB; activations of two images are a thousandth of that."""
