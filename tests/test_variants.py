@@ -540,6 +540,28 @@ def test_a_recipe_that_contradicts_itself_is_refused(change, match):
         language.Recipe("Mine", "", {"rho": 0.1}, **given)
 
 
+def test_a_method_of_ones_own_is_a_recipe_and_a_class():
+    """An average of gradients, taken off: as FriendlySAM, along its negative."""
+
+    class Against(gam_fast.SharpnessAwareOptimizer):
+        recipe = language.Recipe(
+            name="Against",
+            citation="this test",
+            defaults={"rho": 0.1, "keep": 0.5},
+            path=(language.Perturbation(0, "rho", size=language.Value("rho", -1.0)),),
+            u=(None, 1.0),
+            memory=language.Memory("gradient_average", update=(language.Value("keep"), 1.0)),
+        )
+
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = Against([weight], SGD, lr=0.5, rho=1.0)
+    for x, average in ((2.0, 4.0), (1.0, 4.0)):  # the gradient is 2x; then at x − 1
+        assert weight.item() == x
+        optimizer.step(lambda: weight.square().sum().backward())
+        assert optimizer.state[weight]["gradient_average"].item() == average
+    assert weight.item() == 1.0
+
+
 # What each costs
 
 
