@@ -2,11 +2,15 @@
 
 python -m experiments.share --data cifar10.npz --json bench/results/share_cpu.json
 
-The small ResNet of ``examples/cifar.py`` is trained by SGD for a few epochs. At that point, the step of GAM is computed
-for several batches: with whole batches, with shares for its ascent, and with shares of the loss only: then the forward
-pass sees the whole batch, so BatchNorm's statistics are those of all its rows. A step is compared with that of the
-whole batch by the cosine of the angle between them and by its length. The gradient of the leading quarter of the batch
-shows how much so few rows change by themselves.
+SGD trains the small ResNet of ``examples/cifar.py`` for a few epochs. From there, three kinds of steps of GAM are
+computed for each of several batches:
+
+- with the whole batch in every pass,
+- with a share of it in all passes but the last,
+- with the loss of a share only. The forward pass then sees the whole batch, and BatchNorm takes its statistics from it.
+
+Each step is compared with the first kind, by the cosine of the angle between them and by its length. So are the
+gradients of the whole batch and of its leading quarter.
 """
 
 from __future__ import annotations
@@ -36,11 +40,12 @@ import cifar
 import cifar_images
 
 SHARES = (0.5, 0.25)
+SCHEDULE = 30  # epochs of the cosine schedule, of which only the first are trained
 COLUMNS = {"step": "", "cosine": "cosine to GAM's", "error": "standard error", "length": "length ÷ GAM's"}
 
 
 def vector(model: nn.Module) -> Tensor:
-    """Return a copy of all parameters as one vector."""
+    """Return a copy of all parameters as one vector. They need not be contiguous."""
     return torch.cat([param.detach().flatten() for param in model.parameters()])
 
 
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=options.output, metavar="PATH", help="write the figures to PATH")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    settings = replace(SMALL, train_images=given.images, epochs=30, batch=given.batch, bf16=False)
+    settings = replace(SMALL, train_images=given.images, epochs=SCHEDULE, batch=given.batch, bf16=False)
     training = cifar.Run(settings, given.data, torch.device("cpu"))
     for epoch in range(given.epochs):
         print(f"epoch {epoch + 1}: loss {training.train():.3f}", file=sys.stderr)
@@ -109,13 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     shown = [{key: f"{row[key]:.3f}" if isinstance(row[key], float) else row[key] for key in COLUMNS} for row in rows]
     Table(f"{given.images} images, {given.epochs} epochs of SGD, batch {given.batch}", COLUMNS, shown).show()
-    write_json(given.json, {"benchmark": "share", **machine(), **options_of(given), "rows": rows})
+    chosen = {name: getattr(given, name) for name in ("images", "epochs", "batches", "batch", "threads")}
+    write_json(given.json, {"benchmark": "share", **machine(), **chosen, "rows": rows})
     return 0
-
-
-def options_of(given: argparse.Namespace) -> dict[str, int]:
-    """Return the options that the figures depend on."""
-    return {name: getattr(given, name) for name in ("images", "epochs", "batches", "batch", "threads")}
 
 
 if __name__ == "__main__":

@@ -331,8 +331,7 @@ class StepParameters:
         if len(squares) == 1 and self.on_host and not self.sharded:
             return float(squares[0])
         if not squares:  # no perturbed parameter has a gradient
-            device = self.devices[0]
-            return 0.0 if self.on_host else torch.zeros((), dtype=accumulate_dtype(device), device=device)
+            return 0.0 if self.on_host else self._zeros()
         total = sums.add_up(self._over_processes(squares, blocks))
         return float(total) if self.on_host else total
 
@@ -341,11 +340,15 @@ class StepParameters:
         names = (vector,) if minus is None else (vector, minus)
         terms = [(block, [block.grads[k] for k in names]) for block in self.all if block.perturbed]
         if not terms:
-            device = self.devices[0]
-            return torch.zeros(len(self.groups), dtype=accumulate_dtype(device), device=device)
+            return self._zeros(len(self.groups))
         found = self.inner_products(terms, [[sign] * len(self.groups) for sign in (1.0, -1.0)[: len(names)]])
         table = found if isinstance(found, Tensor) else torch.tensor(found, dtype=torch.float64)
         return table[:, 0].contiguous()
+
+    def _zeros(self, *sizes: int) -> Tensor:
+        """Return sums of nothing."""
+        device = self.devices[0]
+        return torch.zeros(sizes, dtype=accumulate_dtype(device), device=device)
 
     def inner_products(
         self,

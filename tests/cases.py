@@ -189,7 +189,7 @@ def make(
 
 
 def weights_and_biases(model: nn.Module, **of_biases: Any) -> list[dict[str, Any]]:
-    """Two groups, of which the second may have values of its own."""
+    """Return two groups, the weights and the biases. The second may have values of its own."""
     weights, biases = ([p for p in model.parameters() if (p.dim() > 1) is flag] for flag in (True, False))
     return [{"params": weights}, {"params": biases, **of_biases}]
 

@@ -170,7 +170,7 @@ class Ranks:
 
 
 def on_two(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a test of a body that each of two processes runs, with its rank and their number as first arguments."""
+    """Turn a function into a test that each of two processes runs. It gets its rank and their number first."""
     two = inspect.Parameter("two", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
     def test(two: Ranks, **arguments: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Dispatched(TorchDispatchMode):
-    """Keeps the names of torch's operations, but of those that match."""
+    """Record the names of torch's operations, except those that match ``but``."""
 
     def __init__(self, but="nothing"):
         super().__init__()
