@@ -34,6 +34,10 @@ FLOOR = {
 """Reads and writes per element of a fully fused step, by base optimizer and method."""
 
 
+LONGEST = 0.01
+"""Seconds that a GPU is kept busy at most before a part of a step; about a thousand launches can wait meanwhile."""
+
+
 class Contender:
     """One optimizer over its own parameters, and the milliseconds of its steps.
 
@@ -56,11 +60,15 @@ class Contender:
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         self.method, self.base, self.dtype, self.backend = method, base, dtype, backend
         self.device = device
-        self.params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
-        self.source = [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+
+        def tensors() -> list[Tensor]:
+            return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
+
+        self.params = [torch.nn.Parameter(tensor) for tensor in tensors()]
+        self.source = tensors()
         self.optimizer: Any  # torch's annotation does not allow closures that return a tensor
         base_class = getattr(torch.optim, base)
         if method == "torch":
@@ -72,38 +80,42 @@ class Contender:
             self.optimizer = getattr(gam_fast, method)(self.params, base_class, backend=backend, **options)
         self.ms: list[float] = []
         self.host_ms: list[float] = []
-        self._last_on_host = 10.0
+        self._spans: list[float] = []  # the host's seconds of each part of the last step
 
     def step(self) -> None:
         """Take one step, and append its milliseconds without those of the closure, which provides fresh gradients.
 
         Autograd makes the gradients, as in training: only the parameters own them, and no Python object refers to them.
         """
-        own, busy = clock(self.device), 1.5e-3 * self._last_on_host
+        own, spans = clock(self.device), self._spans
         marks, moments = [], []
 
         def mark() -> None:
             marks.append(own.mark())
             moments.append(time.perf_counter())
 
+        def run_ahead() -> None:
+            part = len(marks) // 2
+            keep_busy(self.device, min(LONGEST, 1.5 * spans[part] if part < len(spans) else LONGEST))
+
         def closure() -> Tensor:
             mark()
             for param in self.params:
                 param.grad = None
             torch.autograd.backward(self.params, self.source)  # copies them, because the source is still referenced
-            keep_busy(self.device, busy)
+            run_ahead()
             mark()
             return torch.zeros(())
 
         synchronize(self.device)
-        keep_busy(self.device, busy)
+        run_ahead()
         mark()
         self.optimizer.step(closure)
         mark()
         pairs = range(0, len(marks), 2)
         self.ms.append(1e3 * sum(own.seconds(marks[i], marks[i + 1]) for i in pairs))
-        self._last_on_host = 1e3 * sum(moments[i + 1] - moments[i] for i in pairs)
-        self.host_ms.append(self._last_on_host)
+        self._spans = [moments[i + 1] - moments[i] for i in pairs]
+        self.host_ms.append(1e3 * sum(self._spans))
 
     @property
     def median(self) -> float:

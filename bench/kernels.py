@@ -81,20 +81,20 @@ class Primitives:
     """Tensors of one model, and every primitive on them, as in a step of GAM."""
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         self.device = torch.device(device)
         # as the engine passes a norm: a number on a CPU
         self.one: Tensor | float = 1.0 if device == "cpu" else torch.ones((), dtype=torch.float64, device=device)
 
         def tensors() -> list[Tensor]:
-            return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+            return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
 
         self.params, self.backup, self.g0, self.g1, self.g2, self.momentum = (tensors() for _ in range(6))
         self.square = [t.abs() for t in tensors()]
         self.u = base.Direction([self.g0, self.g1, self.g2], [[-0.03], [0.6], [0.4]])
         self.m = base.Direction(self.u.terms, [[1.0], [0.0], [0.0]])
         self.last = base.Direction([self.g2], [[1.0]])
-        self.flat = torch.randn(numel(shapes), generator=generator).to(device, dtype)
+        self.flat = torch.randn(numel(shapes), generator=generator, device=device).to(dtype)
         self.copied = torch.empty_like(self.flat)
 
     def references(self) -> list[Row]:

@@ -43,7 +43,22 @@ def single() -> Shapes:
     return [(100_000_000,)]
 
 
-MODELS: dict[str, Callable[[], Shapes]] = {f.__name__: f for f in (resnet50, vit_small, small, single)}
+def gpt2() -> Shapes:
+    """Return the 148 parameters of GPT-2 small, whose head shares the embedding, 124.4 million elements."""
+    width = 768
+    shapes: Shapes = [(50257, width), (1024, width)]
+    for _ in range(12):
+        shapes += [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return [*shapes, (width,), (width,)]
+
+
+def many() -> Shapes:
+    """Return 10,000 vectors of 64 elements."""
+    return [(64,)] * 10_000
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {f.__name__: f for f in (resnet50, vit_small, gpt2, small, many, single)}
 
 
 def numel(shapes: Shapes) -> int:

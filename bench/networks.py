@@ -176,6 +176,11 @@ def gpt() -> nn.Module:
     return GPT(8192, 128, 256, 4, 4)
 
 
+def gpt2() -> nn.Module:
+    """Return a GPT of the shapes of GPT-2 small, 12 blocks of width 768 over 1024 positions, 124 million parameters."""
+    return GPT(50257, 1024, 768, 12, 12)
+
+
 @dataclass(frozen=True)
 class Network:
     """A module with the description of its inputs.
@@ -215,4 +220,5 @@ NETWORKS: dict[str, Network] = {
     "vit_tiny": Network(vit_tiny, (3, 224, 224), 1000),
     "vit_small": Network(vit_small, (3, 224, 224), 1000),
     "gpt": Network(gpt, (128,), 8192),
+    "gpt2": Network(gpt2, (1024,), 50257),
 }

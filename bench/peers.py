@@ -3,6 +3,7 @@
 - *plain* SAM and GAM are the formulas as one writes them by hand: loops over parameters and operations of torch, in
   place where that is natural. Nothing is fused or batched, dropout draws anew in each pass, and the running statistics
   of BatchNorm move in each.
+- *foreach* GAM is the plain loop with torch's operations on lists of tensors, as in torch's own optimizers.
 - *pytorch-optimizer*'s SAM and GSAM compute the same formulas with the same ξ = 1e-12. Their norms are rounded to
   fp32 for any parameters, so in fp64 a trajectory agrees to about 1e-8, and must agree to 1e-6. Their GSAM takes one
   radius from a scheduler, which is constant here, and freezes the running statistics in the second pass; their SAM
@@ -68,6 +69,12 @@ def gradients(params: list[Tensor]) -> list[Tensor]:
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Return the norm of all tensors together, from the norm of each."""
     norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    return norm
+
+
+def foreach_norm(tensors: list[Tensor]) -> Tensor:
+    """Return the norm of all tensors together, with one operation of torch on their list."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
     return norm
 
 
@@ -199,6 +206,51 @@ class Peer:
         return self.build(model, model.parameters() if params is None else params, base, base_options, **hyper)
 
 
+class ForeachGAM(PlainGAM):
+    """GAM, Algorithm 2, with operations of torch on lists of tensors."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """Take the four gradients of GAM, and step along its direction; return the first loss."""
+        loss = self.evaluate(closure)
+        params, groups = self.participants()
+        theta = torch._foreach_clone(params)
+        g0 = gradients(params)
+        self.perturb(params, g0, groups, "rho_prime")
+
+        self.evaluate(closure)
+        g1 = gradients(params)
+        h0 = list(torch._foreach_sub(g1, g0))
+        torch._foreach_copy_(params, theta)
+        self.perturb(params, h0, groups, "rho")
+        del h0
+
+        self.evaluate(closure)
+        g2 = gradients(params)
+        self.perturb(params, g2, groups, "rho_prime")
+
+        self.evaluate(closure)
+        g3 = gradients(params)
+        m, u = g0, g3
+        torch._foreach_mul_(m, [group["beta"] for group in groups])
+        torch._foreach_add_(m, torch._foreach_mul(g2, [1.0 - group["beta"] for group in groups]))
+        torch._foreach_mul_(u, [1.0 - group["alpha"] for group in groups])
+        torch._foreach_add_(u, torch._foreach_mul(g1, [group["alpha"] for group in groups]))
+        square = foreach_norm(u).square()
+        inner = torch.stack([product.sum() for product in torch._foreach_mul(m, u)]).sum()
+        torch._foreach_copy_(params, theta)
+        torch._foreach_sub_(m, torch._foreach_mul(u, inner / square))
+        torch._foreach_add_(u, torch._foreach_mul(m, [-group["gamma"] for group in groups]))  # u is p.grad
+        self.base.step()
+        return loss
+
+    def perturb(self, params: list[Tensor], v: list[Tensor], groups: list[dict[str, Any]], radius: str) -> None:
+        """Move the parameters by their radius along v."""
+        move = torch._foreach_mul(v, [group[radius] for group in groups])
+        torch._foreach_mul_(move, 1.0 / (foreach_norm(v) + XI))
+        torch._foreach_add_(params, move)
+
+
 def without_model(optimizer: Callable[..., Stepper]) -> Callable[..., Stepper]:
     """Return :attr:`Peer.build` for an optimizer that needs only the parameters."""
     return lambda model, *arguments, **hyper: optimizer(*arguments, **hyper)
@@ -206,6 +258,7 @@ def without_model(optimizer: Callable[..., Stepper]) -> Callable[..., Stepper]:
 
 PEERS: dict[str, Peer] = {
     "plain-gam": Peer("plain GAM", "GAM", without_model(PlainGAM)),
+    "foreach-gam": Peer("foreach GAM", "GAM", without_model(ForeachGAM)),
     "plain-sam": Peer("plain SAM", "SAM", without_model(PlainSAM)),
     "pytorch-optimizer-sam": Peer(
         "pytorch-optimizer SAM", "SAM", without_model(PytorchOptimizerSAM), missing_package, tolerance=1e-6

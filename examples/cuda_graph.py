@@ -13,12 +13,24 @@ A graph repeats the device's work during the capture, with the addresses and num
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gam_fast
+
+
+def seconds_of(call: Callable[[], object], count: int = 100) -> float:
+    """Return the mean time of a call."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
 
 
 def main() -> int:
@@ -47,6 +59,8 @@ def main() -> int:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = optimizer.step(closure)
+    eager, replayed = (seconds_of(call) for call in (lambda: optimizer.step(closure), graph.replay))
+    print(f"a step takes {1e3 * eager:.2f} ms, its graph {1e3 * replayed:.2f} ms: {eager / replayed:.1f} times as fast")
     for step in range(200):
         inputs.normal_()  # new data goes into the same memory
         labels.copy_(inputs[:, :10].argmax(1))

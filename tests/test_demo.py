@@ -181,6 +181,8 @@ def test_the_models_of_the_benchmarks():
     assert sizes == {
         "resnet50": (161, 25_557_032),
         "vit_small": (152, 22_050_664),
+        "gpt2": (148, 124_439_808),
         "small": (300, 100 * (64 * 64 + 2 * 64)),
+        "many": (10_000, 640_000),
         "single": (1, 100_000_000),
     }

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
         ("vit_small", 22_050_664),
         # tokens and positions; of a block 12 w² + 13 w; the last norm
         ("gpt", (8192 + 128) * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256),
+        ("gpt2", 124_439_808),
     ],
 )
 def test_networks_have_the_parameters_they_are_known_for_and_take_their_batches(name, parameters):

@@ -40,7 +40,7 @@ SMOKE = "waits_for or twelve or lr_zero or not_finite or nan_comes_back or captu
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run concurrently, within a time limit.
+    """Commands that run concurrently, within a time limit; a benchmark is the only command of its stage.
 
     Args:
         name: its name for ``--stages``.
@@ -71,20 +71,21 @@ def sanitizer(tool: str, which: str) -> Sequence[str]:
 
 
 CORE = [PYTHON, "setup.py", "build_ext", "--inplace"]
+BACKENDS = ("--backends", "native,triton", "--models", "resnet50,vit_small,gpt2,small,single")
+BF16 = ("--dtype", "bfloat16", "--models", "resnet50,single")
+RIVALS = ("--peers", "plain-gam,foreach-gam,plain-sam,pytorch-optimizer-sam")
+ADAMW = ("--base", "AdamW")
+MIXED = ("--autocast", "bfloat16", "--methods", "SGD,AdamW,SAM,GAM")
+IMAGES = ("--model", "mlp,resnet18", "--channels-last", *MIXED)
+TEXT = ("--model", "gpt2", "--batch", "8", *ADAMW, "--peers", "none", *MIXED)
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 STAGES = (
     Stage("core", 240, {"core": CORE}, {"GAM_FAST_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count())}),
     Stage("report", 60, {"report": [PYTHON, "-m", "gam_fast"]}),
     Stage("smoke", 110, {"smoke": [*PYTEST, "tests/test_gpu.py", "-k", SMOKE]}),
-    Stage("times", 90, {"times": module("bench.kernels", "--backends", "native,triton", file="_kernels.json")}),
-    Stage(
-        "overhead",
-        90,
-        {
-            "SGD": module("bench.overhead", file="_overhead.json"),
-            "AdamW": module("bench.overhead", "--base", "AdamW", file="_overhead_adamw.json"),
-        },
-    ),
+    Stage("times", 90, {"times": module("bench.kernels", *BACKENDS, file="_kernels.json")}),
+    Stage("overhead", 60, {"overhead": module("bench.overhead", *RIVALS, file="_overhead.json")}),
+    Stage("overhead_adamw", 60, {"overhead": module("bench.overhead", *ADAMW, file="_overhead_adamw.json")}),
     Stage(
         "tests",
         170,
@@ -98,7 +99,15 @@ STAGES = (
             "others": [*PYTEST, "tests/test_growth.py", "tests/test_rng_batchnorm.py"],
         },
     ),
-    Stage("throughput", 120, {"throughput": module("bench.throughput", file=".json")}),
+    Stage("times_bf16", 60, {"times": module("bench.kernels", *BACKENDS, *BF16, file="_kernels_bf16.json")}),
+    Stage(
+        "overhead_many",
+        60,
+        {"overhead": module("bench.overhead", "--model", "many", *RIVALS, file="_overhead_many.json")},
+    ),
+    Stage("throughput", 90, {"throughput": module("bench.throughput", *IMAGES, file=".json")}),
+    Stage("throughput_gpt2", 60, {"throughput": module("bench.throughput", *TEXT, file="_gpt2.json")}),
+    Stage("graph", 45, {"graph": [PYTHON, "examples/cuda_graph.py"]}),
     Stage(
         "sanitize",
         150,
