@@ -214,7 +214,7 @@ class ForeachGAM(PlainGAM):
         """Take the four gradients of GAM, and step along its direction; return the first loss."""
         loss = self.evaluate(closure)
         params, groups = self.participants()
-        theta = torch._foreach_clone(params)
+        theta = [p.clone() for p in params]
         g0 = gradients(params)
         self.perturb(params, g0, groups, "rho_prime")
 

@@ -136,6 +136,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              if (i < -size || i >= size) throw py::index_error(c10::str("there are ", size, " tensors, got index ", i));
              return tensors[static_cast<size_t>(i < 0 ? i + size : i)];
            })
+      .def("__iter__",  // without it, a loop would end by an exception of C++
+           [](const gam::Tensors& tensors) {
+             py::list list(tensors.size());
+             for (size_t i = 0; i < tensors.size(); ++i) list[i] = tensors[i];
+             return py::iter(list);
+           })
       .def_property_readonly("owned", &gam::Tensors::owned, "True if no code outside the engine can reach the memory.");
 
   m.def(
@@ -179,6 +185,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("tensors"));
 
   m.def("versions", [](const gam::Tensors& tensors) { return gam::Versions(tensors); }, py::arg("tensors"));
+
+  m.def(
+      "count_steps", [](py::handle steps, bool write) { return gam::count_steps(TensorList("steps", steps), write); },
+      py::arg("steps"), py::arg("write"));
 
   m.def(
       "survey_gradients",

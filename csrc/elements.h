@@ -8,6 +8,7 @@
 #include "primitives.h"
 
 #if defined(__CUDACC__)
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
 #include <c10/util/Half.h>
@@ -53,10 +54,14 @@ GAM_FORMULA float value_of(Half x) {
 GAM_FORMULA void put(double x, double& to) { to = x; }
 GAM_FORMULA void put(float x, float& to) { to = x; }
 GAM_FORMULA void put(float x, BFloat16& to) {  // to the nearest, ties to even; NaN stays NaN
+#if defined(__CUDACC__)
+  to.bits = static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(x)).x;  // one instruction for two numbers
+#else
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 GAM_FORMULA void put(float x, Half& to) {
 #if defined(__CUDACC__)

@@ -181,6 +181,27 @@ int64_t Versions::first_changed(const Tensors& tensors) const {
   return -1;
 }
 
+std::vector<double> count_steps(const TensorList& steps, bool write) {
+  std::vector<double> result;
+  result.reserve(steps.size());
+  const at::NoGradGuard no_grad;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const at::Tensor& step = *steps[i];
+    if (step.scalar_type() == at::kFloat && step.is_cpu() && step.numel() == 1 && is_plain(step) &&
+        !step.is_inference()) {
+      const float next = *step.const_data_ptr<float>() + 1.0f;
+      result.push_back(next);
+      if (!write) continue;
+      *step.mutable_data_ptr<float>() = next;
+      step.unsafeGetTensorImpl()->bump_version();
+    } else {
+      result.push_back(step.item().toDouble() + 1.0);
+      if (write) at::Tensor(step).add_(1.0);
+    }
+  }
+  return result;
+}
+
 std::tuple<std::vector<int64_t>, bool, int64_t> survey_gradients(const Tensors& params,
                                                                  const std::vector<unsigned char>& flags) {
   check_same_count(flags.size(), params, "flags");

@@ -46,6 +46,10 @@ std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& param
 std::shared_ptr<Tensors> take_all_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
                                             const std::vector<unsigned char>& flags, bool keep);
 
+// Counters of steps, each plus 1; with `write` also stored in them. Torch does the same tensor by tensor, which takes most
+// of the time of Adam's update on the host.
+std::vector<double> count_steps(const TensorList& steps, bool write);
+
 // The gradients in their parameters' dtypes and, if these are dense, memory order, and zeros for missing gradients.
 // With `keep` the caller may overwrite them, and the parameters' gradients are removed. A gradient that other code
 // could see change is copied; if it may be part of a buffer, it stays in place until clear_gradients() finds out.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, TypeAlias
@@ -291,3 +291,11 @@ def take_gradients(params: list[Tensor], keep: bool, dtype: torch.dtype | None =
         else:
             taken.append(as_like(take(param) if keep else local_gradient(param), part, dtype))
     return taken
+
+
+def count_steps(steps: Sequence[Tensor], write: bool) -> list[float]:
+    """Return counters plus 1: see :meth:`gam_fast.backends.base.Bookkeeping.count_steps`."""
+    found: list[float] = (torch.stack(list(steps)) + 1.0).tolist()
+    if write:
+        torch._foreach_add_(list(steps), 1.0)
+    return found

@@ -111,7 +111,7 @@ class FusedAdam(Fused):
             return False
         # capturable and fused optimizers keep their step counters on the device
         on_host = not any(group.get("capturable") or group.get("fused") for group in groups)
-        return on_host and all(state["step"].device.type == "cpu" for state in base.state.values() if "step" in state)
+        return on_host and all(state["step"].is_cpu for state in base.state.values() if "step" in state)
 
     def numbers(self, base: Any, group: Group) -> Numbers:
         """Return β₁, β₂, ε, weight decay (coupled, and as a factor) and maximize."""
@@ -126,8 +126,10 @@ class FusedAdam(Fused):
 
     def options(self, groups: list[Group], of_leaf: list[int], new: list[bool], steps: list[float]) -> Options:
         """Return the bias-corrected step size and root correction of each leaf's group and step number."""
-        places: dict[tuple[int, float], int] = {}  # few, because most parameters of a group have the same step number
-        option = [places.setdefault(key, len(places)) for key in zip(of_leaf, steps, strict=True)]
+        keys = list(zip(of_leaf, steps, strict=True))
+        # few, because most parameters of a group have the same step number
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        option = list(map(places.__getitem__, keys))
         found: list[Numbers] = []
         for g, t in places:
             beta1, beta2 = groups[g]["betas"]
@@ -383,15 +385,15 @@ def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction,
                         values[i] = torch.zeros_like(owners[i], memory_format=torch.preserve_format)
                         made.setdefault(i, {})[name] = values[i]
         lists.append(values)
-    # one read for all counters: they are 0-dim tensors, by torch's layout of the state
-    options, option = row.options(groups, leaves.group, new, (torch.stack(steps) + 1.0).tolist() if steps else [])
+    counted = block.backend.bookkeeping.count_steps(steps, False) if steps else []
+    options, option = row.options(groups, leaves.group, new, counted)
     numbers = [row.numbers(base, group) for group in groups]
     backend, leaves, d, lists = _fitting(block, d, lists, made, row.state)
     backend.update(leaves, d, row.formula, lists, numbers, options, option)
     for i, state in made.items():
         base.state[owners[i]].update(state)
     if steps:
-        torch._foreach_add_(steps, 1.0)
+        block.backend.bookkeeping.count_steps(steps, True)
 
 
 def _fitting(

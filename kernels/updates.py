@@ -24,7 +24,7 @@ def update(
     numbers,
     products,
     clipping,
-    options,
+    of_leaves,
     rows,
     FORMULA: tl.constexpr,
     OF_GROUP: tl.constexpr,
@@ -42,13 +42,13 @@ def update(
 ):
     """Compute ``params ←`` θ after a step along d by ``FORMULA``, and advance the state.
 
-    The numbers of a group are those of the formula, then the terms; ``options`` are the numbers of leaves. ``LACKED``
+    The numbers of a group are those of the formula, then the terms; ``of_leaves`` are those of leaves. ``LACKED``
     is a bit mask of the state lists that some leaf does not have.
     """
     row, begin, whole, length = piece_of(pieces, table, WIDTH, BLOCK)
     group = numbers + tl.load(row + GROUP) * (OF_GROUP + OF_TERM * TERMS)
     of_group = numbers_at(group, OF_GROUP)
-    of_leaf = numbers_at(options + tl.load(row + OPTION) * OF_LEAF, OF_LEAF)
+    of_leaf = numbers_at(of_leaves + tl.load(row + OPTION) * OF_LEAF, OF_LEAF)
     kappa, scale = kappa_and_scale(products, clipping, rows, PROJECT, CLIP, ROWS)
     used = used_of(group + OF_GROUP, TERMS)
     factors = factors_of(group + OF_GROUP, kappa, scale, TERMS)

@@ -53,6 +53,17 @@ def test_the_first_tensor_that_was_written_to_is_found(books):
     assert before.first_changed(params) == 2
 
 
+def test_counters_of_steps_are_read_and_counted(books):
+    steps = [torch.tensor(3.0), torch.tensor(2.0**24), torch.tensor(7.0, dtype=torch.float64), torch.tensor(5.0)]
+    versions = [step._version for step in steps]
+    expected = [4.0, 2.0**24, 8.0, 6.0]  # 2²⁴ + 1 is no number of fp32
+    assert books.count_steps(steps, False) in (expected, [4.0, 2.0**24 + 1.0, 8.0, 6.0])
+    assert [step.item() for step in steps] == [3.0, 2.0**24, 7.0, 5.0]
+    books.count_steps(steps, True)
+    assert [step.item() for step in steps] == expected
+    assert [step._version for step in steps] == [version + 1 for version in versions]
+
+
 def test_cleared_gradients_are_handed_out_where_they_can_be_a_backup(books):
     params = [*parameters(3), nn.Parameter(torch.ones(2, 4).T)]
     small = nn.Parameter(torch.ones(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +211,22 @@ def test_dense_tensors_of_any_order_are_taken(build):
 
 
 # Ahead of time
+
+
+@pytest.mark.parametrize("name", ["moves.perturb", "sums.sums", "sums.totals", "updates.update"])
+def test_a_kernel_can_be_launched_with_its_arguments_names(name):
+    """Triton writes a function of these names and its own, which only a launch on a GPU does."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime import jit
+
+    module, function = name.split(".")
+    kernel = getattr(importlib.import_module(f"gam_fast.kernels.{module}"), function)
+    names = [parameter.name for parameter in kernel.params]
+    bind = jit.create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    bound, _, options = bind(*range(2, 2 + len(names)), num_warps=4)
+    assert bound == dict(zip(names, range(2, 2 + len(names)), strict=True))
+    assert options == {"num_warps": 4}
 
 
 def test_narrow_accesses_would_be_found(monkeypatch):

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kBlock) update_kernel(GAM_PARAM(UpdateArgument
                             number(arguments.table, arguments.options, row.option).numbers);
   }
   __syncthreads();
-  const Functor<O>& step = functor[0];
+  const Functor<O> step = functor[0];
   const View<T> params(row, Lists::kParams), theta(row, Lists::kTheta);
   const Combined<T> combined(row, Lists::kTerms, terms);
   const Combine<O> combine(factor);

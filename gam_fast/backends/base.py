@@ -168,6 +168,10 @@ class Bookkeeping(Protocol):
         """
         ...
 
+    def count_steps(self, steps: Sequence[Tensor], write: bool) -> list[float]:
+        """Return counters, 0-dim tensors on the CPU, each plus 1; with ``write`` also store that in them."""
+        ...
+
 
 class Backend(Protocol):
     """The primitives that the engine needs. See the module's docstring for the conventions.
