@@ -102,7 +102,9 @@ def cxx_flags() -> tuple[list[str], list[str]]:
         return [*sanitize, "-ffp-contract=off"], sanitize
     compile_args = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
-    return compile_args + openmp, openmp
+    # A compiler that links libstdc++ statically would export it: numbers in messages then crash, in torch's own copy.
+    private = ["-Wl,--exclude-libs,ALL"] if platform.system() == "Linux" else []
+    return compile_args + openmp, openmp + private
 
 
 NVCC_FLAGS = ["-O3", "--fmad=false"]

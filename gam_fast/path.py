@@ -330,8 +330,9 @@ class Path:
                     torch._foreach_mul_(list(first), weight)
                 if not block.leaves.saved:
                     block.leaves.backup = self.blocks.allocate_backup(block)
+                square = sums.on(self.squares[-1], block.leaves.params[0].device)  # of no effect at a radius of 0
                 block.backend.perturb(
-                    block.leaves, newest, first, [0.0] * len(steps), 1.0, from_start=False, multiple=steps
+                    block.leaves, newest, first, [0.0] * len(steps), square, from_start=False, multiple=steps
                 )
                 if left_alone:
                     triples = zip(block.owners, block.leaves.params, block.leaves.backup, strict=True)
@@ -408,4 +409,4 @@ def _copy(block: ParameterBlock, tensors: TensorList, out: TensorList) -> None:
 
 def _unmoved(block: ParameterBlock) -> Block:
     """Return a block for a primitive that must not move the parameters."""
-    return replace(block.leaves, backup=[], saved=False)
+    return replace(block.leaves, backup=[], saved=False, ticket=None)

@@ -51,8 +51,7 @@ def sums(
     for MASKED in tl.static_range(2):
         theta = array(row, THETA, begin, TYPE, MASKED)
         pointers = arrays(row, TERM, TERMS, begin, TYPE, MASKED)
-        # four blocks are read before the first is used
-        for at in tl.range(whole if MASKED else 0, length if MASKED else whole, BLOCK, loop_unroll_factor=4):
+        for at in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
             index = at + tl.arange(0, BLOCK)
             x = read_all(pointers, used, index, length, TERMS, PARTLY, MASKED)
             u = combine(x, of_u, used, TERMS, PARTLY)

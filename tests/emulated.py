@@ -58,6 +58,11 @@ def backend_class() -> Any:
     class EmulatedBackend(NativeBackend):
         core = core()
 
+        def _plan_for(self, leaves):
+            found = super()._plan_for(leaves)
+            self._device = leaves.params[0].device  # as on a GPU, which takes sums in its own memory
+            return found
+
     return EmulatedBackend
 
 

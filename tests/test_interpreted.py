@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import METHODS, in_turn
+from cases import BASES, METHODS, VARIANTS, closure_of, in_turn, setting
 from primitives import CASES, Formulas, Lists, Place, assert_close
 from torch import nn
 
@@ -83,6 +83,19 @@ def test_a_step_is_as_many_launches_as_that_of_the_compiled_core(method_name, bu
     projects = bool(method.optimizer.recipe.m)
     assert len(launches) == 3 * moves + 2 * projects + 1
     assert launches[-1] == "update"
+
+
+@pytest.mark.usefixtures("_on_each_backend", "as_on_a_gpu")
+@pytest.mark.parametrize(("method_name", "base"), in_turn(VARIANTS, ["sgd_nesterov", "rmsprop"]))
+def test_a_memory_that_is_written_while_the_weights_are_moved(method_name, base):
+    """A direction without a backup of its own does not look for the launch that made the other one."""
+    model, optimizer, batches = setting(method_name, BASES[base])
+    twin, plain, _ = setting(method_name, BASES[base], backend="eager")
+    for x, y in batches[:3]:
+        optimizer.step(closure_of(model, x, y))
+        plain.step(closure_of(twin, x, y))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
 # Interruptions of the launch that saves and moves

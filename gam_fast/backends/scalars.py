@@ -68,9 +68,9 @@ def given(kappa: Any, square: Any, groups: int) -> Products:
     [[4.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
     """
     if isinstance(kappa, Tensor):
-        rows = torch.zeros(groups, 3, dtype=kappa.dtype, device=kappa.device)
-        rows[0, 0], rows[0, 1] = square, kappa * square
-        return rows
+        # without assignments: rows[0, 0] = 1.0 copies from the host, and waits
+        row = torch.stack([torch.ones_like(kappa) * square, kappa * square, torch.zeros_like(kappa)])
+        return torch.nn.functional.pad(row.unsqueeze(0), (0, 0, 0, groups - 1))
     return [[square, kappa * square, 0.0], *([0.0] * 3 for _ in range(groups - 1))]
 
 
@@ -167,4 +167,6 @@ def on_device(value: Scalar | Products, device: torch.device) -> Tensor:
     """
     if isinstance(value, Tensor) and value.dtype == torch.float64 and value.device == device:
         return value.contiguous()
+    if isinstance(value, float):  # a copy from the host would wait
+        return torch.full((), value, dtype=torch.float64, device=device)
     return torch.as_tensor(value, dtype=torch.float64, device=device)
