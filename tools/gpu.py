@@ -74,6 +74,7 @@ CORE = [PYTHON, "setup.py", "build_ext", "--inplace"]
 BACKENDS = ("--backends", "native,triton", "--models", "resnet50,vit_small,gpt2,small,single")
 BF16 = ("--dtype", "bfloat16", "--models", "resnet50,single")
 RIVALS = ("--peers", "plain-gam,foreach-gam,plain-sam,pytorch-optimizer-sam")
+MANY = ("--model", "many", "--repeats", "7", *RIVALS)
 ADAMW = ("--base", "AdamW")
 MIXED = ("--autocast", "bfloat16", "--methods", "SGD,AdamW,SAM,GAM")
 IMAGES = ("--model", "mlp,resnet18", "--channels-last", *MIXED)
@@ -102,8 +103,8 @@ STAGES = (
     Stage("times_bf16", 60, {"times": module("bench.kernels", *BACKENDS, *BF16, file="_kernels_bf16.json")}),
     Stage(
         "overhead_many",
-        60,
-        {"overhead": module("bench.overhead", "--model", "many", *RIVALS, file="_overhead_many.json")},
+        120,
+        {"overhead": module("bench.overhead", *MANY, file="_overhead_many.json")},
     ),
     Stage("throughput", 90, {"throughput": module("bench.throughput", *IMAGES, file=".json")}),
     Stage("throughput_gpt2", 60, {"throughput": module("bench.throughput", *TEXT, file="_gpt2.json")}),
