@@ -310,6 +310,9 @@ def test_rows_of_a_table_that_contradict_themselves_are_refused():
     greedy = recipe("X", "", {"rho": 0.1}, (*three, move(0, "rho", minus=1)), (1.0, 1.0, 1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="at most two can be kept"):
         gam_fast.recipes.fold_plan(greedy)
+    late = recipe("X", "", {"rho": 0.1}, (move(0, "rho"), move(1, "rho"), move(1, "rho", minus=0)), (1.0,) * 4)
+    with pytest.raises(ValueError, match="move 2 would have two folds to carry out"):
+        gam_fast.recipes.fold_plan(late)
 
 
 @pytest.mark.parametrize("name", gam_fast.recipes.RECIPES)

@@ -99,7 +99,14 @@ def test_exact_gam_differentiates_the_loss_of_the_same_rows(sam_rho, share):
 
 
 @pytest.mark.parametrize(
-    "method", [gam_fast.SAM, gam_fast.GAM, partial(gam_fast.ExactGAM, sam_rho=0.1)], ids=["sam", "gam", "exact"]
+    "method",
+    [
+        gam_fast.SAM,
+        gam_fast.GAM,
+        partial(gam_fast.ExactGAM, sam_rho=0.1),
+        *(method.optimizer for method in VARIANTS.values() if method.passes > 1),
+    ],
+    ids=["sam", "gam", "exact", *(name for name, method in VARIANTS.items() if method.passes > 1)],
 )
 def test_a_share_of_the_micro_batches_is_that_share_of_the_batch(method):
     (whole, batches), (model, _) = make("mlp"), make("mlp")

@@ -510,6 +510,14 @@ def test_a_direction_is_not_in_a_checkpoint_that_the_base_could_not_go_on_with()
     assert "direction" in optimizer.state_dict()["state"][0]
 
 
+def test_momentum_that_is_spread_over_processes_is_refused():
+    class ZeroRedundancyOptimizer(SGD):
+        """Stands for torch's, which needs a process group."""
+
+    with pytest.raises(ValueError, match=r"momentum of only some parameters on each process.*fully_shard"):
+        gam_fast.MomentumSAM([torch.nn.Parameter(torch.ones(1))], ZeroRedundancyOptimizer, lr=0.1, momentum=0.9)
+
+
 def test_a_scaler_that_steps_by_itself_comes_too_late_for_a_method_that_needs_lengths():
     model, optimizer, batches = setting("vasso")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -532,6 +540,9 @@ def test_a_scaler_that_steps_by_itself_comes_too_late_for_a_method_that_needs_le
         ({"before": language.Perturbation(language.MEMORY, "rho")}, "before the first pass is the only one"),
         ({"path": (language.Perturbation(language.MEMORY, "rho"),)}, "goes along a gradient that is not taken yet"),
         ({"u": (0.5, 1.0), "memory": language.Memory("direction", mix=(0.5, 0.5))}, "mixed into a g0 that serves one"),
+        ({"path": (language.HessianProduct(),) * 2, "u": (1.0,) * 3}, "step 1 would differentiate a Hessian-vector"),
+        ({"path": (language.Perturbation(0, "rho", offset=0.1),)}, "an offset belongs to a cap"),
+        ({"difference": "rho"}, "the first move does not have the radius 'rho'"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(change, match):
