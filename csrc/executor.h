@@ -22,7 +22,10 @@ class Executor {
   // True if kernels read sums from device memory; host loops take factors instead.
   virtual bool on_device() const { return false; }
 
-  // Tells the device of memory that may belong to another stream and be freed soon.
+  // A number of the device's current stream.
+  virtual int64_t stream() const { return 0; }
+
+  // Tells the device that its current stream uses memory that may belong to another stream and be freed soon.
   virtual void record_use(const at::Tensor&) {}
 };
 

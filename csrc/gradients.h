@@ -46,8 +46,7 @@ std::vector<std::pair<int64_t, at::Tensor>> clear_gradients(const Tensors& param
 std::shared_ptr<Tensors> take_all_gradients(const std::shared_ptr<Tensors>& params, const Versions& versions,
                                             const std::vector<unsigned char>& flags, bool keep);
 
-// Counters of steps, each plus 1; with `write` also stored in them. Torch does the same tensor by tensor, which takes most
-// of the time of Adam's update on the host.
+// Counters of steps, each plus 1; with `write` also stored in them. Torch takes microseconds for each.
 std::vector<double> count_steps(const TensorList& steps, bool write);
 
 // The gradients in their parameters' dtypes and, if these are dense, memory order, and zeros for missing gradients.

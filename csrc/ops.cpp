@@ -46,14 +46,22 @@ class Call {
   void run(F&& f) {
     Executor& executor = plan_.executor();
     std::vector<const at::Tensor*> used;
+    const int64_t stream = executor.stream();
     for (const Slot& slot : slots_) {
       if (!slot.last || !executor.on_device()) continue;
-      for (size_t i = 0; i < slot.list->size(); ++i) used.push_back((*slot.list)[i]);
+      if (const auto& held = slot.list->held()) {
+        held->add_unrecorded(stream, used);
+      } else {
+        for (size_t i = 0; i < slot.list->size(); ++i) used.push_back((*slot.list)[i]);
+      }
     }
     {
       const pybind11::gil_scoped_release no_gil;
       f(executor);
       for (const at::Tensor* tensor : used) executor.record_use(*tensor);
+    }
+    for (const Slot& slot : slots_) {
+      if (slot.last && slot.list->held()) slot.list->held()->set_recorded(stream);
     }
     bump_versions();
   }

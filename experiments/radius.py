@@ -2,10 +2,13 @@
 
 python -m experiments.radius --json bench/results/radius_cpu.json --picture docs/radius.png
 python -m experiments.radius --changes --json bench/results/radius_changes_cpu.json
+python -m experiments.radius --text FILE --seeds 100,101 --json bench/results/radius_text_cpu.json
 
 Only ``rho`` changes, from a tenth of a good value to eight times that; SGD stands for radius 0. With ``--changes``, SAM
 is also trained for other lengths, with other batches (the learning rate follows the batch) and with a wider network, to
-see whether the best radius moves.
+see whether the best radius moves. ``--text`` does so for the length of training on a text: SAM with three radii in 500
+to 3000 steps, and GAM in 1500, by the task ``text`` of :mod:`experiments.evidence` in fp32. The loss is that of letters
+held out of the training set, not of the test set.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from bench import options
 from bench.contenders import machine
 from bench.report import Table, png, write_json
 
+from . import evidence
 from .picture import COLORS
 from .runs import CONTENDERS, Trainer
 from .tasks import Task, digits
@@ -32,6 +36,9 @@ from .tasks import Task, digits
 RADII = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 METHODS = ("SAM", "GAM")
 CHANGED_RADII = RADII[1:6]
+QUICK_STEPS = 2
+OF_TEXT = (("SAM", 500), ("SAM", 1500), ("SAM", 3000), ("GAM", 1500))
+TEXT_RADII = (0.05, 0.1, 0.2)
 COLUMNS = {"method": "", "rho": "rho", "accuracy": "test accuracy, %", "loss": "training loss"}
 
 
@@ -47,6 +54,38 @@ def found(task: Task, method: str, rho: float | None, seeds: Sequence[int]) -> d
         accuracy.append(task.accuracy(trainer.model))
         loss.append(task.training_loss(trainer.model).value())
     return {"method": method, "rho": rho, "accuracy": accuracy, "loss": loss}
+
+
+def found_on_text(data: Path, steps: int, method: str, rho: float | None, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train the GPT with each seed; return the loss on letters that are held out, and that of training."""
+    task = evidence.TASKS["text" if steps > QUICK_STEPS else "quick-text"]
+    hyper = {} if rho is None else {**(evidence.GAM if method == "GAM" else {}), "rho": rho}
+    held, train = [], []
+    for seed in seeds:
+        planned = evidence.Planned(evidence.Arm(method, method, hyper), steps, 0.0, seed, tune=True, unit="steps")
+        settings = replace(evidence.settings_of(task, planned), bf16=False)
+        figures, _ = evidence.train_on_text(task, settings, data, torch.device("cpu"), task.held)
+        held.append(figures["test_loss"])
+        train.append(figures["train_loss"])
+    return {"task": f"{method}, {steps} steps", "method": method, "rho": rho, "held_loss": held, "loss": train}
+
+
+def losses(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return a row per method and length: the losses of AdamW, then how far below them each radius ends."""
+    columns = {"task": "", "held_loss": "AdamW: held-out loss", "loss": "training loss"}
+    shown = []
+    for name in dict.fromkeys(row["task"] for row in rows if row["rho"] is not None):
+        steps = name.split(", ")[1]
+        base = next(row for row in rows if row["rho"] is None and row["task"].endswith(steps))
+        cells = {"task": name, **{key: f"{statistics.mean(base[key]):.3f}" for key in ("held_loss", "loss")}}
+        for row in rows:
+            if row["task"] == name and row["rho"] is not None:
+                key = f"rho {row['rho']:g}"
+                columns[key] = key
+                apart = [y - x for x, y in zip(row["held_loss"], base["held_loss"], strict=True)]
+                cells[key] = f"{statistics.mean(apart):+.3f}"
+        shown.append(cells)
+    return Table("a text by a small GPT: nats per letter below AdamW", columns, shown)
 
 
 def means(row: dict[str, Any]) -> dict[str, Any]:
@@ -123,10 +162,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--read", type=Path, metavar="PATH", help="train nothing, show the figures of an earlier --json"
     )
     parser.add_argument("--changes", action="store_true", help="change length, batch and width, and not the method")
+    parser.add_argument("--text", type=Path, metavar="PATH", help="change the length of training on this text")
     parser.add_argument("--quick", action="store_true", help="two radii, few examples, to check that it works")
     given = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
     if given.read:
         figures = json.loads(given.read.read_text(encoding="utf-8"))
+    elif given.text:
+        torch.set_num_threads(given.threads)
+        figures = {"benchmark": "radius", "quick": given.quick, **machine(), "seeds": given.seeds, "rows": rows}
+        plans = [(method, QUICK_STEPS) for method in METHODS] if given.quick else OF_TEXT
+        plan: list[tuple[str, int, float | None]] = [
+            ("AdamW", steps, None) for steps in dict.fromkeys(steps for _, steps in plans)
+        ]
+        plan += [(method, steps, rho) for method, steps in plans for rho in TEXT_RADII[: 1 if given.quick else 3]]
+        for method, steps, rho in plan:
+            rows.append(found_on_text(given.text, steps, method, rho, given.seeds))
+            print(rows[-1]["task"], rho, statistics.mean(rows[-1]["held_loss"]), file=sys.stderr)
+            write_json(given.json, figures)
     else:
         torch.set_num_threads(given.threads)
         usual = digits()
@@ -134,7 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks, methods = (changed(usual), METHODS[:1]) if given.changes else ({"": usual}, METHODS)
         if given.quick:
             tasks, radii = {name: task.quick(40) for name, task in tasks.items()}, radii[:2]
-        rows: list[dict[str, Any]] = []
         figures = {"benchmark": "radius", "quick": given.quick, **machine(), "seeds": given.seeds, "rows": rows}
         for name, task in tasks.items():
             rows.append({"task": name, **found(task, "base", None, given.seeds)})
@@ -144,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(name, method, rho, means(rows[-1])["accuracy"], file=sys.stderr)
             write_json(given.json, figures)
     rows = figures["rows"]
-    if any(row.get("task") for row in rows):
+    if any("held_loss" in row for row in rows):
+        losses(rows).show()
+    elif any(row.get("task") for row in rows):
         gains(rows).show()
     else:
         Table("digits, 30 % wrong labels", COLUMNS, [means(row) for row in rows]).show()

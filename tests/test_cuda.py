@@ -189,6 +189,29 @@ def test_the_allocator_hears_of_gradients_and_backup(core, monkeypatch):
     assert not core.was_recorded(weight.data_ptr())
 
 
+def test_the_allocator_hears_once_of_each_stream(core):
+    backend = emulated.backend()
+    params, backup, a = lists(3, [(100,), (5, 7)])
+    leaves, gradients = base.Block(params, [0, 0], backup, True), backend.bookkeeping.hold(a)
+
+    def is_recorded(stream, tensors):
+        core.use_stream(stream)
+        core.forget_records()
+        backend.square_norm(leaves, tensors)
+        backend.perturb(leaves, tensors, None, [0.1], 4.0, from_start=True)
+        return [core.was_recorded(tensor.data_ptr()) for tensor in tensors]
+
+    assert [is_recorded(stream, gradients) for stream in (0, 0, 5, 0)] == [
+        [True] * 2,
+        [False] * 2,
+        [True] * 2,
+        [True] * 2,
+    ]
+    assert is_recorded(0, a) == [True] * 2  # a list that is not held may have other tensors each time
+    small = backend.allocate(params)  # which lie in one block of memory
+    assert is_recorded(0, small) == [True, False]
+
+
 # The emulator itself
 
 PLANTED = {

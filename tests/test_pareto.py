@@ -175,3 +175,17 @@ def test_radii_are_compared_after_one_change_at_a_time(tmp_path, capsys):
     first = capsys.readouterr().out
     assert radius.main(["--read", str(path)]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_radii_are_compared_on_a_text(tmp_path, capsys):
+    text, path = tmp_path / "text.txt", tmp_path / "text.json"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40, encoding="utf-8")
+    assert radius.main(["--text", str(text), "--quick", "--seeds", "100,101", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["method"], row["rho"]) for row in rows] == [("AdamW", None), ("SAM", 0.05), ("GAM", 0.05)]
+    base, sam, _ = (sum(row["held_loss"]) / 2 for row in rows)
+    gain, _ = radius.losses(rows).rows
+    assert gain["rho 0.05"] == f"{base - sam:+.3f}"
+    first = capsys.readouterr().out
+    assert radius.main(["--read", str(path)]) == 0
+    assert capsys.readouterr().out == first

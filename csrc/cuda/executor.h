@@ -17,6 +17,10 @@ class Executor final : public gam::Executor {
   void update(const Update& arguments) override;
 
   bool on_device() const override { return true; }
+  int64_t stream() const override {
+    const Guard guard(device_);
+    return current_stream().id;
+  }
   void record_use(const at::Tensor& tensor) override { cuda::record_use(tensor); }
 
  private:
