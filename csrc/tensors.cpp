@@ -81,6 +81,7 @@ void Tensors::remember(std::shared_ptr<const Shapes> shapes, std::shared_ptr<Fou
   shapes_ = std::move(shapes);
   found_ = std::move(found);
   others_ = nullptr;
+  recorded_.reset();  // some may have new memory
 }
 
 const at::Tensor& Tensors::make(size_t i) const {

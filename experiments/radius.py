@@ -6,9 +6,8 @@ python -m experiments.radius --text FILE --seeds 100,101 --json bench/results/ra
 
 Only ``rho`` changes, from a tenth of a good value to eight times that; SGD stands for radius 0. With ``--changes``, SAM
 is also trained for other lengths, with other batches (the learning rate follows the batch) and with a wider network, to
-see whether the best radius moves. ``--text`` does so for the length of training on a text: SAM with three radii in 500
-to 3000 steps, and GAM in 1500, by the task ``text`` of :mod:`experiments.evidence` in fp32. The loss is that of letters
-held out of the training set, not of the test set.
+see whether the best radius moves. ``--text`` does so for the length of training on a text, by the task ``text`` of
+:mod:`experiments.evidence` in fp32. Its loss is that of letters held out of the training set, not of the test set.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ RADII = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8)
 METHODS = ("SAM", "GAM")
 CHANGED_RADII = RADII[1:6]
 QUICK_STEPS = 2
-OF_TEXT = (("SAM", 500), ("SAM", 1500), ("SAM", 3000), ("GAM", 1500))
+LENGTHS = (500, 1500, 3000)
 TEXT_RADII = (0.05, 0.1, 0.2)
 COLUMNS = {"method": "", "rho": "rho", "accuracy": "test accuracy, %", "loss": "training loss"}
 
@@ -56,34 +55,32 @@ def found(task: Task, method: str, rho: float | None, seeds: Sequence[int]) -> d
     return {"method": method, "rho": rho, "accuracy": accuracy, "loss": loss}
 
 
-def found_on_text(data: Path, steps: int, method: str, rho: float | None, seeds: Sequence[int]) -> dict[str, Any]:
-    """Train the GPT with each seed; return the loss on letters that are held out, and that of training."""
+def found_on_text(data: Path, steps: int, rho: float | None, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train the GPT by SAM, or by AdamW alone; return the loss on letters that are held out, and that of training."""
     task = evidence.TASKS["text" if steps > QUICK_STEPS else "quick-text"]
-    hyper = {} if rho is None else {**(evidence.GAM if method == "GAM" else {}), "rho": rho}
+    arm = evidence.Arm("", "AdamW") if rho is None else evidence.Arm("", "SAM", {"rho": rho})
     held, train = [], []
     for seed in seeds:
-        planned = evidence.Planned(evidence.Arm(method, method, hyper), steps, 0.0, seed, tune=True, unit="steps")
+        planned = evidence.Planned(arm, steps, 0.0, seed, tune=True, unit="steps")
         settings = replace(evidence.settings_of(task, planned), bf16=False)
         figures, _ = evidence.train_on_text(task, settings, data, torch.device("cpu"), task.held)
         held.append(figures["test_loss"])
         train.append(figures["train_loss"])
-    return {"task": f"{method}, {steps} steps", "method": method, "rho": rho, "held_loss": held, "loss": train}
+    return {"task": f"{steps} steps", "method": arm.method, "rho": rho, "held_loss": held, "loss": train}
 
 
 def losses(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return a row per method and length: the losses of AdamW, then how far below them each radius ends."""
+    """Return a row per length: the losses of AdamW, then how far below them SAM ends with each radius."""
     columns = {"task": "", "held_loss": "AdamW: held-out loss", "loss": "training loss"}
     shown = []
-    for name in dict.fromkeys(row["task"] for row in rows if row["rho"] is not None):
-        steps = name.split(", ")[1]
-        base = next(row for row in rows if row["rho"] is None and row["task"].endswith(steps))
+    for name in dict.fromkeys(row["task"] for row in rows):
+        base, *own = [row for row in rows if row["task"] == name]
         cells = {"task": name, **{key: f"{statistics.mean(base[key]):.3f}" for key in ("held_loss", "loss")}}
-        for row in rows:
-            if row["task"] == name and row["rho"] is not None:
-                key = f"rho {row['rho']:g}"
-                columns[key] = key
-                apart = [y - x for x, y in zip(row["held_loss"], base["held_loss"], strict=True)]
-                cells[key] = f"{statistics.mean(apart):+.3f}"
+        for row in own:
+            key = f"rho {row['rho']:g}"
+            columns[key] = key
+            apart = [y - x for x, y in zip(row["held_loss"], base["held_loss"], strict=True)]
+            cells[key] = f"{statistics.mean(apart):+.3f}"
         shown.append(cells)
     return Table("a text by a small GPT: nats per letter below AdamW", columns, shown)
 
@@ -171,14 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif given.text:
         torch.set_num_threads(given.threads)
         figures = {"benchmark": "radius", "quick": given.quick, **machine(), "seeds": given.seeds, "rows": rows}
-        plans = [(method, QUICK_STEPS) for method in METHODS] if given.quick else OF_TEXT
-        plan: list[tuple[str, int, float | None]] = [
-            ("AdamW", steps, None) for steps in dict.fromkeys(steps for _, steps in plans)
-        ]
-        plan += [(method, steps, rho) for method, steps in plans for rho in TEXT_RADII[: 1 if given.quick else 3]]
-        for method, steps, rho in plan:
-            rows.append(found_on_text(given.text, steps, method, rho, given.seeds))
-            print(rows[-1]["task"], rho, statistics.mean(rows[-1]["held_loss"]), file=sys.stderr)
+        for steps in (QUICK_STEPS,) if given.quick else LENGTHS:
+            for rho in (None, *TEXT_RADII):
+                rows.append(found_on_text(given.text, steps, rho, given.seeds))
+                print(rows[-1]["task"], rho, statistics.mean(rows[-1]["held_loss"]), file=sys.stderr)
             write_json(given.json, figures)
     else:
         torch.set_num_threads(given.threads)
