@@ -157,7 +157,7 @@ class Tables:
 
         def rows() -> Tensor:
             for argument, tensors, places, is_lazy in zip(arguments, lists, addresses, lazy, strict=True):
-                if argument.tensors is None or (places, argument.written) in self._checked:
+                if argument.tensors is None or (not is_lazy and (places, argument.written) in self._checked):
                     continue
                 if is_lazy or not self._are_usual(tensors, places):
                     self._check(argument, tensors)
