@@ -189,7 +189,10 @@ def test_files_of_another_shape_are_refused(text, message, tmp_path):
         (["--repeats", "6"], "--repeats: must be at least 7 for a median to mean something, got 6"),
         (["--batch", "0"], "--batch: must be an integer of at least 1, got 0"),
         (["--workers", "-1"], "--workers must not be negative, got -1"),
-        (["--model", "mlp,alexnet"], "--model must be of mlp, resnet18, resnet50, vit_tiny, vit_small, gpt, got mlp,"),
+        (
+            ["--model", "mlp,alexnet"],
+            "--model must be of mlp, resnet18, resnet50, vit_tiny, vit_small, gpt, gpt2, got mlp,",
+        ),
         (["--model", "mlp,mlp"], "--model must name each once, got mlp,mlp"),
         (["--memory", "gpt"], "--memory must be of mlp, resnet18, got gpt"),
         (["--json", "nowhere/at/all.json"], "--json: the folder of nowhere/at/all.json does not exist"),
