@@ -147,7 +147,7 @@ def test_what_torch_must_do_itself():
         torch.optim.Adam(weight, capturable=True),
         torch.optim.Adam(weight, fused=True),
         torch.optim.AdamW(weight, lr=torch.tensor(0.1)),
-        torch.optim.AdamW(weight, lr=0.1, betas=(torch.tensor(0.9), 0.999), foreach=False),
+        torch.optim.AdamW(weight, lr=0.1, betas=(torch.tensor(0.9), torch.tensor(0.999)), foreach=False),
     ):
         assert fused(base) is None
     assert fused(torch.optim.SGD(weight, lr=0.1, fused=True)).formula == "sgd"
