@@ -69,22 +69,6 @@ def found_on_text(data: Path, steps: int, rho: float | None, seeds: Sequence[int
     return {"task": f"{steps} steps", "method": arm.method, "rho": rho, "held_loss": held, "loss": train}
 
 
-def losses(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return a row per length: the losses of AdamW, then how far below them SAM ends with each radius."""
-    columns = {"task": "", "held_loss": "AdamW: held-out loss", "loss": "training loss"}
-    shown = []
-    for name in dict.fromkeys(row["task"] for row in rows):
-        base, *own = [row for row in rows if row["task"] == name]
-        cells = {"task": name, **{key: f"{statistics.mean(base[key]):.3f}" for key in ("held_loss", "loss")}}
-        for row in own:
-            key = f"rho {row['rho']:g}"
-            columns[key] = key
-            apart = [y - x for x, y in zip(row["held_loss"], base["held_loss"], strict=True)]
-            cells[key] = f"{statistics.mean(apart):+.3f}"
-        shown.append(cells)
-    return Table("a text by a small GPT: nats per letter below AdamW", columns, shown)
-
-
 def means(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with the means over seeds."""
     return {**row, **{name: statistics.mean(row[name]) for name in ("accuracy", "loss")}}
@@ -100,19 +84,23 @@ def changed(usual: Task) -> dict[str, Task]:
 
 
 def gains(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return a row per task: accuracy and training loss of SGD, then the points that SAM gains with each radius."""
+    """Return a row per task: figures of the base optimizer, then how much better SAM is with each radius."""
+    title, figure, sign, digits = "digits, 30 % wrong labels: points above SGD", "accuracy", 1.0, 2
     columns = {"task": "", "accuracy": "SGD: test accuracy, %", "loss": "training loss"}
+    if "held_loss" in rows[0]:
+        title, figure, sign, digits = "a text by a small GPT: nats per letter below AdamW", "held_loss", -1.0, 3
+        columns = {"task": "", "held_loss": "AdamW: held-out loss", "loss": "training loss"}
     shown = []
     for name in dict.fromkeys(row["task"] for row in rows):
         base, *own = [row for row in rows if row["task"] == name]
-        cells = {"task": name, **{key: statistics.mean(base[key]) for key in ("accuracy", "loss")}}
+        cells = {"task": name, **{key: f"{statistics.mean(base[key]):.{digits}f}" for key in (figure, "loss")}}
         for row in own:
             key = f"rho {row['rho']:g}"
             columns[key] = key
-            apart = [x - y for x, y in zip(row["accuracy"], base["accuracy"], strict=True)]
-            cells[key] = f"{statistics.mean(apart):+.2f}"
+            apart = [sign * (x - y) for x, y in zip(row[figure], base[figure], strict=True)]
+            cells[key] = f"{statistics.mean(apart):+.{digits}f}"
         shown.append(cells)
-    return Table("digits, 30 % wrong labels: points above SGD", columns, shown)
+    return Table(title, columns, shown)
 
 
 def picture(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -189,9 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(name, method, rho, means(rows[-1])["accuracy"], file=sys.stderr)
             write_json(given.json, figures)
     rows = figures["rows"]
-    if any("held_loss" in row for row in rows):
-        losses(rows).show()
-    elif any(row.get("task") for row in rows):
+    if any(row.get("task") for row in rows):
         gains(rows).show()
     else:
         Table("digits, 30 % wrong labels", COLUMNS, [means(row) for row in rows]).show()

@@ -187,7 +187,7 @@ def test_radii_are_compared_on_a_text(tmp_path, capsys):
         *(("SAM", rho) for rho in radius.TEXT_RADII),
     ]
     base, sam, *_ = (sum(row["held_loss"]) / 2 for row in rows)
-    (gain,) = radius.losses(rows).rows
+    (gain,) = radius.gains(rows).rows
     assert gain["rho 0.05"] == f"{base - sam:+.3f}"
     first = capsys.readouterr().out
     assert radius.main(["--read", str(path)]) == 0
