@@ -57,6 +57,7 @@ class Arm:
 
     Attributes:
         times: length of its training, relative to the others.
+        fp32: train without autocast.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Arm:
     share: float = 1.0
     interval: int = 1
     times: int = 1
+    fp32: bool = False
+
+    @property
+    def in_fp32(self) -> Arm:
+        """The same without autocast, under a name of its own."""
+        return replace(self, name=f"{self.name}, fp32", fp32=True)
 
     @property
     def gradients(self) -> float:
@@ -222,6 +229,7 @@ def settings_of(task: Task, planned: Planned) -> Any:
         ascent_share=arm.share,
         interval=arm.interval,
         seed=planned.seed,
+        bf16=task.settings.bf16 and not arm.fp32,
     )
     length = planned.length * arm.times
     if isinstance(settings, charlm.Settings):
@@ -314,7 +322,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Return a table for each length and share of wrong labels, after those of the choice of settings."""
-    base_name = next((run["arm"] for run in runs.values() if run["arm"] in BASES), BASES[0])
+    base_name = "AdamW" if any("steps" in run for run in runs.values()) else "SGD"
     arms = OF_TEXT if base_name == "AdamW" else ARMS
     columns = {
         "arm": "",
@@ -333,13 +341,15 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     kinds = sorted({(not run["tune"], run[unit], run["wrong_labels"]) for run in runs.values()})
     for tested, length, wrong in kinds:
         mine = [r for r in runs.values() if (not r["tune"], r[unit], r["wrong_labels"]) == (tested, length, wrong)]
-        base = [found["seconds"] for found in mine if found["arm"] == base_name]
         rows = []
-        for arm in arms if tested else (arms[0], *TUNED):
+        shown = arms if tested else (arms[0], *TUNED)
+        for arm in (*shown, *(arm.in_fp32 for arm in shown)):
             of_arm = [found for found in mine if found["arm"] == arm.name]
             if not of_arm:
                 continue
             seconds = statistics.median(found["seconds"] for found in of_arm)
+            base_arm = arms[0].in_fp32 if arm.fp32 else arms[0]
+            base = [found["seconds"] for found in mine if found["arm"] == base_arm.name]
             digits = {"test_accuracy": 2, "test_loss": 3, "train_loss": 3, "lambda_max": 1, "trace": 0, "r1": 3}
             rows.append(
                 {
@@ -356,8 +366,8 @@ def tables(runs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
             )
         labels = "" if unit == "steps" else f", {wrong:.0%} wrong labels" if wrong else ", right labels"
         chosen = "" if tested else ", held out of what is trained on"
-        shown = {name: about for name, about in columns.items() if name in rows[0]}
-        result.append(Table(f"{length} {unit}{labels}{chosen}", shown, rows))
+        present = {name: about for name, about in columns.items() if name in rows[0]}
+        result.append(Table(f"{length} {unit}{labels}{chosen}", present, rows))
     return result
 
 
@@ -372,10 +382,10 @@ def gains(task: Task, runs: Mapping[str, Mapping[str, Any]], length: int, wrong_
     for run in runs.values():
         if (run["tune"], run[unit], run["wrong_labels"]) == (False, length, wrong_labels):
             figures.setdefault(run["arm"], {})[run["seed"]] = sign * run[figure]
-    base = figures.get(task.arms[0].name, {})
     found = []
-    for arm in task.arms:
-        own = figures.get(arm.name, {})
+    for arm in (*task.arms, *(arm.in_fp32 for arm in task.arms)):
+        base_arm = task.arms[0].in_fp32 if arm.fp32 else task.arms[0]
+        own, base = figures.get(arm.name, {}), figures.get(base_arm.name, {})
         apart = [own[seed] - base[seed] for seed in own if seed in base]
         if apart:
             error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None
@@ -396,6 +406,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--task", choices=TASKS, default="cpu", help="(default: %(default)s)")
     found.add_argument("--results", type=options.output, required=True, metavar="PATH", help="file to read and extend")
     found.add_argument("--tune", action="store_true", help="run the candidates for the choice of settings")
+    arms = sorted({arm.name for arm in (*ARMS, *OF_TEXT, *TUNED)})
+    found.add_argument("--arms", nargs="+", choices=arms, metavar="ARM", help="only these arms: " + "; ".join(arms))
+    found.add_argument("--fp32", action="store_true", help="train without autocast; the arms are reported apart")
     found.add_argument("--seed", type=int, help="only runs of this seed, for parallel processes")
     found.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
     drawn = "draw gain against gradients, for the first length and share of wrong labels, to PATH"
@@ -413,7 +426,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     task, start = TASKS[given.task], time.monotonic()
     runs = stored(given.results)
     for planned in plan(task, tune=given.tune):
-        if planned.key in runs or given.seed not in (None, planned.seed):
+        if given.seed not in (None, planned.seed) or (given.arms and planned.arm.name not in given.arms):
+            continue
+        if given.fp32:
+            planned = replace(planned, arm=planned.arm.in_fp32)
+        if planned.key in runs:
             continue
         if time.monotonic() - start > given.seconds:
             break
