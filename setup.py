@@ -101,6 +101,7 @@ def cxx_flags() -> tuple[list[str], list[str]]:
         sanitize += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fopenmp"]
         return [*sanitize, "-ffp-contract=off"], sanitize
     compile_args = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+    compile_args.append("-g0")  # Python's own flags have -g, which doubles the time
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
     # A compiler that links libstdc++ statically would export it: numbers in messages then crash, in torch's own copy.
     private = ["-Wl,--exclude-libs,ALL"] if platform.system() == "Linux" else []
@@ -175,9 +176,8 @@ def core(mode: str) -> dict[str, Any]:
             remove_core()
 
     def extension(cuda: bool) -> Any:
-        folders = ["csrc", "csrc/cpu"] + ["csrc/cuda"] * cuda
-        sources = [str(path) for folder in folders for kind in ("*.cpp", "*.cu") for path in Path(folder).glob(kind)]
-        headers = [str(path) for kind in ("*.h", "*.inl", "*.cuh") for path in Path("csrc").rglob(kind)]
+        kinds = ["core.cpp", "cpu/dispatch.cpp", "cpu/isa_*.cpp"] + ["cuda/*.cu"] * cuda
+        sources = [str(path) for kind in kinds for path in Path("csrc").glob(kind)]
         compile_args, link_args = cxx_flags()
         macros = (
             [("GAM_CUDA", None), ("GAM_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"')] if cuda else []
@@ -186,7 +186,7 @@ def core(mode: str) -> dict[str, Any]:
         return make(
             "gam_fast._C",
             sorted(sources),
-            depends=sorted(headers),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.*")),
             define_macros=macros,
             extra_compile_args={"cxx": compile_args, "nvcc": NVCC_FLAGS},
             extra_link_args=link_args,

@@ -27,7 +27,7 @@ def core() -> ModuleType:
     """The module, built in ``build/`` when a source has changed."""
     sanitize = bool(os.environ.get("GAM_FAST_SANITIZED"))
     flags = ["-O1", "-mfma", "-ffp-contract=off", "-fvisibility=hidden"]
-    flags += ["-Wall", "-Wno-unknown-pragmas", "-Wno-subobject-linkage"]
+    flags += ["-Wall", "-Wno-unknown-pragmas"]
     flags += ["-DGAM_CUDA", "-DGAM_EMULATED", f"-I{EMULATOR}"]
     if sanitize:
         flags += [

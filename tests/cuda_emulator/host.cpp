@@ -1,12 +1,5 @@
-// All that is no kernel as one source: torch's headers, which take most of the time to compile, are read once.
+// The core, with the emulator in place of a device.
 
-#include "../../csrc/bindings.cpp"
-#include "../../csrc/cuda/executor.cpp"
-#include "../../csrc/cuda/tables.cpp"
-#include "../../csrc/draws.cpp"
-#include "../../csrc/gradients.cpp"
-#include "../../csrc/ops.cpp"
-#include "../../csrc/plan.cpp"
-#include "../../csrc/tensors.cpp"
+#include "../../csrc/core.cpp"
 #include "controls.cpp"
 #include "device.cpp"
