@@ -6,7 +6,8 @@ It computes with NumPy, and differs from a GPU in three ways that would hide wha
 - ``fma`` rounds the product; here it is rounded once, so that kernels give the bits of the compiled core;
 - NumPy warns of what a GPU does silently: infinities, NaN.
 
-Besides, Triton 3.6 and older read the bounds of a loop in a way that NumPy 2.4 refuses.
+Besides, Triton 3.6 and older read the bounds of a loop in a way that NumPy 2.4 refuses; and every call of a function in
+a kernel replaces the whole of ``triton.language`` again, which takes more than half of the time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gam_fast import sums
 
 _convert_float = interpreter._convert_float
 _patch_lang_tensor = interpreter._patch_lang_tensor
+_patch_lang = interpreter._patch_lang
 
 
 def round_to_bfloat16(x):
@@ -87,6 +89,26 @@ def patch_lang_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
 
 
+patched = set()
+"""The modules, by their names, whose ``triton.language`` is replaced for the present launch."""
+
+
+class PatchScope(interpreter._LangPatchScope):
+    def restore(self):
+        super().restore()
+        patched.clear()
+
+
+def patch_lang(fn):
+    module = fn.__globals__["__name__"]
+    if module in patched:
+        return None  # a function that a kernel calls: the launch restores
+    patched.add(module)
+    return _patch_lang(fn)
+
+
+interpreter._LangPatchScope = PatchScope
+interpreter._patch_lang = patch_lang
 interpreter._convert_float = convert_float
 interpreter._patch_lang_tensor = patch_lang_tensor
 interpreter.InterpreterBuilder.create_fma = create_fma

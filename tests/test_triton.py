@@ -236,7 +236,7 @@ def test_narrow_accesses_would_be_found(monkeypatch):
     monkeypatch.setattr(
         aot, "VARIANTS", [variant for variant in aot.VARIANTS if variant.kernel is aot.moves.perturb][:1]
     )
-    assert not any(wrong for _, _, wrong in aot.check("sm_90", ("float32",)))
+    assert not any(wrong for _, _, wrong in aot.check("sm_90"))
     monkeypatch.setattr(aot, "vectors", lambda variant, dtype, shape: (variant.reads, variant.writes))
-    found = aot.check("sm_90", ("float32",), of_updates=launches.Shape(128, 128))
+    found = aot.check("sm_90", of_updates=launches.Shape(128, 128))
     assert any("0 loads and 0 stores of 16 bytes" in wrong for _, _, wrong in found)

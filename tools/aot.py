@@ -186,11 +186,12 @@ def vectors(variant: Variant, dtype: str, shape: Shape) -> tuple[int, int]:
     return variant.reads * vectors_of_one, variant.writes * vectors_of_one
 
 
-def check(name: str, dtypes: tuple[str, ...], of_updates: Shape = OF_UPDATES) -> list[tuple[str, Compiled, str]]:
+def check(name: str, *, quick: bool = False, of_updates: Shape = OF_UPDATES) -> list[tuple[str, Compiled, str]]:
     """Compile every kernel for one target. Return its name, its report, and the errors found."""
-    target = TARGETS[name]
+    target, place = TARGETS[name], list(TARGETS).index(name)
     result = []
-    for variant in VARIANTS:
+    for i, variant in enumerate(VARIANTS):
+        dtypes = (DTYPES[(place + i) % len(DTYPES)],) if quick else DTYPES
         shape = OF_SUMS if variant.kernel.__module__ == sums.__name__ else of_updates
         constants = {**variant.constants, "WIDTH": HEADER + variant.lists, "BLOCK": shape.block}
         for dtype in dtypes:
@@ -212,16 +213,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: all)")
     parser.add_argument("--all", action="store_true", help="show every kernel, not only a summary")
-    parser.add_argument("--quick", action="store_true", help="fp32 only")
+    parser.add_argument("--quick", action="store_true", help="one dtype for each kernel and target, in turn")
     options = parser.parse_args(argv)
     names = options.targets.split(",")
     if not set(names) <= set(TARGETS):
         parser.error(f"--targets must be of {', '.join(TARGETS)}, got {options.targets}")
-    dtypes = ("float32",) if options.quick else DTYPES
     print(f"Triton {triton.__version__}")
     failed = 0
     with ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), get_context("spawn")) as pool:
-        for name, rows in zip(names, pool.map(partial(check, dtypes=dtypes), names), strict=True):
+        for name, rows in zip(names, pool.map(partial(check, quick=options.quick), names), strict=True):
             for what, found, wrong in rows:
                 if options.all or wrong:
                     print(f"  {name}: {what}: {found.registers} registers {wrong}")
