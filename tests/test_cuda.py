@@ -226,15 +226,17 @@ PLANTED = {
 def test_planted_bugs_are_found(tmp_path, bug):
     """A test of the tests: a copy of the kernels with one mistake, in a small program of its own."""
     name, old, new, found = PLANTED[bug]
-    shutil.copytree(emulated.ROOT / "csrc", tmp_path / "csrc")
+    for folder in (emulated.ROOT / "csrc", emulated.EMULATOR):
+        shutil.copytree(folder, tmp_path / folder.relative_to(emulated.ROOT))
+    copied = tmp_path / emulated.EMULATOR.relative_to(emulated.ROOT)
     if name:
         place = tmp_path / "csrc" / "cuda" / name
         text = place.read_text(encoding="utf-8")
         assert old in text, "the place of the mistake has moved"
         place.write_text(text.replace(old, new), encoding="utf-8")
     program = tmp_path / "planted"
-    include = [f"-I{path}" for path in (tmp_path / "csrc", emulated.EMULATOR, *cpp_extension.include_paths())]
-    flags = ["-std=c++17", "-O1", "-mfma", "-ffp-contract=off"]
+    include = [f"-I{path}" for path in (tmp_path / "csrc", copied, *cpp_extension.include_paths())]
+    flags = ["-std=c++17", "-O0", "-mfma", "-ffp-contract=off", f"-include{copied}/few_dtypes.h"]
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, *flags, *include, str(Path(__file__).parent / "native" / "planted.cpp"), "-o", str(program)]
     subprocess.run(command, check=True, timeout=300)

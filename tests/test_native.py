@@ -49,7 +49,7 @@ def test_streaming_stores_write_the_same(dtype):
         assert same_bits([*found.rounded, *found.exact], [*expected.rounded, *expected.exact]), name
 
 
-SIZES = [(1_000_003,), *[(7,)] * 300, (64, 3, 3), *[(1,)] * 50, (200_000,)]
+SIZES = [(300_003,), *[(7,)] * 300, (64, 3, 3), *[(1,)] * 50, (70_000,)]  # many chunks, and many tensors in one
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
