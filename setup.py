@@ -95,7 +95,7 @@ def architectures() -> str:
 def cxx_flags() -> tuple[list[str], list[str]]:
     """Return compiler and linker flags. Formulas round as they are written: no contraction, no fast-math."""
     if os.name == "nt":
-        return ["/O2", "/openmp", "/fp:precise"], []
+        return ["/O2", "/openmp", "/fp:precise", "/bigobj"], []
     if os.environ.get("GAM_FAST_SANITIZE"):
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         sanitize += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fopenmp"]

@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class Setting:
     wrong_labels: float = 0.3
     radius: float = 0.1  # ρ of R0 and R1
     lanczos_steps: int = 32
+    trace_samples: int = 20
     seeds: tuple[int, ...] = (0, 1, 2)
     backend: str = "auto"
     threads: int = 2
@@ -230,9 +231,9 @@ class Trainer:
         digits, result = self.digits, self.result
         loss = flatness.Loss(self.model, nn.CrossEntropyLoss(), [(digits.train_x, digits.train_y)])
         # with these limits R0 and R1 are accurate to about a percent
-        steps = self.setting.lanczos_steps
+        steps, samples = self.setting.lanczos_steps, self.setting.trace_samples
         found = flatness.measure(
-            loss, self.setting.radius, restarts=1, max_iterations=15, trace_samples=20, density_steps=steps
+            loss, self.setting.radius, restarts=1, max_iterations=15, trace_samples=samples, density_steps=steps
         )
         assert found.eigenvalues is not None
         assert found.trace is not None
@@ -439,6 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting(
         epochs=arguments.epochs, seeds=arguments.seeds, backend=arguments.backend, threads=arguments.threads
     )
+    if arguments.quick:
+        setting = replace(setting, lanczos_steps=8, trace_samples=4)
     console = Console()
     start = time.perf_counter()
     methods: tuple[Method, ...] = arguments.methods

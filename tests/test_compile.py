@@ -16,7 +16,6 @@ import gam_fast
 METHOD_NAMES = ["base", "sam", "gam"]
 
 # raised inside torch's compiler, when it is imported
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

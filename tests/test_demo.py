@@ -17,8 +17,6 @@ from cases import BACKENDS
 from bench import curvature, kernels, memory, models, overhead
 
 # raised inside a dependency of curvlinops
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
 EXAMPLE = Path(digits.__file__)
 
 

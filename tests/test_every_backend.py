@@ -29,8 +29,6 @@ import test_weight_caches
 import torch
 from cases import ALL, BASES, DTYPES, METHODS, in_turn
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
-
 SGD, RMSPROP = torch.optim.SGD, torch.optim.RMSprop
 EACH = list(METHODS)
 MIXED = in_turn(EACH, DTYPES)

@@ -19,8 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 import gam_fast
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
-
 KINDS = {name: method.hyper for name, method in EXACT.items()}
 STEPS = 6
 

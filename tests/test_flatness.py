@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import gam_fast
 from gam_fast import flatness
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func and curvlinops
-
 
 def quadratic(eigenvalues, at=0.0, seed=0):
     """½ wᵀ A w with the spectrum given, over two tensors; the weights ``at`` times a random unit vector."""

@@ -17,8 +17,6 @@ from torch import nn
 from gam_fast import flatness
 from gam_fast.flatness.__main__ import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by what curvlinops needs
-
 FACTORY = """
 import torch
 from torch import nn

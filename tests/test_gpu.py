@@ -17,7 +17,6 @@ from gam_fast.backends import launches
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a real GPU"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's compiler, when it is imported
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # torch's compiler, of any fp32 product
     # torch says so once a process, having switched the mode already: as an error it would leave it switched
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),

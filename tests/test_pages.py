@@ -36,7 +36,6 @@ def test_examples_run_in_turn(page, capsys, monkeypatch, tmp_path):
     namespace = names()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lr_scheduler.step|.*Agg.*")
-        warnings.filterwarnings("ignore", ".torch.jit")  # in torch.distributed.optim, which Ignite imports
         for left_out, example in EXAMPLE.findall(page.read_text(encoding="utf-8")):
             if not left_out:
                 exec(compile(example, str(page), "exec"), namespace)

@@ -11,7 +11,6 @@ from experiments import census, front, pareto, pareto_page, radius, runs, tasks
 from experiments.runs import CONTENDERS, Contender, Run
 
 # raised inside a dependency of curvlinops
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
 def test_the_front_is_what_no_other_beats():

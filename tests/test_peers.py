@@ -14,8 +14,6 @@ import gam_fast
 from bench.peers import PEERS, disagreement
 
 # raised inside torch's compiler, when it is imported
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.2}),

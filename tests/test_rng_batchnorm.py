@@ -122,7 +122,6 @@ def test_the_mps_generator_takes_no_device(monkeypatch):
     assert int(state) == 4
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 def test_statistics_of_a_script_module_are_found():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     script = torch.jit.script(model)

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 import gam_fast
 from gam_fast import sums
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp itself
-
 SHARES = [0.05, 0.25, 0.5]
 ROWS = {0.05: 1, 0.25: 3, 0.5: 6}
 """Of batches of 12."""

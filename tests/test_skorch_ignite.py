@@ -12,7 +12,6 @@ from torch.nn import functional as F
 import gam_fast
 
 # raised as torch.distributed.optim is imported, which Ignite does
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 
 def test_skorch_takes_the_steps_of_the_loop_and_logs_the_loss_at_the_weights():

@@ -13,7 +13,6 @@ from bench import compare, data, networks, peers, throughput, training
 from bench.spread import Spread
 
 # raised inside dependencies of timm and of pytorch-optimizer
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 
 
 @pytest.mark.parametrize(
