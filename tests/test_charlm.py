@@ -85,6 +85,13 @@ def test_the_experiment_on_a_text(text, tmp_path, capsys, monkeypatch):
     ]
     assert all(found["lambda_max"] > 0 and found["steps"] == 2 for found in runs.values() if not found["tune"])
     assert "| GAM, share .25 | 1 | 1.75 |" in capsys.readouterr().out
+    assert evidence.main([*command, "--fp32", "--arms", "GAM, share .25"]) == 0
+    added = [found for key, found in json.loads(results.read_text()).items() if key not in runs]
+    assert [(found["arm"], found["settings"]["bf16"]) for found in added] == [("GAM, share .25, fp32", False)]
+    assert all(found["settings"]["bf16"] for found in runs.values())
+    shown = capsys.readouterr().out
+    assert "| GAM, share .25, fp32 | 1 | 1.75 |" in shown
+    assert "| GAM, share .25 | 1 | 1.75 |" in shown
 
 
 def test_settings_are_chosen_by_letters_that_nothing_is_trained_or_tested_on(text):
