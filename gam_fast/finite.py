@@ -34,7 +34,7 @@ class SkipStep(Exception):
 
 
 class FiniteWatch:
-    """Checks the sums of one step: on a CPU each at once, on an accelerator all of them after the last pass.
+    """Checks the sums of one step: on a CPU each at once, on an accelerator all of them when the update is prepared.
 
     Args:
         recipe: the recipe of the step, for messages.
@@ -42,6 +42,9 @@ class FiniteWatch:
         device: the device of the scaler.
         on_host: whether sums are Python numbers.
         at_end: whether the caller checks by :meth:`is_finite`, when the processes of a local step agree.
+
+    Attributes:
+        waits: True if :meth:`confirm` has to be called.
     """
 
     def __init__(self, recipe: Recipe, policy: str, device: torch.device, *, on_host: bool, at_end: bool) -> None:
@@ -50,8 +53,8 @@ class FiniteWatch:
         self._recipe = recipe
         self._policy = policy
         self._device = device
-        self._on_host = on_host
-        self._at_end = at_end
+        self._at_once = on_host and not at_end
+        self.waits = not on_host and not at_end
         self._totals: list[Scalar | Products] = []
         self._known_finite: set[int] = set()
 
@@ -62,29 +65,36 @@ class FiniteWatch:
         if isinstance(scale, GivenScale) and scale.total is not None:
             self._totals.append(scale.total)
 
-    def check(self, total: Scalar | Products, vectors: set[int], *, last: bool) -> None:
-        """Record a sum over ``vectors``, and check it if it is on a CPU; ``last`` says that no more will come.
+    def check(self, total: Scalar | Products, vectors: set[int]) -> None:
+        """Check a sum over ``vectors``; on an accelerator, record it for :meth:`confirm`.
 
         Raises:
             NonFiniteGradientError, SkipStep: a sum that was checked is not finite.
         """
         if not self.looks:
             return
-        if self._on_host and not self._at_end:
-            # a number needs no generator, which takes a microsecond
-            finite = math.isfinite(total) if isinstance(total, float) else sums.is_finite((total,))
-            if self._totals:  # passed by a scaler
-                finite = finite and self.is_finite()
-        else:
+        if not self._at_once:
             self._totals.append(total)
-            if self._at_end or not last:
-                return
-            finite = self.is_finite()
+            return
+        # a number needs no generator, which takes a microsecond
+        finite = math.isfinite(total) if isinstance(total, float) else sums.is_finite((total,))
+        if self._totals:  # passed by a scaler
+            finite = finite and self.is_finite()
         if finite:
             self._known_finite |= vectors
             return
         suspects = sorted({str(self._recipe.passes_before[vector]) for vector in vectors - self._known_finite})
-        self.refuse(f"{f'pass {listed(suspects)}' if self._on_host else 'a pass'} of {self._recipe.name}")
+        self.refuse(f"pass {listed(suspects)} of {self._recipe.name}")
+
+    def confirm(self) -> None:
+        """Check what is recorded, before the first write of an update: the only wait for an accelerator in a step.
+
+        Raises:
+            NonFiniteGradientError, SkipStep: a sum is not finite.
+        """
+        if not self.is_finite():
+            self.refuse(f"a pass of {self._recipe.name}")
+        self._totals.clear()
 
     def is_finite(self) -> bool:
         """Return whether all recorded sums are finite; wait for the device if they are on an accelerator."""

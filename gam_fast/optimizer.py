@@ -382,14 +382,16 @@ class SharpnessAwareOptimizer(AroundBase):
         progress = self._progress
         step = progress.step
         assert step is not None
-        since, progress.unscaled_since = progress.unscaled_since, None
+        since = progress.unscaled_since
         if since is not None and step.watch.scale is None:
+            progress.unscaled_since = None
             check_not_forgotten(since, self, step.recipe.passes)
         call = progress.call or ((self,), {})
         before = partial(call_before, self, call) if any_before(self) else None
+        confirm = step.watch.confirm if step.watch.waits else None
         # with one pass, param.grad stays as the hooks leave it, as with any torch optimizer
-        left_alone = apply(self.base, directions, before, copy=step.recipe.passes > 1)
-        progress.updated = call
+        left_alone = apply(self.base, directions, before, confirm, copy=step.recipe.passes > 1)
+        progress.updated, progress.unscaled_since = call, None
         return left_alone
 
     def _loss_scale(self, scaler: Any) -> LossScale | None:

@@ -154,8 +154,8 @@ class Path:
                 square = total
             if recipe.rescale:
                 self._wanted_square = self.blocks.square_norm(0, whole=True) if self.blocks.is_mixed else total
-                self._watch.check(self._wanted_square, {0}, last=False)
-            self._watch.check(total, {along} if minus is None else {along, minus}, last=False)
+                self._watch.check(self._wanted_square, {0})
+            self._watch.check(total, {along} if minus is None else {along, minus})
             self.squares.append(total)
         assert isinstance(move, Perturbation)
         multiple = coefficients.multiple.get(index) if coefficients.multiple else None
@@ -230,7 +230,7 @@ class Path:
             else:  # it is not a term of the direction, but its products are needed
                 none, one = [0.0] * len(gammas), [1.0] * len(gammas)
                 products = blocks.inner_products(self._terms([*vectors, other]), [*u, none], [*([none] * len(u)), one])
-            watch.check(products, recipe.combined if other is None else {0, last}, last=True)
+            watch.check(products, recipe.combined if other is None else {0, last})
         if local is not None:
             difference = self.settings.difference
             change = local.agree(blocks, watch, None if difference is None else self._relative_change())

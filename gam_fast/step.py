@@ -363,7 +363,7 @@ class Step:
     def _multiply(self, index: int, graph: list[Tensor | None]) -> None:
         """Compute the Hessian times the normalised gradient of vector ``index`` as the next vector."""
         total = self.blocks.square_norm(index)
-        self.watch.check(total, {index}, last=False)
+        self.watch.check(total, {index})
         hvp.multiply(self.blocks, index, graph, total, keep=index in self.recipe.plan[index][1])
         if not self.blocks.take_all(index + 1, keep=self.recipe.keeps[index + 1]):
             self._take_in(index + 1)

@@ -208,7 +208,12 @@ def fused(base: Optimizer) -> Fused | None:
 
 
 def apply(
-    base: Optimizer, directions: Directions, before: Callable[[], None] | None = None, *, copy: bool = True
+    base: Optimizer,
+    directions: Directions,
+    before: Callable[[], None] | None = None,
+    confirm: Callable[[], None] | None = None,
+    *,
+    copy: bool = True,
 ) -> Sequence[Tensor]:
     """Restore θ and let the base optimizer step along the directions, one per block.
 
@@ -217,14 +222,17 @@ def apply(
         directions: the directions, which stand for the gradients.
         before: pre-hooks. They find the direction in ``param.grad``, and the step uses what they leave there. A
             parameter that they leave without a gradient is not updated.
+        confirm: called before the first write, once what can be prepared is; it may raise.
         copy: whether to restore ``param.grad`` after ``before``; otherwise it stays as the hooks leave it.
 
     Returns:
         The parameters that have a direction and were not updated.
     """
     if before is None:
-        _step(base, directions)
+        _step(base, directions, confirm)
         return ()
+    if confirm is not None:
+        confirm()
     grads = [(param, param.grad) for group in base.param_groups for param in group["params"]]
     done = False
     try:
@@ -287,7 +295,9 @@ def _pick(block: ParameterBlock, tensors: TensorList, chosen: Sequence[int]) -> 
     return block.backend.bookkeeping.hold([tensors[i] for i in chosen])
 
 
-def _step(base: Optimizer, directions: Directions, first_group: int = 0) -> None:
+def _step(
+    base: Optimizer, directions: Directions, confirm: Callable[[], None] | None = None, first_group: int = 0
+) -> None:
     """Do the work of :func:`apply` without pre-hooks: each base optimizer of a chain steps along its part."""
     if isinstance(base, Chain):
         for member in base.members:
@@ -298,15 +308,17 @@ def _step(base: Optimizer, directions: Directions, first_group: int = 0) -> None
                 if chosen:
                     terms = [_pick(block, term, chosen) for term in direction.terms]
                     parts.append((_part(block, chosen), replace(direction, terms=terms)))
-            _step(member, parts, first_group)
+            _step(member, parts, confirm, first_group)
             first_group = groups.stop
         return
     row = fused(base)
     if row is None:
+        if confirm is not None:
+            confirm()
         _step_by_torch(base, directions)
         return
     for block, direction in directions:
-        fused_step(base, row, block, direction, first_group)
+        fused_step(base, row, block, direction, confirm, first_group)
     row.advance(base)
     base._opt_called = True  # type: ignore[attr-defined]  # for a scheduler constructed on the base
 
@@ -337,8 +349,15 @@ def only_makes_state(base: Optimizer) -> bool:
     return not any(grad is None or bool(local(grad).any()) for grad in grads)
 
 
-def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction, first_group: int = 0) -> None:
-    """Restore θ, and take one step of ``base`` along ``d``.
+def fused_step(
+    base: Optimizer,
+    row: Fused,
+    block: ParameterBlock,
+    d: Direction,
+    confirm: Callable[[], None] | None = None,
+    first_group: int = 0,
+) -> None:
+    """Restore θ, and take one step of ``base`` along ``d``, unless ``confirm`` raises.
 
     Raises:
         RuntimeError: a CUDA graph is being captured; it would repeat the bias correction of one step.
@@ -389,6 +408,8 @@ def fused_step(base: Optimizer, row: Fused, block: ParameterBlock, d: Direction,
     options, option = row.options(groups, leaves.group, new, counted)
     numbers = [row.numbers(base, group) for group in groups]
     backend, leaves, d, lists = _fitting(block, d, lists, made, row.state)
+    if confirm is not None:
+        confirm()
     backend.update(leaves, d, row.formula, lists, numbers, options, option)
     for i, state in made.items():
         base.state[owners[i]].update(state)

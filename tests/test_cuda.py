@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from snapshots import Dispatched
 from torch.utils import cpp_extension
 
 import gam_fast
+from gam_fast import sums
 from gam_fast.backends import base
 
 if not CAN_EMULATE:
@@ -210,6 +212,35 @@ def test_the_allocator_hears_once_of_each_stream(core):
     assert is_recorded(0, a) == [True] * 2  # a list that is not held may have other tensors each time
     small = backend.allocate(params)  # which lie in one block of memory
     assert is_recorded(0, small) == [True, False]
+
+
+@pytest.mark.parametrize("base_class", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_step_waits_for_the_device_once_when_its_update_is_prepared(core, monkeypatch, base_class):
+    emulated.use(monkeypatch)
+    done = []
+
+    def noted(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (done.append(name), original(*args))[1])
+
+    noted(sums, "is_finite")
+    for name in ("takes_state", "update"):
+        noted(emulated.backend_class(), name)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    optimizer = gam_fast.GAM(model.parameters(), base_class, lr=0.1, model=model)
+    x = torch.randn(4, 2)
+    optimizer.step(lambda: model(x).exp().sum().backward())
+    fused = base_class is not torch.optim.RMSprop  # by torch
+    assert done == (["takes_state", "is_finite", "update"] if fused else ["is_finite"])
+    before, state = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    for bad in range(4):
+        factors = iter([float("inf") if i == bad else 1.0 for i in range(4)])
+        with pytest.raises(gam_fast.NonFiniteGradientError, match="a pass of GAM"):
+            optimizer.step(lambda factors=factors: (next(factors) * model(x).exp().sum()).backward())
+        torch.testing.assert_close(
+            [model.state_dict(), optimizer.state_dict()["state"]], [before, state], rtol=0, atol=0
+        )
+    assert done.count("update") == fused
 
 
 # The emulator itself
