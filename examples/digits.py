@@ -384,7 +384,7 @@ def build_parser() -> argparse.ArgumentParser:
     def option(name: str, text: str, **settings: Any) -> None:
         parser.add_argument(name, help=f"{text} (default: %(default)s)", **settings)
 
-    quick = f"one seed, at most {QUICK_EPOCHS} epochs: to see that it works; the figures mean little"
+    quick = f"one seed, at most {QUICK_EPOCHS} epochs, curvature from few samples: to see that it works"
     parser.add_argument("--quick", action="store_true", help=f"{quick} (default: off)")
     # the default is text, which argparse passes to seed_list, so that --help shows what a user would write
     option(

@@ -312,9 +312,9 @@ def _step(
             first_group = groups.stop
         return
     row = fused(base)
+    if confirm is not None and (row is None or not directions):  # a fused step confirms by itself
+        confirm()
     if row is None:
-        if confirm is not None:
-            confirm()
         _step_by_torch(base, directions)
         return
     for block, direction in directions:

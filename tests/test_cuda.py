@@ -243,6 +243,21 @@ def test_a_step_waits_for_the_device_once_when_its_update_is_prepared(core, monk
     assert done.count("update") == fused
 
 
+def test_a_chain_counts_no_step_that_is_not_taken(core, monkeypatch):
+    """The first of its members has no gradient, and so nothing to update."""
+    from pytorch_optimizer import Lion
+
+    emulated.use(monkeypatch)
+    unused, used = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    lion = Lion([unused], lr=0.1)
+    optimizer = gam_fast.SAM(None, [lion, torch.optim.SGD([used], lr=0.1)])
+    optimizer.step(lambda: used.square().sum().backward())
+    before = lion.param_groups[0].get("step")
+    with pytest.raises(gam_fast.NonFiniteGradientError):
+        optimizer.step(lambda: (float("inf") * used.square().sum()).backward())
+    assert lion.param_groups[0].get("step") == before
+
+
 # The emulator itself
 
 PLANTED = {
