@@ -8,7 +8,7 @@ from cases import BASES, METHODS, VARIANTS, closure_of, in_turn, setting
 from primitives import CASES, Formulas, Lists, Place, assert_close
 from torch import nn
 
-from gam_fast import backends
+from gam_fast import backends, ownership
 from gam_fast.backends import base, triton
 from gam_fast.backends import launches as started
 
@@ -86,9 +86,13 @@ def test_a_step_is_as_many_launches_as_that_of_the_compiled_core(method_name, bu
 
 
 @pytest.mark.usefixtures("_on_each_backend", "as_on_a_gpu")
-@pytest.mark.parametrize(("method_name", "base"), in_turn(VARIANTS, ["sgd_nesterov", "rmsprop"]))
-def test_a_memory_that_is_written_while_the_weights_are_moved(method_name, base):
+@pytest.mark.parametrize(
+    ("method_name", "base", "books"),
+    in_turn(VARIANTS, ["sgd_nesterov", "rmsprop"], [triton.BOOKKEEPING, triton.BOOKKEEPING, ownership]),
+)
+def test_a_memory_that_is_written_while_the_weights_are_moved(monkeypatch, method_name, base, books):
     """A direction without a backup of its own does not look for the launch that made the other one."""
+    monkeypatch.setattr(triton.TritonBackend, "bookkeeping", books)  # plain lists if there is no compiled core
     model, optimizer, batches = setting(method_name, BASES[base])
     twin, plain, _ = setting(method_name, BASES[base], backend="eager")
     for x, y in batches[:3]:

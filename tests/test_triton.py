@@ -48,6 +48,18 @@ print(backends._classes()["eager"].refusal(torch.device("cuda")))
     assert in_a_process(program) == f"Triton is not installed: {INSTALL}\nNone\n"
 
 
+@pytest.mark.parametrize(("core", "books"), [("torch", "gam_fast._C"), ("None", "gam_fast.ownership")])
+def test_gradients_are_taken_by_the_core_if_there_is_one(core, books):
+    program = f"""
+import sys, torch
+if not {core}:
+    sys.modules["gam_fast._C"] = None
+from gam_fast.backends.triton import TritonBackend
+print(TritonBackend().bookkeeping.__name__)
+"""
+    assert in_a_process(program) == f"{books}\n"
+
+
 @pytest.mark.parametrize(("hip", "oldest"), [(None, "3.6"), ("6.4", "3.7")])
 def test_an_old_triton_is_a_reason(monkeypatch, hip, oldest):
     monkeypatch.setattr(probe, "_reasons", {})

@@ -255,7 +255,7 @@ def copy_bits(target: TensorList, source: TensorList) -> None:
     """Copy bit for bit; on a GPU, torch itself copies 16-bit numbers through fp32, which alters a NaN."""
     if target and target[0].is_cuda:
         target, source = [_as_integers(tensor) for tensor in target], [_as_integers(tensor) for tensor in source]
-    torch._foreach_copy_(target, source)
+    torch._foreach_copy_(list(target), list(source))  # of a list of the core too
 
 
 def _as_integers(tensor: Tensor) -> Tensor:

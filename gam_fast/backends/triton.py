@@ -3,7 +3,8 @@
 Each primitive is one launch for any number of tensors; sums take a second launch, of one program per group. Formulas,
 order and rounding are those of the compiled core: results have the same bits, except sums. As there, nothing waits for
 the device, and kernels read norms and products from device memory. The preparation of a launch, which the core does in
-C++, is Python here: it takes more time of the host, but not of the GPU.
+C++, is Python here: it takes more time of the host, but not of the GPU. The core takes the gradients if there is one,
+also one without code for this GPU, since taking reads no elements.
 
 On CPU tensors the kernels run in Triton's interpreter if ``TRITON_INTERPRET=1`` was set before Triton was imported. It
 is thousands of times slower, and meant for tests.
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ownership
 from ..kernels.table import FORMULAS, SUMS
 from ..ownership import lies_as
 from . import scalars
@@ -35,6 +35,16 @@ from .tables import Argument, Prepared, Tables
 
 if util.find_spec("triton") is None:
     raise ImportError("Triton is not installed: pip install triton on Linux, or a build of torch for CUDA or ROCm")
+
+BOOKKEEPING: Bookkeeping
+try:
+    from .native import NativeBackend
+
+    BOOKKEEPING = NativeBackend.core
+except ImportError:  # no compiled core, or one that does not fit this torch
+    from .. import ownership
+
+    BOOKKEEPING = ownership
 
 MAX_PLANS = 4
 """Number of sets of leaves whose tables an optimizer keeps on each device."""
@@ -78,7 +88,7 @@ class TritonBackend:
     """Triton implementation of :class:`gam_fast.backends.base.Backend`, which documents the primitives."""
 
     name = "triton"
-    bookkeeping: Bookkeeping = ownership
+    bookkeeping = BOOKKEEPING
 
     def __init__(self) -> None:
         self._plans: list[Tables] = []  # most recently used first
