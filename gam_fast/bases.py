@@ -77,9 +77,9 @@ def _check(base: Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def without_memories(state: MutableMapping[Any, dict[str, Any]]) -> Iterator[None]:
-    """Hide states without entries of the base optimizer, which creates its state where it finds none."""
-    alone = [key for key, own in state.items() if isinstance(own, dict) and own and own.keys() <= set(MEMORIES)]
+def without_memories(state: MutableMapping[Any, dict[str, Any]], names: Collection[str] = MEMORIES) -> Iterator[None]:
+    """Hide states of such memories only: the base optimizer creates its state where it finds none."""
+    alone = [key for key, own in state.items() if isinstance(own, dict) and own and own.keys() <= set(names)]
     hidden = {param: state.pop(param) for param in alone}
     try:
         yield

@@ -8,6 +8,7 @@ from copy import copy
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.optim import SGD
 
 from . import bases, radius
 from .active import COUNTS
@@ -128,7 +129,10 @@ class AroundBase(Hooked):
             )
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        with bases.without_memories(self.base.state):  # the base optimizer alone could not continue from these
+        # A direction may be set before the base has made its state; SGD alone loads a state without its entries. A
+        # step makes all other memories, and the base its state, if it has any.
+        early = () if all(isinstance(base, SGD) for base in members(self.base)) else ("direction",)
+        with bases.without_memories(self.base.state, early):
             state_dict = self.base.state_dict()
         groups = bases.groups_in(state_dict) or []
         state_dict = bases.with_groups(state_dict, [{**group, bases.METHOD: self.recipe.name} for group in groups])

@@ -60,6 +60,7 @@ TABLE = {
         ("mlp", "gam", "sgd_nesterov"),
         ("batchnorm_cnn", "friendly", "adamw"),
     ],
+    test_subsets.test_the_norm_of_the_only_group_is_that_of_all: [(1,), (2,)],
     test_subsets.test_a_radius_that_is_capped: [("global",), ("group",)],
     test_restore.test_two_hundred_steps_with_lr_zero_change_no_bit: MIXED,
     test_restore.test_a_step_that_is_left_leaves_no_trace_and_the_next_one_works: [

@@ -64,6 +64,19 @@ def test_each_layer_has_a_norm_of_its_own(model_name, method_name, base_name):
         assert_same_steps(optimizer, ours, plain, theirs, method, method.hyper, batches)
 
 
+@pytest.mark.parametrize("strides", [1, 2])
+def test_the_norm_of_the_only_group_is_that_of_all(strides):
+    """Also of parameters with gaps in memory, which no backend but eager takes."""
+    found = []
+    for norm in ("global", "group"):
+        weight = nn.Parameter(torch.tensor([3.0, 0.0, 4.0, 0.0])[::strides])
+        optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, rho=0.5, norm=norm)
+        optimizer.step(lambda weight=weight: weight.square().sum().backward())
+        found.append(weight.detach().clone())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], torch.tensor([3.0, 0.0, 4.0, 0.0])[::strides])
+
+
 @pytest.mark.parametrize("norm", ["global", "group"])
 def test_a_radius_that_is_capped(norm):
     """min(σ/(‖v‖ + ϱ), cap) v in place of ρ/‖v‖ v, by hand; the second group ascends, and the first is at its cap."""

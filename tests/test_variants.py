@@ -96,7 +96,7 @@ def test_a_memory_is_one_tensor_a_parameter_in_the_state_and_nothing_else_is_lef
 
 
 @pytest.mark.parametrize("method_name", WITH_MEMORY)
-@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, SGD])
 def test_a_state_goes_through_the_plain_base_optimizer_and_back(method_name, base):
     model, optimizer, batches = setting(method_name, base, lr=1e-2)
     for x, y in batches[:2]:
@@ -508,6 +508,14 @@ def test_a_direction_is_not_in_a_checkpoint_that_the_base_could_not_go_on_with()
     assert "direction" in optimizer.state[weight]
     optimizer.step(lambda: weight.square().sum().backward())
     assert "direction" in optimizer.state_dict()["state"][0]
+
+
+def test_a_direction_is_in_a_checkpoint_of_sgd_before_the_first_step():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer, other = (gam_fast.FedLESAM([weight], SGD, lr=0.1) for _ in range(2))
+    optimizer.set_direction([torch.tensor([1.0, -2.0])])
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert other.state[weight]["direction"].tolist() == [1.0, -2.0]
 
 
 def test_momentum_that_is_spread_over_processes_is_refused():

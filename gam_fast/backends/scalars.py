@@ -134,7 +134,9 @@ def steps(radius: PerGroup, square: Scalar, multiple: PerGroup | None = None) ->
     """
     n = len(radius)
     scale = inverse_norm(square)
-    scales = scale[:n] if isinstance(scale, Tensor) and scale.numel() > 1 else [scale] * n
+    scales: Any = [scale] * n
+    if isinstance(scale, Tensor) and scale.dim():
+        scales = scale[:n] if scale.numel() > 1 else scale.expand(n)
     return [s * r + m for s, r, m in zip(scales, radius, multiple or [0.0] * n, strict=True)]
 
 
