@@ -143,6 +143,16 @@ def now() -> int:
     return next(_clock)
 
 
+def pending(since: int = 0) -> list[torch.amp.GradScaler]:
+    """Return the scalers by which this thread has scaled a loss since then, and that were not updated afterwards."""
+    return [
+        scaler
+        for scaler, last in list(_last.items())
+        if last.time >= since and last.thread == threading.get_ident() and last.version >= 0
+        if scaler._scale is not None and scaler._scale._version == last.version
+    ]
+
+
 def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
     """Check that no loss was scaled in the passes of a step without a scaler.
 
@@ -160,13 +170,9 @@ def check_not_forgotten(since: int, optimizer: object, passes: int) -> None:
     Traceback (most recent call last):
     RuntimeError: a loss was scaled in a step by a GradScaler that the step was not given: ...
     """
-    if not len(_last):  # the length is faster than a list of the items
-        return
-    for scaler, last in list(_last.items()):
-        factor, known = scaler._scale, scaler._per_optimizer_states
-        if last.time < since or last.thread != threading.get_ident() or factor is None or last.version < 0:
-            continue
-        if factor._version == last.version and (len(known) == last.unscaled or (passes > 1 and id(optimizer) in known)):
+    for scaler in pending(since) if len(_last) else ():  # the length is faster than a list of the items
+        known = scaler._per_optimizer_states
+        if len(known) == _last[scaler].unscaled or (passes > 1 and id(optimizer) in known):
             raise RuntimeError(
                 f"a loss was scaled in a step by a {type(scaler).__name__} that the step was not given: its "
                 "direction would be too long by that scale. Write passes(scaler=scaler) or "

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from . import sums
-from .amp import GivenScale, LossScale
+from .amp import GivenScale, LossScale, pending
 from .backends.base import Products, Scalar
 from .recipe import Recipe
 
@@ -35,6 +35,9 @@ class SkipStep(Exception):
 
 class FiniteWatch:
     """Checks the sums of one step: on a CPU each at once, on an accelerator all of them when the update is prepared.
+
+    A sum that is not finite waits on a CPU too if its loss was scaled and the step has no scaler yet: a framework may
+    call ``scaler.step(optimizer)`` in the last pass, and the scaler then lowers its scale.
 
     Args:
         recipe: the recipe of the step, for messages.
@@ -82,6 +85,10 @@ class FiniteWatch:
             finite = finite and self.is_finite()
         if finite:
             self._known_finite |= vectors
+            return
+        if self.scale is None and pending():  # perhaps scaler.step(optimizer) follows in the last pass
+            self._at_once, self.waits = False, True
+            self._totals.append(total)
             return
         suspects = sorted({str(self._recipe.passes_before[vector]) for vector in vectors - self._known_finite})
         self.refuse(f"pass {listed(suspects)} of {self._recipe.name}")

@@ -26,7 +26,7 @@ from .backends.base import (
     accumulate_dtype,
 )
 from .backends.eager import EagerBackend
-from .distributed import Layout, add_up_over_processes, is_sharded, layout_of, local, spread
+from .distributed import Layout, add_up_over_processes, is_sharded, layout_of, local, local_gradient, spread
 from .ownership import Kind, kind_of, wider_dtype
 
 Select: TypeAlias = "Callable[[torch.device], Backend]"
@@ -442,10 +442,13 @@ def clear_weight_caches() -> None:
 def materialise(block: ParameterBlock, direction: Direction) -> TensorList:
     """Restore θ and return the direction as tensors, stored in a held gradient's memory if there is one."""
     leaves, out = block.leaves, direction.terms[0]
-    if len(direction.terms) == 1:
-        if direction.q is None and direction.limit is None and all(p == 1.0 for p in direction.p[0]):
-            block.backend.restore(leaves)
-            return out
+    plain = direction.q is None and direction.limit is None and all(p == 1.0 for p in direction.p[0])
+    if len(direction.terms) == 1 and plain:
+        block.backend.restore(leaves)
+        return out
+    present = next(((owner, x) for owner, x in zip(block.owners, out, strict=True) if owner.grad is not None), None)
+    is_seen = present is not None and local_gradient(present[0]).data_ptr() == present[1].data_ptr()  # by the user
+    if len(direction.terms) == 1 or is_seen:
         out = [torch.empty_like(part, dtype=leaves.vectors) for part in leaves.params]
     block.backend.direction(leaves, direction, out)
     return out

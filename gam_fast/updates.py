@@ -21,7 +21,7 @@ from .backends.eager import EagerBackend
 from .bases import Chain, members, without_memories
 from .distributed import local, spread
 from .hooks import step_of_base
-from .ownership import lies_as, take_gradients
+from .ownership import lies_as, may_be_part, take_gradients
 from .parameters import ParameterBlock, materialise
 
 Directions: TypeAlias = "list[tuple[ParameterBlock, Direction]]"
@@ -253,9 +253,11 @@ def apply(
         done = True
         return [owner for block, _ in directions for owner in block.owners if owner.grad is None]
     finally:
-        if copy or not done:
-            for param, grad in grads:
+        for param, grad in grads:
+            if copy or not done:
                 param.grad = grad
+            elif grad is not None and param.grad is not None and param.grad is not grad and may_be_part(grad):
+                param.grad = grad.copy_(param.grad)  # in the buffer that it is part of
 
 
 def _set_gradients(block: ParameterBlock, grads: TensorList) -> None:

@@ -86,6 +86,23 @@ def test_gradients_in_a_flat_buffer_stay_there(arrange, method_name, base_name, 
     assert torch.equal(torch.cat(buffers), torch.cat([p.grad.reshape(-1) for p in params]))
 
 
+@pytest.mark.parametrize("method_name", ["base", "previous_gradient", "sam"])
+def test_gradients_in_a_buffer_stay_there_if_hooks_and_clipping_make_others(method_name):
+    """With one pass what the hooks have left, as with any torch optimizer: here the clipped direction."""
+    model, optimizer, batches, params, flat = with_buffer(method_name, clip_grad_norm=0.05)
+    views = [p.grad for p in params]
+    optimizer.register_step_pre_hook(lambda *_: None)
+    for x, y in batches[:2]:
+        for _ in optimizer.passes():
+            loss_of(model, x, y).backward()
+            last = flat.clone()
+        assert all(p.grad is view for p, view in zip(params, views, strict=True))
+        if method_name == "sam":
+            assert torch.equal(flat, last)
+        else:
+            torch.testing.assert_close(flat, last * (0.05 / (last.norm() + 1e-6)))
+
+
 @pytest.mark.parametrize("how", ["error", "break"])
 def test_gradients_in_a_buffer_stay_there_in_an_undone_step(how):
     model, optimizer, [(x, y), *_], params, flat = with_buffer()
