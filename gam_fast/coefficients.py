@@ -44,12 +44,11 @@ class Coefficients:
         for name in recipe.bounds:  # values may have changed since construction
             for h in hyper:
                 recipe.check(name, h[name])
-        found = [recipe.coefficients(h) for h in hyper]
         sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
-        self.gamma = [gamma for _, _, gamma in found]
         self._hyper = hyper
-        self._u = [[c[i] for c, _, _ in found] for i in range(recipe.vectors)]
-        self._m = [[d[i] if d else 0.0 for _, d, _ in found] for i in range(recipe.vectors)]
+        self.gamma = self._by_group(Value(recipe.gamma) if recipe.gamma else None)
+        self._u = list(map(self._by_group, recipe.u))
+        self._m = list(map(self._by_group, recipe.m or (None,) * recipe.vectors))
         for i in recipe.products:
             for part in (self._u, self._m):
                 part[i] = [s * x for s, x in zip(sign, part[i], strict=True)]

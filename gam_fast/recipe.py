@@ -322,16 +322,6 @@ class Recipe:
         """
         return tuple(accumulate((isinstance(step, Perturbation) for step in self.path), initial=0))
 
-    def coefficients(self, hyper: Hyperparameters) -> tuple[list[float], list[float], float]:
-        """Return ``(c, d, γ)`` for one parameter group: 0.0 for a gradient without part, empty ``d`` without ``m``.
-
-        >>> from gam_fast.recipes import GAM
-        >>> GAM.coefficients({"alpha": 0.25, "beta": 0.5, "gamma": 0.03})
-        ([0.0, 0.25, 0.0, 0.75], [0.5, 0.0, 0.5, 0.0], 0.03)
-        """
-        c, d = ([value_of(x, hyper) for x in row] for row in (self.u, self.m))
-        return c, d, float(hyper[self.gamma]) if self.gamma else 0.0
-
     def check(self, name: str, value: Any) -> None:
         """Raise ``ValueError`` or ``TypeError``, naming the value, unless it can be hyper-parameter ``name``."""
         if name == self.difference and isinstance(value, str):
