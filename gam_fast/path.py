@@ -244,9 +244,7 @@ class Path:
             terms, p, q, products, gammas = self._with_memory(terms, recipe.memory, limit)
         directions: Directions = []
         for block, own in terms:
-            seen = products
-            if isinstance(products, Tensor):
-                seen = sums.products_on(products, block.leaves.params[0].device)
+            seen = products if blocks.on_host else sums.on(products, block.leaves.params[0].device)
             directions.append((block, Direction(own, p, q, seen, gammas, limit)))
         if local is not None:
             directions = local.averaged(blocks, directions, gammas, self.settings.clip_grad_norm)
@@ -301,9 +299,7 @@ class Path:
             _, um, mm = map(sum, scalars.columns(products))
             along = scalars.given(scalars.ratio(um, mm), 1.0, len(one))
             for block, own in self._terms([0, last]):
-                seen = along
-                if isinstance(along, Tensor):
-                    seen = sums.products_on(along, block.leaves.params[0].device)
+                seen = sums.on(along, block.leaves.params[0].device)
                 d = Direction(own, [none, one], [[-1.0] * len(one), none], seen, none)
                 block.backend.direction(_unmoved(block), d, own[0])
         self._next_memory = [(block, block.grads[0]) for block in blocks]

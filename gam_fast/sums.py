@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +44,9 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def on(value: Scalar, device: torch.device) -> Scalar:
-    """Return the scalar, or one per group, for a backend on ``device``: a single one is a number on a CPU."""
+def on(value: Any, device: torch.device) -> Any:
+    """Return a sum or a table of products for a backend on ``device``: numbers on a CPU, except a vector by group."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(device)
-    return float(value) if reads_are_free(device) and value.numel() == 1 else value
-
-
-def products_on(products: Tensor, device: torch.device) -> Products:
-    """Return the products for a backend on ``device``: numbers on a CPU."""
-    products = products.to(device)
-    return products.tolist() if reads_are_free(device) else products
+    return value.tolist() if reads_are_free(device) and value.dim() != 1 else value
