@@ -72,6 +72,18 @@ class ParameterBlock:
         """The properties that the block's parameters share."""
         return self.kind, self.layout, self.leaves.vectors, self.perturbed, self.adaptive
 
+    def pick(self, tensors: TensorList, chosen: Sequence[int]) -> TensorList:
+        """Return the tensors of the chosen leaves."""
+        return self.backend.bookkeeping.hold([tensors[i] for i in chosen])
+
+    def part(self, chosen: Sequence[int], *, saved: bool) -> ParameterBlock:
+        """Return a block of the chosen leaves, without gradients, and with their backup if ``saved``."""
+        leaves = self.leaves
+        backup = self.pick(leaves.backup, chosen) if saved else []
+        group = [leaves.group[i] for i in chosen]
+        part = Block(self.pick(leaves.params, chosen), group, backup, saved, leaves.vectors)
+        return replace(self, leaves=part, owners=[self.owners[i] for i in chosen], grads={})
+
 
 class StepParameters:
     """All parameters of a step; those that have had a gradient so far take part.
@@ -282,19 +294,11 @@ class StepParameters:
             chosen = [i for i, owner in enumerate(block.owners) if owner.grad is not None]
             if len(chosen) == len(block.owners):
                 continue
-            leaves = block.leaves
-            block.backend.restore(leaves)
+            block.backend.restore(block.leaves)
             for owner in block.owners:
                 self.flags[position[owner]] = owner.grad is not None
-            self.all[self.all.index(block)] = fresh = replace(
-                block,
-                leaves=Block([], [leaves.group[i] for i in chosen], vectors=leaves.vectors),
-                owners=[block.owners[i] for i in chosen],
-                grads={},
-            )
-            fresh.leaves.params = block.backend.bookkeeping.hold([leaves.params[i] for i in chosen])
-            if not chosen:
-                self.all.remove(fresh)
+            at = self.all.index(block)
+            self.all[at : at + 1] = [block.part(chosen, saved=False)] if chosen else []
 
     def _add(self, block: ParameterBlock, positions: Sequence[int]) -> None:
         """Add parameters to a block. A signal may interrupt anywhere; restore() relies on the last assignment."""

@@ -274,27 +274,12 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
         if not chosen:
             continue
         count += len(chosen)
-        part = _part(block, chosen)
-        part.leaves.backup, part.leaves.saved = [], False  # θ is restored, perhaps changed by a hook
+        part = block.part(chosen, saved=False)  # θ is restored, perhaps changed by a hook
         term = take_gradients(part.owners, False, part.leaves.vectors)
         ones = [[1.0] * len(direction.p[0])]
         found.append((part, Direction([block.backend.bookkeeping.hold(term)], ones)))
     dense = all(param.grad is None or param.grad.layout is torch.strided for param, _ in grads)
     return found if dense and count == sum(param.grad is not None for param, _ in grads) else None
-
-
-def _part(block: ParameterBlock, chosen: Sequence[int]) -> ParameterBlock:
-    """Return a block of the chosen leaves."""
-    leaves = block.leaves
-    group = [leaves.group[i] for i in chosen]
-    part = Block(_pick(block, leaves.params, chosen), group, saved=leaves.saved, vectors=leaves.vectors)
-    if leaves.saved:
-        part.backup = _pick(block, leaves.backup, chosen)
-    return ParameterBlock(block.backend, part, [block.owners[i] for i in chosen], block.layout)
-
-
-def _pick(block: ParameterBlock, tensors: TensorList, chosen: Sequence[int]) -> TensorList:
-    return block.backend.bookkeeping.hold([tensors[i] for i in chosen])
 
 
 def _step(
@@ -308,8 +293,8 @@ def _step(
             for block, direction in directions:
                 chosen = [i for i, group in enumerate(block.leaves.group) if group in groups]
                 if chosen:
-                    terms = [_pick(block, term, chosen) for term in direction.terms]
-                    parts.append((_part(block, chosen), replace(direction, terms=terms)))
+                    terms = [block.pick(term, chosen) for term in direction.terms]
+                    parts.append((block.part(chosen, saved=block.leaves.saved), replace(direction, terms=terms)))
             _step(member, parts, confirm, first_group)
             first_group = groups.stop
         return
