@@ -54,14 +54,7 @@ _TORCHS_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def any_before(optimizer: Optimizer) -> bool:
-    """Return whether this optimizer's update has a pre-hook.
-
-    >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> optimizer = torch.optim.SGD([weight])
-    >>> handle = optimizer.register_step_pre_hook(lambda *_: None)
-    >>> any_before(optimizer), handle.remove(), any_before(optimizer)
-    (True, None, False)
-    """
+    """Return whether this optimizer's update has a pre-hook."""
     return bool(_global_optimizer_pre_hooks or optimizer._optimizer_step_pre_hooks)
 
 
