@@ -3,7 +3,9 @@
 A group with ``perturb=False`` stays at θ in every pass. Norms are over the other groups, and only these are backed up.
 All groups get the final direction. The functions here choose the perturbed parameters by kind or name.
 
-Parameters that do not require a gradient are left out. You may add other keys to the groups:
+Except for :func:`layers`, they return two parameter groups, or one if there is nothing else to train, and raise
+``ValueError`` if there is nothing to perturb. Parameters that do not require a gradient are left out. You may add other
+keys to the groups:
 
 >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4))
 >>> perturbed, rest = normalization(model)
@@ -26,17 +28,10 @@ from .parameters import PERTURB
 def normalization(model: nn.Module) -> list[dict[str, Any]]:
     """Perturb the parameters of normalisation layers: of modules whose class has "norm" in its name.
 
+    Custom layers such as ``RMSNorm`` and ``LayerNorm2d`` count.
+
     Source: Müller, Vlaar, Rolnick, Hein, *Normalization Layers Are All That Sharpness-Aware Minimization Needs*,
     NeurIPS 2023, arXiv 2306.04226.
-
-    Args:
-        model: the model; custom layers such as ``RMSNorm`` and ``LayerNorm2d`` count.
-
-    Returns:
-        Two parameter groups, or one if there is nothing else to train.
-
-    Raises:
-        ValueError: there is no such parameter.
 
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     >>> [tuple(p.shape) for p in normalization(model)[0]["params"]]
@@ -50,15 +45,6 @@ def normalization(model: nn.Module) -> list[dict[str, Any]]:
 def matrices(model: nn.Module) -> list[dict[str, Any]]:
     """Perturb parameters of two and more dimensions: no biases, and no scales of normalisation layers.
 
-    Args:
-        model: the model.
-
-    Returns:
-        Two parameter groups, or one if there is nothing else to train.
-
-    Raises:
-        ValueError: there is no such parameter.
-
     >>> [tuple(p.shape) for p in matrices(torch.nn.Linear(3, 2))[0]["params"]]
     [(2, 3)]
     """
@@ -66,16 +52,7 @@ def matrices(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def lora(model: nn.Module) -> list[dict[str, Any]]:
-    """Perturb the adapters that peft has put into a model: parameters with ``lora_`` in their name.
-
-    Args:
-        model: the result of ``peft.get_peft_model``.
-
-    Returns:
-        Two parameter groups, or one if nothing else is trained.
-
-    Raises:
-        ValueError: there is no such parameter.
+    """Perturb the adapters that ``peft.get_peft_model`` has put into a model: parameters with ``lora_`` in their name.
 
     >>> layer = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(4, 1, bias=False), "head": torch.nn.Linear(4, 2)})
     >>> [tuple(p.shape) for p in lora(layer)[0]["params"]]
@@ -90,9 +67,6 @@ def named(model: nn.Module, *patterns: str) -> list[dict[str, Any]]:
     Args:
         model: the model.
         patterns: patterns of :mod:`fnmatch`, for the names in ``model.named_parameters()``.
-
-    Returns:
-        Two parameter groups, or one if there is nothing else to train.
 
     Raises:
         ValueError: a pattern matches no parameter that requires a gradient.
