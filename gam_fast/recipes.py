@@ -43,14 +43,6 @@ def _weight_of_flatness(hyper: Hyperparameters) -> float:
     return float(hyper["alpha"]) * float(hyper["rho"])
 
 
-def _one_minus_theta(hyper: Hyperparameters) -> float:
-    return 1.0 - float(hyper["theta"])
-
-
-def _friendly_take(hyper: Hyperparameters) -> float:
-    return 1.0 - float(hyper["lam"])
-
-
 def _friendly_keep(hyper: Hyperparameters) -> float:
     return float(hyper["lam"]) + (1.0 - float(hyper["lam"])) * float(hyper["sigma"])
 
@@ -185,7 +177,7 @@ FRIENDLY_SAM = Recipe(
     path=_SAM_PATH,
     u=(None, 1.0),
     # m ← λ m + (1−λ) g with g = v + σ m, computed from v
-    memory=Memory("gradient_average", (1.0, Value("sigma", -1.0)), (_friendly_keep, _friendly_take)),
+    memory=Memory("gradient_average", (1.0, Value("sigma", -1.0)), (_friendly_keep, Share("lam", 1))),
     bounds={"lam": Bounds()},
 )
 
@@ -196,7 +188,7 @@ VASSO = Recipe(
     defaults={"rho": 0.05, "theta": 0.4},
     path=_SAM_PATH,
     u=(None, 1.0),
-    memory=Memory("gradient_average", (Value("theta"), _one_minus_theta), (0.0, 1.0)),
+    memory=Memory("gradient_average", (Value("theta"), Share("theta", 1)), (0.0, 1.0)),
     bounds={"theta": Bounds()},
 )
 
