@@ -5,6 +5,8 @@ To add a method, add one recipe here and one class in :mod:`gam_fast.methods`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .recipe import (
     MEMORY,
     MOMENTUM,
@@ -156,10 +158,10 @@ EXACT_GAM = Recipe(
 )
 """The vectors are g0, f = H g0/‖g0‖, the gradient at θ + ρ f/‖f‖, and its product."""
 
-EXACT_GAM_WITH_SAM = Recipe(
-    name="ExactGAM",
+EXACT_GAM_WITH_SAM = replace(
+    EXACT_GAM,
     citation=f"{EXACT_GAM.citation}; with the gradient of SAM: {SAM.citation}",
-    defaults={"rho": 0.2, "alpha": 0.1, "sam_rho": 0.05},
+    defaults={**EXACT_GAM.defaults, "sam_rho": 0.05},
     path=(
         HessianProduct(),
         Perturbation(0, "sam_rho", from_start=True),
@@ -253,14 +255,7 @@ WSAM = Recipe(
     bounds={"gamma": Bounds(below=True)},
 )
 
-COUPLED_WSAM = Recipe(
-    name="WSAM",
-    citation=WSAM.citation,
-    defaults=WSAM.defaults,
-    path=_SAM_PATH,
-    u=(_one_minus_odds, _odds),
-    bounds=WSAM.bounds,
-)
+COUPLED_WSAM = replace(WSAM, u=(_one_minus_odds, _odds), after=None)
 """As :data:`WSAM`, but the direction contains the sharpness term."""
 
 CR_SAM = Recipe(
