@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -150,7 +150,7 @@ class Settings:
     replay_rng: ReplayRNG | None = None
     freeze_running_statistics: bool = True
     moving_buffers: Sequence[str] = ()
-    forward_state: ForwardState | None = None
+    forward_state: ForwardState = field(default_factory=ForwardState)
     norm: str = "global"
     clip_grad_norm: float | None = None
     on_nonfinite: str = "raise"

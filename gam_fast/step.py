@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 from . import hvp
 from .active import StepSchedule
 from .amp import GivenScale, LossScale
-from .buffers import ForwardState
 from .capture import is_capturing
 from .coefficients import Coefficients
 from .distributed import mean_over_processes, reshard, without_last_sync
@@ -114,7 +113,7 @@ class Step:
         self._on_exit: list[Callable[[], object]] = []
         self._grad_enabled = torch.is_grad_enabled()
         self._rng: ReplayRNG | None = None
-        self.state = settings.forward_state or ForwardState()
+        self.state = settings.forward_state
         if settings.model is not None:
             self.blocks.named = settings.model.named_parameters()
         self._rates: list[Any] | None = None  # recorded after the first of several passes
