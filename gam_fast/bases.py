@@ -56,11 +56,6 @@ def build_base(params: Iterable[Any] | None, base_optimizer: Given, arguments: d
     return base
 
 
-def is_instance(base_optimizer: Given) -> bool:
-    """Return whether ``base_optimizer`` consists of instances, and is not a class."""
-    return isinstance(base_optimizer, Optimizer | list | tuple)
-
-
 def _check(base: Optimizer) -> None:
     if not isinstance(base, Optimizer) or isinstance(base, Hooked):
         raise TypeError(f"base_optimizer must make a torch optimizer that is not one of gam_fast, got {base!r}")

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-SYNC = ("global", "local")
-
 
 def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
     """Return the DistributedDataParallel that ``model`` is or contains, as a compiled model does."""

@@ -8,11 +8,11 @@ from copy import copy
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from . import bases, radius
 from .active import COUNTS
-from .bases import Given, ascends, build_base, filled, is_instance, left_behind, members
+from .bases import Given, ascends, build_base, filled, left_behind, members
 from .hooks import Hooked
 from .noise import DRAWS
 from .options import check_arguments, check_keys, check_params
@@ -56,7 +56,7 @@ class AroundBase(Hooked):
         self._own_defaults = {self._keys[name]: value for name, value in own.items()}
         chosen = {name for name, value in own.items() if name in given or value != self.recipe.defaults[name]}
         explicit = {self._keys[name]: own[name] for name in chosen}
-        stale = left_behind(self.base, explicit if is_instance(base_optimizer) else {})
+        stale = left_behind(self.base, explicit if isinstance(base_optimizer, Optimizer | list | tuple) else {})
         groups = [
             {key: value for key, value in group.items() if key not in keys}
             for group, keys in zip(self.base.param_groups, stale, strict=True)

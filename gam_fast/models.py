@@ -114,16 +114,6 @@ def modules_in_reach(params: Sequence[Tensor]) -> list[nn.Module]:
     return found
 
 
-def message_of_forgotten(method: str, buffers: Sequence[str]) -> str:
-    """Return a warning that names the buffers that moved in every pass, and the remedy."""
-    return (
-        f"the forward moves buffers of the module that this {method} trains ({', '.join(buffers[:4])}"
-        f"{', …' if len(buffers) > 4 else ''}), in each pass of a step: construct it with model=model, or set "
-        "optimizer.model, so that they move once per step, as running statistics should (freeze_running_statistics="
-        "False if they should not)"
-    )
-
-
 def _names() -> Iterator[Any]:
     """Yield the local variables of all running functions, and the global ones of the nearest."""
     frame, nearest = sys._getframe(2), True

@@ -22,8 +22,6 @@ from .parameters import StepParameters
 DRAWS = "flat_draws"
 """The key in ``param_groups`` for the number of steps that have drawn noise."""
 
-SEED = "seed"
-
 
 def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[str, Any]) -> dict[str, float]:
     """Save θ and add this step's noise to the perturbed parameters.
@@ -41,7 +39,7 @@ def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[st
     """
     refuse_to_look(["noise, which differs in each step"], blocks.devices)
     draws = int(group.get(DRAWS, 0))
-    seed = random.Random(f"{group.get(SEED, 0)} {draws}").getrandbits(63)
+    seed = random.Random(f"{group.get('seed', 0)} {draws}").getrandbits(63)
     if blocks.sharded:  # each process holds different elements
         seed = (seed + distributed.get_rank()) % (1 << 63)
     generators = {device: torch.Generator(device).manual_seed(seed) for device in blocks.devices}

@@ -23,7 +23,6 @@ from typing_extensions import TypedDict  # a dependency of torch
 from .active import Rules, StepSchedule
 from .buffers import ForwardState
 from .capture import refuse_to_look
-from .distributed import SYNC
 from .radius import Difference
 from .recipe import Recipe
 from .rng import ReplayRNG
@@ -280,7 +279,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def checked(recipe: Recipe, **given: Any) -> dict[str, Any]:
     """Return the options that a step goes by, as :class:`Settings` takes them. Refuse wrong ones."""
-    check_choice("sync", given["sync"], SYNC)
+    check_choice("sync", given["sync"], ("global", "local"))
     check_choice("on_nonfinite", given["on_nonfinite"], ("raise", "skip", "ignore"))
     check_norm(given["norm"], recipe)
     check_clip(given["clip_grad_norm"])

@@ -17,7 +17,7 @@ from .coefficients import Coefficients
 from .distributed import local
 from .finite import SkipStep
 from .hooks import Call
-from .models import CLOSED, message_of_forgotten
+from .models import CLOSED
 from .ownership import version
 from .parameters import StepParameters
 from .step import OVER, Step
@@ -155,7 +155,13 @@ class Progress:
             )
         if forgotten:  # buffers of a module with our parameters have moved, perhaps in every pass
             step.state.forgotten = []
-            warnings.warn(message_of_forgotten(name, forgotten), stacklevel=frames_of_libraries())
+            warnings.warn(
+                f"the forward moves buffers of the module that this {name} trains ({', '.join(forgotten[:4])}"
+                f"{', …' if len(forgotten) > 4 else ''}), in each pass of a step: construct it with model=model, or "
+                "set optimizer.model, so that they move once per step, as running statistics should "
+                "(freeze_running_statistics=False if they should not)",
+                stacklevel=frames_of_libraries(),
+            )
         if step.rates_moved:
             warnings.warn(
                 f"a learning rate was changed between the passes of a step of {name}: the body runs "

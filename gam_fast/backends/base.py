@@ -31,17 +31,14 @@ Scalar: TypeAlias = "float | Tensor"
 Products: TypeAlias = "list[list[float]] | Tensor"
 """``(groups, 3)``: ‖u‖², ⟨m,u⟩ and ‖m‖² by parameter group."""
 
-ACCUMULATE = torch.float64
-"""Dtype of norms, inner products and scales; fp32 on a device without fp64 (see :func:`accumulate_dtype`)."""
-
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of scalars on ``device``: float64, or float32 if the device has no float64 (MPS).
+    """Return the dtype of sums and scales on ``device``: float64, or float32 if the device has no float64 (MPS).
 
     >>> accumulate_dtype(torch.device("cpu"))
     torch.float64
     """
-    return torch.float32 if device.type == "mps" else ACCUMULATE
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass(eq=False)
