@@ -75,7 +75,7 @@ class ForwardState:
         self.active = False
         """True during a step that has values to restore."""
         self.forgotten: list[str] = []
-        """Modules in reach of the calling code whose buffers move, if no model was given."""
+        """Buffers that move in modules in reach of the calling code, if no model holds all parameters."""
 
     @property
     def moves_parameters(self) -> bool:
@@ -125,7 +125,7 @@ class ForwardState:
             # (in a forked process, torch would wait forever for threads lost in the fork)
             is_whole = not capturing and os.getpid() == _PROCESS
             self._find(with_trained=by_gradient and is_whole, several=several)
-            if model is None and several:
+            if several and not set(params) <= set(model.parameters() if model is not None else ()):
                 self._look_around()
         elif self._places:
             self._copy_what_moves()
@@ -203,11 +203,12 @@ class ForwardState:
         return {key for key, name in names.items() if any(fnmatchcase(name, pattern) for pattern in self._left_out)}
 
     def _look_around(self) -> None:
-        """Watch, without a model, the buffers of modules in reach of the calling code."""
-        ours = set(map(id, self._params))
+        """Watch the buffers of modules within reach of the calling code that hold our parameters, beside the model."""
+        ours, known = set(map(id, self._params)), set(self._modules)
         for model in modules_in_reach(self._params):
             for prefix, module in model.named_modules():
-                if any(p is not None and p.requires_grad and id(p) not in ours for p in module._parameters.values()):
+                trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+                if module in known or not ours.issuperset(map(id, trained)):
                     continue  # another optimizer trains it
                 for name, tensor in module._buffers.items():
                     place = Place(tensor, module._buffers, name)

@@ -157,8 +157,9 @@ class Progress:
             step.state.forgotten = []
             warnings.warn(
                 f"the forward moves buffers of the module that this {name} trains ({', '.join(forgotten[:4])}"
-                f"{', …' if len(forgotten) > 4 else ''}), in each pass of a step: construct it with model=model, or "
-                "set optimizer.model, so that they move once per step, as running statistics should "
+                f"{', …' if len(forgotten) > 4 else ''}), in each pass of a step: construct it with model=model, a "
+                "module that holds all of its parameters (torch.nn.ModuleList([...]) of several), or set "
+                "optimizer.model, so that they move once per step, as running statistics should "
                 "(freeze_running_statistics=False if they should not)",
                 stacklevel=frames_of_libraries(),
             )
