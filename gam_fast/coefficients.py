@@ -41,9 +41,9 @@ class Coefficients:
 
     def __init__(self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
         self._made_of = recipe, list(hyper), list(map(_MAXIMIZES, groups))
-        for name in recipe.bounds:  # values may have changed since construction
-            for h in hyper:
-                recipe.check(name, h[name])
+        for h in hyper:  # values may have changed since construction
+            for name, value in h.items():
+                recipe.check(name, value)
         sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
         self._hyper = hyper
         self.gamma = self._by_group(Value(recipe.gamma) if recipe.gamma else None)

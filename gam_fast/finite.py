@@ -33,6 +33,10 @@ class SkipStep(Exception):
     """Abort a step and undo it, without an error for the user."""
 
 
+class NothingToDo(SkipStep):
+    """Abort a step because its first pass has no gradient."""
+
+
 class FiniteWatch:
     """Checks the sums of one step: on a CPU each at once, on an accelerator all of them when the update is prepared.
 

@@ -151,7 +151,7 @@ class SharpnessAwareOptimizer(AroundBase):
     @model.setter
     def model(self, model: nn.Module | None) -> None:
         if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+            raise TypeError(f"model must be one torch.nn.Module (ModuleList([...]) of several), got {model!r:.100}")
         check_supported(model, list(self._parameters()))
         self._model, self._copied = model, None
         self._progress.forward_state = ForwardState()
@@ -342,10 +342,10 @@ class SharpnessAwareOptimizer(AroundBase):
             what = f"{self.recipe.passes} passes a step" if several else "its gradient at another point"
             raise RuntimeError(
                 f"{type(self).__name__} takes {what}: call step(closure), which is called once a pass, or run forward "
-                "and backward in `for turn in optimizer.passes():`. Where a "
-                "GradScaler or a framework calls step() without a closure (scaler.step(optimizer), Lightning's "
-                "automatic optimization with precision='16-mixed'), use passes(scaler=scaler), or bf16, which needs "
-                "no scaler. After a loop over passes(), which has taken its step, leave step() out"
+                "and backward in `for turn in optimizer.passes():`. Where a GradScaler or a framework calls step() "
+                "without a closure (scaler.step(optimizer), Lightning with precision='16-mixed'), use "
+                "passes(scaler=scaler), or bf16; for Transformers, gam_fast.integrations.SharpnessAwareTrainer. "
+                "After a loop over passes(), which has taken its step, leave step() out"
             )
         self._progress.check_not_taken(self.base.param_groups, type(self).__name__)
         with self._open(scale) as step, step:

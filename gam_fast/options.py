@@ -161,6 +161,8 @@ class Settings:
     """Parameters of ``model`` that belong to another optimizer."""
     difference: Difference | None = None
     """The automatic radius of the step."""
+    skips_empty: bool = False
+    """Whether to skip a step whose first pass has no gradient, where a framework calls backward or leaves it out."""
 
     def check_capture(self, devices: Iterable[torch.device]) -> None:
         """Raise RuntimeError if a CUDA graph is being captured that could not repeat the step."""

@@ -85,6 +85,12 @@ class PassDriver:
 
     def close(self, error: BaseException | None) -> None:
         """End the step at the end of a context manager."""
+        if self._step is None and error is None and not self.ended:
+            warnings.warn(
+                "the block of `with optimizer.passes() as turns` ran no pass, and no step was taken: write "
+                "`for turn in turns:` in it",
+                stacklevel=3,
+            )
         step = None if error is not None or self.ended else self._step
         if step is not None and step.in_last_pass and (self.is_done or step.has_gradient):
             self.next_pass()

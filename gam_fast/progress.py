@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from .active import STEPS
 from .buffers import ForwardState
 from .coefficients import Coefficients
 from .distributed import local
-from .finite import SkipStep
+from .finite import NothingToDo, SkipStep
 from .hooks import Call
 from .models import CLOSED
 from .ownership import version
@@ -38,6 +39,7 @@ class Progress:
     zeroes_in_place: bool = False
     """True once gradients were zeroed in place between steps."""
     warned_of_share: bool = False
+    warned_of_accumulation: bool = False
     forward_state: ForwardState = field(default_factory=ForwardState)
     mode: str = ""
     """The last mode that was set, ``"train"`` or ``"eval"``; ``""`` for none."""
@@ -69,7 +71,7 @@ class Progress:
             with contextlib.suppress(RuntimeError):  # a network error would hide the error that ended the step
                 step.owed()
         if isinstance(error, SkipStep):
-            self.skipped_steps += 1
+            self.skipped_steps += not isinstance(error, NothingToDo)
             for called in (optimizer, getattr(optimizer, "base", optimizer)):  # a skipped step was a call of either,
                 called._opt_called = True  # type: ignore[union-attr]  # for schedulers
         left = first_gradient(groups)
@@ -153,6 +155,17 @@ class Progress:
                 "its argument if that is called turn (or asks optimizer.turn)",
                 stacklevel=frames_of_libraries(),
             )
+        accelerate = sys.modules.get("accelerate.state")
+        if accelerate is not None and not (step.accumulates or self.warned_of_accumulation):
+            count = accelerate.GradientState._shared_state.get("plugin_kwargs", {}).get("num_steps", 1)
+            if count > 1:
+                self.warned_of_accumulation = True
+                warnings.warn(
+                    f"gradient_accumulation_steps={count} of Accelerate shows a step of {name} the last micro-batch "
+                    "only, with its loss divided: leave accelerator.accumulate() out, and iterate over "
+                    "optimizer.micro_batches() of the unwrapped optimizer in every pass",
+                    stacklevel=frames_of_libraries(),
+                )
         if forgotten:  # buffers of a module with our parameters have moved, perhaps in every pass
             step.state.forgotten = []
             warnings.warn(

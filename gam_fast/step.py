@@ -31,7 +31,7 @@ from .amp import GivenScale, LossScale
 from .capture import is_capturing
 from .coefficients import Coefficients
 from .distributed import mean_over_processes, reshard, without_last_sync
-from .finite import FiniteWatch, SkipStep
+from .finite import FiniteWatch, NothingToDo, SkipStep
 from .local_step import LocalSync
 from .models import OtherGradients
 from .options import Settings
@@ -67,6 +67,7 @@ class Step:
         current: the pass in progress, or the last one.
         owed: tells the other processes that the step was undone; ``None`` if none waits for it.
         may_communicate: whether ``owed`` may be called when the step is left: not in the garbage collector.
+        accumulates: whether a pass iterates over ``micro_batches()``.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Step:
         self.phase: Phase = "idle"
         self.current: Turn | None = None
         self.may_communicate = True
+        self.accumulates = False
         self.owed: Callable[[], None] | None = None
         self.rates_moved = False
         self._when_over = when_left
@@ -255,6 +257,7 @@ class Step:
 
     def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """See :meth:`gam_fast.optimizer.SharpnessAwareOptimizer.micro_batches`."""
+        self.accumulates = True
         if self._micro_batches is None:
             if self.recipe.passes == 1:  # no other pass needs them
                 return self._until_end(self.portion.stream(batches))
@@ -370,6 +373,8 @@ class Step:
 
     def _take_in(self, index: int) -> None:
         """Take ``param.grad`` as vector ``index`` if the fast path does not apply."""
+        if index == 0 and self.settings.skips_empty and not self.has_gradient:
+            raise NothingToDo
         mend: str | None = (
             "call backward() on the loss in every pass (in the closure, or in the body of the loop over passes())"
         )

@@ -71,6 +71,18 @@ def test_the_loop_form_takes_the_steps_of_the_loop_with_micro_batches():
     assert_equal(accelerator.unwrap_model(model), by_hand(accumulate=2)[0])
 
 
+def test_micro_batches_take_the_division_of_accelerate():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, flat, _, batches = prepared(accelerator)
+    for _ in range(2):
+        epoch = list(batches)
+        for pair in (epoch[:2], epoch[2:]):
+            for _turn in flat.passes():
+                for x, y in flat.micro_batches(pair):
+                    accelerator.backward(F.cross_entropy(model(x), y))
+    assert_equal(accelerator.unwrap_model(model), by_hand(accumulate=2)[0])
+
+
 def test_it_reaches_the_modes_of_a_schedule_free_base():
     accelerator = Accelerator(cpu=True)
     model = net()
@@ -105,20 +117,27 @@ def test_its_state_is_saved_and_loaded(tmp_path):
     assert_equal(model, expected)
 
 
-def test_accumulation_by_its_own_way_is_warned_of():
+@pytest.mark.parametrize("backward", [False, True])
+def test_accumulation_by_its_own_way_is_warned_of_once(backward):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, _, optimizer, batches = prepared(accelerator)
 
     def epoch():
         for x, y in batches:
             with accelerator.accumulate(model):
-                if not accelerator.sync_gradients:
+                if backward and not accelerator.sync_gradients:
                     accelerator.backward(F.cross_entropy(model(x), y))
                 optimizer.step(lambda x=x, y=y: accelerator.backward(F.cross_entropy(model(x), y)))
                 optimizer.zero_grad()
 
-    with pytest.warns(UserWarning, match=r"not used.*micro_batches\(\).*accelerator.accumulate"):
+    with pytest.warns(UserWarning, match=r"micro_batches\(\)") as found:
         epoch()
+    said = [str(warning.message) for warning in found]
+    of_gradients = [text for text in said if "not used" in text and "accelerator.accumulate" in text]
+    of_steps = [text for text in said if "gradient_accumulation_steps=2 of Accelerate" in text]
+    assert bool(of_gradients) is backward
+    assert len(of_steps) == 1
+    assert len(said) == len(of_gradients) + 1
 
 
 def test_fp16_by_the_loop_form_unscales_and_skips():

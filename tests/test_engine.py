@@ -278,7 +278,8 @@ def test_arguments_are_checked():
         (ValueError, r"alpha must be a number a, meaning", lambda: gam_fast.GAM([weight], alpha=(1.0, 2.0, 3.0))),
         (TypeError, "alpha must be a number or a pair", lambda: gam_fast.GAM([weight], alpha=None)),
         (TypeError, "must be a number, got", lambda: gam_fast.GSAM([weight], alpha=(0.5, 0.5))),
-        (TypeError, "model must be a torch.nn.Module", lambda: gam_fast.GAM([weight], model="resnet")),
+        (TypeError, "model must be one torch.nn.Module", lambda: gam_fast.GAM([weight], model="resnet")),
+        (TypeError, r"ModuleList\(\[...\]\) of several.*got \[\]", lambda: gam_fast.GAM([weight], model=[])),
         (ValueError, "clip_grad_norm must be a positive number", lambda: gam_fast.GAM([weight], clip_grad_norm=0.0)),
         (ValueError, "on_nonfinite must be one of raise, skip", lambda: gam_fast.GAM([weight], on_nonfinite="warn")),
         (ValueError, "sync must be one of global, local, got 'Global'", lambda: gam_fast.SAM([weight], sync="Global")),
@@ -293,6 +294,23 @@ def test_arguments_are_checked():
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(-0.1, ValueError), (float("nan"), ValueError), ("0.1", TypeError), (None, TypeError)]
+)
+def test_a_value_of_a_group_that_was_changed_is_checked_in_the_step(value, error):
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    optimizer.step(closure)
+    before = weight.detach().clone()
+    optimizer.param_groups[0]["rho"] = value
+    with pytest.raises(error, match=f"SAM: rho must .*, got {value!r}"):
+        optimizer.step(closure)
+    assert torch.equal(weight, before)
+    optimizer.param_groups[0]["rho"] = 0.1
+    optimizer.step(closure)
+    assert not torch.equal(weight, before)
 
 
 def test_rows_of_a_table_that_contradict_themselves_are_refused():

@@ -401,3 +401,12 @@ def test_an_error_in_one_of_two_undoes_both(method_name, how):
     with pytest.raises(Interruption if how == "error" else gam_fast.NonFiniteGradientError):
         train()
     torch.testing.assert_close(model.state_dict(), before, rtol=0.0, atol=0.0)
+
+
+def test_a_with_block_without_a_loop_is_warned_of():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1)
+    said = pytest.warns(UserWarning, match=r"ran no pass, and no step was taken: write `for turn in turns:`")
+    with said, optimizer.passes():
+        weight.sum().backward()
+    assert torch.equal(weight, torch.ones(2))

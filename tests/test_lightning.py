@@ -13,7 +13,7 @@ import pytest
 import torch
 from frameworks import GAM, by_hand, loader, net, spoil
 from lightning.fabric.utilities import registry
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import same_on_all_ranks
@@ -157,6 +157,27 @@ def test_the_callback_finds_accumulation_that_begins_later():
     with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=2"):
         fit(module, callbacks=[SharpnessAwareCallback(), GradientAccumulationScheduler({1: 2})])
     assert len(module.losses) == 4
+
+
+class Skipping(Module):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+def test_a_batch_for_which_there_is_no_loss_is_skipped():
+    module = Skipping()
+    fit(module, epochs=1)
+    assert module.calls == 3 * 4
+    assert module.trainer.optimizers[0].skipped_steps == 0
+
+
+def test_averaged_weights_get_their_statistics_in_an_epoch_without_steps():
+    module = Module()
+    averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    fit(module, callbacks=[SharpnessAwareCallback(), averaging], epochs=3)
+    assert module.trainer.global_step == 3 * len(loader()) + 1  # Lightning counts its call without a gradient
+    assert module.trainer.optimizers[0].skipped_steps == 0
 
 
 @pytest.fixture
