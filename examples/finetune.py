@@ -25,7 +25,7 @@ import gam_fast
 try:
     import peft
     import transformers
-except ImportError as error:
+except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
     sys.exit(f"{error}\nthis example needs more packages: pip install peft transformers")

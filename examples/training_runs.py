@@ -75,7 +75,8 @@ def parse(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="write checkpoints here, and continue from one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and figures here, at the end")
-    choices = {**choices, "method": [*bases, *(name for name in gam_fast.recipes.RECIPES if name != "Base")]}
+    methods = [name for name in gam_fast.recipes.RECIPES if name not in ("Base", "FedLESAM")]  # this needs two models
+    choices = {**choices, "method": [*bases, *methods]}
     columns = [column for column in fields(next(iter(presets.values()))) if column.name != "hyper"]
     for column in columns:
         name = "--" + column.name.replace("_", "-")
@@ -115,7 +116,7 @@ def wrap(
         options["interval"] = settings.interval
         if settings.ascent_share < 1.0:
             options["ascent_share"] = settings.ascent_share
-        if settings.late < 1.0:
+        if settings.late != 1.0:
             options["active"] = gam_fast.active.Late(settings.late, total_steps=total_steps)
     options |= settings.hyper
     return method(params, base, model=model, backend=settings.backend, **options)

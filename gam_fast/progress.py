@@ -131,7 +131,8 @@ class Progress:
                 "passes computes its own. Call no backward() before step(closure) or passes(); to accumulate over "
                 "micro-batches, have all of them in every pass, by optimizer.micro_batches() (Lightning's "
                 "accumulate_grad_batches and accelerator.accumulate() show the step the last of them only). Where they "
-                "are of something else, zero_grad() says so",
+                "are of something else, zero_grad() says so. (clip_grad_norm_() after a step has no effect: clip by "
+                "clip_grad_norm= of the constructor)",
                 stacklevel=frames_of_libraries(),
             )
 
