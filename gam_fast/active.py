@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -104,9 +103,6 @@ class Late(Activity):
         ValueError: out of range.
         TypeError: a value that is not a number.
 
-    Warns:
-        UserWarning: a step beyond ``total_steps``, once.
-
     >>> rule = Late(0.3, total_steps=10)
     >>> [step for step in range(10) if rule.before(step)]
     [7, 8, 9]
@@ -123,12 +119,6 @@ class Late(Activity):
 
     def before(self, step: int) -> bool:
         """Return whether the step is one of the last."""
-        if step == self.total_steps:
-            warnings.warn(
-                f"step {step + 1} of a run of total_steps={self.total_steps}: it counts steps, not epochs "
-                "(epochs * len(loader))",
-                stacklevel=2,
-            )
         return step >= self.total_steps - round(self.share * self.total_steps)
 
 

@@ -204,12 +204,13 @@ class ForwardState:
 
     def _look_around(self) -> None:
         """Watch the buffers of modules within reach of the calling code that hold our parameters, beside the model."""
-        ours, known = set(map(id, self._params)), set(self._modules)
+        ours, given = set(map(id, self._params)), self._model
+        known = self._taken | set(map(id, given.modules() if given is not None else ()))
         for model in modules_in_reach(self._params):
             for prefix, module in model.named_modules():
                 trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-                if module in known or not ours.issuperset(map(id, trained)):
-                    continue  # another optimizer trains it
+                if id(module) in known or not ours.issuperset(map(id, trained)) or (given is not None and not trained):
+                    continue  # another step restores it, or another optimizer trains it
                 for name, tensor in module._buffers.items():
                     place = Place(tensor, module._buffers, name)
                     if tensor is None or can_be_copied(tensor):

@@ -34,7 +34,7 @@ class SkipStep(Exception):
 
 
 class NothingToDo(SkipStep):
-    """Abort a step because its first pass has no gradient."""
+    """Abort a step because its first pass has no gradient; what its forward drew and wrote stays."""
 
 
 class FiniteWatch:
@@ -51,12 +51,14 @@ class FiniteWatch:
         at_end: whether the caller checks by :meth:`is_finite`, when the processes of a local step agree.
 
     Attributes:
+        since: the time at which a loop began, in which a framework may call ``scaler.step(optimizer)``; or ``None``.
         waits: True if :meth:`confirm` has to be called.
     """
 
     def __init__(self, recipe: Recipe, policy: str, device: torch.device, *, on_host: bool, at_end: bool) -> None:
         self.looks = policy != "ignore"
         self.scale: LossScale | GivenScale | None = None
+        self.since: int | None = None
         self._recipe = recipe
         self._policy = policy
         self._device = device
@@ -90,7 +92,7 @@ class FiniteWatch:
         if finite:
             self._known_finite |= vectors
             return
-        if self.scale is None and pending():  # perhaps scaler.step(optimizer) follows in the last pass
+        if self.scale is None and self.since is not None and pending(self.since):  # perhaps scaler.step() follows
             self._at_once, self.waits = False, True
             self._totals.append(total)
             return

@@ -131,7 +131,7 @@ class AroundBase(Hooked):
             pre_hook(self)
         # A direction may be set before the base has made its state; SGD alone loads a state without its entries. A
         # step makes all other memories, and the base its state, if it has any.
-        early = () if all(isinstance(base, SGD) for base in members(self.base)) else ("direction",)
+        early = () if all(type(base) is SGD for base in members(self.base)) else ("direction",)
         with bases.without_memories(self.base.state, early):
             state_dict = self.base.state_dict()
         groups = bases.groups_in(state_dict) or []

@@ -401,11 +401,11 @@ class SharpnessAwareOptimizer(AroundBase):
     def _begin(self, scale: LossScale | None, *, by_loop: bool) -> Step:
         """Make a step whose passes compute their own gradients; the parameters are not touched yet."""
         self._refuse_nesting("passes()")
-        since = self._progress.unscaled_since
-        if since is not None and scale is None:  # the previous step was undone, perhaps because of an overflow
+        if (since := self._progress.unscaled_since) is not None and scale is None:  # perhaps undone by an overflow
             check_not_forgotten(since, self, self.recipe.passes)
-        self._progress.unscaled_since = now()
+        self._progress.unscaled_since = since = now()
         step = self._open(scale, by_loop=by_loop, own_gradients=True)
+        step.watch.since = since if by_loop else None
         GivenScale.drop(self)  # left by a failed call
         return step
 

@@ -442,6 +442,11 @@ def clear_weight_caches() -> None:
         cache.clear()
 
 
+def _has_memory_of(tensor: Tensor, param: Tensor) -> bool:
+    """Return whether the tensor is in the memory of ``param.grad``, which the user sees."""
+    return tensor.data_ptr() == local_gradient(param).data_ptr()
+
+
 @torch.no_grad()
 def materialise(block: ParameterBlock, direction: Direction) -> TensorList:
     """Restore θ and return the direction as tensors, stored in a held gradient's memory if there is one."""
@@ -450,9 +455,8 @@ def materialise(block: ParameterBlock, direction: Direction) -> TensorList:
     if len(direction.terms) == 1 and plain:
         block.backend.restore(leaves)
         return out
-    present = next(((owner, x) for owner, x in zip(block.owners, out, strict=True) if owner.grad is not None), None)
-    is_seen = present is not None and local_gradient(present[0]).data_ptr() == present[1].data_ptr()  # by the user
-    if len(direction.terms) == 1 or is_seen:
+    pairs = zip(block.owners, out, strict=True)
+    if len(direction.terms) == 1 or any(p.grad is not None and _has_memory_of(x, p) for p, x in pairs):
         out = [torch.empty_like(part, dtype=leaves.vectors) for part in leaves.params]
     block.backend.direction(leaves, direction, out)
     return out

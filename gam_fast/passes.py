@@ -85,7 +85,7 @@ class PassDriver:
 
     def close(self, error: BaseException | None) -> None:
         """End the step at the end of a context manager."""
-        if self._step is None and error is None and not self.ended:
+        if self._step is None and error is None and not (self.ended or self._owner._progress.left_by):
             warnings.warn(
                 "the block of `with optimizer.passes() as turns` ran no pass, and no step was taken: write "
                 "`for turn in turns:` in it",

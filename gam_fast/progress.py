@@ -157,9 +157,9 @@ class Progress:
                 stacklevel=frames_of_libraries(),
             )
         accelerate = sys.modules.get("accelerate.state")
-        if accelerate is not None and not (step.accumulates or self.warned_of_accumulation):
+        if accelerate is not None and not (step.accumulates or step.by_loop or self.warned_of_accumulation):
             count = accelerate.GradientState._shared_state.get("plugin_kwargs", {}).get("num_steps", 1)
-            if count > 1:
+            if count > 1 and step.recipe.passes > 1 and _is_called_by("accelerate.optimizer"):
                 self.warned_of_accumulation = True
                 warnings.warn(
                     f"gradient_accumulation_steps={count} of Accelerate shows a step of {name} the last micro-batch "
@@ -184,6 +184,14 @@ class Progress:
                 "over passes() or the closure",
                 stacklevel=frames_of_libraries(),
             )
+
+
+def _is_called_by(module: str) -> bool:
+    """Return whether a function of the module is running."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
 
 
 def first_gradient(groups: Iterable[dict[str, Any]]) -> Tensor | None:

@@ -137,6 +137,7 @@ class Step:
         if self.phase in OVER:
             return False
         undone, idle = self.phase != "updated", self.phase == "idle"
+        stays_drawn = isinstance(error, NothingToDo)  # a forward alone, as without the step
         # A Ctrl-C inside no_grad() or set_grad_enabled() itself, here or before, would leave gradients disabled.
         # (Not if a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
         stays = error is None or isinstance(error, GeneratorExit)
@@ -148,9 +149,9 @@ class Step:
         finally:
             try:
                 self._others.close(undone=undone)
-                self.state.exit(undo=undone)
+                self.state.exit(undo=undone and not stays_drawn)
                 if self._rng is not None:
-                    self._rng.__exit__(GeneratorExit if undone else None, error, None)
+                    self._rng.__exit__(GeneratorExit if undone and not stays_drawn else None, error, None)
             finally:
                 torch._C._set_grad_enabled(grad_enabled)
                 self.phase = "undone" if undone else "taken"

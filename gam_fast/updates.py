@@ -21,7 +21,7 @@ from .backends.eager import EagerBackend
 from .bases import Chain, members, without_memories
 from .distributed import local, spread
 from .hooks import step_of_base
-from .ownership import lies_as, may_be_part, take_gradients
+from .ownership import lies_as, may_be_part, parts_of_buffers, take_gradients
 from .parameters import ParameterBlock, materialise
 
 Directions: TypeAlias = "list[tuple[ParameterBlock, Direction]]"
@@ -253,11 +253,21 @@ def apply(
         done = True
         return [owner for block, _ in directions for owner in block.owners if owner.grad is None]
     finally:
-        for param, grad in grads:
-            if copy or not done:
+        if copy or not done:
+            for param, grad in grads:
                 param.grad = grad
-            elif grad is not None and param.grad is not None and param.grad is not grad and may_be_part(grad):
-                param.grad = grad.copy_(param.grad)  # in the buffer that it is part of
+        else:
+            _put_into_buffers(grads)
+
+
+def _put_into_buffers(grads: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Copy what hooks have left to the gradients from before, where these are parts of other code's buffers."""
+    views = [(param, grad) for param, grad in grads if grad is not None and may_be_part(grad)]
+    are_parts = parts_of_buffers([grad for _, grad in views])
+    for (param, grad), is_part in zip(views, are_parts, strict=True):
+        left = param.grad
+        if is_part and left is not None and left is not grad and left.layout is torch.strided:
+            param.grad = grad.copy_(left)
 
 
 def _set_gradients(block: ParameterBlock, grads: TensorList) -> None:

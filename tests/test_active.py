@@ -441,16 +441,3 @@ def test_interval_and_rules_may_be_set_between_steps():
 def test_what_is_no_rule_is_refused(make_it, error, message):
     with pytest.raises(error, match=message):
         gam_fast.SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, lr=0.1, **make_it())
-
-
-def test_a_run_longer_than_its_total_steps_is_warned_of_once():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = gam_fast.SAM([weight], torch.optim.SGD, lr=0.1, active=Late(0.5, total_steps=2))
-
-    def step():
-        optimizer.step(lambda: weight.square().sum().backward())
-
-    step(), step()
-    with pytest.warns(UserWarning, match=r"step 3 of a run of total_steps=2: it counts steps, not epochs"):
-        step()
-    step()

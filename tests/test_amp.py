@@ -339,9 +339,24 @@ def test_a_forgotten_scaler_is_noticed_where_its_steps_overflow():
     def closure():
         (scaler.scale(loss_of(model, *batches[0])) * float("inf")).backward()
 
-    with unchanged(model, optimizer), pytest.raises(RuntimeError, match="a loss was scaled in a step by a GradScaler"):
+    optimizer.step(closure)
+    assert optimizer.skipped_steps == 1
+    with pytest.raises(RuntimeError, match="a loss was scaled in a step by a GradScaler"):
         optimizer.step(closure)
-    assert optimizer.skipped_steps == 0
+    assert optimizer.skipped_steps == 1
+    with unchanged(model, optimizer), pytest.raises(RuntimeError, match="a loss was scaled in a step by a GradScaler"):
+        _ = [closure() for _ in optimizer.passes()]  # a loop waits for scaler.step(optimizer)
+    assert optimizer.skipped_steps == 1
+
+
+def test_a_pending_scaler_of_something_else_puts_off_no_check():
+    model, optimizer, batches = setting("sam", on_nonfinite="skip")
+    pending, passes = that_scaled(nn.Parameter(torch.ones(2))), 0
+    for turn in optimizer.passes():
+        passes = turn.index + 1
+        (loss_of(model, *batches[0]) * float("inf")).backward()
+    assert (passes, optimizer.skipped_steps) == (1, 1)
+    assert pending.get_scale() > 0
 
 
 @pytest.mark.parametrize(("method_name", "at"), PASSES)

@@ -103,6 +103,20 @@ def test_gradients_in_a_buffer_stay_there_if_hooks_and_clipping_make_others(meth
             torch.testing.assert_close(flat, last * (0.05 / (last.norm() + 1e-6)))
 
 
+def test_gradients_that_share_memory_and_belong_to_nobody_else_are_left_as_hooks_leave_them():
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in "ab")
+    optimizer = gam_fast.Base([a, b], torch.optim.SGD, lr=0.1)
+
+    def hook(*_):
+        for i, p in enumerate((a, b)):
+            p.grad = p.grad + i
+
+    optimizer.register_step_pre_hook(hook)
+    for _ in optimizer.passes():
+        (torch.cat([a, a]) + torch.cat([b, b])).sum().backward()
+    assert (a.grad.tolist(), b.grad.tolist()) == ([2.0, 2.0], [3.0, 3.0])
+
+
 @pytest.mark.parametrize("how", ["error", "break"])
 def test_gradients_in_a_buffer_stay_there_in_an_undone_step(how):
     model, optimizer, [(x, y), *_], params, flat = with_buffer()

@@ -34,8 +34,6 @@ class SharpnessAwareCallback(Callback):
     - ``accumulate_grad_batches`` with automatic optimization, which passes only the last batch to a step;
     - ``precision="16-mixed"`` with automatic optimization, which evaluates the closure once.
 
-    A ``training_step`` that returns ``None`` in the first pass skips the batch, as with any optimizer.
-
     Lightning calls ``training_step`` once per pass. In all passes but the first, the values that it logs and the
     metrics that it updates belong to perturbed weights. Write ``if gam_fast.first_pass(self.optimizers()):`` around
     them; it also works for other optimizers and in validation.
@@ -54,19 +52,25 @@ class SharpnessAwareCallback(Callback):
         """Set the optimizers' ``model``; check the settings."""
         for optimizer in _flat(trainer):
             optimizer.model = trainer.strategy.model
-            # Lightning calls backward, unless training_step returns None or weights are averaged
-            optimizer._options["skips_empty"] = pl_module.automatic_optimization
         self._check(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check the settings, which other callbacks may change (``GradientAccumulationScheduler``)."""
         self._check(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what held for the run only."""
+        for optimizer in _flat(trainer):
+            optimizer._options["skips_empty"] = False
+
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = _flat(trainer)
         if not found or not pl_module.automatic_optimization:
             return
-        if getattr(trainer.fit_loop, "_skip_backward", False):  # StochasticWeightAveraging's last epoch takes no steps
+        skips = getattr(trainer.fit_loop, "_skip_backward", False)  # in the last epoch of StochasticWeightAveraging
+        for optimizer in found:
+            optimizer._options["skips_empty"] = skips
+        if skips:
             return
         name = type(found[0]).__name__
         several = max(optimizer.recipe.passes for optimizer in found) > 1
