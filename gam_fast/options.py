@@ -162,7 +162,7 @@ class Settings:
     difference: Difference | None = None
     """The automatic radius of the step."""
     skips_empty: bool = False
-    """Whether to skip a step whose first pass has no gradient, because a framework leaves backward out."""
+    """Skip a step whose first pass has no gradient, because a framework leaves backward out."""
 
     def check_capture(self, devices: Iterable[torch.device]) -> None:
         """Raise RuntimeError if a CUDA graph is being captured that could not repeat the step."""

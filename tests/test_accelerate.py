@@ -59,27 +59,16 @@ def test_the_closure_takes_the_steps_of_the_loop_in_bf16(options):
     assert_equal(accelerator.unwrap_model(model), by_hand(autocast=torch.bfloat16, **options)[0])
 
 
-def test_the_loop_form_takes_the_steps_of_the_loop_with_micro_batches():
-    accelerator = Accelerator(cpu=True)
+@pytest.mark.parametrize("divides", [1, 2], ids=["the loop divides", "Accelerate divides"])
+def test_the_loop_form_takes_the_steps_of_the_loop_with_micro_batches(divides):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=divides)
     model, flat, _, batches = prepared(accelerator)
     for _ in range(2):
         epoch = list(batches)
         for pair in (epoch[:2], epoch[2:]):
             for _turn in flat.passes():
                 for x, y in flat.micro_batches(pair):
-                    accelerator.backward(F.cross_entropy(model(x), y) / 2)
-    assert_equal(accelerator.unwrap_model(model), by_hand(accumulate=2)[0])
-
-
-def test_micro_batches_take_the_division_of_accelerate():
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, flat, _, batches = prepared(accelerator)
-    for _ in range(2):
-        epoch = list(batches)
-        for pair in (epoch[:2], epoch[2:]):
-            for _turn in flat.passes():
-                for x, y in flat.micro_batches(pair):
-                    accelerator.backward(F.cross_entropy(model(x), y))
+                    accelerator.backward(F.cross_entropy(model(x), y) / (2 / divides))
     assert_equal(accelerator.unwrap_model(model), by_hand(accumulate=2)[0])
 
 
