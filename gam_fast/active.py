@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeAlias
 
 from .recipe import Recipe
+from .turn import frames_of_libraries
 
 STEPS = "flat_steps"
 """The key in ``param_groups`` for the number of steps taken; present only if steps differ."""
@@ -51,7 +53,7 @@ class Between(Activity):
     Args:
         start: a step, counted from 0, or (a float) a fraction of the run.
         stop: the same; ``None`` for the end of the run.
-        total_steps: steps of the run, which fractions need.
+        total_steps: steps of the optimizer in the whole run, which fractions need. The first step beyond them warns.
 
     Raises:
         ValueError: negative, a fraction above 1, a fraction without ``total_steps``, or ``stop`` before ``start``.
@@ -97,7 +99,7 @@ class Late(Activity):
 
     Args:
         share: the fraction of the steps that take the whole recipe, from 0.0 to 1.0.
-        total_steps: steps of the run.
+        total_steps: steps of the optimizer in the whole run: epochs × batches. The first step beyond them warns.
 
     Raises:
         ValueError: out of range.
@@ -360,7 +362,17 @@ class StepSchedule:
         return (self.interval == 1 or (step + (not first)) % self.interval == 0) and self.allows(step)
 
     def choose(self, recipe: Recipe, step: int) -> Recipe:
-        """Return the recipe of the step: the whole one, the one for the steps between, or the base optimizer alone."""
+        """Return the recipe of the step: the whole one, the one for the steps between, or the base optimizer alone.
+
+        Warn at the first step beyond the ``total_steps`` of a rule.
+        """
+        for rule in self._rules:
+            if getattr(rule, "total_steps", None) == step:
+                warnings.warn(
+                    f"{step} steps are over, and this one is beyond total_steps of {rule}: total_steps counts steps of "
+                    "the optimizer, which are epochs * len(loader), not epochs",
+                    stacklevel=frames_of_libraries(),
+                )
         between = recipe.between
         if self.wants(step, first=between is not None):
             return recipe

@@ -133,6 +133,16 @@ def test_ranges(rule, expected):
     assert [k for k, count in enumerate(counts) if count == 2] == expected
 
 
+@pytest.mark.parametrize("rule", [Late(0.5, total_steps=2), [Between(0.5, total_steps=2)]])
+def test_a_run_that_is_longer_than_a_rule_was_told_warns_once(rule):
+    model, optimizer, batches = build("sam", active=rule, interval=2)
+    rows = data(batches)
+    train(model, optimizer, rows[:2])
+    with pytest.warns(UserWarning, match=r"2 steps are over, .*beyond total_steps of .*total_steps=2\): .*not epochs"):
+        train(model, optimizer, rows[2:3])
+    train(model, optimizer, rows[3:])
+
+
 def test_a_probability_draws_from_nobody_elses_generator():
     states = random.getstate(), torch.get_rng_state()
     rule = Sometimes(0.3, seed=7)
