@@ -6,6 +6,7 @@ It is a class with its arguments, an instance, or a list of instances (Muon for 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -59,8 +60,9 @@ def build_base(params: Iterable[Any] | None, base_optimizer: Given, arguments: d
 def _check(base: Optimizer) -> None:
     if not isinstance(base, Optimizer) or isinstance(base, Hooked):
         raise TypeError(f"base_optimizer must make a torch optimizer that is not one of gam_fast, got {base!r}")
-    if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
-        why = "evaluates its own closure" if isinstance(base, torch.optim.LBFGS) else "needs sparse gradients"
+    is_sparse = isinstance(base, torch.optim.SparseAdam)
+    if is_sparse or isinstance(base, torch.optim.LBFGS) or _needs_closure(base):
+        why = "needs sparse gradients" if is_sparse else "evaluates its own closure"
         raise TypeError(
             f"{type(base).__name__} cannot be the base optimizer, because it {why}; use SGD, AdamW or another"
         )
@@ -69,6 +71,16 @@ def _check(base: Optimizer) -> None:
             f"{type(base).__name__} with overlap_with_ddp=True cannot be the base optimizer, because it steps in the "
             "backward pass; leave that out"
         )
+
+
+def _needs_closure(base: Optimizer) -> bool:
+    try:
+        inspect.signature(base.step).bind()
+    except TypeError:
+        return True
+    except ValueError:  # a builtin has no signature
+        pass
+    return False
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ class ForwardState:
 
     def _find(self, *, with_trained: bool, several: bool) -> None:
         """Find all places, and copy their values, small ones first, as far as memory allows."""
-        exempt, ours = self._exempt(), set(map(id, self._params))
+        exempt = self._exempt()
         buffers = [
             Place(tensor, own, name, moves=tensor is not None and module.training and name in STATISTICS)
             for module in self._modules
@@ -157,9 +157,17 @@ class ForwardState:
             if (id(own), name) not in exempt
         ]
         buffers = [place for place in buffers if place.tensor is None or can_be_copied(place.tensor)]
-        params = [Place(param, position=i) for i, param in enumerate(self._params)]
-        of_model = (param for module in self._modules for param in module._parameters.values())
-        params += map(Place, dict.fromkeys(p for p in of_model if p is not None and id(p) not in ours))
+        others = {
+            id(param): Place(param, own, name)
+            for module in reversed(self._modules)
+            for own in [module._parameters]
+            for name, param in own.items()
+            if param is not None
+        }
+        params = [others.pop(id(param), Place(param)) for param in self._params]
+        for i, place in enumerate(params):
+            place.position = i
+        params += others.values()
         params = [place for place in params if with_trained or not place.tensor.requires_grad]
         params = [place for place in params if can_be_copied(place.tensor)]
         self._places, self._buffers = buffers + params, len(buffers)
@@ -281,7 +289,7 @@ class ForwardState:
 
     def _drop_trained(self) -> list[Place]:
         """Drop the places of parameters with a gradient. Return the dropped places of this optimizer."""
-        rest = [place for place in self._places[self._buffers :] if place.tensor.grad is not None]
+        rest = [p for p in self._places[self._buffers :] if getattr(p.tensor, "grad", None) is not None]
         trained = [place for place in rest if place.position >= 0 or place.tensor.requires_grad]
         if trained:
             gone = set(trained)

@@ -200,7 +200,7 @@ class AroundBase(Hooked):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyper(group)
-        check_params(group["params"])
+        check_params(group["params"], perturbed=self.recipe.moves)
         taken = (name for member in members(self.base) for name in member.defaults)
         check_keys(
             type(self).__name__,

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,9 +27,11 @@ from .capture import refuse_to_look
 from .radius import Difference
 from .recipe import Recipe
 from .rng import ReplayRNG
+from .turn import frames_of_libraries
 
 OPTIONS = """\
-model: the module being trained. If given, everything that its forward writes into it moves once per step: buffers of
+model: the module being trained, or ``ModuleList([...])`` of several: also a loss or a teacher, if the body runs it and
+    it has buffers that move. If given, everything that its forward writes into it moves once per step: buffers of
     any name (running statistics, ``_u`` of spectral norm, observers, codebooks, queues) and parameters that are not
     trained (momentum encoders). All passes see the values at the start, and an undone step leaves no trace. Parameters
     of the model that are not in ``params`` get the gradient of the first pass, not the sum over all passes.
@@ -325,8 +328,10 @@ def patterns(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_params(params: Any) -> None:
+def check_params(params: Any, *, perturbed: bool = True) -> None:
     """Refuse parameters that no step can handle; torch checks the rest.
+
+    Warn of memory that is shared with other processes if steps perturb the parameters.
 
     Raises:
         TypeError: a complex parameter.
@@ -354,6 +359,14 @@ def check_params(params: Any) -> None:
                 f"a parameter of shape {shape} is complex ({param.dtype}): optimize a real parameter and use "
                 "torch.view_as_complex of it in the model"
             )
+        if perturbed and type(param.data) is Tensor and param.is_cpu and param.is_shared():
+            warnings.warn(
+                "the parameters are in memory that other processes may share (model.share_memory(), or a model that "
+                "was sent to this process): they would see them perturbed, and restoring them undoes updates of other "
+                "processes. Train a copy (copy.deepcopy(model)) in each process, or use DistributedDataParallel",
+                stacklevel=frames_of_libraries(),
+            )
+            perturbed = False
 
 
 def check_keys(method: str, own: Sequence[str], known: Iterable[str], group: Mapping[str, Any]) -> None:

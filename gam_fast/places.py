@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 STATISTICS = ("running_mean", "running_var")
@@ -27,7 +27,7 @@ class Place:
     """A buffer or parameter that a forward may write to or replace."""
 
     tensor: Any  # at the start of a pass: a tensor, None, or ABSENT
-    own: Any = None  # the _buffers of its module; None for a parameter
+    own: Any = None  # the _buffers or _parameters of its module; None for a parameter of no known module
     name: str = ""
     position: int = -1  # index of a parameter among those of the optimizer
     version: int = -1
@@ -81,7 +81,8 @@ class Place:
     @property
     def may_be_trained(self) -> bool:
         """True if this is a parameter that requires a gradient."""
-        return self.own is None and bool(self.tensor.requires_grad)
+        is_parameter = self.position >= 0 or isinstance(self.tensor, nn.Parameter)
+        return is_parameter and bool(self.tensor.requires_grad)
 
 
 def trace(tensor: Any) -> tuple[int, int]:

@@ -377,9 +377,10 @@ class Step:
         if index == 0 and self.settings.skips_empty and not self.has_gradient:
             raise NothingToDo
         mend: str | None = (
-            "call backward() on the loss in every pass, in the closure or in the body of the loop over passes(). (A "
-            "backward() before step() does not count; an iterator that pass 0 has read to its end needs "
-            "optimizer.micro_batches(); with fully_shard, the optimizer is constructed after it)"
+            "call backward() on the loss in every pass, in the closure or in the body of the loop over passes(). (To "
+            "skip a batch, leave the loop by break. A backward() before step() does not count; an iterator that pass 0 "
+            "has read to its end needs optimizer.micro_batches(); with fully_shard, the optimizer is constructed after "
+            "it)"
         )
         if self.recipe.second_order:
             mend = "the loss does not depend on the parameters of this optimizer"

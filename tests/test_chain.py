@@ -293,6 +293,11 @@ def test_params_are_none_or_all_of_theirs():
     assert gam_fast.SAM(None, [alone]).base is alone
 
 
+class NeedsAClosure(torch.optim.SGD):
+    def step(self, closure):
+        return closure()
+
+
 def test_misuse_is_refused_in_words():
     weight, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     sgd = torch.optim.SGD([weight])
@@ -305,6 +310,7 @@ def test_misuse_is_refused_in_words():
         ([sgd, torch.optim.AdamW], TypeError, r"instances of torch optimizers, got <class.*Muon\(matrices, lr=0.02\)"),
         ([sgd, gam_fast.SAM([other])], TypeError, "not one of gam_fast"),
         ([sgd, torch.optim.LBFGS([other])], TypeError, "LBFGS cannot be the base optimizer"),
+        ([NeedsAClosure([other])], TypeError, "NeedsAClosure cannot be .*, because it evaluates its own closure"),
     ):
         with pytest.raises(error, match=message):
             gam_fast.GAM(None, members)

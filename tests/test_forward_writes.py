@@ -97,8 +97,10 @@ class Momentum(nn.Module):
 
 
 def move(how, key, query):
-    for k, q in zip(key.parameters(), query.parameters(), strict=True):
-        if how == "no_grad":
+    for (name, k), q in zip(list(key.named_parameters()), query.parameters(), strict=True):
+        if how == "replaced":  # as the best known notebook of a VQ-VAE moves its codebook
+            setattr(key, name, nn.Parameter(k * 0.9 + q.detach() * 0.1, requires_grad=k.requires_grad))
+        elif how == "no_grad":
             with torch.no_grad():
                 k.mul_(0.9).add_(q, alpha=0.1)
         elif how == "lerp":  # which leaves equal ones bit for bit as they are
@@ -130,9 +132,10 @@ KINDS = {
 }
 ENCODERS = {
     f"{how}{', requires_grad' if requires_grad else ''}": (how, requires_grad)
-    for how in ("no_grad", "lerp", "data", "data_replaced")
+    for how in ("no_grad", "lerp", "data", "data_replaced", "replaced")
     for requires_grad in (False, True)
 }
+WITHOUT_MODEL = [encoder for encoder in ENCODERS if not encoder.startswith("replaced")]
 ALL = (*KINDS, *ENCODERS)
 
 
@@ -224,7 +227,7 @@ def test_parameters_that_are_not_trained_move_once_a_step(method_name, encoder):
     check_that_all_move_once(method_name, encoder)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", WITHOUT_MODEL)
 @pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_so_do_those_of_the_optimizer_without_a_model(method_name, encoder):
     check_that_all_move_once(method_name, encoder, model=None)
@@ -278,7 +281,7 @@ def test_an_undone_step_leaves_no_trace(method_name, kind):
     leave_in_each_pass(model, optimizer)
 
 
-@pytest.mark.parametrize("how", ["no_grad", "lerp", "data", "data_replaced"])
+@pytest.mark.parametrize("how", ["no_grad", "lerp", "data", "data_replaced", "replaced"])
 @pytest.mark.parametrize("method_name", ["base", "gam"])
 def test_a_teacher_that_the_body_of_the_loop_moves(method_name, how):
     model = build("no_grad")

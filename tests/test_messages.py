@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import pydoc
@@ -181,6 +182,20 @@ OTHERS = {
     "keyword": lambda *, x: (),
     "bound": functools.partial(lambda x, y: (), 1),
 }
+
+
+def test_memory_that_processes_share_is_warned_of_once():
+    model = nn.Linear(2, 3).share_memory()
+    gam_fast.Base(model.parameters(), torch.optim.SGD)  # moves nothing but by the update, as SGD does
+    optimizer = gam_fast.SAM(P, torch.optim.SGD)
+    for make_it in (
+        lambda: gam_fast.SAM(model.parameters(), torch.optim.SGD),
+        lambda: optimizer.add_param_group({"params": model.parameters()}),
+    ):
+        with pytest.warns(UserWarning, match="memory that other processes may share") as caught:
+            make_it()
+        assert len(caught) == 1
+    gam_fast.SAM(copy.deepcopy(model).parameters(), torch.optim.SGD)
 
 
 @pytest.mark.parametrize(("table", "name"), [(t, name) for t in ("WITHOUT", "WITH") for name in globals()[t]])
