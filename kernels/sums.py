@@ -75,9 +75,17 @@ def totals(parts, starts, out, SUMS: tl.constexpr, BLOCK: tl.constexpr):
     group = tl.program_id(0)
     first = tl.load(starts + group)
     last = tl.load(starts + group + 1)
-    for k in tl.static_range(SUMS):
-        total = tl.zeros((BLOCK,), tl.float64)
-        for at in range(first, last, BLOCK):
-            piece = at + tl.arange(0, BLOCK)
-            total += tl.load(parts + SUMS * piece + k, mask=piece < last, other=0.0)
-        tl.store(out + SUMS * group + k, tl.sum(total))
+    uu = tl.zeros((BLOCK,), tl.float64)
+    um = uu
+    mm = uu
+    for at in range(first, last, BLOCK):  # all sums in one loop: a single program waits for each of its reads
+        piece = at + tl.arange(0, BLOCK)
+        inside = piece < last
+        uu += tl.load(parts + SUMS * piece, mask=inside, other=0.0)
+        if SUMS == 3:
+            um += tl.load(parts + SUMS * piece + 1, mask=inside, other=0.0)
+            mm += tl.load(parts + SUMS * piece + 2, mask=inside, other=0.0)
+    tl.store(out + SUMS * group, tl.sum(uu))
+    if SUMS == 3:
+        tl.store(out + SUMS * group + 1, tl.sum(um))
+        tl.store(out + SUMS * group + 2, tl.sum(mm))

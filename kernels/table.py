@@ -27,8 +27,12 @@ BLOCK_OF_SUMS`` = 8 products; everything else is added in fp64. This is not tune
 THREADS_OF_SUMS = 128
 """Threads per program of sums: each loads 16 bytes of a 16-bit block at once, 32 of fp32. Not tuned either."""
 
-BLOCK_OF_TOTALS = 1024
+BLOCK_OF_TOTALS = 4096
 """Pieces whose sums a group's program adds up at once. 10⁹ elements have 122,000 pieces."""
+
+THREADS_OF_TOTALS = 1024
+"""Threads of that program. With 128 threads and 1024 pieces at once, an H200 took 1.9 µs for each 1024 pieces: 20 µs
+of the 115 of the norm of 10⁸ numbers."""
 
 GROUP, OPTION, PACKED, HEADER = range(4)
 

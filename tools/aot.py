@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from gam_fast.kernels import formulas, moves, sums, updates
-from gam_fast.kernels.table import BLOCK_OF_TOTALS, DTYPES, FORMULAS, HEADER, SUMS
+from gam_fast.kernels.table import BLOCK_OF_TOTALS, DTYPES, FORMULAS, HEADER, SUMS, THREADS_OF_TOTALS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -203,7 +203,7 @@ def check(name: str, *, quick: bool = False, of_updates: Shape = OF_UPDATES) -> 
             result.append((f"{variant.name}, {dtype}, {shape.block}/{shape.threads}", found, wrong))
     for count in (1, SUMS):
         constants = {"SUMS": count, "BLOCK": BLOCK_OF_TOTALS}
-        found = compile_for(sums.totals, constants, OF_SUMS.threads, target)
+        found = compile_for(sums.totals, constants, THREADS_OF_TOTALS, target)
         result.append((f"totals of {count}", found, "uses local memory" if found.local else ""))
     return result
 

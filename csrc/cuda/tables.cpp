@@ -57,6 +57,7 @@ void Tables::begin(const List* lists, int count, const int32_t* option) {
 Table Tables::finish() {
   const Stream stream = current_stream();
   const auto* pieces = reinterpret_cast<const Piece*>(fixed(stream));
+  static_assert(sizeof(Piece) % alignof(int64_t) == 0, "the starts follow the pieces in memory");
   starts_on_device_ = reinterpret_cast<const int64_t*>(pieces + pieces_.size());
   return {pieces, on_device(stream), row_bytes_};
 }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, THREADS_OF_SUMS
+from ..kernels.table import BLOCK_OF_SUMS, BLOCK_OF_TOTALS, THREADS_OF_SUMS, THREADS_OF_TOTALS
 from .tables import Argument, Prepared
 
 
@@ -55,7 +55,7 @@ def launch(kernel: Any, prepared: Prepared, *arguments: object, is_sum: bool = F
 
 def launch_totals(kernel: Any, prepared: Prepared, parts: Tensor, starts: Tensor, found: Tensor) -> None:
     """Start the kernel that adds up the parts of each group, with one program per group."""
-    warps = OF_SUMS.threads // prepared.warp
+    warps = THREADS_OF_TOTALS // prepared.warp
     groups = starts.numel() - 1
     start(kernel, groups, parts, starts, found, SUMS=found.size(1), BLOCK=BLOCK_OF_TOTALS, warps=warps)
 
