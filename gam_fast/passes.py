@@ -12,10 +12,11 @@ import ctypes
 import dis
 import gc
 import sys
+import threading
 import warnings
 from collections.abc import Generator, Iterator
 from types import CodeType, FrameType, TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from .amp import LossScale
 from .progress import Progress
@@ -36,11 +37,17 @@ class Owner(Protocol):
         """End the step."""
 
 
+class _Failed(threading.local):
+    """Frame and instruction of the loop in which a step last failed; a ``zip`` around it did not end normally."""
+
+    at: tuple[int, int] | None = None
+
+
+_failed = _Failed()
+
+
 class PassDriver:
     """Drives the step of one loop, or of several loops that share its passes."""
-
-    failed: ClassVar[tuple[int, int] | None] = None
-    """Frame and instruction of the loop in which a step last failed; a ``zip`` around it did not end normally."""
 
     def __init__(self, owner: Owner, scale: LossScale | None) -> None:
         self._owner = owner
@@ -221,14 +228,14 @@ def _in_loop(drive: PassDriver) -> Generator[Turn, None, None]:
     if code.co_varnames[:1] == (".0",):
         _leave_to_the_stack(frame)
     del frame  # the frame holds the loop
-    PassDriver.failed = None
+    _failed.at = None
     try:
         while True:
             drive.loop = mine
             try:
                 turn = drive.next_pass()
             except BaseException:
-                PassDriver.failed = place, at
+                _failed.at = place, at
                 raise
             if turn is None:
                 return
@@ -247,7 +254,7 @@ def _how_left(frame: FrameType, code: CodeType, place: int, at: int) -> str | No
     if id(frame) != place or frame.f_code is not code:
         return None
     if frame.f_lasti == at:
-        return "error" if PassDriver.failed == (place, at) else "end"
+        return "error" if _failed.at == (place, at) else "end"
     instruction = dis.opname[frame.f_code.co_code[frame.f_lasti]]
     if instruction.startswith(_NAMED):
         return None
