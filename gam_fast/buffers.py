@@ -9,11 +9,11 @@ see its new value.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,13 @@ from .models import modules_in_reach
 from .places import ABSENT, STATISTICS, Place, can_be_copied, copied, copy_all, differing, size_of, write
 
 _PROCESS = os.getpid()
+_IS_TRAINED = operator.attrgetter("requires_grad")
 
 LEAST_BYTES = 64 << 20
 """Bytes that the copies of the first step may always take, even if the trained parameters take less."""
 
-_under_way: WeakSet[ForwardState] = WeakSet()
-"""The states of all steps in progress."""
+_under_way: dict[int, list[nn.Module]] = {}
+"""The modules of each step in progress. Copy it by ``list()`` to iterate: other threads take steps too."""
 
 
 def modules_of(model: nn.Module | None) -> list[nn.Module]:
@@ -113,7 +114,8 @@ class ForwardState:
         self._begun = self._looked = self._returned = self._settled = self._keep_last = False
         self._elsewhere: list[tuple[str, Place]] = []
         # except those handled by an enclosing step: two optimizers may step in lockstep over a model
-        self._taken = {id(module) for state in _under_way for module in state._modules} if len(_under_way) else set()
+        others = list(_under_way.values())
+        self._taken = {id(module) for modules in others for module in modules} if others else set()
         self._modules = self._own_modules() if model is not None else []
         layout = self._at_entry = self._layout_of(self._modules)
         self._learning = layout != self._layout or (several and not self._learnt_several)
@@ -132,7 +134,7 @@ class ForwardState:
         self._entered = True
         self.active = self._learning or bool(self._places)
         if self._modules:
-            _under_way.add(self)
+            _under_way[id(self)] = self._modules
 
     def _own_modules(self) -> list[nn.Module]:
         modules = modules_of(self._model)
@@ -140,7 +142,7 @@ class ForwardState:
 
     def _layout_of(self, modules: list[nn.Module]) -> Any:
         """Return a key: if it changes, find places anew. It has modules, modes, buffer names and frozen parameters."""
-        frozen = [param.requires_grad for param in self._params]
+        frozen = list(map(_IS_TRAINED, self._params))
         if not modules:
             return frozen, [], []
         names = [(id(own), *own.keys()) for module in modules if (own := module._buffers)]
@@ -393,6 +395,7 @@ class ForwardState:
         """End the step; with ``undo``, restore the values at entry."""
         if not self._entered:
             return
+        _under_way.pop(id(self), None)
         if undo and (self.active or self._modules):
             with torch.set_grad_enabled(False):
                 self._drop_trained()
@@ -402,8 +405,6 @@ class ForwardState:
         elif self.active:
             self.settle()
         self._entered = self.active = False
-        if self._modules:
-            _under_way.discard(self)
         for place in self._places:
             place.first, place.then, place.after, place.entry = False, None, None, None
             if self._capturing or not place.keeps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, TypeAlias
 
 from .recipe import MEMORY, MOMENTUM, NOISE, Coefficient, Fold, Perturbation, Recipe, Value, value_of
@@ -41,7 +42,8 @@ class Coefficients:
     """
 
     def __init__(self, recipe: Recipe, groups: Sequence[dict[str, Any]], hyper: Sequence[dict[str, Any]]) -> None:
-        self._made_of = recipe, list(hyper), list(map(_MAXIMIZES, groups))
+        # copies: a list or tensor may be changed in place
+        self._made_of = recipe, deepcopy(list(hyper)), list(map(_MAXIMIZES, groups))
         for h in hyper:  # values may have changed since construction
             for name, value in h.items():
                 is_usual = hasattr(value, "item") or (isinstance(value, float) and value >= 0.0 and value < math.inf)

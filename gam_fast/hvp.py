@@ -245,7 +245,7 @@ def multiply(blocks: StepParameters, index: int, graph: list[Tensor | None], tot
     """
     units: dict[Tensor, Tensor] = {}
     for block in blocks.all:
-        scale = scalars.steps([1.0 if block.perturbed else 0.0], sums.on(total, block.leaves.params[0].device))[0]
+        scale = scalars.steps([1.0 if block.perturbed else 0.0], sums.on(total, block.params[0].device))[0]
         units.update(zip(block.owners, scaled(list(block.grads[index]), scale), strict=True))
     pairs = [(param, grad) for param, grad in zip(blocks.params, graph, strict=True) if grad is not None]
     params = [param for param, _ in pairs]
@@ -259,6 +259,6 @@ def multiply(blocks: StepParameters, index: int, graph: list[Tensor | None], tot
     units.clear()
     for block in blocks.all if keep else ():
         block.grads[index] = []  # one reference less, so that the gradients can be taken over
-        block.grads[index] = block.backend.bookkeeping.take_gradients(block.leaves.params, keep=True)
+        block.grads[index] = block.backend.bookkeeping.take_gradients(block.params, keep=True)
     for param, value in zip(params, products, strict=True):
         param.grad = torch.zeros_like(param) if value is None else as_like(value, param)

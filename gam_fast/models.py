@@ -24,7 +24,7 @@ DEPTH = 3
 """Search depth from a name: 3 reaches a model in a list in an attribute of ``self``."""
 
 RUNNING: dict[int, Sequence[Tensor]] = {}
-"""The parameters of each step in progress: steps of several optimizers may interleave."""
+"""The parameters of each step in progress: steps of several optimizers may interleave, also of several threads."""
 
 
 @dataclass
@@ -256,10 +256,13 @@ class OtherGradients:
 
     def close(self, *, undone: bool) -> None:
         """End the step; if it was undone, restore all gradients."""
-        if undone and self._before is not None:
-            self._give_back(self._before)
-        RUNNING.pop(id(self), None)
-        CLOSED.steps += 1
+        try:
+            if undone and self._before is not None:
+                self._give_back(self._before)
+        finally:
+            self._before = self._first = None  # copies of gradients, which the loop's variable would keep alive
+            RUNNING.pop(id(self), None)
+            CLOSED.steps += 1
 
     def _give_back(self, held: dict[Tensor, Held]) -> None:
         with torch.no_grad():
@@ -269,6 +272,6 @@ class OtherGradients:
     def _mine(self) -> Sequence[Tensor]:
         """Return the parameters without those of other steps in progress, which handle the gradients themselves."""
         if len(RUNNING) > 1:
-            taken = {id(param) for key, params in RUNNING.items() if key != id(self) for param in params}
+            taken = {id(param) for key, params in list(RUNNING.items()) if key != id(self) for param in params}
             self.params = [param for param in self.params if id(param) not in taken]
         return self.params

@@ -46,16 +46,15 @@ def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[st
     for block in blocks.all:
         if not block.perturbed:
             continue
-        leaves = block.leaves
         wholes: Any = [owner.detach() for owner in block.owners]
         sizes: Any = [whole.norm(dtype=torch.promote_types(whole.dtype, torch.float32)) for whole in wholes]
         if block.layout is not None:
             sizes = [size.full_tensor() for size in sizes]
-        leaves.backup = blocks.allocate_backup(block)
-        copy_bits(list(leaves.backup), list(leaves.params))
-        leaves.saved = True
-        factors = [radius[g] / max(whole.numel(), 1) ** 0.5 for whole, g in zip(wholes, leaves.group, strict=True)]
-        apart = Block(list(leaves.params), leaves.group, vectors=leaves.vectors)  # with its own chunks
+        block.backup = blocks.allocate_backup(block)
+        copy_bits(list(block.backup), list(block.params))
+        block.saved = True
+        factors = [radius[g] / max(whole.numel(), 1) ** 0.5 for whole, g in zip(wholes, block.group, strict=True)]
+        apart = Block(list(block.params), block.group, vectors=block.vectors)  # with its own chunks
         for chunk in chunks(apart):
             chunk.arena.reset()
             flat, noise = chunk.scratch()

@@ -191,7 +191,7 @@ class SharpnessAwareOptimizer(AroundBase):
 
     @property
     def active(self) -> Rules:
-        """The rules that choose the steps with the whole recipe; may be set between steps. The first starts the count."""
+        """The rules that choose the steps with the whole recipe; may be set between steps. The first counts from 0."""
         return self._schedule.active
 
     @active.setter

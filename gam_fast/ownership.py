@@ -69,10 +69,8 @@ def _references(grad: Tensor) -> References:
 
 
 @cache
-def _sole() -> References | None:
-    """Return :func:`_references` of a gradient held only by :func:`_take_sole`; ``None`` if torch cannot tell."""
-    if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
-        return None
+def _sole() -> References:
+    """Return :func:`_references` of a gradient held only by :func:`_take_sole`."""
     with torch.inference_mode(False), torch.enable_grad():
         param = torch.ones(1, requires_grad=True)
         param.sum().backward()

@@ -49,8 +49,8 @@ NEVER = 1 << 62
 """More bytes than any gradient has."""
 
 
-@dataclass(eq=False)
-class ParameterBlock:
+@dataclass(eq=False, kw_only=True)
+class ParameterBlock(Block):
     """The parameters of one device, dtype, layout and vector dtype, and the gradients held for them, by vector.
 
     If they are not dense in memory, or their vectors have another dtype, ``eager`` processes them. If not ``perturbed``
@@ -58,9 +58,8 @@ class ParameterBlock:
     """
 
     backend: Backend
-    leaves: Block = field(default_factory=Block)
     owners: TensorList = field(default_factory=list)
-    """The user's parameters. The leaves are the local part of each."""
+    """The user's parameters; ``params`` are the local part of each."""
     layout: Layout | None = None
     kind: Kind | None = None
     perturbed: bool = True
@@ -70,19 +69,19 @@ class ParameterBlock:
     @property
     def key(self) -> tuple[Kind | None, Layout | None, torch.dtype | None, bool, bool]:
         """The properties that the block's parameters share."""
-        return self.kind, self.layout, self.leaves.vectors, self.perturbed, self.adaptive
+        return self.kind, self.layout, self.vectors, self.perturbed, self.adaptive
 
     def pick(self, tensors: TensorList, chosen: Sequence[int]) -> TensorList:
-        """Return the tensors of the chosen leaves."""
+        """Return the tensors of the chosen parameters."""
         return self.backend.bookkeeping.hold([tensors[i] for i in chosen])
 
     def part(self, chosen: Sequence[int], *, saved: bool) -> ParameterBlock:
-        """Return a block of the chosen leaves, without gradients, and with their backup if ``saved``."""
-        leaves = self.leaves
-        backup = self.pick(leaves.backup, chosen) if saved else []
-        group = [leaves.group[i] for i in chosen]
-        part = Block(self.pick(leaves.params, chosen), group, backup, saved, leaves.vectors)
-        return replace(self, leaves=part, owners=[self.owners[i] for i in chosen], grads={})
+        """Return a block of the chosen parameters, without gradients, and with their backup if ``saved``."""
+        backup = self.pick(self.backup, chosen) if saved else []
+        group, owners = [self.group[i] for i in chosen], [self.owners[i] for i in chosen]
+        part = replace(self, params=self.pick(self.params, chosen), group=group, backup=backup, saved=saved)
+        part.owners, part.grads, part.prepared, part.ticket = owners, {}, None, None
+        return part
 
 
 class StepParameters:
@@ -205,7 +204,7 @@ class StepParameters:
         block = self.all[0] if self.all else self._whole
         if self._versions is None or not self._is_usual or self.is_mixed:
             return False
-        if block is not None and block.leaves.params is not self._all:
+        if block is not None and block.params is not self._all:
             return False
         taken = self._books.take_all_gradients(self._all, self._versions, self.flags, keep)
         if taken is None:
@@ -253,10 +252,10 @@ class StepParameters:
         if not any_gradient and mend is not None:
             raise RuntimeError(f"{where} ended without a gradient for any parameter: {mend}")
         for block in self.all:
-            if self.sharded or block.leaves.vectors is not None:
-                block.grads[index] = ownership.take_gradients(block.owners, keep, block.leaves.vectors)
+            if self.sharded or block.vectors is not None:
+                block.grads[index] = ownership.take_gradients(block.owners, keep, block.vectors)
             else:
-                block.grads[index] = block.backend.bookkeeping.take_gradients(block.leaves.params, keep)
+                block.grads[index] = block.backend.bookkeeping.take_gradients(block.params, keep)
 
     def activate(self, positions: Sequence[int]) -> None:
         """Let parameters take part from now on; their gradients in earlier passes count as zero."""
@@ -277,7 +276,9 @@ class StepParameters:
             if block is None:
                 assert self._select is not None
                 backend = self._select(kind[0]) if wider is None and kind[2] else EagerBackend()
-                block = ParameterBlock(backend, Block(vectors=wider), [], layout, kind, perturbed, adaptive)
+                block = ParameterBlock(
+                    backend=backend, vectors=wider, layout=layout, kind=kind, perturbed=perturbed, adaptive=adaptive
+                )
                 block.grads = {index: [] for index in self.all[0].grads} if self.all else {}
                 self.all.append(block)
             self._add(block, chosen)
@@ -294,7 +295,7 @@ class StepParameters:
             chosen = [i for i, owner in enumerate(block.owners) if owner.grad is not None]
             if len(chosen) == len(block.owners):
                 continue
-            block.backend.restore(block.leaves)
+            block.backend.restore(block)
             for owner in block.owners:
                 self.flags[position[owner]] = owner.grad is not None
             at = self.all.index(block)
@@ -304,17 +305,17 @@ class StepParameters:
         """Add parameters to a block. A signal may interrupt anywhere; restore() relies on the last assignment."""
         owners = [self.params[i] for i in positions]
         parts = [local(param) for param in owners] if self.sharded else owners
-        hold, leaves = block.backend.bookkeeping.hold, block.leaves
-        leaves.prepared = None
-        if leaves.saved:
+        hold = block.backend.bookkeeping.hold
+        block.prepared = None
+        if block.saved:
             copies = [part.clone(memory_format=torch.preserve_format) for part in parts]
-            leaves.backup = hold([*leaves.backup, *copies])
+            block.backup = hold([*block.backup, *copies])
         for index, grads in block.grads.items():
-            block.grads[index] = hold([*grads, *(torch.zeros_like(part, dtype=leaves.vectors) for part in parts)])
-        leaves.group.extend([self._group[i] for i in positions])
+            block.grads[index] = hold([*grads, *(torch.zeros_like(part, dtype=block.vectors) for part in parts)])
+        block.group.extend([self._group[i] for i in positions])
         block.owners.extend(owners)
         is_all = len(positions) == len(self.params) and not self.sharded and block.backend.bookkeeping is self._books
-        leaves.params = self._all if is_all else hold([*leaves.params, *parts])
+        block.params = self._all if is_all else hold([*block.params, *parts])
         for i in positions:
             self.flags[i] = 1
 
@@ -325,13 +326,11 @@ class StepParameters:
 
         See :meth:`Backend.square_norm`.
         """
-        moves = not self.is_mixed or whole
-        squares, blocks = [], self.all if moves else [block for block in self.all if block.perturbed]
+        is_over_all = whole or not self.is_mixed
+        squares, blocks = [], self.all if is_over_all else [block for block in self.all if block.perturbed]
         for block in blocks:
             b = None if minus is None else block.grads[minus]
-            squares.append(
-                block.backend.square_norm(block.leaves, block.grads[vector], b, eta if block.adaptive else None)
-            )
+            squares.append(block.backend.square_norm(block, block.grads[vector], b, eta if block.adaptive else None))
         if len(squares) == 1 and self.on_host and not self.sharded:
             return float(squares[0])
         if not squares:  # no perturbed parameter has a gradient
@@ -364,7 +363,7 @@ class StepParameters:
         tables: list[Tensor] = []
         for block, own in terms:
             of_m = None if m is None else Direction(own, m)
-            tables.append(block.backend.inner_products(block.leaves, Direction(own, u), of_m, len(self.groups)))
+            tables.append(block.backend.inner_products(block, Direction(own, u), of_m, len(self.groups)))
         if len(tables) == 1 and self.on_host and not self.sharded:
             found: Products = tables[0].tolist()
             return found
@@ -377,8 +376,8 @@ class StepParameters:
     def allocate_backup(self, block: ParameterBlock) -> TensorList:
         """Return memory for the backup of a block, recycled where possible."""
         if not self._spare:
-            return block.backend.allocate(block.leaves.params)
-        pairs = list(zip(block.owners, block.leaves.params, strict=True))
+            return block.backend.allocate(block.params)
+        pairs = list(zip(block.owners, block.params, strict=True))
         fresh = iter(block.backend.allocate([part for owner, part in pairs if owner not in self._spare]))
         backup = [self._spare.pop(owner) if owner in self._spare else next(fresh) for owner, _ in pairs]
         return block.backend.bookkeeping.hold(backup)
@@ -399,12 +398,11 @@ class StepParameters:
     def restore(self) -> None:
         """Put θ back, bit for bit."""
         for block in self.all:
-            leaves = block.leaves
-            count = len(leaves.params)
-            if len(leaves.backup) > count:  # activate() was interrupted
-                leaves.backup = list(leaves.backup)[:count]
-            del leaves.group[count:], block.owners[count:]
-            block.backend.restore(leaves)
+            count = len(block.params)
+            if len(block.backup) > count:  # activate() was interrupted
+                block.backup = list(block.backup)[:count]
+            del block.group[count:], block.owners[count:]
+            block.backend.restore(block)
 
     def release(self, *, undone: bool) -> None:
         """Release everything that is held for the step."""
@@ -414,10 +412,9 @@ class StepParameters:
         self._books.let_go(self._all)
         self._select, self.named = None, ()
         self._parts = []
-        if block is not None and block.leaves.params is self._all and not undone:
+        if block is not None and block.params is self._all and not undone:
             block.grads.clear()
-            leaves = block.leaves
-            leaves.backup, leaves.saved, leaves.prepared, leaves.ticket = [], False, None, None
+            block.backup, block.saved, block.prepared, block.ticket = [], False, None, None
             self._whole = block
 
     def _name(self, position: int) -> str:
@@ -450,13 +447,13 @@ def _has_memory_of(tensor: Tensor, param: Tensor) -> bool:
 @torch.no_grad()
 def materialise(block: ParameterBlock, direction: Direction) -> TensorList:
     """Restore θ and return the direction as tensors, stored in a held gradient's memory if there is one."""
-    leaves, out = block.leaves, direction.terms[0]
+    out = direction.terms[0]
     plain = direction.q is None and direction.limit is None and all(p == 1.0 for p in direction.p[0])
     if len(direction.terms) == 1 and plain:
-        block.backend.restore(leaves)
+        block.backend.restore(block)
         return out
     pairs = zip(block.owners, out, strict=True)
     if len(direction.terms) == 1 or any(p.grad is not None and _has_memory_of(x, p) for p, x in pairs):
-        out = [torch.empty_like(part, dtype=leaves.vectors) for part in leaves.params]
-    block.backend.direction(leaves, direction, out)
+        out = [torch.empty_like(part, dtype=block.vectors) for part in block.params]
+    block.backend.direction(block, direction, out)
     return out

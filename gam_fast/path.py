@@ -27,7 +27,7 @@ from .local_step import LocalSync
 from .noise import add_noise
 from .options import Settings
 from .parameters import ParameterBlock, StepParameters
-from .recipe import MEMORY, MOMENTUM, NOISE, Fold, HessianProduct, Memory, Perturbation
+from .recipe import MEMORY, MOMENTUM, NOISE, Fold, Memory, Perturbation
 from .updates import Directions, fused
 
 
@@ -112,81 +112,80 @@ class Path:
         blocks.activate(known)
         for block in blocks.all:
             block.grads[BEFORE] = stored.of_block(block, names, state).values
-        self.perturb(older=True)
+        norm = blocks.square_norms if self.settings.norm == "group" else blocks.square_norm
+        self._move(BEFORE, move, BEFORE, norm(BEFORE))
 
-    def perturb(self, *, older: bool = False) -> None:
-        """Move from the last pass to the next point of the path, and fold vectors that are no longer needed.
-
-        With ``older``, move along the older vector :data:`BEFORE` to the point of the only pass.
-        """
-        recipe, coefficients = self.recipe, self.coefficients
-        by_group = self.settings.norm == "group"
-        square: Scalar  # ‖v‖², or a tensor of one per group
-        total: Scalar
-        if older:
-            index, along, minus = BEFORE, BEFORE, None
-            square = self.blocks.square_norms(BEFORE) if by_group else self.blocks.square_norm(BEFORE)
-            move: Perturbation | HessianProduct | None = recipe.before
-            fold: Fold | None = None
-            live: tuple[int, ...] = ()
-        else:
-            index = self.newest
-            if index < 0:  # stay at θ
-                return
-            move, (fold, live) = recipe.path[index], recipe.plan[index]
-            assert isinstance(move, Perturbation)
-            assert isinstance(move.along, int)
-            along, minus = move.along, move.minus
-            if self._watch.scale is not None and recipe.needs_lengths:
-                self._unscale([along], self._watch.scale)
-            if recipe.memory is not None and recipe.memory.mix is not None:
-                self._mix(recipe.memory)
-            if by_group:
-                squares = self.blocks.square_norms(along, minus)
-                square, total = squares, float(squares.sum()) if self.blocks.on_host else squares.sum()
-            else:
-                known = None
-                if along == 0 and minus is None and coefficients.eta is None:
-                    known = self.first_square
-                    if known is None:
-                        self.first_square = known = self.blocks.square_norm(0)
-                total = self.blocks.square_norm(along, minus, coefficients.eta) if known is None else known
-                square = total
-            if recipe.rescale:
-                self._wanted_square = self.blocks.square_norm(0, whole=True) if self.blocks.is_mixed else total
-                self._watch.check(self._wanted_square, {0})
-            self._watch.check(total, {along} if minus is None else {along, minus})
-            self.squares.append(total)
+    def perturb(self) -> None:
+        """Move from the last pass to the next point of the path, and fold vectors that are no longer needed."""
+        index, recipe, blocks = self.newest, self.recipe, self.blocks
+        if index < 0:  # stay at θ
+            return
+        move, eta = recipe.path[index], self.coefficients.eta
         assert isinstance(move, Perturbation)
+        assert isinstance(move.along, int)
+        along, minus = move.along, move.minus
+        if self._watch.scale is not None and recipe.needs_lengths:
+            self._unscale([along], self._watch.scale)
+        if recipe.memory is not None and recipe.memory.mix is not None:
+            self._mix(recipe.memory)
+        if self.settings.norm == "group":
+            square: Scalar = (squares := blocks.square_norms(along, minus))  # ‖v‖², one per group
+            total: Scalar = float(squares.sum()) if blocks.on_host else squares.sum()
+        elif along == 0 and minus is None and eta is None:
+            if self.first_square is None:
+                self.first_square = blocks.square_norm(0)
+            square = total = self.first_square
+        else:
+            square = total = blocks.square_norm(along, minus, eta)
+        if recipe.rescale:
+            self._wanted_square = blocks.square_norm(0, whole=True) if blocks.is_mixed else total
+            self._watch.check(self._wanted_square, {0})
+        self._watch.check(total, {along} if minus is None else {along, minus})
+        self.squares.append(total)
+        self._move(index, move, along, square, *recipe.plan[index])
+
+    def _move(
+        self,
+        index: int,
+        move: Perturbation,
+        along: int,
+        square: Scalar,
+        fold: Fold | None = None,
+        live: tuple[int, ...] = (),
+    ) -> None:
+        """Move every block along its vector ``along``, fold in the same sweep, and drop all vectors but the live ones.
+
+        ``square`` is ‖v‖². ``index`` is that of the move in the path, or :data:`BEFORE`.
+        """
+        coefficients, minus = self.coefficients, move.minus
         multiple = coefficients.multiple.get(index) if coefficients.multiple else None
         weight = coefficients.weights.get(along, 1.0) if coefficients.weights else 1.0
         if multiple is not None and weight != 1.0:
             multiple = [weight * x for x in multiple]
         if index in coefficients.bounds:
             square = scalars.bounded(square, coefficients.radius[index], *coefficients.bounds[index], weight)
-        eta = coefficients.eta
         for block in self.blocks.all:
             into = None
             if fold is not None:
                 part = coefficients.u if fold.part == "u" else coefficients.m
                 into = FoldInto(block.grads[fold.into], block.grads[fold.other], part[fold.into], part[fold.other])
             if block.perturbed:
-                if not block.leaves.saved:
-                    block.leaves.backup = self.blocks.allocate_backup(block)
-                seen = square if self.blocks.on_host else sums.on(square, block.leaves.params[0].device)
+                if not block.saved:
+                    block.backup = self.blocks.allocate_backup(block)
+                seen = square if self.blocks.on_host else sums.on(square, block.params[0].device)
                 block.backend.perturb(
-                    block.leaves,
+                    block,
                     block.grads[along],
                     None if minus is None else block.grads[minus],
                     coefficients.radius[index],
                     seen,
                     from_start=move.from_start,
-                    eta=eta if block.adaptive else None,
+                    eta=coefficients.eta if block.adaptive else None,
                     fold=into,
                     multiple=multiple,
                 )
             elif into is not None:
-                block.backend.direction(block.leaves, Direction([into.into, into.other], [into.k, into.l]), into.into)
+                block.backend.direction(block, Direction([into.into, into.other], [into.k, into.l]), into.into)
             for k in set(block.grads) - set(live):
                 del block.grads[k]
         if fold is not None:
@@ -206,7 +205,7 @@ class Path:
             if len(own.new) < len(gradient):
                 first = [gradient[i].clone() for i in own.new]
                 mixed = Direction([gradient, own.values], [a, b])
-                block.backend.direction(block.leaves, mixed, gradient)
+                block.backend.direction(block, mixed, gradient)
                 if first:
                     torch._foreach_copy_([gradient[i] for i in own.new], first)
 
@@ -244,7 +243,7 @@ class Path:
             terms, p, q, products, gammas = self._with_memory(terms, recipe.memory, limit)
         directions: Directions = []
         for block, own in terms:
-            seen = products if blocks.on_host else sums.on(products, block.leaves.params[0].device)
+            seen = products if blocks.on_host else sums.on(products, block.params[0].device)
             directions.append((block, Direction(own, p, q, seen, gammas, limit)))
         if local is not None:
             directions = local.averaged(blocks, directions, gammas, self.settings.clip_grad_norm)
@@ -299,7 +298,7 @@ class Path:
             _, um, mm = map(sum, scalars.columns(products))
             along = scalars.given(scalars.ratio(um, mm), 1.0, len(one))
             for block, own in self._terms([0, last]):
-                seen = sums.on(along, block.leaves.params[0].device)
+                seen = sums.on(along, block.params[0].device)
                 d = Direction(own, [none, one], [[-1.0] * len(one), none], seen, none)
                 block.backend.direction(_unmoved(block), d, own[0])
         self._next_memory = [(block, block.grads[0]) for block in blocks]
@@ -324,14 +323,14 @@ class Path:
                 first, newest = block.grads[0], block.grads[recipe.vectors - 1]
                 if weight != 1.0:
                     torch._foreach_mul_(list(first), weight)
-                if not block.leaves.saved:
-                    block.leaves.backup = self.blocks.allocate_backup(block)
-                square = sums.on(self.squares[-1], block.leaves.params[0].device)  # of no effect at a radius of 0
+                if not block.saved:
+                    block.backup = self.blocks.allocate_backup(block)
+                square = sums.on(self.squares[-1], block.params[0].device)  # of no effect at a radius of 0
                 block.backend.perturb(
-                    block.leaves, newest, first, [0.0] * len(steps), square, from_start=False, multiple=steps
+                    block, newest, first, [0.0] * len(steps), square, from_start=False, multiple=steps
                 )
                 if left_alone:
-                    triples = zip(block.owners, block.leaves.params, block.leaves.backup, strict=True)
+                    triples = zip(block.owners, block.params, block.backup, strict=True)
                     for param, theta in [(p, t) for owner, p, t in triples if any(owner is one for one in left_alone)]:
                         param.copy_(theta)
         for block, values in self._next_memory:
@@ -348,6 +347,7 @@ class Path:
             else:
                 _copy(block, values, own.values)
             stored.put(block, memory.name, own, self._base.state)
+        self._next_memory = []  # the loop's variable would keep it alive
         if self._local is None and self.settings.difference is not None:
             self._keep_length(self._relative_change())
 
@@ -369,7 +369,7 @@ class Path:
         if 0 in due:
             self.first_square = None
         for block in self.blocks.all:
-            inverse = scale.inverse(block.leaves.params[0].device)
+            inverse = scale.inverse(block.params[0].device)
             for k in due:
                 torch._foreach_mul_(list(block.grads[k]), inverse)
 
@@ -391,18 +391,18 @@ def _rate(group: Mapping[str, Any], name: str) -> float:
 
 def _copied(block: ParameterBlock, tensors: TensorList) -> TensorList:
     """Return copies of the tensors."""
-    if block.leaves.vectors is not None:
+    if block.vectors is not None:
         return [x.clone(memory_format=torch.preserve_format) for x in tensors]
-    out = block.backend.allocate(block.leaves.params)
+    out = block.backend.allocate(block.params)
     _copy(block, tensors, out)
     return out
 
 
 def _copy(block: ParameterBlock, tensors: TensorList, out: TensorList) -> None:
-    ones = [1.0] * (max(block.leaves.group) + 1)
+    ones = [1.0] * (max(block.group) + 1)
     block.backend.direction(_unmoved(block), Direction([tensors], [ones]), out)
 
 
 def _unmoved(block: ParameterBlock) -> Block:
     """Return a block for a primitive that must not move the parameters."""
-    return replace(block.leaves, backup=[], saved=False, ticket=None)
+    return replace(block, backup=[], saved=False, ticket=None)

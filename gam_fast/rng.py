@@ -145,7 +145,7 @@ class _Ambient(_Source):
 
 
 _steps: set[int] = set()
-"""The threads that have a step in progress."""
+"""The ids of the :class:`ReplayRNG` of all steps in progress."""
 
 
 @cache
@@ -262,8 +262,7 @@ class ReplayRNG:
         if self._apart is not None:
             self._apart.begin()
         if self._sources is None:
-            self._sources = [*self._torch, *self._own]
-            self._sources += [ambient for ambient in self._ambient if ambient.is_due()]
+            self._sources = [*self._torch, *self._own, *filter(_Ambient.is_due, self._ambient)]
             for source in self._sources:
                 source.note_start()
             return
@@ -333,21 +332,25 @@ class ReplayRNG:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.exit(undo=kind is not None)
+
+    def exit(self, *, undo: bool) -> None:
+        """End a step; with ``undo``, restore the state at entry."""
         _steps.discard(id(self))
         if self._sources is not None:
             if self._in_pass:
                 self.end()
             for source in self._replayed:
-                if kind is not None:
+                if undo:
                     source.set(source.start)
                 elif source.last is not None:
                     is_read = self._is_after_reading and source.after_reading is not None
                     if not _same(source.last, source.after_reading if is_read else source.start):
                         source.set(source.last)
             if self._apart is not None:
-                if kind is None and self._keep_last:
+                if not undo and self._keep_last:
                     self._apart.keep()
-                elif kind is not None and self._apart.can_undo():
+                elif undo and self._apart.can_undo():
                     self._sources[0].set(self._sources[0].start)
         self._sources = self._apart = None
         self._replayed = []

@@ -97,6 +97,11 @@ class Step:
         params = participants.params
         self._device = params[0].device if params else torch.device("cpu")
         self._local: LocalSync | None = None
+        if settings.recipe.second_order and self.blocks.sharded:
+            raise TypeError(
+                f"{settings.recipe.name} with sharded parameters: the loss cannot be differentiated twice by them. Use "
+                "GAM, or DistributedDataParallel"
+            )
         if settings.sync == "local" and LocalSync.is_needed():
             if self.blocks.sharded:
                 raise TypeError(
@@ -137,7 +142,7 @@ class Step:
         if self.phase in OVER:
             return False
         undone, idle = self.phase != "updated", self.phase == "idle"
-        stays_drawn = isinstance(error, NothingToDo)  # a forward alone, as without the step
+        undo = undone and not isinstance(error, NothingToDo)  # what a forward alone drew and wrote stays
         # A Ctrl-C inside no_grad() or set_grad_enabled() itself, here or before, would leave gradients disabled.
         # (Not if a loop was left early, perhaps long ago and by the garbage collector: GeneratorExit.)
         stays = error is None or isinstance(error, GeneratorExit)
@@ -149,9 +154,9 @@ class Step:
         finally:
             try:
                 self._others.close(undone=undone)
-                self.state.exit(undo=undone and not stays_drawn)
+                self.state.exit(undo=undo)
                 if self._rng is not None:
-                    self._rng.__exit__(GeneratorExit if undone and not stays_drawn else None, error, None)
+                    self._rng.exit(undo=undo)
             finally:
                 torch._C._set_grad_enabled(grad_enabled)
                 self.phase = "undone" if undone else "taken"
@@ -176,7 +181,7 @@ class Step:
     @property
     def perturbed(self) -> bool:
         """True if a pass is in progress at perturbed weights."""
-        return self.phase == "pass" and any(block.leaves.saved for block in self.blocks.all)
+        return self.phase == "pass" and any(block.saved for block in self.blocks.all)
 
     @property
     def in_last_pass(self) -> bool:

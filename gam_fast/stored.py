@@ -26,8 +26,8 @@ class Stored:
     """The vector of one block.
 
     Attributes:
-        values: for each leaf its part, with the parameter's dtype and strides; zeros if it has none yet.
-        new: the indices of leaves that have none yet.
+        values: for each parameter its part, with the parameter's dtype and strides; zeros if it has none yet.
+        new: the indices of parameters that have none yet.
         made: tensors that are not in the state yet, by index.
     """
 
@@ -45,7 +45,7 @@ def find(param: Tensor, names: Sequence[str], state: State) -> Tensor | None:
 def of_block(block: ParameterBlock, names: Sequence[str], state: State) -> Stored:
     """Return the vector of a block, as a step or a checkpoint has left it in the state."""
     found, values = Stored([]), []
-    for i, (owner, part) in enumerate(zip(block.owners, block.leaves.params, strict=True)):
+    for i, (owner, part) in enumerate(zip(block.owners, block.params, strict=True)):
         value = find(owner, names, state)
         if value is None:
             found.new.append(i)

@@ -285,7 +285,7 @@ def _left(grads: Sequence[tuple[Tensor, Tensor | None]], directions: Directions)
             continue
         count += len(chosen)
         part = block.part(chosen, saved=False)  # θ is restored, perhaps changed by a hook
-        term = take_gradients(part.owners, False, part.leaves.vectors)
+        term = take_gradients(part.owners, False, part.vectors)
         ones = [[1.0] * len(direction.p[0])]
         found.append((part, Direction([block.backend.bookkeeping.hold(term)], ones)))
     dense = all(param.grad is None or param.grad.layout is torch.strided for param, _ in grads)
@@ -301,10 +301,10 @@ def _step(
             groups = range(first_group, first_group + len(member.param_groups))
             parts: Directions = []
             for block, direction in directions:
-                chosen = [i for i, group in enumerate(block.leaves.group) if group in groups]
+                chosen = [i for i, group in enumerate(block.group) if group in groups]
                 if chosen:
                     terms = [block.pick(term, chosen) for term in direction.terms]
-                    parts.append((block.part(chosen, saved=block.leaves.saved), replace(direction, terms=terms)))
+                    parts.append((block.part(chosen, saved=block.saved), replace(direction, terms=terms)))
             _step(member, parts, confirm, first_group)
             first_group = groups.stop
         return
@@ -359,9 +359,8 @@ def fused_step(
     Raises:
         RuntimeError: a CUDA graph is being captured; it would repeat the bias correction of one step.
     """
-    leaves, owners = block.leaves, block.owners
-    count = len(owners)
-    if row.counts and leaves.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    owners, count = block.owners, len(block.owners)
+    if row.counts and block.params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{type(base).__name__} counts its steps on the host, which a CUDA graph does not repeat: pass "
             "capturable=True to capture it"
@@ -390,24 +389,24 @@ def fused_step(
     for name, has in zip(row.state, zip(*keeps, strict=True), strict=True):
         values: list[Any] = [None] * count
         if any(has):
-            values = [state.get(name) for state in states]
+            values = list(map(operator.methodcaller("get", name), states))
             if not all(has):
-                values = [value if has[g] else None for value, g in zip(values, leaves.group, strict=True)]
+                values = [value if has[g] else None for value, g in zip(values, block.group, strict=True)]
             absent = list(map(operator.is_, values, [None] * count))
             new = new if lists else absent
             if any(absent):
-                for i, g in enumerate(leaves.group):
+                for i, g in enumerate(block.group):
                     if absent[i] and has[g]:
                         values[i] = torch.zeros_like(owners[i], memory_format=torch.preserve_format)
                         made.setdefault(i, {})[name] = values[i]
         lists.append(values)
     counted = block.backend.bookkeeping.count_steps(steps, False) if steps else []
-    options, option = row.options(groups, leaves.group, new, counted)
+    options, option = row.options(groups, block.group, new, counted)
     numbers = [row.numbers(base, group) for group in groups]
-    backend, leaves, d, lists = _fitting(block, d, lists, made, row.state)
+    backend, target, d, lists = _fitting(block, d, lists, made, row.state)
     if confirm is not None:
         confirm()
-    backend.update(leaves, d, row.formula, lists, numbers, options, option)
+    backend.update(target, d, row.formula, lists, numbers, options, option)
     for i, state in made.items():
         base.state[owners[i]].update(state)
     if steps:
@@ -426,18 +425,18 @@ def _fitting(
     The dtype differs if the model was converted after a step of its optimizer, or if a state from before that was
     loaded.
     """
-    leaves, takes_state = block.leaves, block.backend.takes_state
+    takes_state = block.backend.takes_state
     if block.layout is not None:
         lists = [[None if value is None else local(value) for value in values] for values in lists]
-    if takes_state(leaves, lists):
-        return block.backend, leaves, d, lists
+    if takes_state(block, lists):
+        return block.backend, block, d, lists
     if block.layout is None:
         for name, values in zip(names, lists, strict=True):
-            for i, (value, param) in enumerate(zip(values, leaves.params, strict=True)):
+            for i, (value, param) in enumerate(zip(values, block.params, strict=True)):
                 if value is not None and value.dtype is param.dtype and not lies_as(value, param):
                     values[i] = torch.empty_like(param).copy_(value)
                     made.setdefault(i, {})[name] = values[i]
-        if takes_state(leaves, lists):
-            return block.backend, leaves, d, lists
-    plain = Block(list(leaves.params), leaves.group, list(leaves.backup), leaves.saved)
+        if takes_state(block, lists):
+            return block.backend, block, d, lists
+    plain = Block(list(block.params), block.group, list(block.backup), block.saved)
     return EagerBackend(), plain, replace(d, terms=[list(term) for term in d.terms]), lists

@@ -7,7 +7,9 @@ import dataclasses
 import gc
 import math
 import pickle
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -430,3 +432,51 @@ def test_the_limit_of_the_norm_may_be_set():
     assert float((weight.detach() - before).norm()) == pytest.approx(0.5e-3, rel=1e-6)
     optimizer.clip_grad_norm = None
     assert optimizer.clip_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda group: group["beta"].__setitem__(0, -3.0), lambda group: group["rho"].fill_(0.5)]
+)
+def test_a_value_of_a_group_may_be_changed_in_place(change):
+    found = []
+    for is_new in (False, True):
+        weight, closure = parabola()
+        optimizer = gam_fast.GAM([weight], torch.optim.SGD, lr=0.1, rho=0.1, beta=[1.0, 0.5], gamma=0.5)
+        (group,) = optimizer.param_groups
+        group["rho"] = torch.tensor(0.1)
+        optimizer.step(closure)
+        group.update(copy.deepcopy({key: group[key] for key in ("rho", "beta")}) if is_new else {})
+        change(group)
+        optimizer.step(closure)
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("method", [gam_fast.SAM, gam_fast.FriendlySAM])
+def test_the_variable_of_a_loop_keeps_no_gradient_alive(method):
+    model = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 7))
+    optimizer = method(model[0].parameters(), torch.optim.SGD, lr=0.1, model=model)
+    for _ in range(2):
+        for turn in optimizer.passes():
+            turn.backward(model(torch.ones(2, 7)).sum())
+    known = {id(x) for p in model.parameters() for x in (p.grad, *optimizer.state.get(p, {}).values())}
+    shapes = {p.shape for p in model.parameters() if p.dim() == 2}
+    left = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape in shapes and id(x) not in known]
+    assert not left
+    assert turn.last
+
+
+def test_threads_take_steps_of_their_own():
+    def train_one(k):
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+        optimizer = gam_fast.SAM(model[0].parameters(), torch.optim.SGD, lr=0.01, model=model)
+        for _ in range(100):
+            optimizer.step(lambda: model(torch.ones(4, 2)).square().sum().backward())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(train_one, range(8)))
+    finally:
+        sys.setswitchinterval(interval)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 import torch
 from cases import METHODS, closure_of, in_turn, loss_of, make
-from ranks import assert_close, on_two, optimizer_of, same_on_all_ranks, share, shares, values
+from ranks import Ranks, assert_close, on_two, optimizer_of, same_on_all_ranks, share, shares, values
 from snapshots import assert_same, everything
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -304,6 +306,19 @@ def refused(rank, world):
 
 def test_fsdp1_and_local_steps_of_sharded_parameters_are_refused(two):
     assert two.run(refused) == ["refused"] * 2
+
+
+def exact_is_refused(rank, world):
+    model, batches = make("mlp")
+    shard(model, world)
+    optimizer = gam_fast.ExactGAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match=r"ExactGAM with sharded parameters.*Use GAM"):
+        optimizer.step(lambda: loss_of(model, *batches[0]))
+
+
+def test_exact_gam_of_sharded_parameters_is_refused_in_one_process_too():
+    with closing(Ranks(1)) as one:
+        one.run(exact_is_refused)
 
 
 class DeepSpeedEngine(nn.Module):

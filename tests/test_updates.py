@@ -15,7 +15,6 @@ from snapshots import assert_close
 from torch import nn
 
 import gam_fast
-from gam_fast.backends.base import Block
 from gam_fast.options import Settings
 from gam_fast.parameters import ParameterBlock
 from gam_fast.updates import fused, fused_step
@@ -222,8 +221,9 @@ def test_a_capture_that_could_not_be_repeated_is_refused_in_words(monkeypatch, p
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     weight = nn.Parameter(torch.ones(2))
     optimizer = gam_fast.GAM([weight], torch.optim.AdamW, on_nonfinite=policy)
+    block = ParameterBlock([OnCuda()], [0], backend=None)
     with pytest.raises(RuntimeError, match="AdamW counts its steps on the host.*capturable=True"):
-        fused_step(optimizer.base, fused(optimizer.base), ParameterBlock(None, Block([OnCuda()], [0])), None)
+        fused_step(optimizer.base, fused(optimizer.base), block, None)
     cuda = [torch.device("cuda")]
     settings = Settings(gam_fast.GAM.recipe, on_nonfinite=policy)
     settings.check_capture([torch.device("cpu")])

@@ -666,7 +666,7 @@ def test_memory_and_traffic_are_those_of_the_page(name, monkeypatch):
         counted.traffic = 0
         for _ in optimizer.passes():
             for block in optimizer._progress.current.blocks.all:
-                held = max(held, block.leaves.saved + len(block.grads))
+                held = max(held, block.saved + len(block.grads))
             before = counted.allocated
             sum(p.square().sum() for p in params).backward()
         if optimizer.recipe.passes == 1:
