@@ -359,7 +359,7 @@ def check_params(params: Any, *, perturbed: bool = True) -> None:
                 f"a parameter of shape {shape} is complex ({param.dtype}): optimize a real parameter and use "
                 "torch.view_as_complex of it in the model"
             )
-        if perturbed and type(param.data) is Tensor and param.is_cpu and param.is_shared():
+        if perturbed and shape is not None and type(param.data) is Tensor and param.is_cpu and param.is_shared():
             warnings.warn(
                 "the parameters are in memory that other processes may share (model.share_memory(), or a model that "
                 "was sent to this process): they would see them perturbed, and restoring them undoes updates of other "
