@@ -74,6 +74,7 @@ def _check(base: Optimizer) -> None:
 
 
 def _needs_closure(base: Optimizer) -> bool:
+    """Return whether ``base.step()`` cannot be called without arguments."""
     try:
         inspect.signature(base.step).bind()
     except TypeError:
