@@ -8,7 +8,7 @@ import torch
 
 
 def is_capturing(devices: Iterable[torch.device]) -> bool:
-    """Return whether a CUDA graph is capturing work on one of the devices."""
+    """Return whether a CUDA graph is capturing work on one of the devices; a capture makes its device current."""
     for device in devices:  # no generator: it takes twice as long, in every step
         if device.type == "cuda":
             return torch.cuda.is_current_stream_capturing()

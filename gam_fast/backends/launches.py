@@ -65,14 +65,6 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph is being captured; code must then not probe or wait for the device."""
-    if device.type != "cuda" or not torch.cuda.is_initialized():
-        return False
-    with guard(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def after(arguments: Sequence[Argument], *last: Sequence[Tensor | None] | None) -> None:
     """Tell autograd which tensors were written, and the allocator which memory is still being read.
 

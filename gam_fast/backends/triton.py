@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..capture import is_capturing
 from ..kernels.table import FORMULAS, SUMS
 from ..ownership import lies_as
 from . import scalars
 from .base import Block, Bookkeeping, Direction, FoldInto, PerGroup, Scalar, TensorList
 from .eager import copy_bits
-from .launches import after, guard, is_capturing, launch, launch_totals
+from .launches import after, guard, launch, launch_totals
 from .probe import interprets, kernels, why_unusable
 from .tables import Argument, Prepared, Tables
 
@@ -111,7 +112,9 @@ class TritonBackend:
         elif device.type != "cuda":
             also = "; with TRITON_INTERPRET=1 in the environment on CPU tensors, slowly" if device.type == "cpu" else ""
             return f"the Triton kernels run on tensors of NVIDIA and AMD GPUs{also}"
-        return None if is_capturing(device) else why_unusable(device)  # probing is forbidden during a capture
+        if torch.cuda.is_initialized() and is_capturing([device]):
+            return None  # probing is forbidden during a capture
+        return why_unusable(device)
 
     def _tables_for(self, leaves: Block) -> Tables:
         """Return earlier tables that fit, or new ones. Look once per step, and again when leaves were added."""
@@ -212,7 +215,7 @@ class TritonBackend:
 
     def _mark_on(self, device: torch.device) -> Tensor:
         """Return the memory where the launch that makes the backup writes its ticket, as proof that it ran."""
-        if is_capturing(device):  # nothing runs
+        if is_capturing([device]):  # nothing runs
             return torch.empty(1, dtype=torch.int64, device=device)
         if self._mark is None:
             self._mark = torch.empty(1, dtype=torch.int64, device=device)
@@ -221,7 +224,7 @@ class TritonBackend:
     def restore(self, leaves: Block) -> None:
         """Restore by one torch call, which cannot be interrupted and needs no compilation and no memory."""
         ticket = leaves.ticket
-        if not leaves.saved and ticket is not None and not is_capturing(leaves.params[0].device):
+        if not leaves.saved and ticket is not None and not is_capturing([leaves.params[0].device]):
             mark = self._mark_on(leaves.params[0].device)
             leaves.saved = torch.equal(mark, torch.full_like(mark, ticket))  # waits for the device
         if leaves.saved:
