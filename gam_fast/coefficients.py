@@ -46,9 +46,9 @@ class Coefficients:
         self._made_of = recipe, deepcopy(list(hyper)), list(map(_MAXIMIZES, groups))
         for h in hyper:  # values may have changed since construction
             for name, value in h.items():
-                is_usual = hasattr(value, "item") or (isinstance(value, float) and value >= 0.0 and value < math.inf)
+                is_usual = isinstance(value, float) and value >= 0.0 and value < math.inf
                 if name in recipe.bounds or not (is_usual or name == recipe.difference):
-                    recipe.check(name, value)
+                    recipe.check(name, value.item() if hasattr(value, "item") else value)
         sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
         self._hyper = hyper
         self.gamma = self._by_group(Value(recipe.gamma) if recipe.gamma else None)

@@ -113,7 +113,7 @@ class RandomSAM(SharpnessAwareOptimizer):
 
     .. math:: d = g(θ + ε), \qquad ε_l = ρ \frac{‖θ_l‖}{\sqrt{n_l}}\, z, \quad z ∼ N(0, 1)
 
-    for each tensor θ_l of n_l elements: the noise is on average ρ times as long as the tensor. A separate generator
+    for each tensor θ_l of n_l elements: the root mean square of the noise's length is ρ ‖θ_l‖. A separate generator
     draws it, and it costs no memory except the backup.
 
     Source: Li, Yan, Lin, Bai, Wang, Huang, arXiv 2211.11489, where the noise is scaled per row; per tensor, as here, in

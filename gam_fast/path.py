@@ -295,12 +295,13 @@ class Path:
         blocks = [block for block in self.blocks.all if block.perturbed or memory.orthogonal]
         if memory.orthogonal and products is not None:
             none, one = ([x] * len(self.coefficients.gamma) for x in (0.0, 1.0))
-            _, um, mm = map(sum, scalars.columns(products))
+            uu, um, mm = map(sum, scalars.columns(products))
             along = scalars.given(scalars.ratio(um, mm), 1.0, len(one))
             for block, own in self._terms([0, last]):
                 seen = sums.on(along, block.params[0].device)
                 d = Direction(own, [none, one], [[-1.0] * len(one), none], seen, none)
                 block.backend.direction(_unmoved(block), d, own[0])
+            self._drop_rounding(uu)
         self._next_memory = [(block, block.grads[0]) for block in blocks]
         if last == 0:  # the base optimizer gets these gradients
             self._next_memory = [(block, _copied(block, block.grads[0])) for block in blocks]
@@ -308,6 +309,24 @@ class Path:
             place = {owner: x for block, xs in self._next_memory for owner, x in zip(block.owners, xs, strict=True)}
             self._local.average([place[param] for param in self.blocks.params if param in place])
         return directions
+
+    def _drop_rounding(self, square: Scalar) -> None:
+        """Replace m by 0 where it is but rounding, because it will be divided by its norm.
+
+        Args:
+            square: the squared norm of the gradient that m is a part of.
+        """
+        blocks = self.blocks
+        is_double = all(block.params[0].dtype == torch.float64 for block in blocks.all)
+        least = square * (16.0 * torch.finfo(torch.float64 if is_double else torch.float32).eps) ** 2
+        found = blocks.square_norm(0, whole=True)
+        if not isinstance(found, Tensor):
+            if found <= least:
+                for block in blocks.all:
+                    torch._foreach_zero_(list(block.grads[0]))
+            return
+        for block in blocks.all:
+            torch._foreach_mul_(list(block.grads[0]), sums.on(found > least, block.params[0].device))
 
     def end(self, left_alone: Sequence[Tensor]) -> None:
         """Apply the follow-up of the base optimizer's step, and update the memory for the next step.

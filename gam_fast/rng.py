@@ -24,20 +24,11 @@ from torch import Tensor
 
 from .capture import is_capturing
 
+_GLOBAL = ("random", "numpy.random")
+
 
 def _device_module(device: torch.device) -> Any:
     return torch.get_device_module(device.type)
-
-
-def get_state(device: torch.device) -> Tensor:
-    """Return the state of torch's default generator of ``device``."""
-    state: Tensor = _Source.of_device(device).get()
-    return state
-
-
-def set_state(device: torch.device, state: Tensor) -> None:
-    """Set the state of torch's default generator of ``device``."""
-    _Source.of_device(device).set(state)
 
 
 def seed(device: torch.device, value: int) -> None:
@@ -48,6 +39,23 @@ def seed(device: torch.device, value: int) -> None:
     module = _device_module(device)
     with module.device(device) if hasattr(module, "device") else nullcontext():
         module.manual_seed(value)
+
+
+def global_modules() -> list[Any]:
+    """Return the modules with Python's and NumPy's global generators; not NumPy if nobody has imported it."""
+    return [sys.modules[name] for name in _GLOBAL if name in sys.modules]
+
+
+@contextmanager
+def kept(devices: Iterable[torch.device], generators: Iterable[Any] = ()) -> Iterator[None]:
+    """Restore at the end of the block torch's generators of ``devices``, Python's and NumPy's, and the given ones."""
+    sources = [*map(_Source.of_device, devices), *map(_source_of, [*global_modules(), *generators])]
+    states = [source.get() for source in sources]
+    try:
+        yield
+    finally:
+        for source, state in zip(sources, states, strict=True):
+            source.set(state)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -191,7 +199,7 @@ class ReplayRNG:
     def __init__(self, devices: Iterable[torch.device] = (), generators: Iterable[Any] = ()) -> None:
         self.generators = list(generators)
         self._own = [_source_of(generator) for generator in self.generators]
-        self._ambient = [_Ambient("random"), _Ambient("numpy.random")]
+        self._ambient = list(map(_Ambient, _GLOBAL))
         self._sources: list[_Source] | None = None
         self._replayed: list[_Source] = []
         self._apart: Any = None

@@ -185,7 +185,9 @@ class ProportionalRadius(RadiusSchedule):
 
     :math:`\mathrm{lr}_0` is the learning rate that belongs to the initial radius. It is the largest learning rate of a
     ``OneCycleLR`` or ``CyclicLR`` of this optimizer; otherwise the rate at construction, before a warm-up lowers it.
-    The two schedules may be constructed in either order: the first ``step()`` finds the other.
+    Construct it after that scheduler. Constructed before, it finds the scheduler in its first ``step()``, and the steps
+    until then are taken with :math:`ρ_0`. Groups that were loaded from a run with another scheduler keep its ``max_lr``
+    and ``initial_lr``: delete these keys.
 
     Args:
         min_value: :math:`ρ_{\min}`.

@@ -102,7 +102,8 @@ class LookSAM(SharpnessAwareOptimizer):
         \text{every k-th:}\quad & d = g_1, \quad m = g_1 - \frac{⟨g_1, g_0⟩}{‖g_0‖^2}\, g_0, \\
         \text{between:}\quad & d = g_0 + α \frac{‖g_0‖}{‖m‖}\, m
 
-    Norms and products are over all parameters, as in the paper; m is ``sharpness_direction`` in the state.
+    Norms and products are over all parameters, as in the paper; m is ``sharpness_direction`` in the state. Where
+    :math:`g_1` is parallel to :math:`g_0`, m is 0.
 
     Source: Liu, Mai, Chen, Hsieh, You, CVPR 2022, arXiv 2203.02714. Errors: :class:`SharpnessAwareOptimizer`.
 

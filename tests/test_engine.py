@@ -11,6 +11,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from cases import BACKENDS, EXACT, METHODS, closure_of, in_turn, make
@@ -136,6 +137,21 @@ def test_a_group_has_its_own_values_or_those_of_the_constructor():
     with pytest.raises(ValueError, match="rho must not be negative, got -1"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1})
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("make", [float, np.float64, np.float32, torch.tensor])
+def test_a_value_written_into_a_group_is_checked_whatever_its_type(make):
+    weight, closure = parabola()
+    optimizer = gam_fast.SAM([weight], lr=0.1)
+    start = weight.detach().clone()
+    for wrong, message in ((-0.5, "rho must not be negative, got -0.5"), (math.nan, "rho must be finite, got nan")):
+        optimizer.param_groups[0]["rho"] = make(wrong)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step(closure)
+    assert torch.equal(weight, start)
+    optimizer.param_groups[0]["rho"] = make(0.5)
+    optimizer.step(closure)
+    assert not torch.equal(weight, start)
 
 
 def test_a_name_the_base_uses_too_gets_the_recipes_name_in_front():

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import math
+import pickle
+import random
 import sys
 from functools import partial
 
@@ -190,6 +192,38 @@ def test_eigenvalues_and_trace_of_a_quadratic(name):
     assert (exact.error, exact.products) == (0.0, len(spectrum))
 
 
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("k", [2, 3, 5, 7])
+@pytest.mark.parametrize(
+    "spectrum",
+    [[5.0] * 3 + [4.0] * 2 + [-6.0] * 2 + [0.01 * k for k in range(60)], [-1.0] * 2 + [0.0] * 50, [3.0] * 40],
+    ids=["some", "most are 0", "one"],
+)
+def test_a_multiple_eigenvalue_is_found_as_often_as_it_occurs(spectrum, k, which):
+    """From one start, Lanczos' method finds it once: rounding decides about the others."""
+    wanted = sorted(spectrum, key=abs if which == "LM" else None, reverse=True)
+    wanted = wanted[-k:] if which == "SA" else wanted[:k]
+    found = flatness.hessian_eigenvalues(quadratic(spectrum)[0], k, which=which, tolerance=1e-6)
+    assert found.values == pytest.approx(wanted, abs=1e-4)
+    assert max(found.residuals) < 1e-4
+    vectors = torch.stack(list(map(flat, found.vectors)))
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_equal_samples_do_not_make_an_estimate_of_the_trace_exact():
+    """The estimate of ½ (Σ w² + 2 w₀ w₁) is 40 ± 2, the same from two samples for one seed in two."""
+    weight = nn.Parameter(torch.zeros(40, dtype=torch.float64))
+    loss = flatness.Loss.from_closure(lambda: (weight**2).sum() / 2 + weight[0] * weight[1], [weight])
+    options = {"eigenvalues": 0, "max_iterations": 1}
+    for seed in range(8):
+        found = flatness.measure(loss, 0.1, trace_samples=2, seed=seed, **options)
+        if found.trace.error == 0:
+            break
+    assert found.trace.value != pytest.approx(40.0)
+    assert ("trace", f"{found.trace.value:.6g}", "± 0") in found.rows()
+    assert ("trace", "40", "exact") in flatness.measure(loss, 0.1, trace_samples=40, **options).rows()
+
+
 def test_the_trace_is_estimated_within_its_error_and_reproducibly():
     loss, _, _ = quadratic(SPECTRA["lanczos"])
     exact = sum(SPECTRA["lanczos"])
@@ -375,7 +409,7 @@ def test_an_interrupted_measure_leaves_everything_as_it_was(monkeypatch):
             flatness.first_order_flatness(loss, 0.1)
         assert torch.is_grad_enabled()
         with monkeypatch.context() as patch:  # one that cannot even begin
-            patch.setattr(gam_fast.rng, "get_state", lambda device: pytest.fail("out of memory"))
+            patch.setattr(gam_fast.rng, "kept", lambda devices: pytest.fail("out of memory"))
             with pytest.raises(pytest.fail.Exception):
                 loss.value()
         expected = loss.value()  # the loss can be used again
@@ -471,6 +505,25 @@ def test_a_shuffling_loader_gives_the_same_batches_each_time(own):
         assert max(values) - min(values) < 1e-12
         assert other.value() not in values
     assert torch.equal(generator.get_state(), state)
+
+
+@pytest.mark.parametrize("source", [random, np.random], ids=["Python's", "NumPy's"])
+def test_data_that_draws_from_global_generators_is_the_same_each_time(source):
+    batches = [images(4), images(6), images(2)]
+
+    class Shuffling:
+        def __iter__(self):
+            order = [0, 1, 2]
+            source.shuffle(order)
+            return iter([batches[i] for i in order[:1]])
+
+    model, _ = make("batchnorm_cnn")
+    loss = flatness.Loss(model, nn.CrossEntropyLoss(), Shuffling())
+    before = random.getstate(), pickle.dumps(np.random.get_state())
+    first = flatness.zeroth_order_flatness(loss, 0.1, max_iterations=2)
+    assert (random.getstate(), pickle.dumps(np.random.get_state())) == before
+    source.seed(7)
+    assert flatness.zeroth_order_flatness(loss, 0.1, max_iterations=2) == first
 
 
 def test_under_inference_mode():

@@ -28,6 +28,12 @@ def build(seed=0, batches=3):
     data = [(torch.randn(16, 5), torch.randint(3, (16,))) for _ in range(batches)]
     return model, nn.CrossEntropyLoss(), data
 
+def shuffled():
+    model, loss_fn, data = build()
+    data = [(torch.randn(5), k % 3) for k in range(48)]
+    generator = torch.Generator().manual_seed(1)
+    return model, loss_fn, torch.utils.data.DataLoader(data, 16, shuffle=True, generator=generator)
+
 def closure():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     return flatness.Loss.from_closure(lambda: weight.square().sum(), [weight])
@@ -73,6 +79,15 @@ def test_it_prints_a_table_and_writes_the_figures_and_a_picture(factory, tmp_pat
     expected = flatness.measure(loss, (0.05, 0.1), **options).as_dict()
     assert written["measures"]["all"] == json.loads(json.dumps(expected))
     assert written["measures"]["0"]["parameters"] == 48
+
+
+def test_the_first_batches_of_a_loader_with_a_generator_of_its_own(factory, capsys):
+    given = [f"{factory}:shuffled", "--batches", "2", "--mode", "frozen", "--quiet", "--max-iterations", "2"]
+    found = []
+    for _ in range(2):
+        assert main(given) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
 
 
 def test_a_checkpoint_is_loaded(factory, tmp_path, capsys):

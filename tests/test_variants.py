@@ -451,6 +451,31 @@ def test_nan_in_the_first_gradient_of_what_is_not_perturbed_is_seen(method):
     assert torch.equal(moved, torch.ones(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_rounding_is_no_direction(backend, dtype):
+    """Where g1 is g0, nothing is orthogonal: all steps are those of the base optimizer."""
+    slope = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight, plain = (torch.nn.Parameter(torch.zeros(1000, dtype=dtype)) for _ in range(2))
+    optimizer = gam_fast.LookSAM([weight], SGD, lr=1.0, k=2, backend=backend)
+    for _ in range(4):
+        for turn in optimizer.passes():
+            turn.backward((weight * slope).sum())
+        plain.data -= slope
+        torch.testing.assert_close(weight, plain)
+
+
+def test_the_part_of_a_gradient_that_is_not_rounding_is_a_direction():
+    """In fp32, g1 leaves the direction of g0 by 1e-5 of its length."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = gam_fast.LookSAM([weight], SGD, lr=1.0, k=2, alpha=0.5)
+    slopes = iter([(1.0, 0.0), (1.0, 1e-5), (1.0, 0.0)])
+    for _ in range(2):
+        for turn in optimizer.passes():
+            turn.backward((weight * torch.tensor(next(slopes))).sum())
+    assert weight.tolist() == pytest.approx([-2.0, -0.5], rel=1e-4)
+
+
 def test_maximize_turns_gradients_around_and_not_a_direction_of_the_users():
     seen = []
     for maximize in (False, True):

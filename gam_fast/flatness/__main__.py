@@ -42,6 +42,9 @@ class First:
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(iter(self.data), self.count)
 
+    def __getattr__(self, name: str) -> Any:  # the generators of a loader, and of its samplers
+        return getattr(self.data, name)
+
 
 def radii(text: str) -> tuple[float, ...]:
     """Parse radii separated by commas."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator as operators
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class Trace:
 
     Attributes:
         value: the estimate, in units of the loss by parameters squared.
-        error: its standard error, 0 where the trace is exact; ``None`` where the method gives none.
+        error: its standard error, 0 where the trace is exact or all samples agree; ``None`` if the method gives none.
         products: number of Hessian-vector products used.
     """
 
@@ -122,6 +123,8 @@ def hessian_eigenvalues(
     progress: bool = False,
 ) -> Eigenvalues:
     """Compute ``k`` eigenvalues of the Hessian of ``loss`` and their eigenvectors, by Lanczos' method (ARPACK).
+
+    A multiple eigenvalue is found as often as it occurs: for k > 1, further runs look beside the eigenvectors found.
 
     Args:
         loss: see :class:`Loss`.
@@ -293,31 +296,68 @@ def _dense(operator: Any) -> Tensor:
 def _lanczos(
     loss: Loss, operator: Any, k: int, which: str, tolerance: float, max_iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Run ARPACK on the shifted Hessian: its tolerance is relative to each eigenvalue, so it misses those near 0."""
+    """Run ARPACK on the shifted Hessian: its tolerance is relative to each eigenvalue, so it misses those near 0.
+
+    From one start a multiple eigenvalue is found once, except for rounding, and a lesser one in its place. So another
+    search looks in the complement of the eigenvectors, until it finds none that belongs among them.
+    """
     linalg = require("scipy.sparse.linalg", "eigenvalues of the Hessian")
-    start = flat(random(loss.params, torch.Generator().manual_seed(seed))).to(operator.dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn() -> Tensor:
+        return flat(random(loss.params, generator)).to(operator.dtype)
+
+    start = drawn()
     # about the root mean square of the eigenvalues; none of the largest is 3 times as far below 0, nor vice versa
     size = float(torch.linalg.vector_norm(operator @ start) / torch.linalg.vector_norm(start))
     if size == 0.0:  # the loss is linear in the parameters
         return start.new_zeros(k), torch.eye(loss.size, k, dtype=start.dtype, device=start.device)
     shift = {"LA": 3.0, "SA": -3.0, "LM": 0.0}[which] * size
     plain = operator.to_scipy()
-    shifted = linalg.LinearOperator(plain.shape, dtype=plain.dtype, matvec=lambda v: plain @ v + shift * v)
-    basis = min(loss.size, max(2 * k + 1, 12))  # SciPy's 20 for k = 1 costs more products than it saves
-    try:
-        values, vectors = linalg.eigsh(
-            shifted,
-            k=k,
-            which=which,
-            v0=start.cpu().numpy(),
-            tol=tolerance if which == "LM" else tolerance / 4,  # relative to the shifted eigenvalue
-            ncv=basis,
-            maxiter=max_iterations,
-        )
-    except linalg.ArpackNoConvergence as error:
-        raise RuntimeError(
-            f"ARPACK found {len(error.eigenvalues)} of {k} eigenvalues after {operator.products} products: raise "
-            f"tolerance (now {tolerance}) or max_iterations"
-        ) from error
+
+    def search(count: int, start: Any, known: Any = ()) -> tuple[Any, Any]:
+        """Return eigenvalues of the shifted Hessian and their vectors, orthogonal to the ``known`` ones."""
+
+        def matvec(v: Any) -> Any:
+            v = _apart(v.reshape(-1), known)
+            return _apart(plain @ v + shift * v, known)
+
+        shifted = linalg.LinearOperator(plain.shape, dtype=plain.dtype, matvec=matvec)
+        try:
+            values, vectors = linalg.eigsh(
+                shifted,
+                k=count,
+                which=which,
+                v0=start,
+                tol=tolerance if which == "LM" else tolerance / 4,  # relative to the shifted eigenvalue
+                ncv=min(loss.size, max(2 * count + 1, 12)),  # SciPy's 20 for k = 1 costs more products than it saves
+                maxiter=max_iterations,
+            )
+        except linalg.ArpackNoConvergence as error:
+            raise RuntimeError(
+                f"ARPACK found {len(error.eigenvalues)} of {count} eigenvalues after {operator.products} products: "
+                f"raise tolerance (now {tolerance}) or max_iterations"
+            ) from error
+        return values.copy(), vectors.T.copy()
+
+    values, vectors = search(k, start.cpu().numpy())
+    ranks: dict[str, Callable[[Any], Any]] = {"LA": float, "SA": operators.neg, "LM": abs}
+    rank = ranks[which]
+    while k > 1:
+        other = _apart(drawn().cpu().numpy(), vectors)
+        if which == "LM" and norm([torch.as_tensor(_apart(plain @ other, vectors))]) < 1e-6 * size * norm([start]):
+            break  # all that is left is 0, which ARPACK refuses
+        (value,), (vector,) = search(1, other, vectors)
+        least = min(range(k), key=lambda i: rank(values[i]))
+        if rank(value) <= rank(values[least]) + tolerance * max(abs(values[least] - shift), size):
+            break
+        values[least], vectors[least] = value, vector
     options = {"dtype": operator.dtype, "device": operator.device}
-    return torch.as_tensor(values - shift, **options), torch.as_tensor(vectors.copy(), **options)
+    return torch.as_tensor(values - shift, **options), torch.as_tensor(vectors.T.copy(), **options)
+
+
+def _apart(vector: Any, known: Any) -> Any:
+    """Return the part of a NumPy vector that is orthogonal to the known unit vectors."""
+    for one in known:
+        vector = vector - one * (one @ vector)
+    return vector

@@ -195,10 +195,9 @@ class Loss:
         training = [module.training for module in modules]
         buffers = buffers_of(self.model)
         grads = [(param, param.grad) for param in self.params]
-        states = [(device, rng.get_state(device)) for device in self._devices]
         self._open = True
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), rng.kept(self._devices):
                 if self.model is not None and self.mode == "eval":
                     self.model.eval()
                 yield theta
@@ -212,8 +211,6 @@ class Loss:
                 module.training = flag
             for param, grad in grads:
                 param.grad = grad
-            for device, state in states:
-                rng.set_state(device, state)
 
     @torch.no_grad()
     def move(self, theta: Vector, delta: Vector | None) -> None:
@@ -301,9 +298,11 @@ class Loss:
         return contextlib.nullcontext() if self._open else self.measuring()
 
     def seed_generators(self, seed: int) -> None:
-        """Seed torch's generators of the devices in use; only inside :meth:`measuring`, which restores them."""
+        """Seed the generators that draws come from by default; only inside :meth:`measuring`, which restores them."""
         for device in self._devices:
             rng.seed(device, seed)
+        for module in rng.global_modules():
+            module.seed(seed % 2**32)  # NumPy takes no other
 
     def _read(self) -> Iterator[tuple[Callable[[], Tensor], float]]:
         """Read the data once, the same each time. Batches without examples are left out."""
@@ -313,19 +312,14 @@ class Loss:
     @contextlib.contextmanager
     def _same_state(self) -> Iterator[None]:
         """Start each time from the same random state and buffers; restore both afterwards."""
-        states = [rng.get_state(device) for device in self._devices]
-        own = [(generator, generator.get_state()) for generator in self._generators]
         buffers = buffers_of(self.model)
         try:
-            self.seed_generators(self.seed)
-            for generator, _ in own:
-                generator.manual_seed(self.seed)
-            yield
+            with rng.kept(self._devices, self._generators):
+                self.seed_generators(self.seed)
+                for generator in self._generators:
+                    generator.manual_seed(self.seed)
+                yield
         finally:
-            for device, state in zip(self._devices, states, strict=True):
-                rng.set_state(device, state)
-            for generator, state in own:
-                generator.set_state(state)
             put_back(buffers)
 
     def _number(self, loss: Tensor) -> float:

@@ -58,7 +58,9 @@ class Measurement:
                 rows.append((f"λ{i}", f"{value:.6g}", f"residual {residual:.1e}"))
         if self.trace is not None:
             error = "no error estimate" if self.trace.error is None else f"± {self.trace.error:.2g}"
-            rows.append(("trace", f"{self.trace.value:.6g}", "exact" if self.trace.error == 0 else error))
+            rows.append(
+                ("trace", f"{self.trace.value:.6g}", "exact" if self.trace.products >= self.parameters else error)
+            )
         if self.density is not None:
             low, high = self.density.extremes
             rows.append(("spectrum", f"{low:.4g} … {high:.4g}", f"{self.density.steps} steps of Lanczos' method"))
