@@ -66,6 +66,12 @@ def _check(base: Optimizer) -> None:
         raise TypeError(
             f"{type(base).__name__} cannot be the base optimizer, because it {why}; use SGD, AdamW or another"
         )
+    if not hasattr(base, "defaults"):
+        raise TypeError(
+            f"{type(base).__name__} cannot be the base optimizer, because it lacks what torch.optim.Optimizer gives "
+            "each optimizer (defaults); if it wraps another, as PostLocalSGDOptimizer does, pass that one, and average "
+            "the weights after the step"
+        )
     if getattr(base, "_overlap_with_ddp", False):
         raise TypeError(
             f"{type(base).__name__} with overlap_with_ddp=True cannot be the base optimizer, because it steps in the "
@@ -183,7 +189,7 @@ class Chain(Optimizer):
             raise ValueError("a list of base optimizers must hold at least one")
         self.members = tuple(members)
         self._checked = -1
-        first, *others = (member.defaults for member in members)
+        first, *others = (vars(member).get("defaults", {}) for member in members)
         shared = {key: value for key, value in first.items() if all(key in defaults for defaults in others)}
         # Optimizer's constructor would create groups and state
         super().__setstate__({"defaults": shared})

@@ -48,20 +48,42 @@ def check_supported(model: nn.Module | None, params: Sequence[Tensor]) -> None:
 
 
 def reshard(model: nn.Module | None) -> None:
-    """Free gathered copies of perturbed parameters in modules of ``fully_shard``, after a step was undone."""
-    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    for module in model.modules() if model is not None else ():
+    """Free the copies of parameters that modules of ``fully_shard`` have gathered, before the parameters are moved.
+
+    The root keeps them after a forward without a backward, as in an evaluation, and would use them again.
+    """
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    for module in model.modules() if model is not None and kind is not None else ():
         if isinstance(module, kind):
             module.reshard()
+
+
+def refuse_join(model: nn.Module | None, what: str) -> None:
+    """Refuse a step in which processes whose batches have run out would have to take part.
+
+    Args:
+        model: the model.
+        what: what they would have to take part in.
+
+    Raises:
+        RuntimeError: the step is in a block of ``DistributedDataParallel.join()``.
+    """
+    if getattr(getattr(data_parallel(model), "_join_config", None), "enable", False):
+        raise RuntimeError(
+            f"{what} in DistributedDataParallel.join(): the processes whose batches have run out take no part in it, "
+            "and the others would wait, or take other passes. Give all processes the same number of batches "
+            "(drop_last=True of the sampler), without join()"
+        )
 
 
 def without_last_sync(model: nn.Module | None, batches: Iterable[Any]) -> Generator[Any, None, None]:
     """Yield the batches; a DistributedDataParallel averages gradients only with the last one.
 
-    Each batch is read when it is asked for. A DistributedDataParallel reads one batch ahead, to know the last.
+    Each batch is read when it is asked for. A DistributedDataParallel reads one batch ahead, to know the last; with
+    ``static_graph=True`` it averages with each.
     """
     parallel = data_parallel(model)
-    if parallel is None:
+    if parallel is None or parallel.static_graph:  # which records its graph in a pass that averages
         yield from batches
         return
     held: list[Any] = []

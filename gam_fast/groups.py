@@ -18,7 +18,7 @@ from .noise import DRAWS
 from .options import check_arguments, check_keys, check_params
 from .parameters import ADAPTIVE, PERTURB
 from .progress import Progress
-from .recipe import Recipe
+from .recipe import MOMENTUM, Recipe
 from .recipes import BASE
 
 
@@ -49,6 +49,13 @@ class AroundBase(Hooked):
             radius.is_auto(value)
         check_arguments(type(self).__name__, tuple(own), params, base_optimizer, hyper)
         self.base = build_base(params, base_optimizer, hyper)
+        before = self.recipe.before
+        keeps = self.recipe.memory is not None or (before is not None and before.along == MOMENTUM)
+        if keeps and type(self.base).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                f"{self.recipe.name}: a ZeroRedundancyOptimizer has the state of only some parameters on each process, "
+                "and this method needs a vector for all of them there: use fully_shard (FSDP2)"
+            )
         self._ascends = ascends(self.base)
         prefix = self.recipe.name.lower()
         taken = {name for member in members(self.base) for name in member.defaults}

@@ -35,7 +35,8 @@ HINTS = {
     "forward under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
     r"derivative for .*(cudnn|miopen)_rnn": "the fused recurrent layers have none: run the model's forward under "
     "torch.backends.cudnn.flags(enabled=False)",
-    r"does not currently support double backward": "a compiled model has none: use the model given to torch.compile",
+    r"does not currently support double backward|non-empty donated buffers": "a compiled model has none: use the model "
+    "given to torch.compile",
     _CHECKPOINT: "call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
     r"once_differentiable|autograd::Error": "a torch.autograd.Function is marked @once_differentiable: its backward "
     "has to be written in operations that can be differentiated",

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .backends.base import Direction
-from .distributed import data_parallel
+from .distributed import data_parallel, refuse_join
 from .finite import FiniteWatch, listed
 from .parameters import ParameterBlock, StepParameters, materialise
 
@@ -29,7 +30,9 @@ class LocalSync:
         recipe: the name of the recipe, for messages.
 
     Raises:
-        ValueError: a DistributedDataParallel with ``static_graph=True``, which records its graph while it averages.
+        ValueError: a DistributedDataParallel with ``static_graph=True``, which records its graph while it averages; or
+            several.
+        RuntimeError: the step is in a block of ``DistributedDataParallel.join()``.
     """
 
     def __init__(self, model: nn.Module | None, device: torch.device, recipe: str) -> None:
@@ -39,6 +42,12 @@ class LocalSync:
                 "sync='local' with DistributedDataParallel(static_graph=True): torch records the graph in a pass whose "
                 "gradients are averaged, and there is none; leave static_graph out, or use sync='global'"
             )
+        modules = [] if model is None or model is self._model else model.modules()
+        if sum(isinstance(module, DistributedDataParallel) for module in modules) > 1:
+            raise ValueError(
+                "sync='local' with several DistributedDataParallels: wrap the modules in one, or use sync='global'"
+            )
+        refuse_join(model, "sync='local'")
         self._group: Any = self._model.process_group if self._model is not None else distributed.group.WORLD
         self._device = device
         self._recipe = recipe
@@ -56,6 +65,7 @@ class LocalSync:
         if self._model is None:
             return
         self._stack.enter_context(self._model.no_sync())
+        self._model.require_forward_param_sync = False  # a process that leaves before its forward could not take part
         if self._model.broadcast_buffers:
             source = distributed.get_global_rank(self._group, 0)
             for flat, parts in _buckets(list(self._model.module.buffers())):
@@ -141,7 +151,12 @@ class LocalSync:
         of = {param: x for block, xs in made for param, x in zip(block.owners, xs, strict=True)}
         self.average([of[param] for param in blocks.params if param in of])  # in the same order on each process
         ones = [[1.0] * len(gamma)]
-        products = None if limit is None else blocks.inner_products([(block, [xs]) for block, xs in made], ones)
+        products = None
+        if limit is not None:  # the order of the sums, and so their last bits, may differ between processes
+            found = blocks.inner_products([(block, [xs]) for block, xs in made], ones)
+            said = torch.as_tensor(found, dtype=torch.float64, device=self._device)
+            distributed.broadcast(said, distributed.get_global_rank(self._group, 0), group=self._group)
+            products = said if isinstance(found, Tensor) else said.tolist()
         return [(block, Direction([xs], ones, None, products, gamma, limit)) for block, xs in made]
 
     def average(self, tensors: Sequence[Tensor]) -> None:

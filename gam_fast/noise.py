@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import distributed
 
 from .backends.base import Block
 from .backends.eager import chunks, copy_bits
 from .capture import refuse_to_look
+from .distributed import Layout
 from .parameters import StepParameters
 
 DRAWS = "flat_draws"
@@ -40,12 +40,14 @@ def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[st
     refuse_to_look(["noise, which differs in each step"], blocks.devices)
     draws = int(group.get(DRAWS, 0))
     seed = random.Random(f"{group.get('seed', 0)} {draws}").getrandbits(63)
-    if blocks.sharded:  # each process holds different elements
-        seed = (seed + distributed.get_rank()) % (1 << 63)
-    generators = {device: torch.Generator(device).manual_seed(seed) for device in blocks.devices}
+    generators: dict[tuple[torch.device, Layout | None], torch.Generator] = {}
     for block in blocks.all:
         if not block.perturbed:
             continue
+        key = block.params[0].device, block.layout
+        if key not in generators:
+            layouts = {layout: None for _, layout in generators}  # in the same order on all processes
+            generators[key] = torch.Generator(key[0]).manual_seed(_seed_of(block.layout, len(layouts), seed))
         wholes: Any = [owner.detach() for owner in block.owners]
         sizes: Any = [whole.norm(dtype=torch.promote_types(whole.dtype, torch.float32)) for whole in wholes]
         if block.layout is not None:
@@ -58,10 +60,19 @@ def add_noise(blocks: StepParameters, radius: Sequence[float], group: Mapping[st
         for chunk in chunks(apart):
             chunk.arena.reset()
             flat, noise = chunk.scratch()
-            flat.normal_(generator=generators[chunk.device])
+            flat.normal_(generator=generators[key])
             torch._foreach_mul_(noise, [factors[piece.leaf] for piece in chunk.pieces])
             torch._foreach_mul_(noise, [sizes[piece.leaf].to(chunk.opmath) for piece in chunk.pieces])
             params = chunk.open(apart.params)
             torch._foreach_add_(params, noise)
             chunk.close(apart.params, params)
     return {DRAWS: draws + 1}
+
+
+def _seed_of(layout: Layout | None, number: int, seed: int) -> int:
+    """Return the seed for elements of the ``number``-th layout: each part has its own, and all copies have the same."""
+    if layout is None:
+        return seed
+    sharded = [dim for dim, is_spread in enumerate(layout.sharded) if is_spread]
+    part = [layout.mesh.get_local_rank(dim) for dim in sharded]
+    return random.Random(f"{seed} {number} {part}").getrandbits(63)

@@ -43,7 +43,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
     0.125
 
     Raises:
-        ValueError: the base optimizer has momentum=0 in all groups.
+        ValueError: the base optimizer has momentum=0 in all groups, or is a ZeroRedundancyOptimizer.
         RuntimeError: the base optimizer's state has no momentum under a known name.
     """
 
@@ -58,11 +58,6 @@ class MomentumSAM(SharpnessAwareOptimizer):
         **options: Unpack[OptionsWithAlpha],
     ) -> None:
         super().__init__(params, base_optimizer, rho=rho, **options)
-        if type(self.base).__name__ == "ZeroRedundancyOptimizer":
-            raise ValueError(
-                "MomentumSAM: a ZeroRedundancyOptimizer has the momentum of only some parameters on each process, and "
-                "processes would go to different points: use fully_shard (FSDP2)"
-            )
         if all(group.get("momentum") == 0 and "betas" not in group for group in self.param_groups):
             raise ValueError(
                 f"MomentumSAM perturbs along its base optimizer's momentum, and this {type(self.base).__name__} has "

@@ -16,7 +16,7 @@ from .backends import Backend, select
 from .bases import Given, ascends, filled, members, with_signs
 from .buffers import ForwardState
 from .coefficients import Coefficients
-from .distributed import check_supported
+from .distributed import check_supported, refuse_join
 from .groups import AroundBase
 from .hooks import any_before, call_before
 from .models import ModelOfCopy, Surroundings
@@ -424,14 +424,14 @@ class SharpnessAwareOptimizer(AroundBase):
         if groups and not schedule.is_always:
             if not schedule.fields.keys() <= groups[0].keys():  # a state was loaded into the base optimizer directly
                 self._complete_groups()
+            refuse_join(self._model, "a step by interval= or active=")
             recipe = schedule.choose(recipe, int(groups[0][STEPS]))
         keys = self._keys if recipe.defaults else {}
         hyper = [{name: group.get(key, self._own_defaults[key]) for name, key in keys.items()} for group in groups]
         name, difference = recipe.difference, None
         for h in hyper:
-            if name is not None and isinstance(h[name], str):
+            if difference is None and name is not None and isinstance(h[name], str):
                 difference = radius.Difference.of(groups, hyper, name)
-                break
         signed = with_signs(self.base) if self._ascends else groups
         coefficients = coefficients and coefficients.again(recipe, signed, hyper)
         progress.coefficients = coefficients = coefficients or Coefficients(recipe, signed, hyper)

@@ -130,9 +130,9 @@ class Progress:
                 f"the gradients that were there before this step of {name} are not used: each of its "
                 "passes computes its own. Call no backward() before step(closure) or passes(); to accumulate over "
                 "micro-batches, have all of them in every pass, by optimizer.micro_batches() (Lightning's "
-                "accumulate_grad_batches and accelerator.accumulate() show the step the last of them only). Where they "
-                "are of something else, zero_grad() says so. (clip_grad_norm_() after a step has no effect: clip by "
-                "clip_grad_norm= of the constructor)",
+                "accumulate_grad_batches and accelerator.accumulate() show the step the last of them only). If they "
+                "belong to another loss, call zero_grad() before the step. (clip_grad_norm_() after a step has no "
+                "effect: clip by clip_grad_norm= of the constructor)",
                 stacklevel=frames_of_libraries(),
             )
 

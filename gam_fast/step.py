@@ -170,7 +170,7 @@ class Step:
                         for call in self._on_exit:
                             stack.callback(call)
                 if undone:
-                    reshard(self.settings.model)  # frees gathered copies
+                    reshard(self.settings.model)
                     if self._local is not None and not idle:
                         self.owed = partial(self._local.give_up, len(self.blocks.params))
                 self._when_over(self, error)
@@ -200,6 +200,8 @@ class Step:
         if capturing:
             settings.check_capture(blocks.devices)
         self.phase = "pass"
+        if blocks.sharded:
+            reshard(settings.model)
         if settings.replay_rng is not None:
             self._rng = settings.replay_rng
             self._rng.start(blocks.devices, several=several, capturing=capturing)
@@ -308,6 +310,8 @@ class Step:
         try:
             path = self.path
             index, recipe = path.newest + 1, path.recipe
+            if self.blocks.sharded:
+                reshard(self.settings.model)
             if index == 0 and self.state.active and (written := self.state.look()) and recipe.passes > 1:
                 self.blocks.refuse_write(written[0], f"pass 0 of {recipe.name}")
             if self.watch.scale is not None:
@@ -383,9 +387,9 @@ class Step:
             raise NothingToDo
         mend: str | None = (
             "call backward() on the loss in every pass, in the closure or in the body of the loop over passes(). (To "
-            "skip a batch, leave the loop by break. A backward() before step() does not count; an iterator that pass 0 "
-            "has read to its end needs optimizer.micro_batches(); with fully_shard, the optimizer is constructed after "
-            "it)"
+            "skip a batch, leave the loop by break. The optimizer must hold the parameters of the model that runs; "
+            "construct it after fully_shard. A backward() before step() does not count, nor one that zero_grad() "
+            "follows; an iterator that pass 0 has read to its end needs optimizer.micro_batches())"
         )
         if self.recipe.second_order:
             mend = "the loss does not depend on the parameters of this optimizer"

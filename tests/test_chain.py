@@ -293,6 +293,16 @@ def test_params_are_none_or_all_of_theirs():
     assert gam_fast.SAM(None, [alone]).base is alone
 
 
+class Wrapping(torch.optim.Optimizer):
+    """As torch's PostLocalSGDOptimizer, it does without the constructor of its parent."""
+
+    def __init__(self, optimizer):
+        self.optim, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self):
+        self.optim.step()
+
+
 class NeedsAClosure(torch.optim.SGD):
     def step(self, closure):
         return closure()
@@ -310,6 +320,7 @@ def test_misuse_is_refused_in_words():
         ([sgd, torch.optim.AdamW], TypeError, r"instances of torch optimizers, got <class.*Muon\(matrices, lr=0.02\)"),
         ([sgd, gam_fast.SAM([other])], TypeError, "not one of gam_fast"),
         ([sgd, torch.optim.LBFGS([other])], TypeError, "LBFGS cannot be the base optimizer"),
+        ([Wrapping(sgd)], TypeError, "Wrapping cannot be .*PostLocalSGDOptimizer does, pass that one"),
         ([NeedsAClosure([other])], TypeError, "NeedsAClosure cannot be .*, because it evaluates its own closure"),
     ):
         with pytest.raises(error, match=message):

@@ -458,7 +458,90 @@ distributed.destroy_process_group()
     in_a_process(program, warnings="default")
 
 
+@on_two
+def test_a_rank_may_leave_a_local_step_before_its_first_forward(rank, world):
+    """That of the other rank then waits for no buffers: the step has them from rank 0 already."""
+    model, batches = make("batchnorm_cnn")
+    ddp = DistributedDataParallel(model)
+    optimizer = gam_fast.SAM(ddp.parameters(), torch.optim.SGD, lr=0.1, model=ddp, sync="local")
+    mine = shares(batches, rank, world)
+    before = values(model)
+
+    def step(fails):
+        for _ in optimizer.passes():
+            if fails:
+                raise KeyError("reading the batch failed")
+            loss_of(ddp, *mine[0]).backward()
+
+    with pytest.raises(KeyError if rank == 1 else RuntimeError, match=r"reading the batch|left .* on rank 1"):
+        step(rank == 1)
+    assert all(map(torch.equal, before, values(model)))
+    step(False)
+    assert same_on_all_ranks(model.parameters())
+    assert not all(map(torch.equal, before, values(model)))
+
+
+@on_two
+def test_clipping_has_the_same_bits_on_all_ranks_whatever_they_use(rank, world):
+    """The order in which a rank adds up the squares is that in which it has used the parameters."""
+    torch.manual_seed(7)
+    model = nn.ModuleList(nn.Linear(6, 40) for _ in range(2)).double()
+    ddp = DistributedDataParallel(Switch(model), find_unused_parameters=True)
+    optimizer = gam_fast.Base(
+        ddp.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, model=ddp, sync="local", clip_grad_norm=0.05
+    )
+    for step in range(40):
+        x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2 * step + rank))
+        optimizer.step(lambda x=x: (ddp(x, rank) - 1).square().mean().backward())
+        assert same_on_all_ranks(model.parameters()), step
+
+
+class Switch(nn.Module):
+    """One of several layers."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x, which):
+        return self.layers[which](x)
+
+
+@on_two
+def test_micro_batches_of_a_static_graph(rank, world):
+    """torch records its graph in a pass that averages, so each micro-batch is averaged."""
+    (model, batches), (alone, _) = make("mlp"), make("mlp")
+    ddp = DistributedDataParallel(model, static_graph=True)
+    optimizer, single = optimizer_of(ddp, "gam"), optimizer_of(alone, "gam")
+    for x, y in batches:
+        for _ in optimizer.passes():
+            for part in optimizer.micro_batches(list(zip(*(t.chunk(2) for t in (x, y)), strict=True))):
+                (loss_of(ddp, *shares([part], rank, world)[0]) / 2).backward()
+        single.step(closure_of(alone, x, y))
+    assert_close(values(model), values(alone), 1e-9)
+
+
 # What is refused
+
+
+@on_two
+def test_local_steps_of_several_models_and_rules_in_join_are_refused(rank, world):
+    model, batches = make("mlp")
+    several = nn.ModuleList(DistributedDataParallel(module) for module in (model, nn.Linear(2, 2)))
+    optimizer = gam_fast.SAM(model.parameters(), lr=0.1, model=several, sync="local")
+    with pytest.raises(ValueError, match="several DistributedDataParallels: wrap the modules in one"):
+        optimizer.step(closure_of(several[0], *batches[0]))
+    ddp = several[0]
+    before = values(model)
+    for options, what in (
+        ({"sync": "local"}, "sync='local'"),
+        ({"interval": 2}, "a step by interval= or active="),
+        ({"active": WhenSteep()}, "a step by interval= or active="),
+    ):
+        optimizer = gam_fast.SAM(ddp.parameters(), lr=0.1, model=ddp, **options)
+        with ddp.join(), pytest.raises(RuntimeError, match=rf"{what} in DistributedDataParallel.join\(\).*drop_last"):
+            optimizer.step(closure_of(ddp, *batches[0]))
+    assert all(map(torch.equal, before, values(model)))
 
 
 @on_two

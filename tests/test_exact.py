@@ -341,6 +341,10 @@ def checkpointed(use_reentrant):
     return partial(checkpoint, torch.tanh, use_reentrant=use_reentrant)
 
 
+def normalised(x):
+    return torch.nn.functional.batch_norm(x.flatten(0, 1), None, None, training=True)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # looked at by torch.compile
 @pytest.mark.parametrize(
     ("operation", "hint", "switched"),
@@ -350,8 +354,9 @@ def checkpointed(use_reentrant):
         (OutsideAutograd.apply, "OutsideAutograd does not keep its graph", torch.sin),
         (checkpointed(True), r"checkpoint\(..., use_reentrant=False\)", checkpointed(False)),
         (torch.compile(torch.tanh, backend="aot_eager"), "use the model given to torch.compile", torch.tanh),
+        (torch.compile(normalised, backend="aot_eager"), "use the model given to torch.compile", normalised),
     ],
-    ids=["attention", "once_differentiable", "outside", "checkpoint", "compile"],
+    ids=["attention", "once_differentiable", "outside", "checkpoint", "compile", "compile with donated buffers"],
 )
 def test_what_has_no_second_derivative_says_which_switch_helps(operation, hint, switched):
     layer = nn.Linear(8, 8)

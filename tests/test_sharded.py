@@ -226,6 +226,54 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(two, four, tmp_path, me
     two.run(resume, str(tmp_path), method_name)
 
 
+@on_two
+def test_a_forward_without_a_backward_changes_nothing(rank, world):
+    """After one, the root of ``fully_shard`` keeps the parameters it has gathered, and would use them once more."""
+    from torch.distributed.fsdp import fully_shard
+
+    def trained(method_name, when):
+        model, batches = make("mlp")
+        fully_shard(model)
+        optimizer = optimizer_of(model, method_name)
+        for step, batch in enumerate(shares(batches, rank, world)):
+            if when == "before a step" and step % 2 == 0:
+                with torch.no_grad():
+                    loss_of(model, *batch)
+            for _ in optimizer.passes():
+                loss_of(model, *batch).backward()
+                if when == "in each pass":
+                    with torch.no_grad():
+                        loss_of(model, *batch)
+        return values(model)
+
+    for method_name in ("base", "sam", "gam", "momentum_sam", "previous_gradient"):
+        plain = trained(method_name, "never")
+        for when in ("before a step", "in each pass"):
+            assert all(map(torch.equal, trained(method_name, when), plain)), (method_name, when)
+
+
+@on_two
+def test_processes_with_the_same_parameters_draw_the_same_noise(rank, world):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    parallelize_module(model, init_device_mesh("cpu", (world,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    optimizer = gam_fast.RandomSAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.5, model=model)
+    theta = [value.detach().clone() for value in values(model)]
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for _ in optimizer.passes():
+        moved = [value.detach().clone() for value in values(model)]
+        losses = [torch.zeros((), dtype=torch.float64) for _ in range(world)]
+        loss = model(x).square().sum()
+        distributed.all_gather(losses, loss.detach())
+        loss.backward()
+    assert losses[0] == losses[1]  # so what is copied moved to the same place everywhere
+    weight = moved[0] - theta[0]
+    assert not torch.isclose(weight[:4], weight[4:]).any()  # and what is spread is no copy
+    assert all(map(torch.equal, values(model), theta))
+
+
 # ZeroRedundancyOptimizer
 
 

@@ -555,12 +555,15 @@ def test_a_direction_is_in_a_checkpoint_of_sgd_before_the_first_step():
     assert other.state[weight]["direction"].tolist() == [1.0, -2.0]
 
 
-def test_momentum_that_is_spread_over_processes_is_refused():
+@pytest.mark.parametrize(
+    "method", ["MomentumSAM", "PreviousGradientSAM", "FriendlySAM", "VaSSO", "LookSAM", "FedLESAM"]
+)
+def test_state_that_is_spread_over_processes_is_refused(method):
     class ZeroRedundancyOptimizer(SGD):
         """Stands for torch's, which needs a process group."""
 
-    with pytest.raises(ValueError, match=r"momentum of only some parameters on each process.*fully_shard"):
-        gam_fast.MomentumSAM([torch.nn.Parameter(torch.ones(1))], ZeroRedundancyOptimizer, lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=rf"{method}: .* state of only some parameters on each process.*fully_shard"):
+        getattr(gam_fast, method)([torch.nn.Parameter(torch.ones(1))], ZeroRedundancyOptimizer, lr=0.1, momentum=0.9)
 
 
 def test_a_scaler_that_steps_by_itself_comes_too_late_for_a_method_that_needs_lengths():

@@ -27,7 +27,11 @@ from torch import Tensor
 from . import scalars
 from .base import Block, Bookkeeping, Direction, FoldInto, PerGroup, Scalar, TensorList
 
-INSTALL = "pip install --no-build-isolation . (in a checkout of gam_fast; torch, ninja and a C++17 compiler are needed)"
+_IN_CHECKOUT = (Path(__file__).parents[2] / "setup.py").is_file()  # these are the sources, not what was installed
+INSTALL = (
+    f"pip install --no-build-isolation {'-e ' * _IN_CHECKOUT}. (in a checkout of gam_fast; torch, ninja and a C++17 "
+    "compiler are needed)"
+)
 
 try:
     from .. import _C

@@ -10,7 +10,7 @@
 True
 
 Flatness and slices need only torch. Curvature needs curvlinops and SciPy, pictures need matplotlib, and progress bars
-need tqdm: ``pip install 'gam-fast[flatness]'``. ``python -m gam_fast.flatness --help`` measures a checkpoint.
+need tqdm: the extra ``flatness``. ``python -m gam_fast.flatness --help`` measures a checkpoint.
 """
 
 from .ascent import Flatness, first_order_flatness, zeroth_order_flatness

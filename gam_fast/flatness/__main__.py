@@ -291,7 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"the folder of {path} does not exist")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    require_all(arguments)
+    try:
+        require_all(arguments)
+    except ImportError as error:
+        parser.error(str(error))
     try:
         factory = load(arguments.factory)
         inspect.signature(factory).bind(**arguments.arguments)

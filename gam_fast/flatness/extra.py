@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-INSTALL = "pip install 'gam-fast[flatness]' (from a checkout: pip install -e '.[flatness]')"
+import torch
+
+_TORCH = torch.__version__.partition("+")[0]
+INSTALL = (
+    f"in a checkout of gam_fast, pip install --no-build-isolation '.[flatness]' torch=={_TORCH} (without torch there, "
+    "a dependency may replace the one that you have)"
+)
 
 
 def require(name: str, purpose: str) -> ModuleType:

@@ -111,7 +111,7 @@ def measure(
     Args:
         loss: see :class:`Loss`.
         rho: one radius or several, in units of the parameters.
-        eigenvalues: number of top eigenvalues; 0 leaves them out. They, trace and density need ``gam-fast[flatness]``.
+        eigenvalues: number of top eigenvalues; 0 leaves them out. They, trace and density need the extra ``flatness``.
         trace_samples: Hessian-vector products for the trace; 0 leaves it out.
         density_steps: steps of Lanczos' method for the spectral density; 0 leaves it out.
         restarts: see :func:`zeroth_order_flatness`.
