@@ -90,7 +90,7 @@ LAUNCHES = {
     "vasso": 6,
     "momentum_sam": 4,
     "previous_gradient": 6,  # the gradient is copied, and copied into the memory
-    "look": 8,  # of a step of SAM: the products, the memory and its copy
+    "look": 10,  # of a step of SAM: the products, the memory, its norm and its copy
     "wsam": 5,  # a move after the update
     "wsam_coupled": 4,
     "cr": 5,  # one norm for two moves
