@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from .recipe import MEMORY, MOMENTUM, NOISE, Coefficient, Fold, Perturbation, Recipe, Value, value_of
 
 Rows: TypeAlias = "list[list[float]]"
@@ -46,9 +48,13 @@ class Coefficients:
         self._made_of = recipe, deepcopy(list(hyper)), list(map(_MAXIMIZES, groups))
         for h in hyper:  # values may have changed since construction
             for name, value in h.items():
+                if isinstance(value, Tensor):
+                    if not value.is_cpu:  # to read it waits for the device
+                        continue
+                    value = float(value)
                 is_usual = isinstance(value, float) and value >= 0.0 and value < math.inf
                 if name in recipe.bounds or not (is_usual or name == recipe.difference):
-                    recipe.check(name, value.item() if hasattr(value, "item") else value)
+                    recipe.check(name, value)
         sign = [-1.0 if maximizes else 1.0 for maximizes in self._made_of[2]]
         self._hyper = hyper
         self.gamma = self._by_group(Value(recipe.gamma) if recipe.gamma else None)

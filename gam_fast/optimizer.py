@@ -55,7 +55,7 @@ class SharpnessAwareOptimizer(AroundBase):
     Raises:
         TypeError: complex parameters; a base that needs a closure (LBFGS) or sparse gradients (SparseAdam).
         ValueError: a hyper-parameter out of range, an instance over other parameters, an unknown option, a recipe that
-            would need more than three buffers.
+            would need more than three buffers, a ZeroRedundancyOptimizer for a method that keeps a vector.
         RuntimeError: a backend that is not available.
 
     >>> from gam_fast.recipes import Perturbation, Recipe

@@ -311,10 +311,10 @@ class Path:
         return directions
 
     def _drop_rounding(self, square: Scalar) -> None:
-        """Replace m by 0 where it is but rounding, because it will be divided by its norm.
+        """Replace m by 0 if ‖m‖ ≤ 16 ε ‖g‖, which is rounding, because m will be divided by its norm.
 
         Args:
-            square: the squared norm of the gradient that m is a part of.
+            square: ‖g‖², of the gradient g that m is a part of. ε is that of the type in which both were computed.
         """
         blocks = self.blocks
         is_double = all(block.params[0].dtype == torch.float64 for block in blocks.all)

@@ -104,8 +104,8 @@ class Memory:
 
     With ``mix = (a, b)``, :math:`g_0 ← a\,g_0 + b\,m` before the first perturbation (if there is an m).
     When the step is taken, ``update = (k, l)`` sets :math:`m ← k\,m + l\,g_0` with the mixed :math:`g_0`, and
-    ``orthogonal`` sets :math:`m ← g - \frac{⟨g, g_0⟩}{‖g_0‖^2} g_0` with the newest gradient g, or 0 where this is but
-    rounding. A first m is the present :math:`g_0` or g. With ``add`` = α the direction is
+    ``orthogonal`` sets :math:`m ← g - \frac{⟨g, g_0⟩}{‖g_0‖^2} g_0` with the newest gradient g, or 0 where only
+    rounding is left. A first m is the present :math:`g_0` or g. With ``add`` = α the direction is
     :math:`u + α \frac{‖u‖}{‖m‖} m`.
 
     Only perturbed parameters have a memory, unless it is ``orthogonal``.

@@ -294,7 +294,7 @@ def test_params_are_none_or_all_of_theirs():
 
 
 class Wrapping(torch.optim.Optimizer):
-    """As torch's PostLocalSGDOptimizer, it does without the constructor of its parent."""
+    """Does without the constructor of its parent, as torch's PostLocalSGDOptimizer."""
 
     def __init__(self, optimizer):
         self.optim, self.param_groups = optimizer, optimizer.param_groups

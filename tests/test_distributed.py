@@ -460,7 +460,7 @@ distributed.destroy_process_group()
 
 @on_two
 def test_a_rank_may_leave_a_local_step_before_its_first_forward(rank, world):
-    """That of the other rank then waits for no buffers: the step has them from rank 0 already."""
+    """The other rank's forward then waits for no buffers: the step has them from rank 0 already."""
     model, batches = make("batchnorm_cnn")
     ddp = DistributedDataParallel(model)
     optimizer = gam_fast.SAM(ddp.parameters(), torch.optim.SGD, lr=0.1, model=ddp, sync="local")

@@ -144,7 +144,7 @@ def test_a_value_written_into_a_group_is_checked_whatever_its_type(make):
     weight, closure = parabola()
     optimizer = gam_fast.SAM([weight], lr=0.1)
     start = weight.detach().clone()
-    for wrong, message in ((-0.5, "rho must not be negative, got -0.5"), (math.nan, "rho must be finite, got nan")):
+    for wrong, message in ((-0.5, "rho must not be negative, got .*-0.5"), (math.nan, "rho must be finite, got .*nan")):
         optimizer.param_groups[0]["rho"] = make(wrong)
         with pytest.raises(ValueError, match=message):
             optimizer.step(closure)

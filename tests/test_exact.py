@@ -365,21 +365,27 @@ def test_what_has_no_second_derivative_says_which_switch_helps(operation, hint, 
     assert not torch.equal(layer.weight, start)
 
 
-def test_a_compiled_model_with_donated_buffers_has_no_second_derivative_either():
-    """torch's own message names a switch that does not help. (Whether it gives this one depends on its caches.)"""
+def failing(error):
+    """Return the identity, whose backward raises ``error``."""
 
-    class Compiled(torch.autograd.Function):
+    class Failing(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.clone()
 
         @staticmethod
         def backward(ctx, grad):
-            raise RuntimeError("This backward function was compiled with non-empty donated buffers which requires ...")
+            raise error
 
+    return Failing.apply
+
+
+def test_a_compiled_model_with_donated_buffers_has_no_second_derivative_either():
+    """torch's own message names a switch that does not help; its caches decide which message comes."""
+    error = RuntimeError("This backward function was compiled with non-empty donated buffers which requires ...")
     weight, _, optimizer = over_quartic(lr=0.1)
     with pytest.raises(gam_fast.SecondDerivativeError, match=r"use the model given to torch\.compile.*donated buffers"):
-        optimizer.step(lambda: Compiled.apply(weight).sum())
+        optimizer.step(lambda: failing(error)(weight).sum())
 
 
 def test_replicas_that_would_drift_are_refused(monkeypatch):
@@ -436,17 +442,7 @@ def test_an_error_of_the_model_is_not_explained_away():
     class CheckpointError(RuntimeError):
         pass
 
-    class Failing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise CheckpointError(
-                "torch.utils.checkpoint: recomputed values have different metadata, use torch.compile"
-            )
-
+    error = CheckpointError("torch.utils.checkpoint: recomputed values have different metadata, use torch.compile")
     weight, _, optimizer = over_quartic(lr=0.1)
     with pytest.raises(CheckpointError, match="different metadata"):
-        optimizer.step(lambda: Failing.apply(weight).sum())
+        optimizer.step(lambda: failing(error)(weight).sum())
